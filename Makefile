@@ -1,0 +1,45 @@
+# Every target sets itself up: a virtual environment with pinned versions, made once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      recover a small model from a delta, start to verified result"
+	@echo "make test      lint, types and the test suite (under 10 minutes)"
+	@echo "make test-all  the slow tests too (gigabytes of disk)"
+	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b)
+
+clean:
+	rm -rf $(VENV) build dist

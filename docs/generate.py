@@ -1,0 +1,50 @@
+"""Write docs/commands.md from the commands' own help: `python docs/generate.py`. A test holds the two together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightops.cli.main import COMMANDS, EXIT_CODES, cli
+from weightops.errors import WeightopsError
+
+TARGET = Path(__file__).with_name("commands.md")
+
+
+def help_text(*path: str) -> str:
+    """What `weightops PATH --help` prints, 100 columns wide."""
+    command: click.Command = cli
+    context = click.Context(cli, info_name="weightops", **cli.context_settings, terminal_width=100)
+    for name in path:
+        found = command.get_command(context, name) if isinstance(command, click.Group) else None
+        assert found is not None
+        command = found
+        context = click.Context(command, info_name=name, parent=context, terminal_width=100)
+    return command.get_help(context)
+
+
+def exit_code_table() -> list[str]:
+    """Exit codes with the errors that carry them."""
+    names: dict[int, list[str]] = {}
+    pending = [WeightopsError]
+    while pending:
+        error = pending.pop()
+        pending += error.__subclasses__()
+        names.setdefault(error.exit_code, []).append(f"`{error.__name__}`")
+    rows = [f"| {code} | {text} | {', '.join(sorted(names.get(code, [])))} |" for code, text in EXIT_CODES.items()]
+    return ["| code | meaning | raised as |", "|---|---|---|", *rows]
+
+
+def render() -> str:
+    """The page."""
+    parts = ["# Commands", "", "Written by `python docs/generate.py` from the commands' help.", ""]
+    parts += ["```", help_text(), "```", ""]
+    for name in COMMANDS:
+        parts += [f"## weightops {name}", "", "```", help_text(name), "```", ""]
+    parts += ["## Exit codes", "", *exit_code_table(), ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())

@@ -1,0 +1,1 @@
+"""Matrix multiplication and packing kernels for quantised weights."""

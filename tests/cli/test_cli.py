@@ -1,0 +1,244 @@
+"""The command line as a user meets it: exit codes, streams, JSON, help that is true."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import digests, write_checkpoint
+
+from weightops import errors
+from weightops.cli.main import COMMANDS, EXIT_CODES, run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(16, 8, generator=generator).half() for n in ("a", "b")}
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the folders that the help texts name."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "llama-13b", state(0))
+    write_checkpoint(tmp_path / "zhixi", state(1))
+    write_checkpoint(tmp_path / "zhixi-diff", state(2))
+    write_checkpoint(tmp_path / "model", state(3), shards=2)
+    return tmp_path
+
+
+def examples(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The commands under `Example:` in a command's help."""
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out.partition("Example:\n")[2].partition("\n\n")[0].replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("weightops")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = examples(command, capsys)
+    assert found
+    for line in found:
+        words = shlex.split(line.partition(">")[0])[1:]
+        if command in ("recover", "diff", "shard"):
+            words[words.index("--out") + 1] = str(family / f"out-{len(list(family.iterdir()))}")
+        # The published lists are those of the real models, which these small ones are not.
+        expected = (2 if command == "recover" else 3) if "zhixi-13b-base" in words else 0
+        if command == "verify" and expected == 0:
+            assert run(["manifest", "./zhixi"]) == 0
+        assert run(words) == expected, line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_exit_codes_that_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "-h"]) == 0
+    text = capsys.readouterr().out.partition("Exit codes:")[2]
+    codes = [int(code) for code in re.findall(r"(?:^|;)\s*(\d+)\s", text)]
+    assert codes
+    assert all(code in EXIT_CODES for code in codes)
+
+
+def test_every_error_has_a_documented_exit_code() -> None:
+    pending = [errors.WeightopsError]
+    while pending:
+        error = pending.pop()
+        pending += error.__subclasses__()
+        assert error.exit_code in EXIT_CODES
+
+
+def test_docs_are_generated_from_the_help() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.TARGET.read_text() == module.render(), "run `python docs/generate.py`"
+
+
+def test_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`weightops {command}`" in readme for command in COMMANDS)
+
+
+def recover(*more: str) -> list[str]:
+    return ["recover", "--raw", "llama-13b", "--diff", "zhixi-diff", "--out", "out", *more]
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_exit_codes(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(recover()) == 0
+    assert run(["verify", "out"]) == 0
+    assert run(recover()) == 11
+    assert run(["recover", "--raw", "nowhere", "--diff", "zhixi-diff", "--out", "new"]) == 10
+    assert run(["recover"]) == 2
+    assert run(["recver"]) == 2
+    assert run(recover("--max-shard-size", "lots", "--overwrite")) == 2
+    write_checkpoint(family / "other", {"x": torch.ones(1)})
+    assert run(["recover", "--raw", "other", "--diff", "zhixi-diff", "--out", "new"]) == 1
+    flip(family / "out" / "model.safetensors", -1)
+    assert run(["verify", "out"]) == 3
+    flip(family / "out" / "model.safetensors", 8)
+    assert run(["inspect", "out"]) == 13
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "Did you mean 'recover'?" in error
+    assert "Hint:" in error
+
+
+def test_json_is_one_document_on_stdout(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, schema in (
+        (recover("--json", "--dry-run"), "weightops-write/1"),
+        (recover("--json"), "weightops-write/1"),
+        (["inspect", "out", "--json"], "weightops-inspect/1"),
+        (["verify", "out", "--json"], "weightops-verify/1"),
+        (["manifest", "out", "--json"], "weightops-manifest/1"),
+        (["env", "--json"], "weightops-env/1"),
+        (recover("--json"), "weightops-error/1"),
+        (["inspect", "nowhere", "--json"], "weightops-error/1"),
+    ):
+        run(arguments)
+        assert json.loads(capsys.readouterr().out)["schema"] == schema, arguments
+
+
+def test_checksum_lists_are_read_by_the_tools_they_are_for(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, tool in (("--md5sums", "md5sum"), ("--sha256sums", "sha256sum")):
+        assert run(["manifest", "model", option]) == 0
+        listing = capsys.readouterr().out
+        subprocess.run([tool, "-c", "--strict", "-"], input=listing, text=True, cwd=family / "model", check=True)
+
+
+def test_underscores_are_dashes(family: Path) -> None:
+    assert run(recover("--max_shard_size", "1MB", "--dry_run")) == 0
+    assert not (family / "out").exists()
+
+
+def test_names_from_files_cannot_move_the_cursor(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(family / "odd", {"a\x1b[2Jb\u202e": torch.ones(2)})
+    assert run(["inspect", "odd", "--tensors"]) == 0
+    write_checkpoint(family / "odd", {"a\x1b[2Jc": torch.ones(3)})
+    assert run(["recover", "--raw", "odd", "--diff", "zhixi-diff", "--out", "out"]) == 1
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "\u202e" not in captured.out + captured.err
+
+
+def test_unexpected_errors_show_no_traceback(
+    family: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("weightops.api.open_checkpoint", lambda path: 1 / 0)
+    assert run(["inspect", "model"]) == 1
+    assert "WEIGHTOPS_DEBUG=1" in capsys.readouterr().err
+    monkeypatch.setenv("WEIGHTOPS_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(["inspect", "model"])
+
+
+def weightops(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "weightops", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_without_a_terminal_there_is_one_line_per_shard(family: Path) -> None:
+    process = weightops("shard", "model", "--out", "out", "--max-shard-size", "200B", cwd=family)
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert err.splitlines() == [f"wrote model-0000{i}-of-00002.safetensors (360 B)" for i in (1, 2)]
+    assert "content " in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_the_run_and_it_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    layers = {f"layer.{i}": torch.randn(512, 1024).half() for i in range(60)}
+    write_checkpoint(tmp_path / "model", layers)
+    arguments = ("shard", "model", "--out", "out", "--max-shard-size", "1100KB")
+    process = weightops(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "out.partial").glob("model-*"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code
+    assert "the same command again" in err
+    assert not (tmp_path / "out").exists()
+    again = weightops(*arguments, cwd=tmp_path)
+    _, err = again.communicate()
+    assert again.returncode == 0
+    assert "kept model-00001-of-00060" in err
+    found = {n: t for p in sorted((tmp_path / "out").glob("*.safetensors")) for n, t in load_file(p).items()}
+    assert all(torch.equal(found[n], t) for n, t in layers.items())
+
+
+def test_help_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys; from weightops.cli.main import run; run(['--help']); print({'torch', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_bits_need_no_torch(family: Path) -> None:
+    """Diff, exact recovery, reshard, verify and inspect start without the second that importing torch takes."""
+    code = """
+import sys
+from weightops.cli.main import run
+for line in sys.stdin.read().splitlines():
+    assert run(line.split()) == 0, line
+print('torch' in sys.modules)
+"""
+    commands = """diff --raw llama-13b --tuned zhixi --out delta
+recover --raw llama-13b --diff delta --out again
+shard again --out reshard
+verify again
+inspect again"""
+    done = subprocess.run([sys.executable, "-c", code], input=commands, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_nothing_is_left_in_the_working_directory(family: Path) -> None:
+    before = digests(family)
+    assert run(recover("--dry-run")) == 0
+    assert run(["inspect", "model"]) == 0
+    assert digests(family) == before
+    assert os.listdir(family)

@@ -1,0 +1,52 @@
+"""kill -9 at every change to the disk of a whole run, then the same command: the same bytes as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import write_checkpoint
+
+import weightops
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    torch.manual_seed(0)
+    raw = {name: torch.randn(40, 50).half() for name in "abcd"}
+    write_checkpoint(folder / "raw", raw, shards=2)
+    write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()} | {"e": torch.ones(3)}, shards=2)
+    weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
+    write_checkpoint(folder / "published", {n: torch.randn(40, 50) for n in "abcd"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "diff --raw raw --tuned tuned",
+        "recover --raw raw --diff delta",
+        "recover --raw raw --diff delta --overwrite",
+        "recover --raw raw --diff published --format torch-1.12",
+    ],
+)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path, command: str) -> None:
+    folders = ("raw", "tuned", "delta", "published")
+    arguments = [str(family / word) if word in folders else word for word in command.split()]
+    out = family / "out"
+    killer = Path(__file__).with_name("killer.py")
+    done = subprocess.run(
+        [sys.executable, str(killer), str(out), *arguments, "--out", str(out), "--max-shard-size", "9KB"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] > 30
+    assert found["wrong"] == []

@@ -1,0 +1,29 @@
+"""weightops: ship, recover and check large-model weights, streaming and exact.
+
+The functions below are those of the command line. Importing this module imports nothing else: each name is
+looked up in `weightops.api` when it is first used, and torch is loaded only by what computes with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["diff", "inspect", "manifest", "open_checkpoint", "recover", "save", "shard", "verify"]
+
+if TYPE_CHECKING:
+    from weightops.api import diff, inspect, manifest, recover, save, shard, verify
+    from weightops.formats.folder import open_checkpoint
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from weightops import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m weightops`."""
+
+from weightops.cli.main import main
+
+main()

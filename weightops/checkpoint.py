@@ -1,0 +1,122 @@
+"""Checkpoints: read-only mappings from tensor names to lazy tensors, with their config and tokenizer files.
+
+Opening one costs headers only. What an operation derives is a checkpoint too, so operations compose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+
+from weightops.io import strict_json
+from weightops.io.source import SourceFile, read_source
+from weightops.lazy import LazyTensor
+from weightops.spec import DType, TensorSpec
+
+Digests = Mapping[str, str]
+"""xxh3_128 of tensors, by tensor name or by witness label."""
+
+
+class Copied(msgspec.Struct, frozen=True, tag="copied"):
+    """A sidecar file taken over as it is."""
+
+    file: SourceFile
+
+
+class Written(msgspec.Struct, frozen=True, tag="written"):
+    """A sidecar file whose bytes the plan holds."""
+
+    data: bytes
+
+
+Sidecar = Copied | Written
+
+
+class Document(msgspec.Struct, frozen=True, tag_field="document", tag=str.lower):
+    """A sidecar file that is written last, from the digests of what has been read and written."""
+
+    registry: ClassVar[dict[str, type[Document]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Document.registry[cls.__name__.lower()] = cls
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        raise NotImplementedError
+
+    def render(self, tensors: Mapping[str, tuple[TensorSpec, str]], witnesses: Digests) -> bytes:
+        """The file's bytes, from the written tensors' specs and digests, and the witnesses' digests."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Checkpoint(Mapping[str, LazyTensor]):
+    """Tensors in state-dict order, sidecar files by name, and what is known of where they came from.
+
+    `shards` gives the source file of each tensor; `watch` are tensors to be evaluated before anything is
+    written, for the checks and digests in them; `documents` are files that depend on digests.
+    """
+
+    name: str
+    tensors: Mapping[str, LazyTensor]
+    sidecars: Mapping[str, Sidecar] = field(default_factory=dict)
+    shards: Mapping[str, str] = field(default_factory=dict)
+    total_size: int | None = None
+    warnings: tuple[str, ...] = ()
+    watch: tuple[LazyTensor, ...] = ()
+    documents: tuple[Document, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    prefix: str | None = None
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def sidecar(self, name: str) -> bytes | None:
+        """The bytes of a sidecar file, if there is one of that name."""
+        match self.sidecars.get(name):
+            case Written(data):
+                return data
+            case Copied(file):
+                return read_source(Path(file.path))[1]
+            case _:
+                return None
+
+    def config(self) -> dict[str, Any]:
+        """config.json as data, empty when there is none."""
+        data = self.sidecar("config.json")
+        return strict_json.load_object(data, f"{self.name}: config.json") if data is not None else {}
+
+    def with_config(self, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Checkpoint:
+        """This checkpoint with an edited config.json; nothing happens when there is none, or no change."""
+        config = self.config()
+        edited = edit(dict(config))
+        if not config or edited == config:
+            return self
+        data = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+        return replace(self, sidecars={**self.sidecars, "config.json": Written(data)})
+
+    def with_dtype(self, dtype: DType) -> Checkpoint:
+        """This checkpoint with `dtype` named in its config.json, under the key that is there."""
+
+        def edit(config: dict[str, Any]) -> dict[str, Any]:
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            return {**config, key: dtype.value}
+
+        return self.with_config(edit)

@@ -1,0 +1,41 @@
+"""weightops diff"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from weightops import api
+from weightops.cli.options import FOLDER, WRITE_CODES, epilog, output_keywords, show_result, write_options
+from weightops.cli.output import running
+from weightops.operations.diff import METHODS
+
+
+@click.command("diff", epilog=epilog(WRITE_CODES))
+@click.option("--raw", type=FOLDER, required=True, help="The raw (base) checkpoint.")
+@click.option("--tuned", type=FOLDER, required=True, help="The checkpoint to be recovered from it.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="exact",
+    show_default=True,
+    help="exact: to the bit, for weightops; subtract: tuned - raw, as published in 2023.",
+)
+@click.option("--dtype", metavar="DTYPE", help="Arithmetic and dtype of a subtract diff; default float32.")
+@write_options
+def command(raw: Path, tuned: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Make a delta, so that who holds the raw weights can recover the tuned ones.
+
+    The exact method keeps the raw weights to itself, knows its base and its result by digest, and recovers
+    every dtype to the bit, grown vocabularies too.
+
+    \b
+    Example:
+      weightops diff --raw ./llama-13b --tuned ./zhixi --out ./zhixi-delta
+    """
+    workers = options["workers"]
+    with running(quiet) as control:
+        result = api.diff(raw, tuned, out, **output_keywords(options, control), **options)
+    show_result(result, as_json, quiet, workers)

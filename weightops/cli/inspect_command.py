@@ -1,0 +1,59 @@
+"""weightops inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightops import api
+from weightops.cli.options import FOLDER, READ_CODES, epilog
+from weightops.cli.output import human, print_json, table, warn
+from weightops.io.escape import escape
+from weightops.operations.inspect import Inspection
+
+
+@click.command("inspect", epilog=epilog(READ_CODES))
+@click.argument("path", type=FOLDER)
+@click.option("-t", "--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(path: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint holds, and what looks wrong with it, from its headers alone.
+
+    \b
+    Example:
+      weightops inspect ./model --tensors
+    """
+    found = api.inspect(path)
+    if as_json:
+        print_json(found.to_json())
+        return
+    click.echo(_text(found, tensors))
+    warn(found.warnings)
+
+
+def _text(found: Inspection, tensors: bool) -> str:
+    dtypes = ", ".join(f"{dtype} {human(nbytes)}" for dtype, nbytes in found.by_dtype().items())
+    lines = [
+        f"{escape(found.path)}: {found.kind}" + (f", {escape(found.model_type)}" if found.model_type else ""),
+        f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {human(found.nbytes)} ({dtypes})",
+    ]
+    if found.content_id:
+        lines.append(f"content {found.content_id} (from its manifest)")
+    if found.recipe:
+        sources = ", ".join(f"{k} {v}" for k, v in found.recipe.get("sources", {}).items())
+        lines.append(
+            f"made by {escape(str(found.recipe.get('operation')))}" + (f" from {escape(sources)}" if sources else "")
+        )
+    rows = [("file", "tensors", "size")]
+    rows += [(escape(n), str(count), human(nbytes)) for n, (count, nbytes) in found.by_shard().items()]
+    lines += ["", table(rows, right=(1, 2))]
+    if tensors:
+        rows = [("tensor", "dtype", "shape")]
+        rows += [(escape(n), s.dtype.value, str(list(s.shape))) for n, s in found.tensors.items()]
+        lines += ["", table(rows)]
+    if found.aliases:
+        lines += ["", *(f"{escape(alias)} shares the bytes of {escape(name)}" for alias, name in found.aliases.items())]
+    if found.sidecars:
+        lines += ["", f"beside the weights: {', '.join(map(escape, found.sidecars))}"]
+    return "\n".join(lines)

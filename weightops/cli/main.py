@@ -1,0 +1,126 @@
+"""The program: finds the command, runs it, and turns errors into one sentence, a hint and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from weightops import __version__
+from weightops.errors import WeightopsError
+
+COMMANDS = {
+    "recover": "Recover tuned weights from raw weights and a delta.",
+    "diff": "Make a delta between two checkpoints.",
+    "shard": "Rewrite a checkpoint in files of another size or format.",
+    "verify": "Check a folder against a manifest or checksum list.",
+    "manifest": "Digest a folder, for verify, md5sum, sha256sum or xxhsum.",
+    "inspect": "Show what a checkpoint holds, from its headers.",
+    "env": "Show versions and machine, for bug reports.",
+}
+EXIT_CODES = {
+    0: "done; checked and equal",
+    1: "error; the inputs do not belong together",
+    2: "wrong usage",
+    3: "checked, and it differs",
+    10: "source missing",
+    11: "output exists",
+    12: "the partial output is of another plan",
+    13: "corrupt or hostile input",
+    14: "authentication failed",
+    15: "locked by another run",
+    16: "not enough disk or memory",
+    130: "interrupted (143 by SIGTERM); the same command continues",
+}
+
+
+class _Commands(click.Group):
+    """Commands by name, each imported only when it is used: `--help` must not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"weightops.cli.{cmd_name}_command").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], COMMANDS, 1)
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _exit_code_help() -> str:
+    return "Exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items()) + "."
+
+
+@click.command(
+    cls=_Commands,
+    epilog=_exit_code_help(),
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "auto_envvar_prefix": "WEIGHTOPS",
+        "max_content_width": 110,
+    },
+)
+@click.version_option(__version__, prog_name="weightops")
+def cli() -> None:
+    """Ship, recover and check large-model weights: at the speed of the disk, in a few hundred MB, to the bit.
+
+    \b
+      weightops recover --raw ./llama-13b --diff ./zhixi-diff --out ./zhixi
+      weightops verify ./zhixi
+    """
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:] if args is None else list(args)))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    from weightops.cli.output import report_error
+
+    as_json = "--json" in args
+    try:
+        result = cli.main(args=list(args), prog_name="weightops", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f"{context.command_path} --help" if context else None
+        return report_error(error.format_message(), hint, error.exit_code, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return report_error("interrupted", None, 130, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except WeightopsError as error:
+        if os.environ.get("WEIGHTOPS_DEBUG"):
+            raise
+        return report_error(str(error), error.hint, error.exit_code, as_json)
+    except MemoryError:
+        return report_error("out of memory", "give fewer --workers", 16, as_json)
+    except Exception as error:
+        if os.environ.get("WEIGHTOPS_DEBUG"):
+            raise
+        message = f"unexpected {type(error).__name__}: {error}"
+        return report_error(message, "this is a bug: set WEIGHTOPS_DEBUG=1 for the traceback and report it", 1, as_json)

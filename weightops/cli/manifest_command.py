@@ -1,0 +1,57 @@
+"""weightops manifest"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightops import api
+from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options, workers_option
+from weightops.cli.output import running
+from weightops.errors import OutputExists
+from weightops.formats.manifest import NAME
+from weightops.io.atomic import write_whole
+from weightops.io.escape import escape
+from weightops.operations.manifest import checksum_list
+
+
+@click.command("manifest", epilog=epilog((*READ_CODES[:-1], 11, 130)))
+@click.argument("folder", type=FOLDER)
+@click.option("--md5sums", "lists", flag_value="md5", help="Print what `md5sum -c` reads; write nothing.")
+@click.option("--sha256sums", "lists", flag_value="sha256", help="Print what `sha256sum -c` reads; write nothing.")
+@click.option("--xxh128sums", "lists", flag_value="xxh3_128", help="Print what `xxhsum -c` reads; write nothing.")
+@click.option("--digest", "digests", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well.")
+@click.option("--overwrite", is_flag=True, help=f"Replace an existing {NAME}.")
+@workers_option
+@report_options
+def command(
+    folder: Path,
+    lists: str | None,
+    digests: tuple[str, ...],
+    overwrite: bool,
+    workers: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Digest every file and tensor of a folder, and keep the result in it as weightops-manifest.json.
+
+    \b
+    Example:
+      weightops manifest ./model
+      weightops manifest ./model --sha256sums > SHA256SUMS
+    """
+    target = folder / NAME
+    if lists is None and not as_json and target.exists() and not overwrite:
+        raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")
+    with running(quiet) as control:
+        chosen = (*digests, lists) if lists else digests
+        made = api.manifest(folder, digests=chosen, workers=workers, control=control)
+    if lists:
+        click.echo(checksum_list(made, lists), nl=False)
+    elif as_json:
+        click.echo(made.to_bytes().decode(), nl=False)
+    else:
+        write_whole(target, made.to_bytes())
+        click.echo(f"{escape(str(target))}: {len(made.files)} files, {len(made.tensors)} tensors")
+        click.echo(f"content {made.content_id}")

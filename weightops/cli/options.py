@@ -1,0 +1,136 @@
+"""Options that several commands share, and what they have in common when they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from weightops.api import Output, Result
+from weightops.cli.output import human, print_json, table, warn
+from weightops.engine.control import Control
+from weightops.engine.limits import peak_memory
+from weightops.engine.run import default_workers, free_disk
+from weightops.io.escape import escape
+from weightops.plan import CONTAINERS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+WRITE_CODES = (0, 1, 2, 3, 10, 11, 12, 13, 15, 16, 130)
+READ_CODES = (0, 1, 2, 10, 13, 130)
+
+
+def epilog(codes: Iterable[int]) -> str:
+    """The last paragraph of a command's help."""
+    from weightops.cli.main import EXIT_CODES
+
+    return "Exit codes: " + "; ".join(f"{code} {EXIT_CODES[code]}" for code in codes) + "."
+
+
+def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def report_options(command: Command) -> Command:
+    """--json and --quiet."""
+    return _apply(
+        [
+            click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress; errors only."),
+        ]
+    )(command)
+
+
+def workers_option(command: Command) -> Command:
+    """--workers."""
+    return _apply([click.option("--workers", type=click.IntRange(1, 256), help="Files in work at once.")])(command)
+
+
+def write_options(command: Command) -> Command:
+    """What every command that writes a checkpoint takes."""
+    return _apply(
+        [
+            click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write; appears when it is whole."),
+            click.option(
+                "--format",
+                type=click.Choice(CONTAINERS),
+                default="safetensors",
+                show_default=True,
+                help="Container; torch files are byte-identical to torch.save, torch-1.12 to that of 2022-23.",
+            ),
+            click.option(
+                "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="5GB, 2GiB, or `source`."
+            ),
+            click.option("--expect", metavar="MANIFEST", help="Publish only what matches this manifest, list or name."),
+            click.option("--digest", "digests", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well."),
+            click.option("-n", "--dry-run", is_flag=True, help="Show files, bytes, memory and disk; write nothing."),
+            click.option("--overwrite", is_flag=True, help="Replace an existing output once the new one is whole."),
+            click.option("--restart", is_flag=True, help="Throw away a partial output instead of continuing it."),
+            workers_option,
+            report_options,
+        ]
+    )(command)
+
+
+def output_keywords(options: dict[str, Any], control: Control) -> Output:
+    """The keywords of `api.Output` from a command's options, which it takes out of `options`."""
+    names = ("format", "max_shard_size", "expect", "digests", "workers", "overwrite", "restart", "dry_run")
+    chosen = {name: options.pop(name) for name in names}
+    return cast(Output, {**chosen, "control": control})
+
+
+def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None) -> None:
+    """What a writing command says when it is done, or with --dry-run would do."""
+    warn(result.warnings)
+    if as_json:
+        print_json(_result_document(result, workers))
+    elif result.manifest is None:
+        click.echo(_dry_run_text(result, workers))
+    elif not quiet:
+        nbytes, count = result.plan.total_nbytes, len(result.plan.shards)
+        kept = f", {len(result.resumed)} kept from before" if result.resumed else ""
+        click.echo(
+            f"{escape(str(result.out))}: {len(result.manifest.tensors)} tensors, {human(nbytes)} in {count} files{kept}"
+        )
+        click.echo(f"content {result.manifest.content_id}")
+
+
+def _result_document(result: Result, workers: int | None) -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "schema": "weightops-write/1",
+        "out": str(result.out),
+        "written": result.manifest is not None,
+        "fingerprint": plan.fingerprint,
+        "nbytes": plan.total_nbytes,
+        "peak_memory_nbytes": peak_memory(plan, workers or default_workers()),
+        "files": [{"name": n, "nbytes": size} for n, size in plan.shard_nbytes.items()],
+        "resumed": list(result.resumed),
+        "content_id": result.manifest.content_id if result.manifest else None,
+        "warnings": list(result.warnings),
+    }
+
+
+def _dry_run_text(result: Result, workers: int | None) -> str:
+    plan = result.plan
+    rows = [("file", "tensors", "size")]
+    rows += [(s.name, str(len(s.tensors)), human(plan.shard_nbytes[s.name])) for s in plan.shards]
+    rows += [("total", str(sum(1 for _ in plan.tensors)), human(plan.total_nbytes))]
+    memory = peak_memory(plan, workers or default_workers())
+    return "\n".join(
+        [
+            table(rows, right=(1, 2)),
+            "",
+            f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files",
+            f"memory   at most {human(memory)}",
+            f"disk     {human(plan.total_nbytes)} of {human(free_disk(result.out))} free",
+            f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
+        ]
+    )

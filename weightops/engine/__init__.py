@@ -1,0 +1,1 @@
+"""Running a plan: streaming, threads, commit, resume."""

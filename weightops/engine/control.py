@@ -1,0 +1,55 @@
+"""How a run talks to its surroundings: progress out, a request to stop in."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+from weightops.errors import Interrupted
+
+
+class Progress(Protocol):
+    """Told what is going on, from any thread."""
+
+    def start(self, what: str, total_nbytes: int) -> None:
+        """A phase begins that will move this many bytes."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many more bytes of the phase are done."""
+
+    def finish_file(self, name: str, nbytes: int, resumed: bool) -> None:
+        """A file is committed, now or (resumed) by an earlier run."""
+
+    def stop(self) -> None:
+        """The phase is over."""
+
+
+class Silent:
+    """Progress for nobody."""
+
+    def start(self, what: str, total_nbytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+    def finish_file(self, name: str, nbytes: int, resumed: bool) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Control:
+    """Progress, and a way to stop: `cancel` may be called from a signal handler or another thread."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress: Progress = progress or Silent()
+        self._stop = threading.Event()
+        self._signal = 2
+
+    def cancel(self, signal_number: int = 2) -> None:
+        """Ask everything that runs under this control to stop, as the signal would."""
+        self._signal = signal_number
+        self._stop.set()
+
+    def check(self) -> None:
+        """Raise `Interrupted` once `cancel` has been called; between two blocks of work."""
+        if self._stop.is_set():
+            raise Interrupted(self._signal)

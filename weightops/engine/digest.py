@@ -1,0 +1,56 @@
+"""Evaluating tensors for their digests alone, several at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+
+from weightops.engine.control import Control
+from weightops.engine.stream import BLOCK_NBYTES
+from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.witness import witness
+from weightops.spec import TensorSpec
+
+
+def digest_tensors(
+    tensors: Mapping[str, LazyTensor], workers: int | None = None, control: Control | None = None
+) -> dict[str, tuple[TensorSpec, str]]:
+    """Spec and xxh3_128 of each tensor, in order, read with one thread per core unless `workers` says otherwise."""
+    watched = [witness(tensor, name) for name, tensor in tensors.items()]
+    digests = watch("digesting", watched, workers or os.cpu_count() or 1, control or Control())
+    return {name: (tensor.spec, digests[name]) for name, tensor in tensors.items()}
+
+
+def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Control) -> dict[str, str]:
+    """Evaluate `tensors` for the witnesses in them; their digests by label."""
+    digests: dict[str, str] = {}
+
+    def drain(tensor: LazyTensor) -> None:
+        with Evaluator() as read:
+            for nbytes in read.drain(tensor, BLOCK_NBYTES):
+                control.check()
+                control.progress.advance(nbytes)
+            read.files.check_unchanged()
+            digests.update(read.witnesses)
+
+    control.progress.start(what, sum(tensor.nbytes for tensor in tensors))
+    in_threads(workers, control, [partial(drain, tensor) for tensor in tensors])
+    control.progress.stop()
+    return digests
+
+
+def in_threads(workers: int, control: Control, jobs: Iterable[Callable[[], None]]) -> None:
+    """Run all jobs; the first failure stops the others at their next block, and is raised."""
+    with ThreadPoolExecutor(workers) as executor:
+        futures = [executor.submit(job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            control.cancel()
+            raise

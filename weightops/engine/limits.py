@@ -1,0 +1,61 @@
+"""Memory: what a plan needs at most, and what this process may have."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from weightops.engine.stream import BLOCK_NBYTES, SLOTS
+from weightops.lazy import LazyTensor
+from weightops.ops.rows import MeanRow
+from weightops.plan import Plan
+
+_BASE_NBYTES = 200 << 20
+"""The interpreter with torch loaded."""
+
+
+def peak_memory(plan: Plan, workers: int) -> int:
+    """Anonymous memory in bytes that a run needs at most, whatever the size of the tensors."""
+    scratch = max((_scratch(tensor) for _, tensor in plan.tensors), default=0)
+    return _BASE_NBYTES + workers * (SLOTS * BLOCK_NBYTES + scratch)
+
+
+def _scratch(tensor: LazyTensor) -> int:
+    """Buffers in use at once: one block per op on the way to the deepest file range."""
+    block = max(BLOCK_NBYTES, tensor.grain)
+    own = MeanRow.scratch_nbytes() if isinstance(tensor.op, MeanRow) else 0
+    deepest = max(map(_scratch, tensor.inputs), default=0)
+    return own + deepest + (block if len(tensor.inputs) > 0 or tensor.grain > BLOCK_NBYTES else 0)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's, the cgroup's or its own limit, whichever is least."""
+    candidates = [_meminfo(), *_cgroup()]
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            candidates.append(soft)
+    return min(candidates)
+
+
+def _meminfo() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup() -> list[int]:
+    limits = []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return limits

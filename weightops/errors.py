@@ -1,0 +1,94 @@
+"""Every error that weightops raises on purpose.
+
+    WeightopsError            1    something went wrong; the message says what
+    ├── IncompatibleInputs    1    the inputs do not belong together (wrong base, names, shapes)
+    ├── UsageError            2    the request itself makes no sense
+    ├── Differs               3    checked, and it differs
+    ├── SourceMissing        10    an input is not there
+    ├── OutputExists         11    the output is there already
+    ├── PlanDiffers          12    a partial output was made by another plan
+    ├── CorruptInput         13    an input is malformed, truncated, changed under us or hostile
+    ├── AuthenticationFailed 14    the server wants another token
+    ├── Locked               15    another run holds the output
+    ├── NoRoom               16    not enough disk or memory
+    └── Interrupted     130/143    SIGINT or SIGTERM; the same command again continues
+
+The message is one sentence that names file, tensor, expected and found; `hint` says what to do next.
+The numbers are the exit codes of the command line, and part of its interface.
+"""
+
+
+class WeightopsError(Exception):
+    """The root: catch this to catch everything that weightops reports."""
+
+    exit_code: int = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class IncompatibleInputs(WeightopsError):
+    """The inputs are well-formed but do not belong together."""
+
+
+class UsageError(WeightopsError):
+    """The request cannot be meant as it stands."""
+
+    exit_code = 2
+
+
+class Differs(WeightopsError):
+    """A check ran to its end and the answer is no."""
+
+    exit_code = 3
+
+
+class SourceMissing(WeightopsError):
+    """An input file or folder does not exist."""
+
+    exit_code = 10
+
+
+class OutputExists(WeightopsError):
+    """The output exists and nobody asked to replace it."""
+
+    exit_code = 11
+
+
+class PlanDiffers(WeightopsError):
+    """A partial output exists, and another plan made it."""
+
+    exit_code = 12
+
+
+class CorruptInput(WeightopsError):
+    """An input is malformed, truncated, inconsistent with itself, or hostile."""
+
+    exit_code = 13
+
+
+class AuthenticationFailed(WeightopsError):
+    """A server refused the credentials."""
+
+    exit_code = 14
+
+
+class Locked(WeightopsError):
+    """Another process is writing this output."""
+
+    exit_code = 15
+
+
+class NoRoom(WeightopsError):
+    """Disk or memory would not suffice, or did not."""
+
+    exit_code = 16
+
+
+class Interrupted(WeightopsError):
+    """SIGINT or SIGTERM asked for a stop; what was committed stays."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted", hint="run the same command again to continue")
+        self.exit_code = 128 + signal_number

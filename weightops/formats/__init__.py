@@ -1,0 +1,1 @@
+"""One module per container and list format: headers to lazy tensors, and tensors to file layouts."""

@@ -1,0 +1,219 @@
+"""Opening a checkpoint: a file, or a folder with or without an index, in any container; headers only."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from weightops.checkpoint import Checkpoint, Copied, Sidecar
+from weightops.errors import CorruptInput, SourceMissing
+from weightops.formats import checksums, manifest
+from weightops.formats.index import ShardIndex, read_index
+from weightops.formats.safetensors import read_safetensors
+from weightops.formats.sniff import explain
+from weightops.formats.torch_legacy import read_torch
+from weightops.io.escape import escape
+from weightops.io.paths import inside, open_regular
+from weightops.io.source import FileReader, SourceFile
+from weightops.lazy import LazyTensor
+
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*|trainer_state)\.\w+")
+_NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+")
+_OTHER_WEIGHTS = (
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".ckpt",
+    ".npz",
+    ".ot",
+    ".tflite",
+    ".safetensors",
+    ".enc",
+)
+_NOT_CARRIED = {"README.md", manifest.NAME}
+_MAX_SIDECAR_NBYTES = 100_000_000
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a weight file, or of the weight files of a folder.
+
+    Raises `SourceMissing` when there are none, `CorruptInput` when headers, index and files disagree.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise SourceMissing(f"{escape(str(path))}: no such file or folder")
+    with FileReader() as files:
+        tensors, warnings = _read_weights(path, files)
+    return Checkpoint(path.name, tensors, shards=dict.fromkeys(tensors, path.name), warnings=warnings)
+
+
+def _open_folder(root: Path) -> Checkpoint:
+    names = sorted(entry.name for entry in root.iterdir())
+    index_name = find_index(names, root)
+    index = read_index(inside(root, index_name, str(root))) if index_name else None
+    files = index.files if index else _weights_without_index(names, root)
+    present = set(names)
+    missing = [name for name in files if name not in present and not (root / name).exists()]
+    if missing:
+        raise CorruptInput(
+            f"{escape(str(root))}: incomplete: {escape(index_name or '')} lists {len(missing)} files that are missing, "
+            f"{escape(missing[0])} first",
+            hint="download the missing files",
+        )
+    tensors: dict[str, LazyTensor] = {}
+    shards: dict[str, str] = {}
+    warnings: list[str] = []
+    with FileReader() as reader:
+        for name in files:
+            found, said = _read_weights(inside(root, name, str(root)), reader)
+            warnings += said
+            twice = next((t for t in found if t in tensors), None)
+            if twice is not None:
+                raise CorruptInput(
+                    f"{escape(str(root))}: {escape(twice)} is in both {shards[twice]} and {escape(name)}"
+                )
+            tensors |= found
+            shards |= dict.fromkeys(found, name)
+    if index and index_name:
+        _check_index(index, shards, f"{escape(str(root))}/{index_name}")
+        warnings += _index_warnings(index, index_name, tensors)
+    stray = [n for n in names if n not in files and _is_weights(n) and Path(n).suffix == Path(files[0]).suffix]
+    warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
+    sidecars, notes = _sidecars(root, names, files)
+    return Checkpoint(
+        root.resolve().name, tensors, sidecars, shards, index.total_size if index else None, (*warnings, *notes)
+    )
+
+
+def find_index(names: Iterable[str], root: Path) -> str | None:
+    """The index to go by: safetensors before torch, the usual name before others."""
+    found = [n for n in names if n.endswith(".index.json")]
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.bin"):
+        matching = [n for n in found if Path(n.removesuffix(".index.json")).match(pattern)]
+        if len(matching) > 1:
+            raise CorruptInput(
+                f"{escape(str(root))}: several indexes ({', '.join(map(escape, matching))})",
+                hint="keep one variant per folder",
+            )
+        if matching:
+            return matching[0]
+    return None
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(WEIGHT_SUFFIXES) and not name.startswith(".") and not _NOT_WEIGHTS.fullmatch(name)
+
+
+def _weights_without_index(names: Iterable[str], root: Path) -> list[str]:
+    """The weight files of a folder that has no index: one file, or one complete numbered set."""
+    names = list(names)
+    for suffixes in ((".safetensors",), _TORCH_SUFFIXES):
+        weights = [n for n in names if _is_weights(n) and n.endswith(suffixes)]
+        usual = [n for n in weights if n in ("model.safetensors", "pytorch_model.bin")]
+        if usual or len(weights) == 1:
+            (single,) = usual or weights
+            matched = _NUMBERED.fullmatch(single)
+            if matched and matched["count"] and int(matched["count"]) > 1:
+                _check_numbering(weights, root)
+            return [single]
+        if weights:
+            _check_numbering(weights, root)
+            return weights
+    raise SourceMissing(f"{escape(str(root))}: holds no weights (looked for {', '.join(WEIGHT_SUFFIXES)})")
+
+
+def _check_numbering(weights: list[str], root: Path) -> None:
+    """Accept `-0000i-of-0000n` sets from 0 or 1 without gaps, and `-i` sets; refuse anything else."""
+    shown = escape(str(root))
+    matches = [_NUMBERED.fullmatch(n) for n in weights]
+    if None in matches or len({(m["stem"], m["count"]) for m in matches if m}) > 1:
+        raise CorruptInput(
+            f"{shown}: holds {len(weights)} weight files, {escape(weights[0])} first, and no index",
+            hint="name one file, or add the index",
+        )
+    numbers = sorted(int(m["number"]) for m in matches if m)
+    count = matches[0]["count"] if matches[0] else None
+    first = 0 if numbers[0] == 0 else 1
+    last = first + len(numbers) - 1
+    complete = numbers == list(range(first, last + 1)) and (count is None or int(count) in (last, last + 1))
+    if not complete or (count is not None and first == 1 and int(count) != last):
+        raise CorruptInput(
+            f"{shown}: incomplete: shards {', '.join(map(str, numbers))} of {count or 'a numbered set'}, and no index",
+            hint="download the missing shards",
+        )
+
+
+def _read_weights(path: Path, files: FileReader) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Tensors of one file, and what there is to say about it."""
+    fd = open_regular(path)
+    try:
+        file = SourceFile.of(path, fd)
+        head = os.pread(fd, 64, 0)
+    finally:
+        os.close(fd)
+    if path.suffix == ".safetensors":
+        return read_safetensors(file, files).tensors, ()
+    if not head.startswith((b"PK", b"\x80")):
+        raise explain(head, file.shown, "not a file that torch.save wrote")
+    found = read_torch(path)
+    skipped = f"{escape(path.name)}: not tensors, left out: {', '.join(map(escape, found.extras[:10]))}"
+    return found.tensors, (skipped,) if found.extras else ()
+
+
+def _check_index(index: ShardIndex, shards: Mapping[str, str], shown: str) -> None:
+    """Index and headers must agree exactly; a loader that trusts either would lose tensors in silence."""
+    for tensor, name in index.weight_map.items():
+        actual = shards.get(tensor)
+        if actual != name:
+            where = f"it is in {escape(actual)}" if actual else "no shard holds it"
+            raise CorruptInput(f"{shown}: says {escape(tensor)} is in {escape(name)}, but {where}")
+    for tensor, name in shards.items():
+        if tensor not in index.weight_map:
+            raise CorruptInput(f"{shown}: does not list {escape(tensor)}, which is in {escape(name)}")
+
+
+def _index_warnings(index: ShardIndex, name: str, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    total = sum(t.nbytes for t in tensors.values())
+    unshared = sum(t.nbytes for t in set(tensors.values()))
+    if index.total_size in (None, total, unshared):
+        return []
+    return [f"{escape(name)}: total_size is {index.total_size}, the tensors have {total} bytes"]
+
+
+def _sidecars(root: Path, names: list[str], weights: list[str]) -> tuple[dict[str, Sidecar], list[str]]:
+    """The folder's other files, as far as they describe the model rather than these very files."""
+    sidecars: dict[str, Sidecar] = {}
+    notes = []
+    for name in names:
+        path = root / name
+        if (
+            name in weights
+            or name in _NOT_CARRIED
+            or name.startswith(".")
+            or name.endswith((".index.json", *_OTHER_WEIGHTS))
+            or checksums.is_checksum_list(name)
+            or _is_weights(name)
+            or _NOT_WEIGHTS.fullmatch(name)
+            or not path.is_file()
+        ):
+            continue
+        fd = open_regular(inside(root, name, str(root)))
+        try:
+            file = SourceFile.of(path, fd)
+        finally:
+            os.close(fd)
+        if file.nbytes > _MAX_SIDECAR_NBYTES:
+            notes.append(f"{escape(name)}: {file.nbytes} bytes, not a config or tokenizer file: not carried along")
+            continue
+        if name.endswith(".py"):
+            notes.append(f"{escape(name)}: code, carried along as data and never run")
+        sidecars[name] = Copied(file)
+    return sidecars, notes

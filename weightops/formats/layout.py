@@ -1,0 +1,58 @@
+"""The layout of a file to be written: known to the byte before any tensor is computed.
+
+A container format's writer is a pure function from names and specs to a layout; the engine streams it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Crcs = Mapping[str, int]
+"""CRC-32 of each tensor's bytes, by tensor name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes known now."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The bytes of the tensor `name`."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """`nbytes` bytes that depend on the CRC-32 of tensors placed before them."""
+
+    nbytes: int
+    render: Callable[[Crcs], bytes]
+
+
+Piece = Literal | Data | Late
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A file, piece by piece, without gaps. `aliases` names tensors that share the bytes of an earlier one."""
+
+    pieces: tuple[Piece, ...]
+    aliases: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def needs_crc(self) -> bool:
+        return any(isinstance(piece, Late) for piece in self.pieces)

@@ -1,0 +1,85 @@
+"""`weightops-manifest.json`: what a finished folder holds, down to the digest of each tensor.
+
+Written last, so its presence means that the folder is complete. It holds no time, host or path: the same
+operation on the same inputs gives the same manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from weightops.errors import CorruptInput
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.io.paths import check_relative
+from weightops.io.source import read_source
+from weightops.spec import DType, TensorSpec
+
+NAME = "weightops-manifest.json"
+SCHEMA: Final = "weightops-manifest/1"
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file: its size in bytes and lower-case hexadecimal digests by algorithm name."""
+
+    nbytes: int
+    digests: dict[str, str]
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor: `xxh3_128` is over its contiguous little-endian bytes, whatever the container."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    xxh3_128: str
+    file: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.dtype, self.shape)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A folder. `content_id` depends on the tensors alone: re-sharding or another container keeps it."""
+
+    schema: Literal["weightops-manifest/1"]
+    content_id: str
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+    recipe: dict[str, Any] = {}
+    provenance: dict[str, str] = {}
+
+    def to_bytes(self) -> bytes:
+        return strict_json.dumps(msgspec.to_builtins(self))
+
+
+def content_id(tensors: Mapping[str, tuple[TensorSpec, str]]) -> str:
+    """SHA-256 over the sorted lines `name NUL dtype NUL shape NUL xxh3_128 LF`."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        spec, digest = tensors[name]
+        shape = ",".join(map(str, spec.shape))
+        state.update(f"{name}\0{spec.dtype.value}\0{shape}\0{digest}\n".encode())
+    return state.hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; raises `CorruptInput` for anything but a well-formed one."""
+    _, data = read_source(path)
+    shown = escape(str(path))
+    document = strict_json.load_object(data, shown)
+    try:
+        manifest = msgspec.convert(document, Manifest)
+    except msgspec.ValidationError as error:
+        raise CorruptInput(f"{shown}: not a weightops manifest ({escape(str(error))})") from None
+    for name in manifest.files:
+        check_relative(name, shown)
+    found = content_id({n: (t.spec, t.xxh3_128) for n, t in manifest.tensors.items()})
+    if found != manifest.content_id:
+        raise CorruptInput(f"{shown}: content_id is {manifest.content_id}, its tensors give {found}")
+    return manifest

@@ -1,0 +1,124 @@
+"""safetensors files: header to lazy tensors, and specs to a file layout.
+
+Format: https://github.com/huggingface/safetensors#format. The reader is stricter than the library where the
+library accepts what two readers could understand differently; the layout is byte-identical to its `save_file`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightops.errors import CorruptInput, UsageError
+from weightops.formats.layout import Data, Layout, Literal
+from weightops.formats.sniff import explain
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.io.source import FileReader, SourceFile
+from weightops.lazy import LazyTensor
+from weightops.ops.stored import Stored
+from weightops.spec import DType, TensorSpec
+
+MAX_HEADER_NBYTES = 100_000_000
+MAX_RANK = 64
+MAX_TENSORS = 250_000
+"""Per file: above what any model has, below what takes long to read."""
+_MAX_COUNT = 1 << 48
+_ORDER = {dtype: i for i, dtype in enumerate(DType)}
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """One file: its tensors in the order of their bytes, and the header's `__metadata__`."""
+
+    file: SourceFile
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str]
+
+
+def read_safetensors(file: SourceFile, files: FileReader) -> SafetensorsFile:
+    """Read a header; raises `CorruptInput` unless it describes every byte of the file exactly once."""
+    name = file.shown
+    head = files.read(file, 0, min(64, file.nbytes))
+    if file.nbytes < 8:
+        raise explain(head, name, f"{file.nbytes} bytes is too short for a safetensors file")
+    header_nbytes = int.from_bytes(head[:8], "little")
+    if header_nbytes > min(MAX_HEADER_NBYTES, file.nbytes - 8):
+        raise explain(head, name, f"header of {header_nbytes} bytes in a file of {file.nbytes}")
+    if head[8:9] != b"{":
+        raise explain(head, name, "the header does not begin with '{'")
+    header = strict_json.load_object(files.read(file, 8, header_nbytes), f"{name}: header")
+    if len(header) > MAX_TENSORS:
+        raise CorruptInput(f"{name}: the header lists {len(header)} tensors, at most {MAX_TENSORS} are read")
+    metadata = _metadata(header.pop("__metadata__", None), name)
+    start = 8 + header_nbytes
+    entries = [(*_entry(key, value, name), key) for key, value in header.items()]
+    entries.sort(key=lambda e: (e[1], e[2]))
+    position = 0
+    tensors = {}
+    for spec, begin, end, key in entries:
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise CorruptInput(f"{name}: {escape(key)} begins at byte {begin} and {fault}, expected {position}")
+        position = end
+        tensors[key] = LazyTensor.make(Stored(file, start + begin, spec.dtype, spec.shape))
+    if start + position != file.nbytes:
+        fault = "truncated" if start + position > file.nbytes else "followed by bytes that belong to no tensor"
+        raise CorruptInput(f"{name}: {fault}: the header describes {start + position} bytes, found {file.nbytes}")
+    return SafetensorsFile(file, tensors, metadata)
+
+
+def _metadata(value: Any, name: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise CorruptInput(f"{name}: __metadata__ must map strings to strings")
+    return value
+
+
+def _entry(key: str, value: Any, name: str) -> tuple[TensorSpec, int, int]:
+    """Spec, begin and end of one header entry."""
+    where = f"{name}: {escape(key)}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CorruptInput(f"{where}: expected exactly dtype, shape and data_offsets")
+    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype = DType.__members__.get(code) if isinstance(code, str) else None
+    if dtype is None or not dtype.in_safetensors:
+        raise CorruptInput(f"{where}: unknown dtype {escape(str(code)[:100])!r}")
+    if not _is_counts(shape) or len(shape) > MAX_RANK:
+        raise CorruptInput(f"{where}: the shape must be at most {MAX_RANK} sizes, each a count below 2**48")
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CorruptInput(f"{where}: data_offsets must be two ascending counts")
+    spec = TensorSpec(dtype, tuple(shape))
+    begin, end = offsets
+    if spec.numel * dtype.bits != (end - begin) * 8:
+        raise CorruptInput(
+            f"{where}: {spec} takes {spec.numel * dtype.bits} bits, its offsets span {end - begin} bytes"
+        )
+    return spec, begin, end
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _MAX_COUNT for n in value)
+
+
+def safetensors_layout(tensors: Sequence[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> Layout:
+    """The file `safetensors.torch.save_file` writes: by descending alignment, then name; header padded to 8.
+
+    `save_file` itself writes several metadata keys in an order that varies; here they are sorted.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    pieces = []
+    position = 0
+    for name, spec in sorted(tensors, key=lambda t: (-_ORDER[t[1].dtype], t[0].encode())):
+        if not spec.dtype.in_safetensors:
+            raise UsageError(f"{escape(name)}: safetensors has no {spec.dtype.value}", hint="use --format torch")
+        end = position + spec.nbytes
+        header[name] = {"dtype": spec.dtype.name, "shape": spec.shape, "data_offsets": (position, end)}
+        pieces.append(Data(name, spec.nbytes))
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return Layout((Literal(len(text).to_bytes(8, "little") + text), *pieces), {})

@@ -1,0 +1,64 @@
+"""Files and folders that are there whole or not at all, also after a power cut."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from weightops.io.direct import write_failure
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise write_failure(folder, error) from None
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished, flushed file its name, durably. Both are in the same folder."""
+    try:
+        os.replace(temporary, final)
+    except OSError as error:
+        raise write_failure(final, error) from None
+    fsync_folder(final.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file: temporary name, flush, rename, flush the folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise write_failure(path, error) from None
+    publish(temporary, path)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two existing paths in one step; False where system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    done: bool = rename(*arguments) == 0
+    return done

@@ -1,0 +1,239 @@
+"""Digests of whole files: one pass for any number of algorithms, several files at a time.
+
+All hash functions release the GIL, so threads suffice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+from weightops.errors import CorruptInput, Interrupted, UsageError, WeightopsError
+from weightops.io.escape import escape
+from weightops.io.paths import open_regular
+
+HEX_DIGITS = {
+    "md5": 32,
+    "sha1": 40,
+    "sha256": 64,
+    "sha512": 128,
+    "blake2b": 128,
+    "b3": 64,
+    "xxh64": 16,
+    "xxh3_64": 16,
+    "xxh3_128": 32,
+}
+"""The algorithms, and the length of their digests in hexadecimal digits."""
+
+_XXHASH: dict[str, Callable[[], Hasher]] = {
+    "xxh64": xxhash.xxh64,
+    "xxh3_64": xxhash.xxh3_64,
+    "xxh3_128": xxhash.xxh3_128,
+}
+_BLOCK_NBYTES = 1 << 20
+_THREAD_BLOCK_NBYTES = 4 << 20
+"""Larger where a block changes threads, so that this takes next to no time beside the hashing."""
+
+
+class Hasher(Protocol):
+    """A running digest."""
+
+    def update(self, data: memoryview, /) -> object:
+        """Add the bytes to the digest."""
+
+    def hexdigest(self) -> str:
+        """The digest so far, in lower-case hexadecimal."""
+
+
+class FileDigests(NamedTuple):
+    """A file's size in bytes, and its digests by algorithm."""
+
+    nbytes: int
+    digests: dict[str, str]
+
+
+def new_hasher(algorithm: str) -> Hasher:
+    """A fresh digest; its hexadecimal form is what md5sum, sha256sum, b2sum, b3sum and xxhsum print.
+
+    Raises `UsageError` for an unknown algorithm, or for b3 without the blake3 package.
+    """
+    if algorithm not in HEX_DIGITS:
+        raise UsageError(f"unknown digest algorithm {escape(algorithm)!r}, expected one of {', '.join(HEX_DIGITS)}")
+    if algorithm in _XXHASH:
+        return _XXHASH[algorithm]()
+    if algorithm == "b3":
+        return _new_blake3()
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def _new_blake3() -> Hasher:
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise UsageError(
+            "b3 digests need the blake3 package, which is not installed", hint="pip install 'weightops[b3]'"
+        ) from None
+    hasher: Hasher = blake3()
+    return hasher
+
+
+def hash_file(
+    path: Path,
+    algorithms: Collection[str],
+    on_bytes: Callable[[int], object] | None = None,
+    cancelled: Callable[[], object] | None = None,
+) -> FileDigests:
+    """Read a regular file once and digest it by every algorithm.
+
+    Between blocks of at most 4 MiB, `on_bytes` is told how many bytes were read, and `cancelled` raises in order
+    to stop.
+    Raises `SourceMissing`, `CorruptInput` when it is no regular file or changes meanwhile, `WeightopsError` when
+    it cannot be read.
+    """
+    hashers = {name: new_hasher(name) for name in algorithms}
+
+    def tick(nbytes: int) -> None:
+        if on_bytes is not None and nbytes:
+            on_bytes(nbytes)
+        if cancelled is not None:
+            cancelled()
+
+    with open(open_regular(path), "rb", buffering=0) as file:
+        before = os.fstat(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        # The xxHash family outruns the disk and the page cache: handing its blocks to a thread would cost more.
+        threaded = before.st_size > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
+        block_nbytes = _THREAD_BLOCK_NBYTES if threaded else _BLOCK_NBYTES
+        update = _update_threaded if threaded else _update
+        nbytes = update(list(hashers.values()), _blocks(file, escape(str(path)), before.st_size, block_nbytes, tick))
+        after = os.fstat(file.fileno())
+    if nbytes != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise CorruptInput(
+            f"{escape(str(path))}: changed while it was being hashed"
+            f" (expected {before.st_size} bytes, found {max(nbytes, after.st_size)})",
+            hint="wait until whatever writes it has finished, then run the command again",
+        )
+    return FileDigests(nbytes, {name: hasher.hexdigest() for name, hasher in hashers.items()})
+
+
+def _blocks(
+    file: FileIO, shown: str, nbytes: int, block_nbytes: int, tick: Callable[[int], None]
+) -> Iterator[memoryview]:
+    """The file, block by block, in two buffers by turns: a block stays whole while the next one is read.
+
+    Stops soon after `nbytes`, lest a file that grows as fast as it is read keep us forever.
+    """
+    buffers = [memoryview(bytearray(min(nbytes + 1, block_nbytes))) for _ in range(2)]
+    done = 0
+    tick(0)
+    while done <= nbytes:
+        try:
+            count = file.readinto(buffers[0])
+        except OSError as error:
+            raise WeightopsError(f"{shown}: cannot be read at byte {done} ({error.strerror})") from None
+        if not count:
+            return
+        yield buffers[0][:count]
+        buffers.reverse()
+        done += count
+        tick(count)
+
+
+def _update(hashers: Sequence[Hasher], blocks: Iterator[memoryview]) -> int:
+    nbytes = 0
+    for block in blocks:
+        for hasher in hashers:
+            hasher.update(block)
+        nbytes += len(block)
+    return nbytes
+
+
+def _update_threaded(hashers: Sequence[Hasher], blocks: Iterator[memoryview]) -> int:
+    """The same with a thread for each hasher, while this one reads the next block."""
+    nbytes = 0
+    with ThreadPoolExecutor(len(hashers), "hash") as pool:
+        pending: list[Future[object]] = []
+        for block in blocks:
+            _finish(pending)
+            pending = [pool.submit(hasher.update, block) for hasher in hashers]
+            nbytes += len(block)
+        _finish(pending)
+    return nbytes
+
+
+def _finish(pending: Sequence[Future[object]]) -> None:
+    for future in pending:
+        future.result()
+
+
+def hash_files(
+    files: Sequence[tuple[Path, Collection[str]]],
+    *,
+    workers: int | None = None,
+    on_bytes: Callable[[int], object] | None = None,
+    cancelled: Callable[[], object] | None = None,
+) -> list[FileDigests | WeightopsError]:
+    """Digest each file by its algorithms, `workers` files at a time (by default one per core), largest first.
+
+    The results stand in the order of `files`; a file that cannot be hashed has its error in its place. Callbacks
+    as for `hash_file`, one call at a time but from several threads. An exception from a callback, and a
+    KeyboardInterrupt, stop all workers within a block and come out here.
+    Raises `UsageError` for an algorithm that is unknown or not installed.
+    """
+    for algorithm in {name for _, algorithms in files for name in algorithms}:
+        new_hasher(algorithm)
+    if workers is not None and workers < 1:
+        raise UsageError(f"cannot hash with {workers} workers, expected at least 1")
+    stop = threading.Event()
+    lock = threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        with lock:
+            if on_bytes is not None:
+                on_bytes(nbytes)
+
+    def check() -> None:
+        if stop.is_set():
+            raise Interrupted(signal.SIGINT)
+        with lock:
+            if cancelled is not None:
+                cancelled()
+
+    def work(path: Path, algorithms: Collection[str]) -> FileDigests | WeightopsError:
+        try:
+            return hash_file(path, algorithms, advance, check)
+        except Interrupted:
+            raise
+        except WeightopsError as error:
+            return error
+
+    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "hash-file")
+    try:
+        futures = {i: pool.submit(work, *files[i]) for i in _largest_first([path for path, _ in files])}
+        for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return [futures[i].result() for i in range(len(files))]
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _largest_first(paths: Sequence[Path]) -> list[int]:
+    """Indices of `paths`; what cannot be asked for its size goes last, and fails when its turn comes."""
+
+    def nbytes(index: int) -> int:
+        try:
+            return paths[index].stat().st_size
+        except OSError:
+            return 0
+
+    return sorted(range(len(paths)), key=nbytes, reverse=True)

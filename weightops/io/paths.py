@@ -1,0 +1,71 @@
+"""Paths: names from strangers stay inside their folder, and only regular files are opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from weightops.errors import CorruptInput, SourceMissing, WeightopsError
+from weightops.io.escape import escape
+
+
+def check_relative(name: str, what: str) -> str:
+    """Return `name` if it is a plain relative POSIX path below its folder; else raise `CorruptInput`."""
+    parts = name.split("/")
+    bad = (
+        not name
+        or len(name) > 1024
+        or "\\" in name
+        or name.startswith("/")
+        or any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
+        or (len(parts[0]) > 1 and parts[0][1] == ":")
+        or escape(name) != name
+    )
+    if bad:
+        raise CorruptInput(f"{what}: the file name {escape(name)!r} is not a plain path inside the folder")
+    return name
+
+
+def inside(root: Path, name: str, what: str) -> Path:
+    """Resolve `name` below `root`, following symbolic links only as far as they stay inside.
+
+    The snapshot folders of the Hugging Face cache link to blobs beside them; those count as inside.
+    """
+    path = root / check_relative(name, what)
+    real_root = Path(os.path.realpath(root))
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(_trusted_root(real_root)):
+        raise CorruptInput(
+            f"{what}: {escape(name)!r} is a link that leaves the folder {escape(str(root))}",
+            hint="name the folder that really holds the file, or copy the file",
+        )
+    return path
+
+
+def _trusted_root(root: Path) -> Path:
+    """The cache folder when `root` is a snapshot in a Hugging Face cache, else `root` itself."""
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        return root.parent.parent.parent
+    return root
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor; never blocks on a FIFO or device.
+
+    Raises `SourceMissing` when there is no such file, `CorruptInput` when it is not a regular file.
+    """
+    shown = escape(str(path))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise SourceMissing(f"{shown}: no such file") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise CorruptInput(f"{shown}: not a regular file") from None
+        raise WeightopsError(f"{shown}: cannot be opened ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CorruptInput(f"{shown}: not a regular file")
+    return fd

@@ -1,0 +1,68 @@
+"""JSON from strangers: no duplicate keys, no NaN, no unbounded nesting or numbers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from weightops.errors import CorruptInput
+from weightops.io.escape import escape
+
+MAX_BYTES = 100_000_000
+"""The safetensors format's own limit on a header, and ample for any index or config."""
+
+
+def loads(data: bytes, what: str) -> Any:
+    """Parse UTF-8 JSON; `what` names the document in errors.
+
+    Raises `CorruptInput` for anything that two parsers could read in two ways.
+    """
+    if len(data) > MAX_BYTES:
+        raise CorruptInput(f"{what}: JSON of {len(data)} bytes, at most {MAX_BYTES} are read")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise CorruptInput(f"{what}: the key {escape(key)!r} occurs twice")
+        return result
+
+    def reject_constant(name: str) -> NoReturn:
+        raise CorruptInput(f"{what}: {name} is not JSON")
+
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=reject_constant)
+    except UnicodeDecodeError as error:
+        raise CorruptInput(f"{what}: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise CorruptInput(f"{what}: JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise CorruptInput(f"{what}: not JSON at character {error.pos} ({error.msg})") from None
+    except ValueError:
+        raise CorruptInput(f"{what}: JSON holds a number of too many digits") from None
+    if "\\u" in text:
+        _reject_surrogates(value, what)
+    return value
+
+
+def load_object(data: bytes, what: str) -> dict[str, Any]:
+    """Like `loads`, for documents whose top level must be an object."""
+    value = loads(data, what)
+    if not isinstance(value, dict):
+        raise CorruptInput(f"{what}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _reject_surrogates(value: object, what: str) -> None:
+    """Refuse half of a surrogate pair: it cannot be written back as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CorruptInput(f"{what}: a string holds half of a surrogate pair") from None
+
+
+def dumps(value: object, *, ascii_only: bool = False) -> bytes:
+    """Readable canonical JSON: sorted keys, two spaces, LF at the end; the same bytes on every run."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=ascii_only) + "\n").encode("utf-8")

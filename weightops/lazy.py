@@ -1,0 +1,145 @@
+"""Lazy tensors: what to compute, as a value; nothing is read until somebody asks for bytes.
+
+A tensor is addressed by the bytes of its contiguous little-endian form. Asking for a range of them walks
+the tree of ops; every op writes straight into the buffer that it is given, so a block of a few MiB is read,
+computed and hashed while it is in cache, and memory does not depend on the size of the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import msgspec
+
+from weightops.io.source import FileReader
+from weightops.spec import TensorSpec
+
+
+class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
+    """A pure function on tensors, with its parameters. Knows no names and no files (`Stored` excepted).
+
+    `grain` is the number of output bytes that cannot be computed apart: an element, a row, or everything.
+    """
+
+    registry: ClassVar[dict[str, type[Op]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Op.registry[cls.__name__.lower()] = cls
+
+    @abstractmethod
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        """The output's dtype and shape."""
+
+    @abstractmethod
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        """Write the output's bytes `[start, start + len(out))`, a range of whole grains, into `out`."""
+
+    def skip(self, tensor: LazyTensor, read: Evaluator) -> None:
+        """Called instead of `fill` on a tensor without bytes; for ops that note what passes by."""
+
+    def grain(self, tensor: LazyTensor) -> int:
+        """By default that of an elementwise op: whatever its inputs need, counted in its own elements."""
+        itemsize = tensor.spec.dtype.itemsize
+        return math.lcm(itemsize, *(max(1, t.grain // t.spec.dtype.itemsize) * itemsize for t in tensor.inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """An op applied to inputs. Equal values are the same bytes, which is how shared tensors stay shared."""
+
+    op: Op
+    inputs: tuple[LazyTensor, ...]
+    spec: TensorSpec
+
+    @property
+    def grain(self) -> int:
+        return self.op.grain(self)
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+    def walk(self) -> Iterator[LazyTensor]:
+        """This tensor and everything it is made of."""
+        yield self
+        for tensor in self.inputs:
+            yield from tensor.walk()
+
+    def to_json(self) -> dict[str, Any]:
+        document: dict[str, Any] = msgspec.to_builtins(self.op)
+        if self.inputs:
+            document["inputs"] = [t.to_json() for t in self.inputs]
+        return document
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Self:
+        op = msgspec.convert({k: v for k, v in document.items() if k != "inputs"}, Op.registry[document["op"]])
+        return cls.make(op, *(cls.from_json(d) for d in document.get("inputs", ())))
+
+    @classmethod
+    def make(cls, op: Op, *inputs: LazyTensor) -> Self:
+        return cls(op, inputs, op.spec(*(t.spec for t in inputs)))
+
+
+class Evaluator:
+    """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far."""
+
+    def __init__(self) -> None:
+        self.files = FileReader()
+        self.running: dict[LazyTensor, Any] = {}
+        """State of the ops that watch a tensor's bytes go by (digests, CRCs), by node."""
+        self.witnesses: dict[str, str] = {}
+        """Digests of tensors that were watched to their end, by label."""
+        self._spare: list[bytearray] = []
+
+    def __call__(self, tensor: LazyTensor, start: int, out: memoryview) -> None:
+        """Write the bytes `[start, start + len(out))` of `tensor` into `out`; any range will do."""
+        if not out:
+            for node in tensor.walk():
+                node.op.skip(node, self)
+            return
+        grain, stop = tensor.grain, start + len(out)
+        whole_start = start - start % grain
+        whole_stop = min(-(-stop // grain) * grain, tensor.nbytes)
+        if (whole_start, whole_stop) == (start, stop):
+            tensor.op.fill(tensor, start, out, self)
+            return
+        with self.scratch(whole_stop - whole_start) as whole:
+            tensor.op.fill(tensor, whole_start, whole, self)
+            out[:] = whole[start - whole_start : stop - whole_start]
+
+    def drain(self, tensor: LazyTensor, block_nbytes: int) -> Iterator[int]:
+        """Evaluate all of `tensor` for what its ops note on the way; yields the size of each block when done."""
+        block = max(block_nbytes // tensor.grain, 1) * tensor.grain if tensor.nbytes else 0
+        with self.scratch(min(block, tensor.nbytes)) as buffer:
+            for start in range(0, max(tensor.nbytes, 1), max(block, 1)):
+                part = buffer[: tensor.nbytes - start]
+                self(tensor, start, part)
+                yield len(part)
+
+    @contextmanager
+    def scratch(self, nbytes: int) -> Iterator[memoryview]:
+        """Memory for the length of a `with` block, reused by the next: fresh pages cost more than most ops."""
+        buffer = self._spare.pop() if self._spare else bytearray(nbytes)
+        if len(buffer) < nbytes:
+            buffer = bytearray(nbytes)
+        try:
+            yield memoryview(buffer)[:nbytes]
+        finally:
+            self._spare.append(buffer)
+
+    def close(self) -> None:
+        self.files.close()
+        self._spare.clear()
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

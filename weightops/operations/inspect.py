@@ -1,0 +1,101 @@
+"""Inspect: what a checkpoint holds and what looks wrong with it, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightops.checkpoint import Checkpoint
+from weightops.formats import delta, manifest
+from weightops.plan import find_aliases
+from weightops.spec import TensorSpec
+
+SCHEMA = "weightops-inspect/1"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's inventory."""
+
+    path: str
+    kind: str
+    tensors: dict[str, TensorSpec]
+    shards: dict[str, str]
+    aliases: dict[str, str]
+    sidecars: tuple[str, ...]
+    warnings: tuple[str, ...]
+    model_type: str | None
+    content_id: str | None
+    recipe: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Elements, shared ones once."""
+        return sum(spec.numel for name, spec in self.tensors.items() if name not in self.aliases)
+
+    def by_dtype(self) -> dict[str, int]:
+        """Bytes by dtype, most first."""
+        count: Counter[str] = Counter()
+        for spec in self.tensors.values():
+            count[spec.dtype.value] += spec.nbytes
+        return dict(count.most_common())
+
+    def by_shard(self) -> dict[str, tuple[int, int]]:
+        """Number of tensors and their bytes in each file."""
+        result: dict[str, tuple[int, int]] = {}
+        for name, spec in self.tensors.items():
+            count, nbytes = result.get(self.shards[name], (0, 0))
+            result[self.shards[name]] = (count + 1, nbytes + spec.nbytes)
+        return dict(sorted(result.items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole of it as one document."""
+        return {
+            "schema": SCHEMA,
+            "path": self.path,
+            "kind": self.kind,
+            "model_type": self.model_type,
+            "nbytes": self.nbytes,
+            "parameters": self.parameters,
+            "dtypes": self.by_dtype(),
+            "shards": {n: {"tensors": c, "nbytes": b} for n, (c, b) in self.by_shard().items()},
+            "aliases": self.aliases,
+            "sidecars": list(self.sidecars),
+            "warnings": list(self.warnings),
+            "content_id": self.content_id,
+            "recipe": self.recipe,
+            "tensors": {
+                name: {
+                    "dtype": spec.dtype.value,
+                    "shape": list(spec.shape),
+                    "nbytes": spec.nbytes,
+                    "file": self.shards[name],
+                }
+                for name, spec in self.tensors.items()
+            },
+        }
+
+
+def inspect(checkpoint: Checkpoint, path: Path) -> Inspection:
+    """The inventory of an opened checkpoint; `content_id` and `recipe` are what its manifest says, if it has one."""
+    recorded = path / manifest.NAME
+    found = manifest.read_manifest(recorded) if recorded.is_file() else None
+    model_type = checkpoint.config().get("model_type")
+    return Inspection(
+        path=str(path),
+        kind="exact delta" if delta.NAME in checkpoint.sidecars else "checkpoint",
+        tensors={name: tensor.spec for name, tensor in checkpoint.items()},
+        shards=dict(checkpoint.shards),
+        aliases=find_aliases(checkpoint.tensors),
+        sidecars=tuple(sorted(checkpoint.sidecars)),
+        warnings=checkpoint.warnings,
+        model_type=model_type if isinstance(model_type, str) else None,
+        content_id=found.content_id if found else None,
+        recipe=found.recipe if found else {},
+    )

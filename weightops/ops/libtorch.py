@@ -1,0 +1,124 @@
+"""The arithmetic: torch's own kernels, called through libtorch's C interface where that saves importing torch.
+
+`import torch` takes more than a second, longer than adding a billion weights. The kernels are in `libtorch_cpu`,
+which has a C interface with a stable ABI (torch/csrc/inductor/aoti_torch/c/shim.h); loading it alone takes a
+fifth of that. It is used for floating-point types; without it, or for other types, torch is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightops.spec import DType
+
+if TYPE_CHECKING:
+    import torch
+
+_BY_C = {d for d in DType if d.is_float and not d.is_packed and d not in (DType.F8_E8M0, DType.F6_E2M3, DType.F6_E3M2)}
+_ADDED_BY_C = {DType.F16, DType.BF16, DType.F32, DType.F64}
+
+
+def as_torch(buffer: memoryview, dtype: DType) -> torch.Tensor:
+    """A flat tensor on the memory of `buffer`, without a copy. Imports torch."""
+    import torch
+
+    tensor: torch.Tensor = torch.frombuffer(buffer, dtype=getattr(torch, dtype.value))
+    return tensor
+
+
+def accumulate(out: memoryview, other: memoryview, dtype: DType, sign: int) -> None:
+    """`out += sign * other`, elementwise in `dtype` with one rounding; `sign` is 1 or -1."""
+    library = _library() if dtype in _ADDED_BY_C else None
+    if library is not None:
+        library.accumulate(out, other, dtype, sign)
+    else:
+        as_torch(out, dtype).add_(as_torch(other, dtype), alpha=sign)
+
+
+def convert(out: memoryview, new: DType, source: memoryview, old: DType) -> None:
+    """`out = source` in another dtype: nearest even, overflow to infinity where the type has one."""
+    library = _library() if {old, new} <= _BY_C else None
+    if library is not None:
+        library.convert(out, new, source, old)
+    else:
+        as_torch(out, new).copy_(as_torch(source, old))
+
+
+@cache
+def _library() -> _Library | None:
+    """The C interface, or None where torch is imported already, or has no such library or interface."""
+    if "torch" in sys.modules:
+        return None
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "lib" / "libtorch_cpu.so"
+        if path.exists():
+            try:
+                return _Library(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError):
+                return None
+    return None
+
+
+class _Library:
+    """The few functions of the C interface that are needed. Tensors are handles on memory that others own."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        handle, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        sizes, result = ctypes.POINTER(size), ctypes.POINTER(handle)
+        self._from_blob = library.aoti_torch_create_tensor_from_blob
+        self._from_blob.argtypes = [handle, size, sizes, sizes, size, code, code, code, result]
+        self._add = library.aoti_torch_cpu_add_Tensor
+        self._add.argtypes = [handle, handle, ctypes.c_double, result]
+        self._copy = library.aoti_torch_copy_
+        self._copy.argtypes = [handle, handle, code]
+        self._delete = library.aoti_torch_delete_tensor_object
+        self._delete.argtypes = [handle]
+        self._dtypes: dict[DType, int] = {d: int(getattr(library, f"aoti_torch_dtype_{d.value}")()) for d in _BY_C}
+        self._cpu = int(library.aoti_torch_device_type_cpu())
+        self._set_threads = getattr(library, "omp_set_num_threads", lambda count: None)
+        self._prepared = threading.local()
+
+    def accumulate(self, out: memoryview, other: memoryview, dtype: DType, sign: int) -> None:
+        with self._tensor(out, dtype) as left, self._tensor(other, dtype) as right:
+            total = ctypes.c_void_p()
+            _check(self._add(left, right, float(sign), ctypes.byref(total)))
+            try:
+                _check(self._copy(left, total, 0))
+            finally:
+                self._delete(total)
+
+    def convert(self, out: memoryview, new: DType, source: memoryview, old: DType) -> None:
+        with self._tensor(out, new) as target, self._tensor(source, old) as values:
+            _check(self._copy(target, values, 0))
+
+    @contextmanager
+    def _tensor(self, buffer: memoryview, dtype: DType) -> Iterator[ctypes.c_void_p]:
+        """A flat tensor on the memory of `buffer`, which must be writable."""
+        if not hasattr(self._prepared, "done"):
+            # Blocks are too small to share; OpenMP keeps this number for each thread that calls it.
+            self._set_threads(1)
+            self._prepared.done = True
+        memory: Any = ctypes.c_char.from_buffer(buffer)
+        size = (ctypes.c_int64 * 1)(len(buffer) // dtype.itemsize)
+        stride = (ctypes.c_int64 * 1)(1)
+        tensor = ctypes.c_void_p()
+        address = ctypes.addressof(memory)
+        _check(self._from_blob(address, 1, size, stride, 0, self._dtypes[dtype], self._cpu, 0, ctypes.byref(tensor)))
+        try:
+            yield tensor
+        finally:
+            self._delete(tensor)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"libtorch reports error {status}")

@@ -1,0 +1,313 @@
+"""Plans: a checkpoint packed into named files, every byte of which is accounted for before one is read.
+
+A plan is a value and goes to JSON and back. Its fingerprint says whether a partial output was made by it;
+its shards can be written in any order, by any thread, process or machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from weightops.checkpoint import Checkpoint, Document, Sidecar
+from weightops.errors import UsageError
+from weightops.formats.index import render_index
+from weightops.formats.layout import Layout
+from weightops.formats.safetensors import safetensors_layout
+from weightops.formats.torch_writer import Flavour, torch_layout
+from weightops.io.escape import escape
+from weightops.io.source import SourceFile
+from weightops.lazy import LazyTensor
+from weightops.ops.stored import Checked, Stored, Strided
+
+CONTAINERS = ("safetensors", "torch", "torch-1.12")
+DEFAULT_SHARD_NBYTES = 5_000_000_000
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `500MB`, `2GiB` or `1000000`. Raises `UsageError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise UsageError(f"cannot read the size {text!r}", hint="write it as 5GB, 500MB or 2GiB")
+    unit = (_BINARY_UNITS if match[3] else _UNITS)[match[2].upper()]
+    nbytes = int(float(match[1]) * unit)
+    if nbytes < 1:
+        raise UsageError(f"a shard size of {text!r} holds nothing")
+    return nbytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output and the tensors in it, in state-dict order."""
+
+    name: str
+    tensors: Mapping[str, LazyTensor]
+
+
+class Expectation(msgspec.Struct, frozen=True):
+    """Digests that the output must have: of files by name and algorithm, of tensors by name."""
+
+    source: str
+    files: dict[str, dict[str, str]]
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and from what."""
+
+    recipe: Mapping[str, Any]
+    container: str
+    metadata: Mapping[str, str]
+    shards: tuple[Shard, ...]
+    index_name: str | None
+    sidecars: Mapping[str, Sidecar]
+    documents: tuple[Document, ...] = ()
+    watch: tuple[LazyTensor, ...] = ()
+    digests: tuple[str, ...] = ()
+    expect: Expectation | None = None
+
+    def layout(self, shard: Shard) -> Layout:
+        """The bytes of one shard, up to the values of its tensors."""
+        tensors = [(name, tensor.spec) for name, tensor in shard.tensors.items()]
+        if self.container == "safetensors":
+            return safetensors_layout(tensors, self.metadata)
+        flavour: Flavour = "torch" if self.container == "torch" else "torch-1.12"
+        return torch_layout(tensors, find_aliases(shard.tensors), flavour=flavour, root=shard.name.rpartition(".")[0])
+
+    @cached_property
+    def shard_nbytes(self) -> dict[str, int]:
+        return {shard.name: self.layout(shard).nbytes for shard in self.shards}
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
+        for shard in self.shards:
+            yield from shard.tensors.items()
+
+    @cached_property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """Every file that will be read, in order of first use."""
+        found: dict[SourceFile, None] = {}
+        for tensor in (*self.watch, *(t for _, t in self.tensors)):
+            for node in tensor.walk():
+                if isinstance(node.op, (Stored, Strided, Checked)):
+                    found[node.op.file] = None
+        return tuple(found)
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of the output's weight files."""
+        return sum(self.shard_nbytes.values())
+
+    def index(self) -> bytes | None:
+        """The index file, or None for a single shard."""
+        if self.index_name is None:
+            return None
+        weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
+        # Aliases count once where they are stored once; transformers 4.28 counted them twice even so.
+        aliases = find_aliases(dict(self.tensors)) if self.container == "torch" else {}
+        counted = [tensor for name, tensor in self.tensors if name not in aliases]
+        parameters = None if self.container == "torch-1.12" else sum(t.spec.numel for t in counted)
+        return render_index(weight_map, sum(t.nbytes for t in counted), parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data."""
+        return {
+            "recipe": dict(self.recipe),
+            "container": self.container,
+            "metadata": dict(self.metadata),
+            "index_name": self.index_name,
+            "digests": list(self.digests),
+            "expect": msgspec.to_builtins(self.expect),
+            "sidecars": {n: msgspec.to_builtins(s) for n, s in self.sidecars.items()},
+            "documents": [msgspec.to_builtins(d) for d in self.documents],
+            "watch": [t.to_json() for t in self.watch],
+            "shards": [
+                {"name": s.name, "tensors": [[n, t.to_json()] for n, t in s.tensors.items()]} for s in self.shards
+            ],
+        }
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` described."""
+        return Plan(
+            recipe=document["recipe"],
+            container=document["container"],
+            metadata=document["metadata"],
+            index_name=document["index_name"],
+            digests=tuple(document["digests"]),
+            expect=msgspec.convert(document["expect"], Expectation | None),
+            sidecars=msgspec.convert(document["sidecars"], dict[str, Sidecar]),
+            documents=tuple(msgspec.convert(d, Document.registry[d["document"]]) for d in document["documents"]),
+            watch=tuple(LazyTensor.from_json(d) for d in document["watch"]),
+            shards=tuple(
+                Shard(s["name"], {n: LazyTensor.from_json(t) for n, t in s["tensors"]}) for s in document["shards"]
+            ),
+        )
+
+    @cached_property
+    def identity(self) -> Any:
+        """The plan as data that depends on what is read and written, not on where the sources lie."""
+        return _without_folders(json.loads(json.dumps(self.to_json())))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity: equal plans write equal files."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: Path(v).name if k == "path" and isinstance(v, str) else _without_folders(v) for k, v in value.items()
+        }
+    return [_without_folders(v) for v in value] if isinstance(value, list) else value
+
+
+def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:
+    """Where two JSON values first differ and how, as text; None if they are equal."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in [*ours, *(k for k in theirs if k not in ours)]:
+            found = first_difference(ours.get(key), theirs.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return None
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return next((d for i, (a, b) in pairs if (d := first_difference(a, b, f"{where}[{i}]"))), None)
+    if ours == theirs:
+        return None
+    shown = [escape(json.dumps(v)[:80]) for v in (theirs, ours)]
+    return f"{escape(where)} was {shown[0]}, now {shown[1]}"
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Mapping[str, Any],
+    *,
+    container: str = "safetensors",
+    max_shard_nbytes: int | None = DEFAULT_SHARD_NBYTES,
+    digests: Sequence[str] = (),
+    expect: Expectation | None = None,
+) -> Plan:
+    """Pack `checkpoint` into files. `max_shard_nbytes=None` keeps the grouping of the source's files.
+
+    Raises `UsageError` for a container that cannot hold the tensors, or files that `expect` does not list.
+    """
+    if container not in CONTAINERS:
+        raise UsageError(f"unknown format {container!r}, expected one of {', '.join(CONTAINERS)}")
+    if max_shard_nbytes is None:
+        groups = _group_by(checkpoint.shards, checkpoint.tensors)
+    else:
+        pack_rule = {"safetensors": pack, "torch": pack_shared, "torch-1.12": pack_2023}[container]
+        groups = pack_rule(checkpoint.tensors, max_shard_nbytes)
+    is_torch = container != "safetensors"
+    stem = checkpoint.prefix or ("pytorch_model" if is_torch else "model")
+    suffix = "bin" if is_torch else "safetensors"
+    if len(groups) == 1:
+        names = [f"{stem}.{suffix}"]
+    else:
+        names = [f"{stem}-{i:05d}-of-{len(groups):05d}.{suffix}" for i in range(1, len(groups) + 1)]
+    plan = Plan(
+        recipe=recipe,
+        container=container,
+        metadata=dict(checkpoint.metadata),
+        shards=tuple(Shard(n, {k: checkpoint[k] for k in g}) for n, g in zip(names, groups, strict=True)),
+        index_name=f"{stem}.{suffix}.index.json" if len(groups) > 1 else None,
+        sidecars=checkpoint.sidecars,
+        documents=checkpoint.documents,
+        watch=checkpoint.watch,
+        digests=tuple(sorted({"xxh3_128", *digests, *(expected_algorithms(expect))})),
+        expect=expect,
+    )
+    _check_expected_names(plan)
+    return plan
+
+
+def expected_algorithms(expect: Expectation | None) -> set[str]:
+    """The digest algorithms that an expectation needs."""
+    return {a for d in expect.files.values() for a in d} if expect else set()
+
+
+def _check_expected_names(plan: Plan) -> None:
+    if plan.expect is None:
+        return
+    names = {name for name, _ in plan.tensors}
+    if plan.expect.tensors and names != plan.expect.tensors.keys():
+        odd = min(names ^ plan.expect.tensors.keys())
+        side = "would not be written" if odd in plan.expect.tensors else "is not in it"
+        raise UsageError(f"{escape(plan.expect.source)}: the tensor {escape(odd)} {side}")
+    written = {s.name for s in plan.shards} | plan.sidecars.keys() | {plan.index_name}
+    missing = [n for n in plan.expect.files if n not in written]
+    if missing:
+        raise UsageError(
+            f"{escape(plan.expect.source)} lists {escape(missing[0])}, which would not be written "
+            f"(the first of {len(plan.shards)} shards is {plan.shards[0].name})",
+            hint="choose --format and --max-shard-size as the publisher did; 2023's .bin files: "
+            "--format torch-1.12 --max-shard-size 10GB",
+        )
+
+
+def find_aliases(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """Names whose tensor is the very bytes of an earlier name's, with that name."""
+    first: dict[LazyTensor, str] = {}
+    return {n: first[t] for n, t in tensors.items() if t.nbytes and first.setdefault(t, n) != n}
+
+
+def pack(tensors: Mapping[str, LazyTensor], max_nbytes: int) -> list[list[str]]:
+    """Greedy in order, as huggingface_hub's split_torch_state_dict_into_shards does.
+
+    A tensor above the limit gets a shard of its own, before the one that is open.
+    """
+    shards: list[list[str]] = []
+    current: list[str] = []
+    current_nbytes = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > max_nbytes:
+            shards.append([name])
+            continue
+        if current_nbytes + tensor.nbytes > max_nbytes:
+            shards.append(current)
+            current, current_nbytes = [], 0
+        current.append(name)
+        current_nbytes += tensor.nbytes
+    return [*shards, current] if current or not shards else shards
+
+
+def pack_shared(tensors: Mapping[str, LazyTensor], max_nbytes: int) -> list[list[str]]:
+    """Like `pack`, for containers that store shared bytes once: aliases follow the first name and weigh nothing."""
+    aliases = find_aliases(tensors)
+    shards = pack({n: t for n, t in tensors.items() if n not in aliases}, max_nbytes)
+    for alias, name in aliases.items():
+        next(shard for shard in shards if name in shard).append(alias)
+    return shards
+
+
+def pack_2023(tensors: Mapping[str, LazyTensor], max_nbytes: int) -> list[list[str]]:
+    """Greedy in order, as transformers 4.28's shard_checkpoint did (but without its empty first shard)."""
+    shards: list[list[str]] = [[]]
+    current_nbytes = 0
+    for name, tensor in tensors.items():
+        if current_nbytes + tensor.nbytes > max_nbytes and shards[-1]:
+            shards.append([])
+            current_nbytes = 0
+        shards[-1].append(name)
+        current_nbytes += tensor.nbytes
+    return shards
+
+
+def _group_by(shards: Mapping[str, str], names: Iterable[str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(shards.get(name, ""), []).append(name)
+    return [groups[key] for key in sorted(groups)]

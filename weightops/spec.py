@@ -1,0 +1,93 @@
+"""Element types and tensor specifications: values that describe bytes, and never hold any."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+
+class DType(enum.Enum):
+    """An element type. The member's name is its safetensors code, its value the name torch uses.
+
+    Members stand in the order in which the safetensors library sorts tensors (ascending alignment),
+    which its byte-identical writer needs. `C32` and `C128` exist in torch files only.
+    """
+
+    BOOL = "bool"
+    F4 = "float4_e2m1fn"
+    F6_E2M3 = "float6_e2m3fn"
+    F6_E3M2 = "float6_e3m2fn"
+    U8 = "uint8"
+    I8 = "int8"
+    F8_E5M2 = "float8_e5m2"
+    F8_E4M3 = "float8_e4m3fn"
+    F8_E8M0 = "float8_e8m0fnu"
+    F8_E4M3FNUZ = "float8_e4m3fnuz"
+    F8_E5M2FNUZ = "float8_e5m2fnuz"
+    I16 = "int16"
+    U16 = "uint16"
+    F16 = "float16"
+    BF16 = "bfloat16"
+    I32 = "int32"
+    U32 = "uint32"
+    F32 = "float32"
+    C64 = "complex64"
+    F64 = "float64"
+    I64 = "int64"
+    U64 = "uint64"
+    C32 = "complex32"
+    C128 = "complex128"
+
+    @property
+    def bits(self) -> int:
+        return _BITS[self]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element; 1 for the types that pack several elements into a byte."""
+        return max(1, self.bits // 8)
+
+    @property
+    def is_float(self) -> bool:
+        return self.value.startswith(("float", "bfloat"))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether elements share bytes, so that no arithmetic is possible on them here."""
+        return self.bits < 8
+
+    @property
+    def in_safetensors(self) -> bool:
+        return self not in (DType.C32, DType.C128)
+
+
+_BITS = {DType.F4: 4, DType.F6_E2M3: 6, DType.F6_E3M2: 6, DType.BOOL: 8, DType.C64: 64}
+_BITS |= {DType.C32: 32, DType.C128: 128}
+for _dtype in DType:
+    if _dtype not in _BITS:
+        _BITS[_dtype] = int("".join(c for c in _dtype.name.split("_")[0] if c.isdigit()))
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """What a tensor is, without its values."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.bits // 8
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row, which is a slice of the first dimension; of the whole when 0-d."""
+        return math.prod(self.shape[1:]) * self.dtype.bits // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype.value} [{', '.join(map(str, self.shape))}]"

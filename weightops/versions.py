@@ -1,0 +1,21 @@
+"""The versions that results may depend on, found without importing anything heavy."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import weightops
+
+_LIBRARIES = ("numpy", "safetensors", "torch", "transformers", "xxhash")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of weightops, Python and the libraries that compute or define bytes."""
+    versions = {"weightops": weightops.__version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
