@@ -1,13 +1,18 @@
-"""Pickles that say what torch.save would never write."""
+"""Pickles and archives that torch.save would never write."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 FLOATS = struct.pack("<6f", *range(6))
 """The storage that `storage()` describes."""
+
+Members = list[tuple[str, bytes]]
 
 
 class Runs:
@@ -61,3 +66,16 @@ def storage(key: object = "0", numel: object = 6, kind: object = "torch FloatSto
 def tensor(pid: object = None, offset: object = 0, size: object = (2, 3), stride: object = (3, 1)) -> Runs:
     hooks = Runs("collections OrderedDict")
     return Runs("torch._utils _rebuild_tensor_v2", pid or storage(), offset, size, stride, False, hooks)
+
+
+def resave(path: Path, change: Callable[[Members], Members]) -> None:
+    """Write an archive again, with `change` applied to its members' names and bytes."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    write_archive(path, change(members))
+
+
+def write_archive(path: Path, members: Members, method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members:
+            archive.writestr(name, data)

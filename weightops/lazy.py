@@ -92,8 +92,8 @@ class Evaluator:
 
     def __init__(self) -> None:
         self.files = FileReader()
-        self.running: dict[LazyTensor, Any] = {}
-        """State of the ops that watch a tensor's bytes go by (digests, CRCs), by node."""
+        self.running: dict[object, Any] = {}
+        """What the ops that watch bytes go by (digests, CRCs) remember, by node or by op."""
         self.witnesses: dict[str, str] = {}
         """Digests of tensors that were watched to their end, by label."""
         self._spare: list[bytearray] = []

@@ -21,8 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import weightops.cli.diff_command
-import weightops.cli.recover_command
 from weightops.cli.main import run
 from weightops.ops import libtorch
 

@@ -158,6 +158,7 @@ def test_other_opcodes_are_refused(body: bytes) -> None:
         b"}(Nu.",  # a key without a value
         b"}]Ns.",  # an unhashable key
         b"})Ns.",  # a tuple as key: hashing it may take forever
+        b"}\x8a\x09\0\0\0\0\0\0\0\0\x01Ns.",  # a large integer as key: many may have the same hash
         b"}K\x01NsK\x01Ns.",  # the same key twice
         b"NNR.",  # calls None
         b"ctorch\nSize\nK\x01R.",  # arguments that are no tuple

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support import evaluate, random_tensor, to_bytes, torch_dtype
 
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.io.source import SourceFile
-from weightops.lazy import LazyTensor
+from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops import rows
 from weightops.ops.elementwise import Add, Reinterpret, Subtract, Xor, cast, has_arithmetic
 from weightops.ops.rows import Fit, Given, Repeat, extend_by_mean, fit
@@ -104,6 +105,30 @@ def test_large_transposed_view_is_gathered_in_pieces(tmp_path: Path) -> None:
     path.write_bytes(to_bytes(storage))
     lazy = view(source(path), 0, DType.I32, (700, 1500), (1, 700))
     assert evaluate(lazy, 1 << 20) == to_bytes(storage.T.contiguous())
+
+
+def test_a_transposed_view_behind_dimensions_of_one_is_cut_too(tmp_path: Path) -> None:
+    storage = torch.arange(6 * 50, dtype=torch.int16).reshape(6, 50)
+    path = tmp_path / "storage"
+    path.write_bytes(to_bytes(storage))
+    lazy = view(source(path), 0, DType.I16, (1, 1, 50, 6), (0, 0, 1, 50))
+    assert lazy.grain == 12
+    assert evaluate(lazy, 24) == to_bytes(storage.T.contiguous())
+
+
+def test_a_member_is_checked_once_for_all_its_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "member"
+    path.write_bytes(bytes(range(100)))
+    file = source(path)
+    check = Checked(zlib.crc32(bytes(range(100))), file, 0, 100)
+    views = [LazyTensor.make(check, LazyTensor.make(Stored(file, i, DType.U8, (10,)))) for i in range(5)]
+    reads = []
+    original = Checked._crc_of_member
+    monkeypatch.setattr(Checked, "_crc_of_member", lambda *a: reads.append(1) or original(*a))
+    with Evaluator() as read:
+        for tensor in views:
+            read(tensor, 0, memoryview(bytearray(10)))
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("whole", [True, False])

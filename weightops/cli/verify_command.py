@@ -100,7 +100,5 @@ def _verdict(report: VerifyReport) -> str:
     else:
         what = f"as {escape(report.manifest)} says" if report.verdict else f"NOT as {escape(report.manifest)} says"
         if report.content_equal:
-            what += (
-                ": files differ, but every tensor is equal (--content compares tensors alone)"
-            )
+            what += ": files differ, but every tensor is equal (--content compares tensors alone)"
     return f"{escape(report.folder)}: {what} ({', '.join(filter(None, [counts, rate]))})"

@@ -67,7 +67,8 @@ def read_pickle(
 
 def set_item(target: dict[Any, Any], key: object, value: object) -> None:
     """`target[key] = value`, for keys that are cheap to hash and were not set before; else `ValueError`."""
-    if type(key) not in _KEYS:
+    # Hashing a tuple that holds itself many times takes forever, and so do many large integers of equal hash.
+    if type(key) not in _KEYS or (isinstance(key, int) and key.bit_length() > 60):
         raise ValueError(f"a {type(key).__name__} as the key of a dict")
     if key in target:
         raise ValueError(f"the key {escape(key)!r} is set twice" if isinstance(key, str) else "a key is set twice")

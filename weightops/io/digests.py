@@ -9,11 +9,11 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
@@ -42,6 +42,7 @@ _XXHASH: dict[str, Callable[[], Hasher]] = {
 _BLOCK_NBYTES = 1 << 20
 _THREAD_BLOCK_NBYTES = 4 << 20
 """Larger where a block changes threads, so that this takes next to no time beside the hashing."""
+_MAX_WAIT_S = 0.5
 
 
 class Hasher(Protocol):
@@ -170,8 +171,9 @@ def _update_threaded(hashers: Sequence[Hasher], blocks: Iterator[memoryview]) ->
     return nbytes
 
 
-def _finish(pending: Sequence[Future[object]]) -> None:
-    for future in pending:
+def _finish(futures: Iterable[Future[Any]]) -> None:
+    """Wait for all of them; raises what one of them raised."""
+    for future in futures:
         future.result()
 
 
@@ -219,8 +221,11 @@ def hash_files(
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "hash-file")
     try:
         futures = {i: pool.submit(work, *files[i]) for i in _largest_first([path for path, _ in files])}
-        for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
-            future.result()
+        pending = set(futures.values())
+        while pending:
+            # Python may miss a signal that comes just before a wait, and see it when the wait is over.
+            done, pending = wait(pending, _MAX_WAIT_S, FIRST_EXCEPTION)
+            _finish(done)
         return [futures[i].result() for i in range(len(files))]
     finally:
         stop.set()

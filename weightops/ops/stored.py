@@ -49,16 +49,19 @@ class Strided(Op, frozen=True):
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)
 
+    @property
+    def _axis(self) -> int:
+        """The outermost dimension that can be cut: leading ones of size 1 cannot."""
+        return next((i for i, size in enumerate(self.shape) if size > 1), 0)
+
     def grain(self, tensor: LazyTensor) -> int:
-        return max(1, tensor.spec.row_nbytes)
+        return math.prod(self.shape[self._axis + 1 :]) * self.dtype.itemsize
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
-        itemsize = self.dtype.itemsize
-        row = tensor.spec.row_nbytes
-        shape = (len(out) // row, *self.shape[1:]) if self.shape else ()
-        offset = self.offset + (start // row * self.strides[0] * itemsize if self.shape else 0)
-        target = np.frombuffer(out, dtype=f"V{itemsize}").reshape(shape)
-        self._gather(target, offset, read)
+        axis, itemsize, row = self._axis, self.dtype.itemsize, self.grain(tensor)
+        shape = (*self.shape[:axis], len(out) // row, *self.shape[axis + 1 :])
+        offset = self.offset + start // row * self.strides[axis] * itemsize
+        self._gather(np.frombuffer(out, dtype=f"V{itemsize}").reshape(shape), offset, read)
 
     def _gather(self, target: np.ndarray, offset: int, read: Evaluator) -> None:
         """Fill `target` from the view at `offset`: read its hull if that is small or dense, else halve and recurse."""
@@ -98,27 +101,29 @@ class Checked(Op, frozen=True):
         source = tensor.inputs[0]
         streams = isinstance(source.op, Stored) and (source.op.offset, source.nbytes) == (self.offset, self.nbytes)
         position, crc = read.running.get(tensor, (0, 0))
-        if not streams and position == 0:
-            position, crc = self._whole_member(read), self.crc32
+        if self not in read.running and (not streams or start > position):
+            self._check(self._crc_of_member(read), read)
         read(source, start, out)
-        if streams and position == start:
+        if self not in read.running and start == position:
             position, crc = start + len(out), zlib.crc32(out, crc)
-            if position == self.nbytes and crc != self.crc32:
-                self._fail(crc)
-        read.running[tensor] = (position, crc)
+            read.running[tensor] = (position, crc)
+            if position == self.nbytes:
+                self._check(crc, read)
 
-    def _whole_member(self, read: Evaluator) -> int:
+    def _crc_of_member(self, read: Evaluator) -> int:
         crc = 0
         with read.scratch(min(_CHUNK, self.nbytes)) as buffer:
             for start in range(0, self.nbytes, _CHUNK):
                 part = buffer[: min(_CHUNK, self.nbytes - start)]
                 read.files.read_into(self.file, self.offset + start, part)
                 crc = zlib.crc32(part, crc)
-        if crc != self.crc32:
-            self._fail(crc)
-        return self.nbytes
+        return crc
 
-    def _fail(self, found: int) -> None:
+    def _check(self, found: int, read: Evaluator) -> None:
+        """Note that the member, which other views may share, is as the archive says; or refuse it."""
+        if found == self.crc32:
+            read.running[self] = True
+            return
         raise CorruptInput(
             f"{self.file.shown}: the {self.nbytes} bytes at {self.offset} have CRC-32 {found:08x}, "
             f"the archive says {self.crc32:08x}",
