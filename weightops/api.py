@@ -19,7 +19,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.engine.run import run
-from weightops.errors import CorruptInput, UsageError, WeightopsError
+from weightops.errors import NoWeights, UsageError, WeightopsError
 from weightops.formats import checksums
 from weightops.formats import manifest as manifest_format
 from weightops.formats.folder import open_checkpoint
@@ -207,9 +207,9 @@ def read_expectation(name_or_path: StrPath) -> Expectation:
 def _structure(path: Path) -> Sequence[str]:
     try:
         open_checkpoint(path)
+    except NoWeights:
+        return ()
     except WeightopsError as error:
-        if not isinstance(error, CorruptInput):
-            return ()
         return (str(error),)
     return ()
 

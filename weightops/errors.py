@@ -5,6 +5,7 @@
     ├── UsageError            2    the request itself makes no sense
     ├── Differs               3    checked, and it differs
     ├── SourceMissing        10    an input is not there
+    │   └── NoWeights        10    a folder is there, but holds no weights
     ├── OutputExists         11    the output is there already
     ├── PlanDiffers          12    a partial output was made by another plan
     ├── CorruptInput         13    an input is malformed, truncated, changed under us or hostile
@@ -48,6 +49,10 @@ class SourceMissing(WeightopsError):
     """An input file or folder does not exist."""
 
     exit_code = 10
+
+
+class NoWeights(SourceMissing):
+    """A folder exists but holds no weights."""
 
 
 class OutputExists(WeightopsError):

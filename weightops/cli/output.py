@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from weightops.engine.control import Control
-from weightops.io.escape import escape
+from weightops.io.escape import escape, is_harmless
 
 ERROR_SCHEMA = "weightops-error/1"
 
@@ -31,7 +31,7 @@ def report_error(message: str, hint: str | None, exit_code: int, as_json: bool) 
 
 def escape_lines(text: str) -> str:
     """Several lines made safe for a terminal, each of any length."""
-    return "\n".join("".join(c if c.isprintable() else escape(c) for c in line) for line in text.split("\n"))
+    return "\n".join("".join(c if is_harmless(c) else escape(c) for c in line) for line in text.split("\n"))
 
 
 def print_json(document: Any) -> None:

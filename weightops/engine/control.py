@@ -39,8 +39,9 @@ class Silent:
 class Control:
     """Progress, and a way to stop: `cancel` may be called from a signal handler or another thread."""
 
-    def __init__(self, progress: Progress | None = None) -> None:
-        self.progress: Progress = progress or Silent()
+    def __init__(self, progress: Progress | None = None, *, parent: Control | None = None) -> None:
+        self.progress: Progress = progress or (parent.progress if parent else Silent())
+        self._parent = parent
         self._stop = threading.Event()
         self._signal = 2
 
@@ -50,6 +51,8 @@ class Control:
         self._stop.set()
 
     def check(self) -> None:
-        """Raise `Interrupted` once `cancel` has been called; between two blocks of work."""
+        """Raise `Interrupted` once this control or its parent was cancelled; to be called between blocks of work."""
+        if self._parent is not None:
+            self._parent.check()
         if self._stop.is_set():
             raise Interrupted(self._signal)

@@ -27,7 +27,7 @@ def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Contr
     """Evaluate `tensors` for the witnesses in them; their digests by label."""
     digests: dict[str, str] = {}
 
-    def drain(tensor: LazyTensor) -> None:
+    def drain(tensor: LazyTensor, control: Control) -> None:
         with Evaluator() as read:
             for nbytes in read.drain(tensor, BLOCK_NBYTES):
                 control.check()
@@ -41,16 +41,20 @@ def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Contr
     return digests
 
 
-def in_threads(workers: int, control: Control, jobs: Iterable[Callable[[], None]]) -> None:
+def in_threads(workers: int, control: Control, jobs: Iterable[Callable[[Control], None]]) -> None:
     """Run all jobs; the first failure stops the others at their next block, and is raised."""
+    own = Control(parent=control)
     with ThreadPoolExecutor(workers) as executor:
-        futures = [executor.submit(job) for job in jobs]
+        futures = {executor.submit(job, own) for job in jobs}
+        pending = futures
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
+            while pending:
+                # A signal that arrives just before the wait would only be handled after it: do not wait for long.
+                done, pending = wait(pending, 0.5, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
         except BaseException:
+            own.cancel()
             for future in futures:
                 future.cancel()
-            control.cancel()
             raise

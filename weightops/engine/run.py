@@ -126,7 +126,7 @@ def _write_shards(
     records = _committed(plan, staging.records, staging.folder, control)
     resumed = tuple(records)
 
-    def write(shard: Shard) -> None:
+    def write(shard: Shard, control: Control) -> None:
         control.check()
         temporary = staging.folder / f".{shard.name}.tmp"
         record = write_shard(plan, shard, temporary, control)

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weightops.checkpoint import Checkpoint, Copied, Sidecar
-from weightops.errors import CorruptInput, SourceMissing
+from weightops.errors import CorruptInput, NoWeights, SourceMissing
 from weightops.formats import checksums, manifest
 from weightops.formats.index import ShardIndex, read_index
 from weightops.formats.safetensors import read_safetensors
-from weightops.formats.sniff import explain
 from weightops.formats.torch_legacy import read_torch
 from weightops.io.escape import escape
-from weightops.io.paths import inside, open_regular
+from weightops.io.paths import inside
 from weightops.io.source import FileReader, SourceFile
 from weightops.lazy import LazyTensor
 
@@ -127,7 +126,7 @@ def _weights_without_index(names: Iterable[str], root: Path) -> list[str]:
         if weights:
             _check_numbering(weights, root)
             return weights
-    raise SourceMissing(f"{escape(str(root))}: holds no weights (looked for {', '.join(WEIGHT_SUFFIXES)})")
+    raise NoWeights(f"{escape(str(root))}: holds no weights (looked for {', '.join(WEIGHT_SUFFIXES)})")
 
 
 def _check_numbering(weights: list[str], root: Path) -> None:
@@ -153,16 +152,8 @@ def _check_numbering(weights: list[str], root: Path) -> None:
 
 def _read_weights(path: Path, files: FileReader) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     """Tensors of one file, and what there is to say about it."""
-    fd = open_regular(path)
-    try:
-        file = SourceFile.of(path, fd)
-        head = os.pread(fd, 64, 0)
-    finally:
-        os.close(fd)
     if path.suffix == ".safetensors":
-        return read_safetensors(file, files).tensors, ()
-    if not head.startswith((b"PK", b"\x80")):
-        raise explain(head, file.shown, "not a file that torch.save wrote")
+        return read_safetensors(SourceFile.at(path), files).tensors, ()
     found = read_torch(path)
     skipped = f"{escape(path.name)}: not tensors, left out: {', '.join(map(escape, found.extras[:10]))}"
     return found.tensors, (skipped,) if found.extras else ()
@@ -205,11 +196,10 @@ def _sidecars(root: Path, names: list[str], weights: list[str]) -> tuple[dict[st
             or not path.is_file()
         ):
             continue
-        fd = open_regular(inside(root, name, str(root)))
-        try:
-            file = SourceFile.of(path, fd)
-        finally:
-            os.close(fd)
+        file = SourceFile.at(inside(root, name, str(root)))
+        head = path.read_bytes()[:64] if file.nbytes < 1024 else b""
+        if head.startswith(b"version https://git-lfs"):
+            notes.append(f"{escape(name)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
         if file.nbytes > _MAX_SIDECAR_NBYTES:
             notes.append(f"{escape(name)}: {file.nbytes} bytes, not a config or tokenizer file: not carried along")
             continue

@@ -6,17 +6,16 @@ number of elements (int64) and the storage's bytes. Source: torch/serialization.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightops.errors import CorruptInput
 from weightops.formats.pickle_reader import MAX_NBYTES, PickleCut, read_pickle
+from weightops.formats.sniff import explain
 from weightops.formats.torch_objects import ALLOWED, Storage, Storages, TorchFile, find_tensors, place
 from weightops.formats.torch_zip import read_torch_zip
 from weightops.io.escape import escape
-from weightops.io.paths import open_regular
 from weightops.io.source import FileReader, SourceFile
 from weightops.ops.stored import view
 
@@ -31,13 +30,9 @@ def read_torch(path: Path) -> TorchFile:
 
     Raises `CorruptInput` for any other file, and for one that holds more than a state dict of dense tensors.
     """
-    fd = open_regular(path)
-    try:
-        file = SourceFile.of(path, fd)
-        head = os.pread(fd, 512, 0)
-    finally:
-        os.close(fd)
+    file = SourceFile.at(path)
     with FileReader() as files:
+        head = files.read(file, 0, min(512, file.nbytes))
         if head.startswith(b"PK"):
             return read_torch_zip(file, files)
         if head.startswith(b"\x80"):
@@ -47,7 +42,7 @@ def read_torch(path: Path) -> TorchFile:
             f"{file.shown}: this is a tar archive, as torch before 0.1.10 wrote",
             hint="load it with an old torch where you trust it, and save it again",
         )
-    raise CorruptInput(f"{file.shown}: not a file that torch.save wrote")
+    raise explain(head, file.shown, "not a file that torch.save wrote")
 
 
 def read_torch_legacy(file: SourceFile, files: FileReader) -> TorchFile:

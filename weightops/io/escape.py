@@ -14,9 +14,15 @@ def escape(text: str) -> str:
     """
     if len(text) > _MAX_CHARS:
         text = f"{text[: _MAX_CHARS - 20]}...({len(text)} characters)"
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        c if not unicodedata.category(c).startswith(("C", "Zl", "Zp")) else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
+    return text if is_harmless(text) else "".join(c if is_harmless(c) else _escaped(c) for c in text)
+
+
+def is_harmless(text: str) -> bool:
+    """Whether a terminal shows every character of `text` and does nothing else."""
+    if text.isascii():
+        return text.isprintable()
+    return not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

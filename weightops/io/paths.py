@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
-from weightops.io.escape import escape
+from weightops.io.escape import escape, is_harmless
 
 
 def check_relative(name: str, what: str) -> str:
@@ -21,7 +21,7 @@ def check_relative(name: str, what: str) -> str:
         or name.startswith("/")
         or any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
         or (len(parts[0]) > 1 and parts[0][1] == ":")
-        or escape(name) != name
+        or not is_harmless(name)
     )
     if bad:
         raise CorruptInput(f"{what}: the file name {escape(name)!r} is not a plain path inside the folder")
@@ -59,7 +59,7 @@ def open_regular(path: Path) -> int:
     shown = escape(str(path))
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SourceMissing(f"{shown}: no such file") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):

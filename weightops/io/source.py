@@ -28,7 +28,17 @@ class SourceFile(msgspec.Struct, frozen=True):
         return escape(self.path)
 
     @staticmethod
+    def at(path: Path) -> SourceFile:
+        """The regular file at `path` as it is now; raises as `open_regular` does."""
+        fd = open_regular(path)
+        try:
+            return SourceFile.of(path, fd)
+        finally:
+            os.close(fd)
+
+    @staticmethod
     def of(path: Path, fd: int) -> SourceFile:
+        """The file that is open as `fd`."""
         status = os.fstat(fd)
         return SourceFile(str(path), status.st_size, status.st_mtime_ns)
 
