@@ -39,7 +39,8 @@ test-all: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b)
+	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build dist

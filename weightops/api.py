@@ -19,11 +19,12 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.engine.run import run
-from weightops.errors import NoWeights, UsageError, WeightopsError
+from weightops.errors import NoWeights, SourceMissing, UsageError, WeightopsError
 from weightops.formats import checksums
 from weightops.formats import manifest as manifest_format
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.manifest import Manifest
+from weightops.io.escape import escape
 from weightops.manifests import find_manifest
 from weightops.operations.inspect import Inspection
 from weightops.operations.verify_report import VerifyReport
@@ -175,7 +176,12 @@ def manifest(
 ) -> Manifest:
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     control = control or Control()
-    checkpoint = open_checkpoint(folder)
+    if not Path(folder).is_dir():
+        raise SourceMissing(f"{escape(str(folder))}: no such folder")
+    try:
+        checkpoint = open_checkpoint(folder)
+    except NoWeights:
+        checkpoint = Checkpoint(Path(folder).name, {})
     return operations.make_manifest(
         Path(folder), checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control
     )

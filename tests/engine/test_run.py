@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import digests, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import digests, state_dicts, write_checkpoint
 
 import weightops
 from weightops.api import Result
@@ -326,3 +330,20 @@ def test_expected_total_size_in_the_index(pair: Path) -> None:
     index = json.loads(plan.index() or b"")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state(0).values())
     assert index["metadata"]["total_parameters"] == sum(t.numel() for t in state(0).values())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@given(tensors=state_dicts(), block=st.sampled_from([4096, 1 << 22]))
+def test_files_have_the_bytes_of_the_reference_writers(tmp_path: Path, tensors: dict[str, Any], block: int) -> None:
+    """safetensors against save_file, torch against torch.save, through reader, plan and engine."""
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    write_checkpoint(tmp_path / "model", tensors)
+    weightops.shard(tmp_path / "model", tmp_path / "out")
+    written, reference = (tmp_path / name / "model.safetensors" for name in ("out", "model"))
+    assert written.read_bytes() == reference.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        set_block(patch, block)
+        weightops.shard(tmp_path / "model", tmp_path / "torch", format="torch")
+    ordered = {n: tensors[n] for n in open_checkpoint(tmp_path / "model")}
+    torch.save(ordered, tmp_path / "pytorch_model.bin")
+    assert (tmp_path / "torch" / "pytorch_model.bin").read_bytes() == (tmp_path / "pytorch_model.bin").read_bytes()

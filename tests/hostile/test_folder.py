@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import evaluate, to_bytes, write_checkpoint
 
@@ -187,3 +189,20 @@ def test_more_tensors_than_any_model_has_are_refused_in_seconds(tmp_path: Path) 
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CorruptInput, match="600000 tensors"):
         open_checkpoint(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=60), position=st.integers(0, 200), length=st.integers(0, 30))
+def test_fuzzed_indexes_are_read_or_refused(folder: Path, data: bytes, position: int, length: int) -> None:
+    path = folder / INDEX
+    good = path.with_suffix(".good")
+    if not good.exists():
+        good.write_bytes(path.read_bytes())
+    content = bytearray(good.read_bytes())
+    content[position : position + length] = data
+    path.write_bytes(content)
+    try:
+        found = open_checkpoint(folder)
+    except CorruptInput:
+        return
+    assert found.keys() == STATE.keys()

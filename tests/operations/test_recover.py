@@ -329,6 +329,16 @@ def test_rotary_frequencies_that_raw_lacks_are_computed_as_2023_did(tmp_path: Pa
     assert name not in weights(tmp_path / "without")
 
 
+def test_a_tied_head_that_raw_leaves_out_is_its_embedding(tmp_path: Path) -> None:
+    raw, diff = model(0), model(2)
+    del raw["lm_head.weight"]
+    write_checkpoint(tmp_path / "raw", raw, {"tie_word_embeddings": True})
+    write_checkpoint(tmp_path / "diff", diff)
+    weightops.recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "out")
+    expected = diff["lm_head.weight"] + raw["model.embed_tokens.weight"]
+    assert to_bytes(weights(tmp_path / "out")["lm_head.weight"]) == to_bytes(expected)
+
+
 def test_arithmetic_that_torch_lacks_is_refused_before_work(tmp_path: Path) -> None:
     state = {"w": random_tensor(DType.F8_E4M3, (4,), 0)}
     write_checkpoint(tmp_path / "raw", state)

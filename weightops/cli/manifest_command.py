@@ -42,16 +42,17 @@ def command(
       weightops manifest ./model --sha256sums > SHA256SUMS
     """
     target = folder / NAME
-    if lists is None and not as_json and target.exists() and not overwrite:
+    if lists is None and target.exists() and not overwrite:
         raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")
     with running(quiet) as control:
         chosen = (*digests, lists) if lists else digests
         made = api.manifest(folder, digests=chosen, workers=workers, control=control)
     if lists:
         click.echo(checksum_list(made, lists), nl=False)
-    elif as_json:
+        return
+    write_whole(target, made.to_bytes())
+    if as_json:
         click.echo(made.to_bytes().decode(), nl=False)
-    else:
-        write_whole(target, made.to_bytes())
+    elif not quiet:
         click.echo(f"{escape(str(target))}: {len(made.files)} files, {len(made.tensors)} tensors")
         click.echo(f"content {made.content_id}")

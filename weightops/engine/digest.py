@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from functools import partial
 
 from weightops.engine.control import Control
 from weightops.engine.stream import BLOCK_NBYTES
@@ -26,17 +26,21 @@ def digest_tensors(
 def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Control) -> dict[str, str]:
     """Evaluate `tensors` for the witnesses in them; their digests by label."""
     digests: dict[str, str] = {}
+    waiting = queue.SimpleQueue[LazyTensor | None]()
+    for tensor in (*tensors, *[None] * workers):
+        waiting.put(tensor)
 
-    def drain(tensor: LazyTensor, control: Control) -> None:
+    def drain(control: Control) -> None:
         with Evaluator() as read:
-            for nbytes in read.drain(tensor, BLOCK_NBYTES):
-                control.check()
-                control.progress.advance(nbytes)
+            while (tensor := waiting.get()) is not None:
+                for nbytes in read.drain(tensor, BLOCK_NBYTES):
+                    control.check()
+                    control.progress.advance(nbytes)
             read.files.check_unchanged()
             digests.update(read.witnesses)
 
     control.progress.start(what, sum(tensor.nbytes for tensor in tensors))
-    in_threads(workers, control, [partial(drain, tensor) for tensor in tensors])
+    in_threads(workers, control, [drain] * workers)
     control.progress.stop()
     return digests
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from weightops.errors import Locked, OutputExists, PlanDiffers
+from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.io.atomic import exchange, fsync_folder, publish, write_all, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
@@ -58,7 +58,9 @@ class Staging:
 
         Raises `OutputExists`, `Locked`, or `PlanDiffers` naming the field in which the plans differ.
         """
-        self.out = out
+        self.out = out = Path(os.path.abspath(out))
+        if not out.name:
+            raise UsageError(f"{out} cannot be an output")
         self.folder = out.with_name(out.name + ".partial")
         self._overwrite = overwrite
         self._refuse_existing()
@@ -77,6 +79,8 @@ class Staging:
             raise
 
     def _refuse_existing(self) -> None:
+        if self.folder.is_symlink():
+            raise OutputExists(f"{escape(str(self.folder))} is a link; the partial output must be a folder here")
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise OutputExists(f"{escape(str(self.out))} exists and is not a folder")
         if (self.out / LOCK).exists():

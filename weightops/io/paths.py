@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.escape import escape, is_harmless
+
+_TEMPORARY = (".partial", ".partial.replaced", ".lock")
 
 
 def check_relative(name: str, what: str) -> str:
@@ -49,6 +52,29 @@ def _trusted_root(root: Path) -> Path:
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         return root.parent.parent.parent
     return root
+
+
+def files_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> Iterator[str]:
+    """Names, relative to `folder`, of the files in it and its subfolders; links are listed and not followed.
+
+    Hidden files, locks and partial outputs are passed over. `unreadable` is told of subfolders that cannot be searched.
+    """
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        try:
+            with os.scandir(folder / prefix) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            unreadable(prefix, error)
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.endswith(_TEMPORARY):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name
 
 
 def open_regular(path: Path) -> int:

@@ -65,7 +65,8 @@ class FileReader:
         self._seen[file.path] = file
         _check_unchanged(file, fd)
         while len(self._open) > self._max_open:
-            _, oldest = self._open.popitem(last=False)
+            path, oldest = self._open.popitem(last=False)
+            _check_unchanged(self._seen[path], oldest)
             os.close(oldest)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return fd

@@ -9,7 +9,7 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.delta import DeltaDocument, label
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
-from weightops.operations.pairing import ROTARY_SUFFIX, bits_spec, listed, refuse_delta, with_rotary
+from weightops.operations.pairing import ROTARY_SUFFIX, as_loaded, bits_spec, listed, refuse_delta
 from weightops.ops.elementwise import Reinterpret, Subtract, Xor, cast
 from weightops.ops.rows import fit
 from weightops.ops.witness import witness
@@ -82,7 +82,7 @@ def resizable(base: TensorSpec, tuned: TensorSpec) -> bool:
 
 
 def _subtract(raw: Checkpoint, tuned: Checkpoint, dtype: DType) -> Checkpoint:
-    base = with_rotary(raw, tuned)
+    base = as_loaded(raw, tuned)
     missing = [n for n in tuned if n not in base]
     extra = [n for n in base if n not in tuned and not n.endswith(ROTARY_SUFFIX)]
     if missing or extra:

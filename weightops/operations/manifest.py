@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
@@ -12,6 +13,9 @@ from weightops.formats import manifest as format
 from weightops.formats.checksums import ChecksumEntry, render_gnu
 from weightops.formats.manifest import FileEntry, Manifest, TensorEntry, content_id
 from weightops.io.digests import hash_files
+from weightops.io.escape import escape
+from weightops.io.paths import files_below, inside
+from weightops.operations.verify import is_listing
 from weightops.spec import TensorSpec
 from weightops.versions import library_versions
 
@@ -24,10 +28,10 @@ def make_manifest(
     workers: int | None,
     control: Control,
 ) -> Manifest:
-    """The manifest of `folder`: its weight files and sidecars, and the given digests of its tensors."""
-    names = sorted({*checkpoint.shards.values(), *checkpoint.sidecars, *_indexes(folder)})
+    """The manifest of `folder`: all its files, hidden ones and lists apart, and the given digests of its tensors."""
+    names = sorted(name for name in files_below(folder, _refuse) if not is_listing(name))
     algorithms = tuple(dict.fromkeys(("xxh3_128", *digests)))
-    paths = [folder / name for name in names]
+    paths = [inside(folder, name, str(folder)) for name in names]
     control.progress.start("hashing", sum(path.stat().st_size for path in paths))
     hashed = hash_files(
         [(path, algorithms) for path in paths],
@@ -54,8 +58,8 @@ def make_manifest(
     )
 
 
-def _indexes(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*.index.json") if path.is_file()]
+def _refuse(name: str, error: OSError) -> NoReturn:
+    raise WeightopsError(f"{escape(name) or 'the folder'}: cannot be searched ({error.strerror})")
 
 
 def checksum_list(manifest: Manifest, algorithm: str) -> bytes:

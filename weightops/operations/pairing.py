@@ -16,6 +16,7 @@ from weightops.ops.rows import Given
 from weightops.spec import DType, TensorSpec
 
 ROTARY_SUFFIX = ".rotary_emb.inv_freq"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _VOCABULARY = (
     "embed_tokens.weight",
     "lm_head.weight",
@@ -50,17 +51,19 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
 
 
-def with_rotary(base: Checkpoint, like: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors of `base`, with the rotary frequencies that `like` has and newer files leave out.
+def as_loaded(base: Checkpoint, like: Iterable[str]) -> dict[str, LazyTensor]:
+    """The tensors of `base`, with those of `like` that its file leaves out and loading the model brings back.
 
-    Until 2023 transformers saved `rotary_emb.inv_freq` as a buffer; a model loaded from a file without it
-    computed it: `theta ** -(2i / head_dim)` in float32, as is done here from config.json.
+    A tied output embedding is the input embedding. Until 2023 transformers saved `rotary_emb.inv_freq` as a buffer,
+    and computed it for files without: `theta ** -(2i / head_dim)` in float32, as is done here from config.json.
     """
     tensors = dict(base.tensors)
-    lacking = [n for n in like if n.endswith(ROTARY_SUFFIX) and n not in tensors]
-    if lacking:
-        given = rotary_frequencies(base.config(), base.name)
-        tensors |= dict.fromkeys(lacking, given)
+    lacking = [name for name in like if name not in tensors]
+    if _HEAD in lacking and _EMBEDDING in tensors and base.config().get("tie_word_embeddings") is True:
+        tensors[_HEAD] = tensors[_EMBEDDING]
+    rotary = [name for name in lacking if name.endswith(ROTARY_SUFFIX)]
+    if rotary:
+        tensors |= dict.fromkeys(rotary, rotary_frequencies(base.config(), base.name))
     return tensors
 
 

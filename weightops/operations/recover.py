@@ -14,12 +14,12 @@ from weightops.lazy import LazyTensor
 from weightops.operations.diff import resizable
 from weightops.operations.pairing import (
     ROTARY_SUFFIX,
+    as_loaded,
     bits_spec,
     is_vocabulary,
     listed,
     matching,
     refuse_delta,
-    with_rotary,
 )
 from weightops.ops.elementwise import Add, Reinterpret, Xor, cast
 from weightops.ops.rows import extend_by_mean, fit
@@ -125,7 +125,7 @@ def _recovered(base: LazyTensor | None, stored: LazyTensor, entry: DeltaTensor, 
 def _recover_published(
     raw: Checkpoint, diff: Checkpoint, vocab: str, dtype: DType | None, carry: tuple[str, ...], drop: tuple[str, ...]
 ) -> Checkpoint:
-    base = with_rotary(raw, diff)
+    base = as_loaded(raw, diff)
     new = diff.keys() - base.keys()
     unexpected = new - matching(new, carry)
     if unexpected:

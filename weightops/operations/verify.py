@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,13 +19,12 @@ from weightops.formats.checksums import is_checksum_list, read_checksums
 from weightops.formats.manifest import Manifest, read_manifest
 from weightops.io.digests import HEX_DIGITS, FileDigests, hash_files
 from weightops.io.escape import escape
-from weightops.io.paths import inside
+from weightops.io.paths import files_below, inside
 from weightops.operations.verify_report import FileResult, Status, VerifyReport
 from weightops.spec import TensorSpec
 
 EXTRA_POLICIES = ("fail", "warn", "ignore")
 _DEFAULT_MANIFESTS = (own.NAME, "checklist.chk", "MD5SUMS", "SHA256SUMS", "XXH128SUMS")
-_TEMPORARY = (".partial", ".partial.replaced", ".lock")
 
 TensorDigests = Callable[[Path], Mapping[str, tuple[TensorSpec, str]]]
 """Reads a checkpoint folder: spec and xxh3_128 of each tensor."""
@@ -198,34 +197,25 @@ def _in_words(digests: Mapping[str, str]) -> str:
     return ", ".join(f"{algorithm} {digest}" for algorithm, digest in digests.items())
 
 
-def _extras(folder: Path, manifest: Path, listed: Collection[str]) -> Iterator[FileResult]:
-    """Files below `folder` that are not listed, and subfolders that cannot be searched for them.
+def _extras(folder: Path, manifest: Path, listed: Collection[str]) -> list[FileResult]:
+    """Files below `folder` that are neither listed nor lists themselves, and subfolders that cannot be searched."""
+    found: list[FileResult] = []
 
-    Manifests, checksum lists, hidden files, locks and partial outputs are overlooked; links are not followed.
-    """
+    def unreadable(name: str, error: OSError) -> None:
+        found.append(FileResult(_decoded(name), "unreadable", detail=f"cannot be searched ({error.strerror})"))
+
     expected = {*listed, *(name[:i] for name in listed for i, character in enumerate(name) if character == "/")}
     manifest = manifest.resolve()
-    pending = [""]
-    while pending:
-        prefix = pending.pop()
-        try:
-            with os.scandir(folder / prefix) as found:
-                entries = list(found)
-        except OSError as error:
-            yield FileResult(_decoded(prefix), "unreadable", detail=f"cannot be searched ({error.strerror})")
-            continue
-        for entry in entries:
-            name = prefix + entry.name
-            if entry.name.startswith(".") or entry.name.endswith(_TEMPORARY):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(f"{name}/")
-            elif name not in expected and not _is_listing(entry.name) and (folder / name).resolve() != manifest:
-                yield FileResult(_decoded(name), "extra", detail="not listed")
+    for name in files_below(folder, unreadable):
+        if name not in expected and not is_listing(name) and (folder / name).resolve() != manifest:
+            found.append(FileResult(_decoded(name), "extra", detail="not listed"))
+    return found
 
 
-def _is_listing(name: str) -> bool:
-    return name == own.NAME or is_checksum_list(name)
+def is_listing(name: str) -> bool:
+    """Whether a file lists others: a manifest or a checksum list."""
+    base = name.rpartition("/")[2]
+    return base == own.NAME or is_checksum_list(base)
 
 
 def _decoded(name: str) -> str:

@@ -10,7 +10,7 @@ from weightops.ops.libtorch import as_torch
 from weightops.spec import DType, TensorSpec
 
 _BLOCK_NBYTES = 4 << 20
-_SLAB_NBYTES = 48 << 20
+_SLAB_NBYTES = 24 << 20
 
 
 class Given(Op, frozen=True):
