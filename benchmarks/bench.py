@@ -214,6 +214,34 @@ def verify_table(folder: Path, runs: int) -> list[str]:
     return lines
 
 
+def disk_speed(folder: Path) -> str:
+    """GB/s of `dd` past the page cache into a preallocated file: what no durable output can be faster than."""
+    path = folder / "disk-speed"
+    rates = []
+    for _ in range(3):
+        subprocess.run(["fallocate", "-l", "4GiB", str(path)], check=True)
+        arguments = ["dd", "if=/dev/zero", f"of={path}", "bs=4M", "count=1024", "oflag=direct", "conv=notrunc,fsync"]
+        start = time.perf_counter()
+        subprocess.run(arguments, check=True, stderr=subprocess.DEVNULL)
+        rates.append((1 << 32) / (time.perf_counter() - start) / 1e9)
+        path.unlink()
+    return f"{statistics.median(rates):.2f} GB/s ({min(rates):.2f} to {max(rates):.2f})"
+
+
+def start_up(runs: int) -> list[str]:
+    """Seconds until a command that does next to nothing is done."""
+    lines = ["| command | median | min to max |", "|---|---|---|"]
+    for arguments in ([WEIGHTOPS, "--help"], [WEIGHTOPS, "recover", "--help"], [sys.executable, "-c", "import torch"]):
+        seconds = []
+        for _ in range(runs * 2):
+            start = time.perf_counter()
+            subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - start)
+        name = " ".join([Path(arguments[0]).name, *arguments[1:]])
+        lines.append(f"| `{name}` | {statistics.median(seconds):.2f} s | {min(seconds):.2f} to {max(seconds):.2f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1b,3b")
@@ -223,6 +251,8 @@ def main() -> None:
     parser.add_argument("--only", help="jobs whose name contains this")
     parser.add_argument("--keep", action="store_true", help="keep the families for the next time")
     options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    speed = disk_speed(options.folder)
     sections = []
     for size in options.sizes.split(","):
         folder = options.folder / size
@@ -241,15 +271,19 @@ def main() -> None:
         if not options.keep:
             shutil.rmtree(folder)
     if not options.only:
-        options.report.write_text("\n".join([_preamble(options.runs), *sections]))
+        sections += ["## Start-up", "", *start_up(options.runs), ""]
+        options.report.write_text("\n".join([_preamble(options.runs, speed), *sections]))
 
 
-def _preamble(runs: int) -> str:
+def _preamble(runs: int, speed: str) -> str:
     return f"""# Benchmarks
 
 Written by `make bench`: {runs} runs ({runs // 2 + 1} with a cold cache) of a whole command and of its baseline,
 by turns, on {os.cpu_count()} cores ({platform.machine()}). The baseline is `cat` of every input, `cp` of as many bytes
 as the command writes, and `sync`. Take the ratios; the seconds are this machine's.
+
+The disk takes {speed} from `dd` with O_DIRECT, the median of three before the first run. That is
+the floor of everything that writes: a command is done no sooner than its output is on disk.
 """
 
 

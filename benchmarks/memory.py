@@ -69,8 +69,8 @@ def svg(lines: dict[str, Line], title: str) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         f'<text x="{LEFT}" y="20" font-size="15" fill="#222">{title}</text>',
     ]
-    step = 10 ** (len(str(int(top_mb))) - 1)
-    for mb in range(0, int(top_mb), step * (1 if top_mb / step < 6 else 2)):
+    step = next(size for size in (m * 10**k for k in range(7) for m in (1, 2, 5)) if top_mb / size < 6)
+    for mb in range(0, int(top_mb), step):
         x, y = point(0, mb).split(",")
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>')
         parts.append(

@@ -179,5 +179,8 @@ def _decode(name: bytes) -> str:
         text = name.decode("utf-8")
     except UnicodeDecodeError:
         raise _Bad("a member's name is not UTF-8") from None
-    check_relative(text.removesuffix("/"), "zip archive")
+    try:
+        check_relative(text.removesuffix("/"), "")
+    except CorruptInput:
+        raise _Bad(f"the member {escape(text)!r} is not named by a plain path") from None
     return text
