@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +17,9 @@ from support import TORCH_DTYPES, digests, random_tensor, same_bits, to_bytes, w
 
 import weightops
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
-from weightops.spec import DType
+from weightops.formats.layout import Literal
+from weightops.formats.safetensors import safetensors_layout
+from weightops.spec import DType, TensorSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "knowlm"
 State = dict[str, torch.Tensor]
@@ -97,6 +100,32 @@ def test_exact_recovers_every_bit(tmp_path: Path, data: st.DataObject) -> None:
     assert same_bits(weights(tmp_path / "out"), tuned)
     tuned_id = weightops.manifest(tmp_path / "tuned").content_id
     assert weightops.manifest(tmp_path / "out").content_id == tuned_id
+
+
+def test_exact_recovers_types_that_torch_cannot_compute_with(tmp_path: Path) -> None:
+    dtypes = [d for d in DType if d.in_safetensors]
+    layout = safetensors_layout([(d.name, TensorSpec(d, (8, 5))) for d in dtypes], {"format": "pt"})
+    random = np.random.default_rng(0)
+    for side in ("raw", "tuned"):
+        (tmp_path / side).mkdir()
+        parts = [p.data if isinstance(p, Literal) else random.bytes(p.nbytes) for p in layout.pieces]
+        (tmp_path / side / "model.safetensors").write_bytes(b"".join(parts))
+    weightops.diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "delta")
+    weightops.recover(tmp_path / "raw", tmp_path / "delta", tmp_path / "out")
+    recovered, tuned = (tmp_path / side / "model.safetensors" for side in ("out", "tuned"))
+    assert recovered.read_bytes() == tuned.read_bytes()
+
+
+def test_exact_recovers_types_that_only_torch_files_hold(tmp_path: Path) -> None:
+    for seed, side in enumerate(("raw", "tuned")):
+        torch.manual_seed(seed)
+        (tmp_path / side).mkdir()
+        tensors = {"z": torch.randn(6, 4, dtype=torch.complex128), "h": torch.randn(5)}
+        torch.save(tensors, tmp_path / side / "pytorch_model.bin")
+    weightops.diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "delta")
+    weightops.recover(tmp_path / "raw", tmp_path / "delta", tmp_path / "out", format="torch")
+    recovered, tuned = (tmp_path / side / "pytorch_model.bin" for side in ("out", "tuned"))
+    assert recovered.read_bytes() == tuned.read_bytes()
 
 
 def test_exact_keeps_raw_weights_out_of_a_grown_embedding(tmp_path: Path) -> None:
