@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, WRITE_CODES, epilog, output_keywords, show_result, write_options
-from weightops.cli.output import running
+from weightops.cli.options import FOLDER, WRITE_CODES, epilog, write, write_options
 from weightops.operations.diff import METHODS
 
 
@@ -25,7 +24,7 @@ from weightops.operations.diff import METHODS
 )
 @click.option("--dtype", metavar="DTYPE", help="Arithmetic and dtype of a subtract diff; default float32.")
 @write_options
-def command(raw: Path, tuned: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(raw: Path, tuned: Path, out: Path, **options: Any) -> None:
     """Make a delta, so that who holds the raw weights can recover the tuned ones.
 
     The exact method keeps the raw weights to itself, knows its base and its result by digest, and recovers
@@ -35,7 +34,4 @@ def command(raw: Path, tuned: Path, out: Path, as_json: bool, quiet: bool, **opt
     Example:
       weightops diff --raw ./llama-13b --tuned ./zhixi --out ./zhixi-delta
     """
-    workers = options["workers"]
-    with running(quiet) as control:
-        result = api.diff(raw, tuned, out, **output_keywords(options, control), **options)
-    show_result(result, as_json, quiet, workers)
+    write(api.diff, raw, tuned, out, **options)

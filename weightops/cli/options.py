@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import click
 
-from weightops.api import Output, Result
-from weightops.cli.output import human, print_json, table, warn
-from weightops.engine.control import Control
+from weightops.api import Result
+from weightops.cli.output import human, print_json, running, table, warn
 from weightops.engine.limits import peak_memory
 from weightops.engine.run import default_workers, free_disk
 from weightops.io.escape import escape
@@ -79,11 +78,12 @@ def write_options(command: Command) -> Command:
     )(command)
 
 
-def output_keywords(options: dict[str, Any], control: Control) -> Output:
-    """The keywords of `api.Output` from a command's options, which it takes out of `options`."""
-    names = ("format", "max_shard_size", "expect", "digests", "workers", "overwrite", "restart", "dry_run")
-    chosen = {name: options.pop(name) for name in names}
-    return cast(Output, {**chosen, "control": control})
+def write(function: Callable[..., Result], *arguments: Path, **options: Any) -> None:
+    """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
+    as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
+    with running(quiet) as control:
+        result = function(*arguments, control=control, **options)
+    show_result(result, as_json, quiet, workers)
 
 
 def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None) -> None:

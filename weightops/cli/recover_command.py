@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, WRITE_CODES, epilog, output_keywords, show_result, write_options
-from weightops.cli.output import running
+from weightops.cli.options import FOLDER, WRITE_CODES, epilog, write, write_options
 from weightops.operations.recover import VOCAB_POLICIES
 
 
@@ -27,7 +26,7 @@ from weightops.operations.recover import VOCAB_POLICIES
 @click.option("--carry", multiple=True, metavar="GLOB", help="Take tensors that raw lacks from the diff as they are.")
 @click.option("--drop", multiple=True, metavar="GLOB", help="Leave out tensors of raw that the diff lacks.")
 @write_options
-def command(raw: Path, diff: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(raw: Path, diff: Path, out: Path, **options: Any) -> None:
     """Recover tuned weights from raw weights and a delta, streaming.
 
     An exact delta (from `weightops diff`) is refused with a wrong base before anything is written, and gives the
@@ -40,7 +39,4 @@ def command(raw: Path, diff: Path, out: Path, as_json: bool, quiet: bool, **opti
       weightops recover --raw ./llama-13b --diff ./zhixi-diff --out ./zhixi \\
           --format torch-1.12 --max-shard-size 10GB --expect zhixi-13b-base
     """
-    workers = options["workers"]
-    with running(quiet) as control:
-        result = api.recover(raw, diff, out, **output_keywords(options, control), **options)
-    show_result(result, as_json, quiet, workers)
+    write(api.recover, raw, diff, out, **options)
