@@ -105,7 +105,7 @@ def main() -> None:
     recover_killed_half_way(folder, command)
 
     say("4. The same command again continues")
-    weightops(*command, "--quiet")
+    weightops(*command)
     weightops("inspect", str(recovered))
 
     say("5. Is it right?")

@@ -3,7 +3,8 @@
     import weightops
     weightops.recover("./llama-13b", "./zhixi-diff", "./zhixi", format="torch-1.12", max_shard_size="10GB")
 
-Commands that write take the keywords of `Output`; they raise `weightops.errors` and print nothing.
+Commands that write take the keywords of `Output`; they raise `weightops.errors` and print nothing. Each imports its
+operation when it is called, because starting takes longer than many of them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from weightops import operations
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
@@ -26,10 +26,12 @@ from weightops.formats.folder import open_checkpoint
 from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
-from weightops.operations.inspect import Inspection
-from weightops.operations.verify_report import VerifyReport
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
 from weightops.spec import DType
+
+if TYPE_CHECKING:
+    from weightops.operations.inspect import Inspection
+    from weightops.operations.verify_report import VerifyReport
 
 StrPath = str | os.PathLike[str]
 
@@ -105,10 +107,12 @@ def recover(
     drop: Iterable[str] = (),
     **output: Unpack[Output],
 ) -> Result:
-    """Recover the tuned checkpoint from `raw` and a delta of either kind; see `operations.recover`."""
+    """Recover the tuned checkpoint from `raw` and a delta of either kind; see `weightops.operations.recover`."""
+    from weightops.operations.recover import recover as operation
+
     carry, drop = tuple(carry), tuple(drop)
     base, delta = open_checkpoint(raw), open_checkpoint(diff)
-    result = operations.recover(base, delta, vocab=vocab, dtype=parse_dtype(dtype), carry=carry, drop=drop)
+    result = operation(base, delta, vocab=vocab, dtype=parse_dtype(dtype), carry=carry, drop=drop)
     options = {"vocab": vocab, "dtype": dtype, "carry": carry, "drop": drop}
     return save(result, out, _recipe("recover", options, raw=base, diff=delta), **output)
 
@@ -122,9 +126,11 @@ def diff(
     dtype: str | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Make a delta from which holders of `raw` recover `tuned`; see `operations.diff`."""
+    """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
+    from weightops.operations.diff import diff as operation
+
     base, target = open_checkpoint(raw), open_checkpoint(tuned)
-    result = operations.diff(base, target, method=method, dtype=parse_dtype(dtype))
+    result = operation(base, target, method=method, dtype=parse_dtype(dtype))
     if method == "exact" and output.get("format", "safetensors") != "safetensors":
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
     return save(result, out, _recipe("diff", {"method": method, "dtype": dtype}, raw=base, tuned=target), **output)
@@ -138,7 +144,9 @@ def shard(source: StrPath, out: StrPath, **output: Unpack[Output]) -> Result:
 
 def inspect(path: StrPath) -> Inspection:
     """What a checkpoint holds, from its headers alone."""
-    return operations.inspect(open_checkpoint(path), Path(path))
+    from weightops.operations.inspect import inspect as operation
+
+    return operation(open_checkpoint(path), Path(path))
 
 
 def verify(
@@ -156,8 +164,10 @@ def verify(
 
     A folder that differs is a report whose verdict is False, not an error.
     """
+    from weightops.operations.verify import verify as operation
+
     control = control or Control()
-    return operations.verify(
+    return operation(
         Path(folder),
         find_manifest(os.fspath(manifest)) if manifest is not None else None,
         quick=quick,
@@ -175,6 +185,8 @@ def manifest(
     folder: StrPath, *, digests: Sequence[str] = (), workers: int | None = None, control: Control | None = None
 ) -> Manifest:
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
+    from weightops.operations.manifest import make_manifest
+
     control = control or Control()
     if not Path(folder).is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
@@ -182,7 +194,7 @@ def manifest(
         checkpoint = open_checkpoint(folder)
     except NoWeights:
         checkpoint = Checkpoint(Path(folder).name, {})
-    return operations.make_manifest(
+    return make_manifest(
         Path(folder), checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control
     )
 

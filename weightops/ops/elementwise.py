@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import numpy as np
-
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import accumulate, convert
@@ -91,6 +89,8 @@ class Xor(Op, frozen=True):
         return a
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
         left, right = tensor.inputs
         read(left, start, out)
         with read.scratch(len(out)) as buffer:

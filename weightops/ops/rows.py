@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import as_torch
@@ -38,6 +36,8 @@ class Repeat(Op, frozen=True):
         return TensorSpec(self.dtype, self.shape)
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
         unit = np.dtype(f"V{len(self.element)}")
         np.frombuffer(out, dtype=unit)[:] = np.frombuffer(self.element, dtype=unit)
 
@@ -61,6 +61,8 @@ class Fit(Op, frozen=True):
         return max(1, tensor.spec.row_nbytes)
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
         source, filler = tensor.inputs
         row = tensor.spec.row_nbytes
         first, count = start // row, len(out) // row
@@ -105,6 +107,8 @@ class MeanRow(Op, frozen=True):
         return _SLAB_NBYTES + _BLOCK_NBYTES
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
         (source,) = tensor.inputs
         (rows, columns), itemsize = source.spec.shape, tensor.spec.dtype.itemsize
         row = source.spec.row_nbytes

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import zlib
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from weightops.errors import CorruptInput
 from weightops.io.source import SourceFile
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.spec import DType, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CHUNK = 4 << 20
 _DENSE_NBYTES = 256 << 10
@@ -58,6 +60,8 @@ class Strided(Op, frozen=True):
         return math.prod(self.shape[self._axis + 1 :]) * self.dtype.itemsize
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
         axis, itemsize, row = self._axis, self.dtype.itemsize, self.grain(tensor)
         shape = (*self.shape[:axis], len(out) // row, *self.shape[axis + 1 :])
         offset = self.offset + start // row * self.strides[axis] * itemsize
@@ -65,6 +69,8 @@ class Strided(Op, frozen=True):
 
     def _gather(self, target: np.ndarray, offset: int, read: Evaluator) -> None:
         """Fill `target` from the view at `offset`: read its hull if that is small or dense, else halve and recurse."""
+        import numpy as np
+
         itemsize = self.dtype.itemsize
         extents = [(n - 1) * s for n, s in zip(target.shape, self.strides, strict=True)]
         hull = (sum(extents) + 1) * itemsize
