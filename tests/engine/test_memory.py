@@ -60,13 +60,9 @@ def test_a_tensor_of_a_gigabyte_is_recovered_in_288_mib(tmp_path: Path, containe
     shutil.rmtree(tmp_path / "out")
 
 
-def test_a_grown_vocabulary_is_averaged_in_288_mib(tmp_path: Path) -> None:
-    """Here torch is imported, whose mappings alone come near the limit: what counts is the memory it touches."""
-    name = "model.embed_tokens.weight"
-    raw = sparse(tmp_path / "raw", DType.F16, {name: (32_000, 8192)})
-    diff = sparse(tmp_path / "diff", DType.F32, {name: (32_001, 8192)})
-    arguments = ["--raw", str(raw), "--diff", str(diff), "--out", str(tmp_path / "out"), "--vocab", "mean"]
-    process = subprocess.Popen([sys.executable, "-m", "weightops", "recover", *arguments, "--workers", "1", "--quiet"])
+def peak_nbytes(*arguments: str) -> int:
+    """The most anonymous memory that a Python process touched."""
+    process = subprocess.Popen([sys.executable, *arguments])
     peak_kib = 0
     while process.poll() is None:
         with contextlib.suppress(OSError):
@@ -74,7 +70,17 @@ def test_a_grown_vocabulary_is_averaged_in_288_mib(tmp_path: Path) -> None:
             peak_kib = max(peak_kib, *(int(n) for n in re.findall(r"RssAnon:\s+(\d+)", status)), 0)
         time.sleep(0.005)
     assert process.returncode == 0
-    assert 0 < peak_kib * 1024 <= LIMIT_NBYTES
+    return peak_kib * 1024
+
+
+def test_a_grown_vocabulary_is_averaged_in_little_more_than_torch_takes(tmp_path: Path) -> None:
+    """The mean is the one operation that imports torch, which takes 150 MB itself, and twice that built for CUDA."""
+    name = "model.embed_tokens.weight"
+    raw = sparse(tmp_path / "raw", DType.F16, {name: (32_000, 8192)})
+    diff = sparse(tmp_path / "diff", DType.F32, {name: (32_001, 8192)})
+    arguments = ["--raw", str(raw), "--diff", str(diff), "--out", str(tmp_path / "out"), "--vocab", "mean"]
+    peak = peak_nbytes("-m", "weightops", "recover", *arguments, "--workers", "1", "--quiet")
+    assert peak - peak_nbytes("-c", "import time, torch; time.sleep(0.1)") < 96 << 20
     shutil.rmtree(tmp_path / "out")
 
 
