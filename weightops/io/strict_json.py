@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from weightops.errors import CorruptInput
@@ -23,8 +24,7 @@ def loads(data: bytes, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            ((key, _),) = Counter(k for k, _ in pairs).most_common(1)
             raise CorruptInput(f"{what}: the key {escape(key)!r} occurs twice")
         return result
 
