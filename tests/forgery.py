@@ -36,7 +36,7 @@ class Pid:
         self.parts = parts
 
 
-class Forger(pickle._Pickler):  # type: ignore[name-defined,misc]
+class Forger(pickle._Pickler):
     """Writes pickles that say what they should not."""
 
     def persistent_id(self, value: object) -> object:

@@ -6,6 +6,7 @@ Opening one costs headers only. What an operation derives is a checkpoint too, s
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,13 +48,13 @@ class Document(msgspec.Struct, frozen=True, tag_field="document", tag=str.lower)
         Document.registry[cls.__name__.lower()] = cls
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The file's name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def render(self, tensors: Mapping[str, tuple[TensorSpec, str]], witnesses: Digests) -> bytes:
         """The file's bytes, from the written tensors' specs and digests, and the witnesses' digests."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
-from weightops.io.source import FileReader
+from weightops.io.source import FileReader, SourceFile
 from weightops.spec import TensorSpec
 
 
@@ -42,6 +42,16 @@ class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
 
     def skip(self, tensor: LazyTensor, read: Evaluator) -> None:
         """Called instead of `fill` on a tensor without bytes; for ops that note what passes by."""
+
+    @property
+    def source(self) -> SourceFile | None:
+        """The file that this op reads, if it reads one."""
+        return None
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Memory that it needs at once beyond a block for each input."""
+        return 0
 
     def grain(self, tensor: LazyTensor) -> int:
         """By default that of an elementwise op: whatever its inputs need, counted in its own elements."""

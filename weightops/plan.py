@@ -26,7 +26,6 @@ from weightops.formats.torch_writer import Flavour, torch_layout
 from weightops.io.escape import escape
 from weightops.io.source import SourceFile
 from weightops.lazy import LazyTensor
-from weightops.ops.stored import Checked, Stored, Strided
 
 CONTAINERS = ("safetensors", "torch", "torch-1.12")
 DEFAULT_SHARD_NBYTES = 5_000_000_000
@@ -100,8 +99,8 @@ class Plan:
         found: dict[SourceFile, None] = {}
         for tensor in (*self.watch, *(t for _, t in self.tensors)):
             for node in tensor.walk():
-                if isinstance(node.op, (Stored, Strided, Checked)):
-                    found[node.op.file] = None
+                if node.op.source is not None:
+                    found[node.op.source] = None
         return tuple(found)
 
     @property
@@ -158,7 +157,7 @@ class Plan:
     @cached_property
     def identity(self) -> Any:
         """The plan as data that depends on what is read and written, not on where the sources lie."""
-        return _without_folders(json.loads(json.dumps(self.to_json())))
+        return identity_of(json.loads(json.dumps(self.to_json())))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -166,12 +165,11 @@ class Plan:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            k: Path(v).name if k == "path" and isinstance(v, str) else _without_folders(v) for k, v in value.items()
-        }
-    return [_without_folders(v) for v in value] if isinstance(value, list) else value
+def identity_of(plan: Any) -> Any:
+    """A plan's JSON with the folders of its sources left out."""
+    if isinstance(plan, dict):
+        return {k: Path(v).name if k == "path" and isinstance(v, str) else identity_of(v) for k, v in plan.items()}
+    return [identity_of(v) for v in plan] if isinstance(plan, list) else plan
 
 
 def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:

@@ -50,7 +50,7 @@ def pair(tmp_path: Path) -> Path:
 
 
 def recover(folder: Path, out: str = "out", **options: object) -> Result:
-    return weightops.recover(folder / "raw", folder / "diff", folder / out, max_shard_size="50KB", **options)  # type: ignore[arg-type]
+    return weightops.recover(folder / "raw", folder / "diff", folder / out, max_shard_size="50KB", **options)
 
 
 def set_block(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
@@ -147,7 +147,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(pair: Path, monkeypat
 
     def write_file(*args: object, **kwargs: object) -> object:
         os.utime(target, ns=(1, 1))
-        return original(*args, **kwargs)  # type: ignore[arg-type]
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(run, "write_file", write_file)
     with pytest.raises(CorruptInput, match="changed while it was being read"):
@@ -292,7 +292,7 @@ def test_plans_survive_json(pair: Path) -> None:
     assert again.fingerprint == plan.fingerprint
     assert again.shards == plan.shards
     outcome = run.run(again, pair / "out")
-    assert outcome.manifest.content_id == recover(pair, "direct").manifest.content_id  # type: ignore[union-attr]
+    assert outcome.manifest.content_id == recover(pair, "direct").manifest.content_id
 
 
 def test_file_mode_follows_the_umask(pair: Path) -> None:

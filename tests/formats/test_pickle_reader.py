@@ -48,7 +48,7 @@ def test_plain_data_comes_through(value: object, protocol: int) -> None:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_bytes_sizes_and_ordered_dicts_come_through(protocol: int) -> None:
     state = OrderedDict([("a", b"\x00\xff"), ("b", OrderedDict())])
-    state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    state._metadata = {"": {"version": 1}}
     assert read(pickle.dumps(state, protocol)) == state
 
 

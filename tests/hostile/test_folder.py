@@ -176,7 +176,7 @@ def test_a_sparse_half_terabyte_is_inspected_at_once_and_refused_for_lack_of_dis
     layout = safetensors_layout([("w", TensorSpec(DType.F16, (1 << 18, 1 << 20)))], {})
     path = tmp_path / "model" / "model.safetensors"
     path.parent.mkdir()
-    path.write_bytes(layout.pieces[0].data)  # type: ignore[union-attr]
+    path.write_bytes(layout.pieces[0].data)
     os.truncate(path, layout.nbytes)
     assert weightops.inspect(path.parent).nbytes == 1 << 39
     with pytest.raises(NoRoom, match="bytes of disk"):

@@ -169,7 +169,7 @@ def test_a_base_with_one_flipped_bit_is_refused_by_name_and_nothing_is_written(p
 )
 def test_another_base_is_refused_from_headers(pair: Path, change: object, words: str) -> None:
     changed = model(0)
-    change(changed)  # type: ignore[operator]
+    change(changed)
     write_checkpoint(pair / "raw", changed)
     with pytest.raises(IncompatibleInputs, match=words):
         weightops.recover(pair / "raw", pair / "delta", pair / "out")
@@ -327,7 +327,7 @@ def test_vocabulary_growth_without_a_policy_names_sizes_and_choices(tmp_path: Pa
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: object, words: str) -> None:
     raw, diff = model(0), model(2)
-    change(raw, diff)  # type: ignore[operator]
+    change(raw, diff)
     write_checkpoint(tmp_path / "raw", raw)
     write_checkpoint(tmp_path / "diff", diff)
     with pytest.raises(IncompatibleInputs, match=words):

@@ -89,7 +89,7 @@ def test_strided_views_read_as_torch_sees_them(
     tmp_path_factory: pytest.TempPathFactory, shape: list[int], random: object, offset: int, block: int
 ) -> None:
     order = list(range(len(shape)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     storage = torch.arange(math.prod(shape) * 2 + offset, dtype=torch.int16)
     seen = storage[offset : offset + math.prod(shape)].reshape([shape[i] for i in order])
     seen = seen.permute([order.index(i) for i in range(len(shape))])

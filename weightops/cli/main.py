@@ -119,7 +119,7 @@ def run(args: Sequence[str]) -> int:
         return report_error(str(error), error.hint, error.exit_code, as_json)
     except MemoryError:
         return report_error("out of memory", "give fewer --workers", 16, as_json)
-    except Exception as error:
+    except Exception as error:  # the edge: what nobody foresaw is a sentence too, and a traceback on request
         if os.environ.get("WEIGHTOPS_DEBUG"):
             raise
         message = f"unexpected {type(error).__name__}: {error}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from weightops.engine.stream import BLOCK_NBYTES, SLOTS
 from weightops.lazy import LazyTensor
-from weightops.ops.rows import MeanRow
 from weightops.plan import Plan
 
 _BASE_NBYTES = 200 << 20
@@ -24,9 +23,8 @@ def peak_memory(plan: Plan, workers: int) -> int:
 def _scratch(tensor: LazyTensor) -> int:
     """Buffers in use at once: one block per op on the way to the deepest file range."""
     block = max(BLOCK_NBYTES, tensor.grain)
-    own = MeanRow.scratch_nbytes() if isinstance(tensor.op, MeanRow) else 0
     deepest = max(map(_scratch, tensor.inputs), default=0)
-    return own + deepest + (block if len(tensor.inputs) > 0 or tensor.grain > BLOCK_NBYTES else 0)
+    return tensor.op.scratch_nbytes + deepest + (block if len(tensor.inputs) > 0 or tensor.grain > BLOCK_NBYTES else 0)
 
 
 def available_memory() -> int:

@@ -18,7 +18,7 @@ from weightops.engine.stream import BLOCK_NBYTES, write_file
 from weightops.errors import CorruptInput, Differs, NoRoom, UsageError, WeightopsError
 from weightops.formats import manifest
 from weightops.io.atomic import write_whole
-from weightops.io.digests import hash_file, new_hasher
+from weightops.io.digests import hash_bytes, hash_file
 from weightops.io.escape import escape
 from weightops.io.source import read_source
 from weightops.lazy import Evaluator, LazyTensor
@@ -225,7 +225,7 @@ def _finish(
         small[document.name] = document.render(tensors, witnesses)
     for name, data in sorted(small.items()):
         write_whole(staging.folder / name, data)
-    small_digests = {name: _digests(data, plan.digests) for name, data in small.items()}
+    small_digests = {name: hash_bytes(data, plan.digests) for name, data in small.items()}
     _check_expected(plan, small_digests, {})
     finished = manifest.Manifest(
         schema=manifest.SCHEMA,
@@ -244,15 +244,6 @@ def _finish(
     )
     write_whole(staging.folder / manifest.NAME, finished.to_bytes())
     return finished
-
-
-def _digests(data: bytes, algorithms: Iterable[str]) -> dict[str, str]:
-    result = {}
-    for name in algorithms:
-        hasher = new_hasher(name)
-        hasher.update(memoryview(data))
-        result[name] = hasher.hexdigest()
-    return result
 
 
 def _sidecar_bytes(sidecar: Copied | Written) -> bytes:

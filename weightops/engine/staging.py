@@ -26,7 +26,7 @@ from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.io.atomic import exchange, fsync_folder, publish, write_all, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.plan import Plan, first_difference
+from weightops.plan import Plan, first_difference, identity_of
 
 LOCK, PLAN, JOURNAL = ".lock", ".plan.json", ".journal.jsonl"
 
@@ -99,13 +99,13 @@ class Staging:
         if found is not None and not restart:
             if found.get("fingerprint") == plan.fingerprint:
                 return self._read_journal()
-            difference = first_difference(plan.identity, found.get("identity"))
+            difference = first_difference(plan.identity, identity_of(found.get("plan")))
             raise PlanDiffers(
                 f"{escape(str(self.folder))} is the partial output of another plan: {difference}",
                 hint="run the earlier command again to finish it, or give --restart to throw it away",
             )
         self._clear()
-        document = {"fingerprint": plan.fingerprint, "identity": plan.identity, "plan": plan.to_json()}
+        document = {"fingerprint": plan.fingerprint, "plan": plan.to_json()}
         write_whole(self.folder / PLAN, json.dumps(document).encode())
         return []
 

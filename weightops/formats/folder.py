@@ -12,6 +12,7 @@ from weightops.errors import CorruptInput, NoWeights, SourceMissing
 from weightops.formats import checksums, manifest
 from weightops.formats.index import ShardIndex, read_index
 from weightops.formats.safetensors import read_safetensors
+from weightops.formats.sniff import LFS_MAGIC
 from weightops.formats.torch_legacy import read_torch
 from weightops.io.escape import escape
 from weightops.io.paths import inside
@@ -32,7 +33,6 @@ _OTHER_WEIGHTS = (
     ".npz",
     ".ot",
     ".tflite",
-    ".safetensors",
     ".enc",
 )
 _NOT_CARRIED = {"README.md", manifest.NAME}
@@ -198,7 +198,7 @@ def _sidecars(root: Path, names: list[str], weights: list[str]) -> tuple[dict[st
             continue
         file = SourceFile.at(inside(root, name, str(root)))
         head = path.read_bytes()[:64] if file.nbytes < 1024 else b""
-        if head.startswith(b"version https://git-lfs"):
+        if head.startswith(LFS_MAGIC):
             notes.append(f"{escape(name)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
         if file.nbytes > _MAX_SIDECAR_NBYTES:
             notes.append(f"{escape(name)}: {file.nbytes} bytes, not a config or tokenizer file: not carried along")

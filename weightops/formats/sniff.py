@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from weightops.errors import CorruptInput
 
+LFS_MAGIC = b"version https://git-lfs"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (
-        b"version https://git-lfs",
+        LFS_MAGIC,
         "a Git LFS pointer, not the weights",
         "run `git lfs pull`, or download the file itself",
     ),

@@ -109,9 +109,9 @@ class Storages:
 def _ordered_dict(items: object = ()) -> dict[Any, Any]:
     """`OrderedDict(items)`; with items as Python 2 pickled it."""
     result: dict[Any, Any] = {}
-    if type(items) not in (list, tuple):
+    if not isinstance(items, (list, tuple)):
         raise ValueError("an OrderedDict of no list")
-    for item in items:  # type: ignore[attr-defined]
+    for item in items:
         key, value = item
         set_item(result, key, value)
     return result
@@ -119,9 +119,9 @@ def _ordered_dict(items: object = ()) -> dict[Any, Any]:
 
 def _size(items: object = ()) -> tuple[Any, ...]:
     """`torch.Size(items)`."""
-    if type(items) not in (list, tuple):
+    if not isinstance(items, (list, tuple)):
         raise ValueError("a torch.Size of no list")
-    return tuple(items)  # type: ignore[arg-type]
+    return tuple(items)
 
 
 def _encode(text: str, encoding: str) -> bytes:

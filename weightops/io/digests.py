@@ -87,6 +87,14 @@ def _new_blake3() -> Hasher:
     return hasher
 
 
+def hash_bytes(data: bytes, algorithms: Collection[str]) -> dict[str, str]:
+    """Digests of bytes in memory, by algorithm; raises as `new_hasher` does."""
+    hashers = {name: new_hasher(name) for name in algorithms}
+    for hasher in hashers.values():
+        hasher.update(memoryview(data))
+    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
+
+
 def hash_file(
     path: Path,
     algorithms: Collection[str],

@@ -101,9 +101,8 @@ class MeanRow(Op, frozen=True):
     def grain(self, tensor: LazyTensor) -> int:
         return tensor.nbytes
 
-    @staticmethod
-    def scratch_nbytes() -> int:
-        """Memory for one slab."""
+    @property
+    def scratch_nbytes(self) -> int:
         return _SLAB_NBYTES + _BLOCK_NBYTES
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:

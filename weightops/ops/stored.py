@@ -26,6 +26,10 @@ class Stored(Op, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
 
+    @property
+    def source(self) -> SourceFile:
+        return self.file
+
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)
 
@@ -47,6 +51,10 @@ class Strided(Op, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def source(self) -> SourceFile:
+        return self.file
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)
@@ -99,6 +107,10 @@ class Checked(Op, frozen=True):
     file: SourceFile
     offset: int
     nbytes: int
+
+    @property
+    def source(self) -> SourceFile:
+        return self.file
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return inputs[0]
