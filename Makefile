@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all lint format bench bench-download clean
 
 help:
 	@echo "make demo      recover a small model from a delta, start to verified result"
 	@echo "make test      lint, types and the test suite (under 10 minutes)"
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
+	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
@@ -40,7 +41,11 @@ test-all: lint
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep
+	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/memory.py
+
+bench-download: $(READY)
+	$(BIN)/python benchmarks/download.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from weightops import errors
 from weightops.cli.main import COMMANDS, EXIT_CODES, cli
-from weightops.errors import WeightopsError
 
 TARGET = Path(__file__).with_name("commands.md")
 
@@ -27,11 +27,9 @@ def help_text(*path: str) -> str:
 def exit_code_table() -> list[str]:
     """Exit codes with the errors that carry them."""
     names: dict[int, list[str]] = {}
-    pending = [WeightopsError]
-    while pending:
-        error = pending.pop()
-        pending += error.__subclasses__()
-        names.setdefault(error.exit_code, []).append(f"`{error.__name__}`")
+    for name, error in vars(errors).items():
+        if isinstance(error, type) and issubclass(error, errors.WeightopsError):
+            names.setdefault(error.exit_code, []).append(f"`{name}`")
     rows = [f"| {code} | {text} | {', '.join(sorted(names.get(code, [])))} |" for code, text in EXIT_CODES.items()]
     return ["| code | meaning | raised as |", "|---|---|---|", *rows]
 

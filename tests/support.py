@@ -12,6 +12,9 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from weightops.formats import torch_legacy
+from weightops.formats.torch_objects import TorchFile
+from weightops.io.source import FileReader, SourceFile
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.spec import DType
 
@@ -48,6 +51,12 @@ def evaluate(tensor: LazyTensor, block: int | None = None) -> bytes:
         for start in range(0, tensor.nbytes, step):
             read(tensor, start, memoryview(result)[start : start + step])
     return bytes(result)
+
+
+def read_torch(path: Path) -> TorchFile:
+    """The header of a torch file on disk."""
+    with FileReader() as files:
+        return torch_legacy.read_torch(SourceFile.at(path), files)
 
 
 def random_tensor(dtype: DType, shape: tuple[int, ...], seed: int) -> torch.Tensor:

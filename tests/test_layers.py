@@ -10,7 +10,7 @@ import weightops
 PACKAGE = Path(weightops.__file__).parent
 LAYERS = [
     {"errors", "spec"},
-    {"__init__", "io", "versions", "manifests"},
+    {"__init__", "io", "remote", "versions", "manifests"},
     {"lazy"},
     {"ops"},
     {"checkpoint"},

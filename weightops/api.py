@@ -10,7 +10,8 @@ operation when it is called, because starting takes longer than many of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -22,7 +23,7 @@ from weightops.engine.run import run
 from weightops.errors import NoWeights, SourceMissing, UsageError, WeightopsError
 from weightops.formats import checksums
 from weightops.formats import manifest as manifest_format
-from weightops.formats.folder import open_checkpoint
+from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place
 from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
@@ -30,8 +31,10 @@ from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, p
 from weightops.spec import DType
 
 if TYPE_CHECKING:
+    from weightops.operations.download import Download
     from weightops.operations.inspect import Inspection
     from weightops.operations.verify_report import VerifyReport
+    from weightops.remote.web import Web
 
 StrPath = str | os.PathLike[str]
 
@@ -44,7 +47,8 @@ class Output(TypedDict, total=False):
     `expect`: a manifest, checksum list or published name that the result must match to be published.
     `digests`: more algorithms to record per file than xxh3_128.
     `workers`: shards in work at once. `overwrite`: replace an existing output once the new one is whole.
-    `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop.
+    `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop, and
+    the `web` to read sources on servers through; one with defaults is opened if it has none.
     """
 
     format: str
@@ -84,16 +88,35 @@ def save(
         expect=read_expectation(expect) if expect is not None else None,
     )
     if output.get("dry_run"):
-        return Result(Path(out), plan, None, (), checkpoint.warnings)
-    outcome = run(
-        plan,
-        Path(out),
-        workers=output.get("workers"),
-        overwrite=output.get("overwrite", False),
-        restart=output.get("restart", False),
-        control=output.get("control"),
-    )
-    return Result(outcome.out, plan, outcome.manifest, outcome.resumed, checkpoint.warnings)
+        return Result(_local(out), plan, None, (), checkpoint.warnings)
+    with _connected(output, plan.is_remote):
+        outcome = run(
+            plan,
+            _local(out),
+            workers=output.get("workers"),
+            overwrite=output.get("overwrite", False),
+            restart=output.get("restart", False),
+            control=output.get("control"),
+        )
+    return Result(outcome.out, plan, outcome.manifest, outcome.resumed, (*checkpoint.warnings, *outcome.warnings))
+
+
+@contextmanager
+def _connected(output: Output, remote: bool) -> Iterator[Web | None]:
+    """The web of the control in `output`; if there is none and something is remote, one with defaults."""
+    control = output.get("control") or Control()
+    if control.web is not None or not remote:
+        yield control.web
+        return
+    from weightops.remote.web import Web
+
+    output["control"] = control
+    with Web() as web:
+        control.web = web
+        try:
+            yield web
+        finally:
+            control.web = None
 
 
 def recover(
@@ -111,10 +134,11 @@ def recover(
     from weightops.operations.recover import recover as operation
 
     carry, drop = tuple(carry), tuple(drop)
-    base, delta = open_checkpoint(raw), open_checkpoint(diff)
-    result = operation(base, delta, vocab=vocab, dtype=parse_dtype(dtype), carry=carry, drop=drop)
-    options = {"vocab": vocab, "dtype": dtype, "carry": carry, "drop": drop}
-    return save(result, out, _recipe("recover", options, raw=base, diff=delta), **output)
+    with _connected(output, is_remote(raw) or is_remote(diff)) as web:
+        base, delta = open_checkpoint(raw, web), open_checkpoint(diff, web)
+        result = operation(base, delta, vocab=vocab, dtype=parse_dtype(dtype), carry=carry, drop=drop)
+        options = {"vocab": vocab, "dtype": dtype, "carry": carry, "drop": drop}
+        return save(result, out, _recipe("recover", options, raw=base, diff=delta), **output)
 
 
 def diff(
@@ -129,24 +153,77 @@ def diff(
     """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
     from weightops.operations.diff import diff as operation
 
-    base, target = open_checkpoint(raw), open_checkpoint(tuned)
-    result = operation(base, target, method=method, dtype=parse_dtype(dtype))
     if method == "exact" and output.get("format", "safetensors") != "safetensors":
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
-    return save(result, out, _recipe("diff", {"method": method, "dtype": dtype}, raw=base, tuned=target), **output)
+    with _connected(output, is_remote(raw) or is_remote(tuned)) as web:
+        base, target = open_checkpoint(raw, web), open_checkpoint(tuned, web)
+        result = operation(base, target, method=method, dtype=parse_dtype(dtype))
+        return save(result, out, _recipe("diff", {"method": method, "dtype": dtype}, raw=base, tuned=target), **output)
+
+
+def download(
+    source: str,
+    out: StrPath,
+    *,
+    revision: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    digests: Mapping[str, str] | None = None,
+    checksums: str | None = None,
+    workers: int | None = None,
+    prune: bool = False,
+    offline: bool = False,
+    dry_run: bool = False,
+    control: Control | None = None,
+) -> Download:
+    """Fetch a repository, URL, list of URLs or published name into a folder, and prove every file right.
+
+    `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
+    an earlier one began. See `weightops.operations.download`; the control's `web` knows hub, token, proxies and limits.
+    """
+    from weightops.operations import download as operation
+    from weightops.operations import download_source as sources
+    from weightops.remote.web import Web
+
+    control, out = control or Control(), Path(out)
+    include, exclude = tuple(include), tuple(exclude)
+    target = sources.find_target(source, revision)
+    if offline:
+        found = operation.offline(out, str(target.place), sources.known_version(target) or target.revision)
+        return operation.from_manifest(out, found)
+    with ExitStack() as stack:
+        web = control.web or stack.enter_context(Web())
+        target = sources.with_digests(target, digests or {}, checksums, web)
+        version = sources.find_version(target, web)
+        request = operation.request_of(str(target.place), version, target.expected_by, include, exclude)
+        earlier = operation.recorded(out / manifest_format.NAME)
+        if version and earlier is not None and operation.is_complete(out, earlier, request):
+            done = operation.from_manifest(out, earlier)
+            if not (prune and done.stale):
+                return done
+        listing = sources.list_target(target, version, web)
+        listing = operation.with_expected(listing, target.expected, target.expected_by)
+        chosen, warnings = operation.select(listing, include, exclude)
+        planned = operation.plan_download(out, listing, chosen, warnings)
+        if dry_run or planned.manifest is not None:
+            return planned
+        return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)
 
 
 def shard(source: StrPath, out: StrPath, **output: Unpack[Output]) -> Result:
     """Write the same tensors into files of another size or format."""
-    checkpoint = open_checkpoint(source)
-    return save(checkpoint, out, _recipe("shard", {}, source=checkpoint), **output)
+    with _connected(output, is_remote(source)) as web:
+        checkpoint = open_checkpoint(source, web)
+        return save(checkpoint, out, _recipe("shard", {}, source=checkpoint), **output)
 
 
-def inspect(path: StrPath) -> Inspection:
-    """What a checkpoint holds, from its headers alone."""
+def inspect(path: StrPath, *, web: Web | None = None) -> Inspection:
+    """What a checkpoint holds, from its headers alone; one on a server is read through `web`."""
     from weightops.operations.inspect import inspect as operation
 
-    return operation(open_checkpoint(path), Path(path))
+    with _connected({"control": Control(web=web)}, is_remote(path)) as web:
+        place = find_place(path, web)
+        return operation(read_place(place, web), place, os.fspath(path))
 
 
 def verify(
@@ -168,7 +245,7 @@ def verify(
 
     control = control or Control()
     return operation(
-        Path(folder),
+        _local(folder),
         find_manifest(os.fspath(manifest)) if manifest is not None else None,
         quick=quick,
         content=content,
@@ -187,16 +264,21 @@ def manifest(
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     from weightops.operations.manifest import make_manifest
 
-    control = control or Control()
-    if not Path(folder).is_dir():
+    control, folder = control or Control(), _local(folder)
+    if not folder.is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     try:
         checkpoint = open_checkpoint(folder)
     except NoWeights:
-        checkpoint = Checkpoint(Path(folder).name, {})
-    return make_manifest(
-        Path(folder), checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control
-    )
+        checkpoint = Checkpoint(folder.name, {})
+    return make_manifest(folder, checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control)
+
+
+def _local(path: StrPath) -> Path:
+    """A path on this machine; raises `UsageError` for a URL, which `Path` would quietly take for one."""
+    if is_remote(path):
+        raise UsageError(f"{escape(os.fspath(path))}: expected a folder on this machine", hint="weightops download")
+    return Path(path)
 
 
 def parse_dtype(name: str | None) -> DType | None:

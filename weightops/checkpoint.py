@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from weightops.errors import UsageError
 from weightops.io import strict_json
 from weightops.io.source import SourceFile, read_source
 from weightops.lazy import LazyTensor
@@ -90,10 +91,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         return sum(t.nbytes for t in self.tensors.values())
 
     def sidecar(self, name: str) -> bytes | None:
-        """The bytes of a sidecar file, if there is one of that name."""
+        """The bytes of a sidecar file, if there is one of that name; raises `UsageError` for one on a server."""
         match self.sidecars.get(name):
             case Written(data):
                 return data
+            case Copied(file) if file.is_remote:
+                raise UsageError(f"{file.shown}: is on a server, and fetched only when it is written")
             case Copied(file):
                 return read_source(Path(file.path))[1]
             case _:

@@ -2,6 +2,7 @@
 
     WeightopsError            1    something went wrong; the message says what
     ├── IncompatibleInputs    1    the inputs do not belong together (wrong base, names, shapes)
+    ├── NetworkFailed         1    a server could not be reached, or failed for longer than we keep trying
     ├── UsageError            2    the request itself makes no sense
     ├── Differs               3    checked, and it differs
     ├── SourceMissing        10    an input is not there
@@ -31,6 +32,10 @@ class WeightopsError(Exception):
 
 class IncompatibleInputs(WeightopsError):
     """The inputs are well-formed but do not belong together."""
+
+
+class NetworkFailed(WeightopsError):
+    """A server or the way to it failed; what has arrived is kept."""
 
 
 class UsageError(WeightopsError):

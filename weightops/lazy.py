@@ -12,12 +12,15 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
 from weightops.io.source import FileReader, SourceFile
 from weightops.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from weightops.remote.web import Web
 
 
 class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
@@ -47,6 +50,11 @@ class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
     def source(self) -> SourceFile | None:
         """The file that this op reads, if it reads one."""
         return None
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """From where to where in `source` the bytes lie that it reads."""
+        return 0, 0
 
     @property
     def scratch_nbytes(self) -> int:
@@ -98,10 +106,13 @@ class LazyTensor:
 
 
 class Evaluator:
-    """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far."""
+    """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far.
 
-    def __init__(self) -> None:
-        self.files = FileReader()
+    Files on servers are read through `web`.
+    """
+
+    def __init__(self, web: Web | None = None) -> None:
+        self.files = FileReader(web)
         self.running: dict[object, Any] = {}
         """What the ops that watch bytes go by (digests, CRCs) remember, by node or by op."""
         self.witnesses: dict[str, str] = {}

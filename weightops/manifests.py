@@ -6,6 +6,7 @@ They ship with the package; `manifests/README.md` says where each comes from.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from pathlib import Path
 
@@ -18,8 +19,17 @@ _CHECKOUT = Path(__file__).parents[1] / "manifests"
 
 def published() -> dict[str, Path]:
     """The lists that ship with weightops, by name."""
-    folder = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
-    return {path.stem: path for path in sorted(folder.glob("*.md5"), key=lambda path: path.stem)}
+    return {path.stem: path for path in sorted(_folder().glob("*.md5"), key=lambda path: path.stem)}
+
+
+def _folder() -> Path:
+    return _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
+
+
+def repository_of(name: str) -> str | None:
+    """The hub repository whose files the published list `name` is of; None for what is not to be had from a hub."""
+    entry = json.loads((_folder() / "sources.json").read_bytes()).get(name)
+    return entry["repository"] if entry is not None else None
 
 
 def find_manifest(name_or_path: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from weightops.checkpoint import Checkpoint, Document, Sidecar
+from weightops.checkpoint import Checkpoint, Copied, Document, Sidecar
 from weightops.errors import UsageError
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
@@ -103,6 +103,12 @@ class Plan:
                     found[node.op.source] = None
         return tuple(found)
 
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether anything comes from a server."""
+        copied = (sidecar.file for sidecar in self.sidecars.values() if isinstance(sidecar, Copied))
+        return any(file.is_remote for file in (*self.sources, *copied))
+
     @property
     def total_nbytes(self) -> int:
         """Bytes of the output's weight files."""
@@ -166,10 +172,14 @@ class Plan:
 
 
 def identity_of(plan: Any) -> Any:
-    """A plan's JSON with the folders of its sources left out."""
+    """A plan's JSON with the folders of its sources left out, and the queries of URLs, which hold signatures."""
     if isinstance(plan, dict):
-        return {k: Path(v).name if k == "path" and isinstance(v, str) else identity_of(v) for k, v in plan.items()}
+        return {k: _last_part(v) if k == "path" and isinstance(v, str) else identity_of(v) for k, v in plan.items()}
     return [identity_of(v) for v in plan] if isinstance(plan, list) else plan
+
+
+def _last_part(path: str) -> str:
+    return Path(path.partition("?")[0] if "://" in path else path).name
 
 
 def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:

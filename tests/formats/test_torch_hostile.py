@@ -15,10 +15,9 @@ import torch
 from forgery import FLOATS, Pid, Runs, forge, resave, storage, tensor, write_archive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import evaluate, to_bytes
+from support import evaluate, read_torch, to_bytes
 
 from weightops.errors import CorruptInput
-from weightops.formats.torch_legacy import read_torch
 from weightops.formats.torch_objects import TorchFile
 
 ReadBody = Callable[..., TorchFile]

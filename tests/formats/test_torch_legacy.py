@@ -16,10 +16,9 @@ import torch
 from forgery import FLOATS, Name, Pid, Runs, forge, storage, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import evaluate, to_bytes
+from support import evaluate, read_torch, to_bytes
 
 from weightops.errors import CorruptInput, SourceMissing
-from weightops.formats.torch_legacy import read_torch
 from weightops.formats.torch_objects import TorchFile
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "torch-1.12"

@@ -12,11 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import evaluate, names, random_tensor, shapes, to_bytes
+from support import evaluate, names, random_tensor, read_torch, shapes, to_bytes
 
 from weightops.errors import UsageError
 from weightops.formats.layout import Data, Layout, Literal
-from weightops.formats.torch_legacy import read_torch
 from weightops.formats.torch_writer import Flavour, torch_layout
 from weightops.plan import find_aliases
 from weightops.spec import DType, TensorSpec

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from forgery import resave
-from support import evaluate, random_tensor, to_bytes
+from support import evaluate, random_tensor, read_torch, to_bytes
 
 from weightops.errors import CorruptInput
 from weightops.formats.layout import Data, Literal
-from weightops.formats.torch_legacy import read_torch
 from weightops.formats.torch_objects import TorchFile
 from weightops.formats.torch_writer import Flavour, torch_layout
 from weightops.io.source import FileReader, SourceFile
@@ -187,9 +186,9 @@ class Watched(FileReader):
         super().__init__()
         self.ranges: list[tuple[int, int]] = []
 
-    def read_into(self, file: SourceFile, offset: int, out: memoryview) -> None:
+    def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
         self.ranges.append((offset, offset + len(out)))
-        super().read_into(file, offset, out)
+        super().read_into(file, offset, out, following)
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -197,7 +196,7 @@ def test_storages_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     path = tmp_path / "model.bin"
     torch.save({"a": torch.ones(100_000), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
     files = Watched()
-    monkeypatch.setattr("weightops.formats.torch_legacy.FileReader", lambda: files)
+    monkeypatch.setattr("support.FileReader", lambda: files)
     read_torch(path)
     assert sum(stop - start for start, stop in files.ranges) < 80_000
 

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
 from weightops.operations.diff import METHODS
 
 
 @click.command("diff", epilog=epilog(WRITE_CODES))
-@click.option("--raw", type=FOLDER, required=True, help="The raw (base) checkpoint.")
-@click.option("--tuned", type=FOLDER, required=True, help="The checkpoint to be recovered from it.")
+@click.option("--raw", type=SOURCE, required=True, help="The raw (base) checkpoint.")
+@click.option("--tuned", type=SOURCE, required=True, help="The checkpoint to be recovered from it.")
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -24,11 +24,12 @@ from weightops.operations.diff import METHODS
 )
 @click.option("--dtype", metavar="DTYPE", help="Arithmetic and dtype of a subtract diff; default float32.")
 @write_options
-def command(raw: Path, tuned: Path, out: Path, **options: Any) -> None:
+def command(raw: Path | str, tuned: Path | str, out: Path, **options: Any) -> None:
     """Make a delta, so that who holds the raw weights can recover the tuned ones.
 
     The exact method keeps the raw weights to itself, knows its base and its result by digest, and recovers
-    every dtype to the bit, grown vocabularies too.
+    every dtype to the bit, grown vocabularies too. Both may be a folder, a weight file, hf://org/name[@revision] or
+    a URL.
 
     \b
     Example:

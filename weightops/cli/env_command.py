@@ -7,7 +7,8 @@ import platform
 
 import click
 
-from weightops.cli.output import human, print_json, table
+from weightops.cli.output import print_json, table
+from weightops.cli.progress import human
 from weightops.engine.limits import available_memory
 from weightops.versions import library_versions
 

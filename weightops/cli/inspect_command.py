@@ -7,24 +7,33 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, READ_CODES, epilog
-from weightops.cli.output import human, print_json, table, warn
+from weightops.cli.options import SOURCE, connected, epilog
+from weightops.cli.output import print_json, table, warn
+from weightops.cli.progress import human
+from weightops.formats.folder import is_remote
 from weightops.io.escape import escape
 from weightops.operations.inspect import Inspection
 
 
-@click.command("inspect", epilog=epilog(READ_CODES))
-@click.argument("path", type=FOLDER)
+@click.command("inspect", epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
+@click.argument("path", type=SOURCE)
 @click.option("-t", "--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def command(path: Path, tensors: bool, as_json: bool) -> None:
+def command(path: Path | str, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint holds, and what looks wrong with it, from its headers alone.
+
+    PATH is a folder, a weight file, hf://org/name[@revision] or a URL, of which only the headers are fetched.
 
     \b
     Example:
       weightops inspect ./model --tensors
+      weightops inspect hf://org/name
     """
-    found = api.inspect(path)
+    if is_remote(path):
+        with connected(True, path) as control:
+            found = api.inspect(path, web=control.web)
+    else:
+        found = api.inspect(path)
     if as_json:
         print_json(found.to_json())
         return

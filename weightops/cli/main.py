@@ -14,6 +14,7 @@ from weightops import __version__
 from weightops.errors import WeightopsError
 
 COMMANDS = {
+    "download": "Fetch a repository or file, and prove what arrived.",
     "recover": "Recover tuned weights from raw weights and a delta.",
     "diff": "Make a delta between two checkpoints.",
     "shard": "Rewrite a checkpoint in files of another size or format.",

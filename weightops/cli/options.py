@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from weightops.api import Result
-from weightops.cli.output import human, print_json, running, table, warn
+from weightops.cli.output import print_json, running, table, warn
+from weightops.cli.progress import human
+from weightops.engine.control import Control
 from weightops.engine.limits import peak_memory
+from weightops.engine.proof import fetched_nbytes
 from weightops.engine.run import default_workers, free_disk
+from weightops.formats.folder import is_remote
 from weightops.io.escape import escape
 from weightops.plan import CONTAINERS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
-WRITE_CODES = (0, 1, 2, 3, 10, 11, 12, 13, 15, 16, 130)
+
+
+class _Place(click.Path):
+    """A path; where `remote` allows it also a repository on a hub or a URL, which stays the text that it is."""
+
+    def __init__(self, *, remote: bool) -> None:
+        super().__init__(path_type=Path)
+        self._remote = remote
+        self.name = "path|url" if remote else "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_remote(value):
+            return super().convert(value, param, ctx)
+        if not self._remote:
+            self.fail(f"{escape(value)} is not on this machine; `weightops download` fetches it.", param, ctx)
+        return value
+
+
+FOLDER = _Place(remote=False)
+SOURCE = _Place(remote=True)
+WRITE_CODES = (0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 130)
 READ_CODES = (0, 1, 2, 10, 13, 130)
 
 
@@ -78,10 +102,26 @@ def write_options(command: Command) -> Command:
     )(command)
 
 
-def write(function: Callable[..., Result], *arguments: Path, **options: Any) -> None:
+@contextmanager
+def connected(quiet: bool, *sources: Path | str) -> Iterator[Control]:
+    """As `running`, with a way to the network if a source is there."""
+    with running(quiet) as control:
+        if any(map(is_remote, sources)):
+            # Imported here because most commands need no network.
+            from weightops.cli.network import open_web
+
+            control.web = open_web()
+        try:
+            yield control
+        finally:
+            if control.web is not None:
+                control.web.close()
+
+
+def write(function: Callable[..., Result], *arguments: Path | str, **options: Any) -> None:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
-    with running(quiet) as control:
+    with connected(quiet, *arguments) as control:
         result = function(*arguments, control=control, **options)
     show_result(result, as_json, quiet, workers)
 
@@ -110,7 +150,8 @@ def _result_document(result: Result, workers: int | None) -> dict[str, Any]:
         "written": result.manifest is not None,
         "fingerprint": plan.fingerprint,
         "nbytes": plan.total_nbytes,
-        "peak_memory_nbytes": peak_memory(plan, workers or default_workers()),
+        "fetched_nbytes": fetched_nbytes(plan),
+        "peak_memory_nbytes": peak_memory(plan, workers or default_workers(plan)),
         "files": [{"name": n, "nbytes": size} for n, size in plan.shard_nbytes.items()],
         "resumed": list(result.resumed),
         "content_id": result.manifest.content_id if result.manifest else None,
@@ -123,12 +164,13 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
     rows = [("file", "tensors", "size")]
     rows += [(s.name, str(len(s.tensors)), human(plan.shard_nbytes[s.name])) for s in plan.shards]
     rows += [("total", str(sum(1 for _ in plan.tensors)), human(plan.total_nbytes))]
-    memory = peak_memory(plan, workers or default_workers())
+    memory = peak_memory(plan, workers or default_workers(plan))
+    network = f", {human(fetched_nbytes(plan))} over the network" if plan.is_remote else ""
     return "\n".join(
         [
             table(rows, right=(1, 2)),
             "",
-            f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files",
+            f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files{network}",
             f"memory   at most {human(memory)}",
             f"disk     {human(plan.total_nbytes)} of {human(free_disk(result.out))} free",
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +11,7 @@ from typing import Any
 
 import click
 
+from weightops.cli.progress import BarProgress, EventProgress
 from weightops.engine.control import Control
 from weightops.io.escape import escape, is_harmless
 
@@ -45,15 +45,6 @@ def warn(warnings: Iterable[str]) -> None:
         click.echo(f"Warning: {escape_lines(warning)}", err=True)
 
 
-def human(nbytes: float) -> str:
-    """Bytes for reading, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns aligned by their widest cell; those in `right` to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -64,46 +55,13 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
-class BarProgress:
-    """Progress in bytes: a bar on a terminal, one line per file elsewhere."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._tty = sys.stderr.isatty()
-        self._bar: Any = None
-
-    def start(self, what: str, total_nbytes: int) -> None:
-        if self._quiet or not self._tty:
-            return
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total_nbytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.2, leave=False
-        )
-
-    def advance(self, nbytes: int) -> None:
-        if self._bar is not None:
-            self._bar.update(nbytes)
-
-    def finish_file(self, name: str, nbytes: int, resumed: bool) -> None:
-        if self._quiet:
-            return
-        line = f"{'kept' if resumed else 'wrote'} {escape(name)} ({human(nbytes)})"
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            click.echo(line, err=True)
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
 @contextmanager
-def running(quiet: bool) -> Iterator[Control]:
-    """A control that shows progress, and that SIGINT and SIGTERM cancel; a second signal ends at once."""
-    progress = BarProgress(quiet)
+def running(quiet: bool, *, events: bool = False) -> Iterator[Control]:
+    """A control that shows progress, and that SIGINT and SIGTERM cancel; a second signal ends at once.
+
+    With `events` progress is lines of JSON.
+    """
+    progress = EventProgress() if events and not quiet else BarProgress(quiet)
     control = Control(progress)
 
     def handle(number: int, _: FrameType | None) -> None:

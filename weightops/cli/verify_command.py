@@ -8,7 +8,8 @@ import click
 
 from weightops import api
 from weightops.cli.options import FOLDER, epilog, report_options, workers_option
-from weightops.cli.output import escape_lines, human, print_json, running
+from weightops.cli.output import escape_lines, print_json, running
+from weightops.cli.progress import human
 from weightops.io.atomic import write_whole
 from weightops.io.escape import escape
 from weightops.operations.verify import EXTRA_POLICIES

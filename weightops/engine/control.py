@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from weightops.errors import Interrupted
+
+if TYPE_CHECKING:
+    from weightops.remote.web import Web
 
 
 class Progress(Protocol):
@@ -14,11 +17,17 @@ class Progress(Protocol):
     def start(self, what: str, total_nbytes: int) -> None:
         """A phase begins that will move this many bytes."""
 
-    def advance(self, nbytes: int) -> None:
-        """So many more bytes of the phase are done."""
+    def start_file(self, name: str, nbytes: int, done_nbytes: int) -> None:
+        """A file of the phase is begun, of which so much is done."""
+
+    def advance(self, nbytes: int, name: str = "") -> None:
+        """So many more bytes of the phase are done, of this file if it is named; below zero, fewer."""
 
     def finish_file(self, name: str, nbytes: int, resumed: bool) -> None:
         """A file is committed, now or (resumed) by an earlier run."""
+
+    def note(self, text: str) -> None:
+        """Something that a waiting person would want to know."""
 
     def stop(self) -> None:
         """The phase is over."""
@@ -29,18 +38,25 @@ class Silent:
 
     def start(self, what: str, total_nbytes: int) -> None: ...
 
-    def advance(self, nbytes: int) -> None: ...
+    def start_file(self, name: str, nbytes: int, done_nbytes: int) -> None: ...
+
+    def advance(self, nbytes: int, name: str = "") -> None: ...
 
     def finish_file(self, name: str, nbytes: int, resumed: bool) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def stop(self) -> None: ...
 
 
 class Control:
-    """Progress, and a way to stop: `cancel` may be called from a signal handler or another thread."""
+    """Progress, the network, and a way to stop: `cancel` may be called from a signal handler or another thread."""
 
-    def __init__(self, progress: Progress | None = None, *, parent: Control | None = None) -> None:
+    def __init__(
+        self, progress: Progress | None = None, *, parent: Control | None = None, web: Web | None = None
+    ) -> None:
         self.progress: Progress = progress or (parent.progress if parent else Silent())
+        self.web: Web | None = web or (parent.web if parent else None)
         self._parent = parent
         self._stop = threading.Event()
         self._signal = 2
@@ -49,6 +65,8 @@ class Control:
         """Ask everything that runs under this control to stop, as the signal would."""
         self._signal = signal_number
         self._stop.set()
+        if self.web is not None:
+            self.web.interrupt(Interrupted(signal_number))
 
     def check(self) -> None:
         """Raise `Interrupted` once this control or its parent was cancelled; to be called between blocks of work."""

@@ -13,6 +13,7 @@ from weightops.checkpoint import Copied, Written
 from weightops.engine.control import Control
 from weightops.engine.digest import in_threads, watch
 from weightops.engine.limits import available_memory, peak_memory
+from weightops.engine.proof import fetch_sidecars, note_proven, prove
 from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord
 from weightops.engine.stream import BLOCK_NBYTES, write_file
 from weightops.errors import CorruptInput, Differs, NoRoom, UsageError, WeightopsError
@@ -39,17 +40,23 @@ class Outcome:
     manifest: manifest.Manifest
     resumed: tuple[str, ...]
     """Shards that an earlier run had committed."""
+    warnings: tuple[str, ...] = ()
 
 
-def default_workers() -> int:
-    """Shards in work at once: two keep a fast disk busy, four the fastest; more only cost memory."""
-    return min(4, os.cpu_count() or 1)
+def default_workers(plan: Plan) -> int:
+    """Shards in work at once: two keep a fast disk busy, four the fastest; more only cost memory.
+
+    One if anything comes from a server: then its files are read in the order of their bytes, as their digests need.
+    """
+    return 1 if plan.is_remote else min(4, os.cpu_count() or 1)
 
 
 def preflight(plan: Plan, out: Path, workers: int) -> None:
     """Refuse what is known to fail: an output among the inputs, too little disk, too little memory."""
     target = out.resolve()
     for file in plan.sources:
+        if file.is_remote:
+            continue
         folder = Path(file.path).resolve().parent
         if folder == target or folder in target.parents or target in folder.parents:
             raise UsageError(
@@ -87,23 +94,37 @@ def run(
 ) -> Outcome:
     """Write what `plan` describes to the folder `out`, which appears only when it is whole.
 
-    After a crash the same call continues: committed shards are checked against the journal and kept.
+    After a crash the same call continues: committed shards are checked against the journal and kept. Files on
+    servers are read through the control's `web`.
     Raises any of `weightops.errors`; `out` is untouched then.
     """
     control = control or Control()
-    workers = workers or default_workers()
+    workers = workers or default_workers(plan)
+    if plan.is_remote and control.web is None:
+        raise UsageError("a source is on a server", hint="give the control a Web to read it through")
     preflight(plan, out, workers)
     with Staging(out, plan, overwrite=overwrite, restart=restart) as staging:
         try:
+            fetched = fetch_sidecars(plan, control)
             watched = _watch(plan, staging, workers, control)
             records, resumed = _write_shards(plan, staging, workers, control)
-            finished = _finish(plan, staging, records, watched)
+            warnings = prove(plan, staging, control)
+            finished = _finish(plan, staging, records, watched, fetched)
         except WeightopsError as error:
             if not staging.has_shards or isinstance(error, Differs):
                 staging.discard()
             raise
+        finally:
+            _forget(plan, control)
         staging.publish()
-    return Outcome(out, finished, resumed)
+    return Outcome(out, finished, resumed, warnings)
+
+
+def _forget(plan: Plan, control: Control) -> None:
+    """The next run reads the files anew, and has to prove them anew."""
+    if control.web is not None:
+        for file in plan.sources:
+            control.web.ranges.forget(file)
 
 
 def _watch(plan: Plan, staging: Staging, workers: int, control: Control) -> dict[str, str]:
@@ -115,6 +136,7 @@ def _watch(plan: Plan, staging: Staging, workers: int, control: Control) -> dict
     if plan.watch:
         witnesses = watch("checking", plan.watch, workers, control)
         staging.note(WatchRecord(witnesses=witnesses))
+        note_proven(plan, staging, control.web)
     return witnesses
 
 
@@ -132,6 +154,7 @@ def _write_shards(
         record = write_shard(plan, shard, temporary, control)
         _check_expected(plan, {record.name: record.digests}, record.tensors)
         staging.commit(temporary, record)
+        note_proven(plan, staging, control.web)
         records[shard.name] = record
         control.progress.finish_file(shard.name, record.nbytes, resumed=False)
 
@@ -159,7 +182,7 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
 
 def write_shard(plan: Plan, shard: Shard, path: Path, control: Control) -> ShardRecord:
     """Write one shard to `path`: the unit of work, which depends on the plan and the shard's name alone."""
-    with Evaluator() as read:
+    with Evaluator(control.web) as read:
         written = write_file(path, plan.layout(shard), shard.tensors, read, plan.digests, control)
         _witness_rest(shard.tensors.values(), read, control)
         read.files.check_unchanged()
@@ -206,7 +229,11 @@ def _check_expected(plan: Plan, files: Mapping[str, Mapping[str, str]], tensors:
 
 
 def _finish(
-    plan: Plan, staging: Staging, records: Mapping[str, ShardRecord], watched: Mapping[str, str]
+    plan: Plan,
+    staging: Staging,
+    records: Mapping[str, ShardRecord],
+    watched: Mapping[str, str],
+    fetched: Mapping[str, bytes],
 ) -> manifest.Manifest:
     """Write everything but the shards, the manifest last."""
     specs = {name: tensor.spec for name, tensor in plan.tensors}
@@ -220,7 +247,7 @@ def _finish(
     if index is not None and plan.index_name is not None:
         small[plan.index_name] = index
     for name, sidecar in plan.sidecars.items():
-        small[name] = _sidecar_bytes(sidecar)
+        small[name] = fetched[name] if name in fetched else _sidecar_bytes(sidecar)
     for document in plan.documents:
         small[document.name] = document.render(tensors, witnesses)
     for name, data in sorted(small.items()):

@@ -47,7 +47,13 @@ class WatchRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
     witnesses: dict[str, str]
 
 
-Record = ShardRecord | WatchRecord
+class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="proof"):
+    """Remote files, by digest, that have been read and had that digest."""
+
+    digests: list[str]
+
+
+Record = ShardRecord | WatchRecord | ProofRecord
 
 
 class Staging:
@@ -152,6 +158,7 @@ class Staging:
             os.fsync(self._journal)
         except OSError as error:
             raise write_failure(self.folder / JOURNAL, error) from None
+        self.records.append(record)
 
     def publish(self) -> None:
         """Rename the folder, which must be complete, to the output's name."""

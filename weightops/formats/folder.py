@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from weightops.checkpoint import Checkpoint, Copied, Sidecar
+from weightops.checkpoint import Checkpoint, Copied, Sidecar, Written
 from weightops.errors import CorruptInput, NoWeights, SourceMissing
 from weightops.formats import checksums, manifest
-from weightops.formats.index import ShardIndex, read_index
+from weightops.formats.index import ShardIndex, parse_index
 from weightops.formats.safetensors import read_safetensors
 from weightops.formats.sniff import LFS_MAGIC
 from weightops.formats.torch_legacy import read_torch
 from weightops.io.escape import escape
-from weightops.io.paths import inside
+from weightops.io.folder import Folder, LocalFolder
 from weightops.io.source import FileReader, SourceFile
 from weightops.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from weightops.remote.web import Web
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
@@ -36,70 +41,98 @@ _OTHER_WEIGHTS = (
     ".enc",
 )
 _NOT_CARRIED = {"README.md", manifest.NAME}
+_READ_EARLY = ("config.json", "weightops-delta.json")
+"""Sidecars that operations read: those of a remote checkpoint are fetched when it is opened."""
 _MAX_SIDECAR_NBYTES = 100_000_000
+_REMOTE_READERS = 8
+"""Headers that are fetched at once: nearly all of the time is waiting for a server."""
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read the headers of a weight file, or of the weight files of a folder.
+def open_checkpoint(path: str | os.PathLike[str], web: Web | None = None) -> Checkpoint:
+    """Read the headers of a weight file, or of the weight files of a folder, here or on a server.
 
+    `hf://org/name[@revision]` and http(s) URLs are read through `web`; one with defaults is opened if it is None.
     Raises `SourceMissing` when there are none, `CorruptInput` when headers, index and files disagree.
     """
+    if web is None and is_remote(path):
+        from weightops.remote.web import Web
+
+        with Web() as web:
+            return open_checkpoint(path, web)
+    return read_place(find_place(path, web), web)
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is really a repository on a hub or a URL."""
+    if "://" not in os.fspath(path):
+        return False
+    from weightops.remote.listing import is_location
+
+    return is_location(os.fspath(path))
+
+
+def find_place(path: str | os.PathLike[str], web: Web | None) -> Folder | SourceFile:
+    """The folder or weight file that is meant; raises `SourceMissing`."""
+    if web is not None and is_remote(path):
+        from weightops.formats.remote_place import find_remote
+
+        return find_remote(os.fspath(path), web)
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return LocalFolder(path)
     if not path.exists():
         raise SourceMissing(f"{escape(str(path))}: no such file or folder")
-    with FileReader() as files:
-        tensors, warnings = _read_weights(path, files)
-    return Checkpoint(path.name, tensors, shards=dict.fromkeys(tensors, path.name), warnings=warnings)
+    return SourceFile.at(path)
 
 
-def _open_folder(root: Path) -> Checkpoint:
-    names = sorted(entry.name for entry in root.iterdir())
-    index_name = find_index(names, root)
-    index = read_index(inside(root, index_name, str(root))) if index_name else None
-    files = index.files if index else _weights_without_index(names, root)
+def read_place(place: Folder | SourceFile, web: Web | None) -> Checkpoint:
+    """The checkpoint in a folder or weight file; raises as `open_checkpoint` does."""
+    if not isinstance(place, SourceFile):
+        return _read_folder(place, web)
+    ((tensors, warnings),) = _read_weights([place], web)
+    return Checkpoint(place.name, tensors, shards=dict.fromkeys(tensors, place.name), warnings=warnings)
+
+
+def _read_folder(folder: Folder, web: Web | None) -> Checkpoint:
+    names = folder.names()
+    index_name = find_index(names, folder.shown)
+    index = parse_index(folder.read(index_name), f"{folder.shown}/{escape(index_name)}") if index_name else None
+    files = index.files if index else _weights_without_index(names, folder.shown)
     present = set(names)
-    missing = [name for name in files if name not in present and not (root / name).exists()]
+    missing = [name for name in files if name not in present and not folder.has(name)]
     if missing:
         raise CorruptInput(
-            f"{escape(str(root))}: incomplete: {escape(index_name or '')} lists {len(missing)} files that are missing, "
+            f"{folder.shown}: incomplete: {escape(index_name or '')} lists {len(missing)} files that are missing, "
             f"{escape(missing[0])} first",
             hint="download the missing files",
         )
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     warnings: list[str] = []
-    with FileReader() as reader:
-        for name in files:
-            found, said = _read_weights(inside(root, name, str(root)), reader)
-            warnings += said
-            twice = next((t for t in found if t in tensors), None)
-            if twice is not None:
-                raise CorruptInput(
-                    f"{escape(str(root))}: {escape(twice)} is in both {shards[twice]} and {escape(name)}"
-                )
-            tensors |= found
-            shards |= dict.fromkeys(found, name)
+    for name, (found, said) in zip(files, _read_weights([folder.file(name) for name in files], web), strict=True):
+        warnings += said
+        twice = next((t for t in found if t in tensors), None)
+        if twice is not None:
+            raise CorruptInput(f"{folder.shown}: {escape(twice)} is in both {shards[twice]} and {escape(name)}")
+        tensors |= found
+        shards |= dict.fromkeys(found, name)
     if index and index_name:
-        _check_index(index, shards, f"{escape(str(root))}/{index_name}")
+        _check_index(index, shards, f"{folder.shown}/{escape(index_name)}")
         warnings += _index_warnings(index, index_name, tensors)
     stray = [n for n in names if n not in files and _is_weights(n) and Path(n).suffix == Path(files[0]).suffix]
     warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
-    sidecars, notes = _sidecars(root, names, files)
-    return Checkpoint(
-        root.resolve().name, tensors, sidecars, shards, index.total_size if index else None, (*warnings, *notes)
-    )
+    sidecars, notes = _sidecars(folder, names, files)
+    return Checkpoint(folder.name, tensors, sidecars, shards, index.total_size if index else None, (*warnings, *notes))
 
 
-def find_index(names: Iterable[str], root: Path) -> str | None:
+def find_index(names: Iterable[str], shown: str) -> str | None:
     """The index to go by: safetensors before torch, the usual name before others."""
     found = [n for n in names if n.endswith(".index.json")]
     for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.bin"):
         matching = [n for n in found if Path(n.removesuffix(".index.json")).match(pattern)]
         if len(matching) > 1:
             raise CorruptInput(
-                f"{escape(str(root))}: several indexes ({', '.join(map(escape, matching))})",
+                f"{shown}: several indexes ({', '.join(map(escape, matching))})",
                 hint="keep one variant per folder",
             )
         if matching:
@@ -111,7 +144,7 @@ def _is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) and not name.startswith(".") and not _NOT_WEIGHTS.fullmatch(name)
 
 
-def _weights_without_index(names: Iterable[str], root: Path) -> list[str]:
+def _weights_without_index(names: Iterable[str], shown: str) -> list[str]:
     """The weight files of a folder that has no index: one file, or one complete numbered set."""
     names = list(names)
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES):
@@ -121,17 +154,16 @@ def _weights_without_index(names: Iterable[str], root: Path) -> list[str]:
             (single,) = usual or weights
             matched = _NUMBERED.fullmatch(single)
             if matched and matched["count"] and int(matched["count"]) > 1:
-                _check_numbering(weights, root)
+                _check_numbering(weights, shown)
             return [single]
         if weights:
-            _check_numbering(weights, root)
+            _check_numbering(weights, shown)
             return weights
-    raise NoWeights(f"{escape(str(root))}: holds no weights (looked for {', '.join(WEIGHT_SUFFIXES)})")
+    raise NoWeights(f"{shown}: holds no weights (looked for {', '.join(WEIGHT_SUFFIXES)})")
 
 
-def _check_numbering(weights: list[str], root: Path) -> None:
+def _check_numbering(weights: list[str], shown: str) -> None:
     """Accept `-0000i-of-0000n` sets from 0 or 1 without gaps, and `-i` sets; refuse anything else."""
-    shown = escape(str(root))
     matches = [_NUMBERED.fullmatch(n) for n in weights]
     if None in matches or len({(m["stem"], m["count"]) for m in matches if m}) > 1:
         raise CorruptInput(
@@ -150,12 +182,28 @@ def _check_numbering(weights: list[str], root: Path) -> None:
         )
 
 
-def _read_weights(path: Path, files: FileReader) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """Tensors of one file, and what there is to say about it."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(SourceFile.at(path), files).tensors, ()
-    found = read_torch(path)
-    skipped = f"{escape(path.name)}: not tensors, left out: {', '.join(map(escape, found.extras[:10]))}"
+_Weights = tuple[dict[str, LazyTensor], tuple[str, ...]]
+"""The tensors of a file, and what there is to say about it."""
+
+
+def _read_weights(files: Sequence[SourceFile], web: Web | None) -> list[_Weights]:
+    """The headers of weight files; several at a time if they are on servers."""
+
+    def read(file: SourceFile) -> _Weights:
+        with FileReader(web) as reader:
+            return _read_file(file, reader)
+
+    if not any(file.is_remote for file in files):
+        return [read(file) for file in files]
+    with ThreadPoolExecutor(_REMOTE_READERS, "header") as pool:
+        return list(pool.map(read, files))
+
+
+def _read_file(file: SourceFile, files: FileReader) -> _Weights:
+    if file.name.endswith(".safetensors"):
+        return read_safetensors(file, files).tensors, ()
+    found = read_torch(file, files)
+    skipped = f"{escape(file.name)}: not tensors, left out: {', '.join(map(escape, found.extras[:10]))}"
     return found.tensors, (skipped,) if found.extras else ()
 
 
@@ -179,12 +227,11 @@ def _index_warnings(index: ShardIndex, name: str, tensors: Mapping[str, LazyTens
     return [f"{escape(name)}: total_size is {index.total_size}, the tensors have {total} bytes"]
 
 
-def _sidecars(root: Path, names: list[str], weights: list[str]) -> tuple[dict[str, Sidecar], list[str]]:
+def _sidecars(folder: Folder, names: list[str], weights: list[str]) -> tuple[dict[str, Sidecar], list[str]]:
     """The folder's other files, as far as they describe the model rather than these very files."""
     sidecars: dict[str, Sidecar] = {}
     notes = []
     for name in names:
-        path = root / name
         if (
             name in weights
             or name in _NOT_CARRIED
@@ -193,17 +240,16 @@ def _sidecars(root: Path, names: list[str], weights: list[str]) -> tuple[dict[st
             or checksums.is_checksum_list(name)
             or _is_weights(name)
             or _NOT_WEIGHTS.fullmatch(name)
-            or not path.is_file()
+            or not folder.has(name)
         ):
             continue
-        file = SourceFile.at(inside(root, name, str(root)))
-        head = path.read_bytes()[:64] if file.nbytes < 1024 else b""
-        if head.startswith(LFS_MAGIC):
+        file = folder.file(name)
+        if file.nbytes < 1024 and not file.is_remote and folder.read(name).startswith(LFS_MAGIC):
             notes.append(f"{escape(name)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
         if file.nbytes > _MAX_SIDECAR_NBYTES:
             notes.append(f"{escape(name)}: {file.nbytes} bytes, not a config or tokenizer file: not carried along")
             continue
         if name.endswith(".py"):
             notes.append(f"{escape(name)}: code, carried along as data and never run")
-        sidecars[name] = Copied(file)
+        sidecars[name] = Written(folder.read(name)) if file.is_remote and name in _READ_EARLY else Copied(file)
     return sidecars, notes

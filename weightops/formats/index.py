@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from weightops.errors import CorruptInput
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
-from weightops.io.source import read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +23,12 @@ class ShardIndex:
         return sorted(set(self.weight_map.values()))
 
 
-def read_index(path: Path) -> ShardIndex:
-    """Raises `CorruptInput` for names that leave the folder, duplicate keys, or a map that is none."""
-    shown = escape(str(path))
-    document = strict_json.load_object(read_source(path)[1], shown)
+def parse_index(data: bytes, shown: str) -> ShardIndex:
+    """The index in a file's bytes; `shown` is its path, safe for a terminal.
+
+    Raises `CorruptInput` for names that leave the folder, duplicate keys, or a map that is none.
+    """
+    document = strict_json.load_object(data, shown)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptInput(f"{shown}: expected a weight_map from tensor names to file names")

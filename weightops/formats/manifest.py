@@ -45,12 +45,15 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A folder. `content_id` depends on the tensors alone: re-sharding or another container keeps it."""
+    """A folder. `content_id` depends on the tensors alone: re-sharding or another container keeps it.
+
+    A folder that was downloaded and not read since has neither tensors nor a content_id here.
+    """
 
     schema: Literal["weightops-manifest/1"]
-    content_id: str
+    content_id: str | None = None
     files: dict[str, FileEntry]
-    tensors: dict[str, TensorEntry]
+    tensors: dict[str, TensorEntry] = {}
     recipe: dict[str, Any] = {}
     provenance: dict[str, str] = {}
 
@@ -69,9 +72,12 @@ def content_id(tensors: Mapping[str, tuple[TensorSpec, str]]) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest; raises `CorruptInput` for anything but a well-formed one."""
-    _, data = read_source(path)
-    shown = escape(str(path))
+    """Read and check a manifest; raises as `parse_manifest` does, and `SourceMissing` when there is none."""
+    return parse_manifest(read_source(path)[1], escape(str(path)))
+
+
+def parse_manifest(data: bytes, shown: str) -> Manifest:
+    """Check a manifest's bytes; raises `CorruptInput`, beginning with `shown`, unless it is well-formed."""
     document = strict_json.load_object(data, shown)
     try:
         manifest = msgspec.convert(document, Manifest)
@@ -80,6 +86,6 @@ def read_manifest(path: Path) -> Manifest:
     for name in manifest.files:
         check_relative(name, shown)
     found = content_id({n: (t.spec, t.xxh3_128) for n, t in manifest.tensors.items()})
-    if found != manifest.content_id:
+    if found != manifest.content_id and (manifest.tensors or manifest.content_id is not None):
         raise CorruptInput(f"{shown}: content_id is {manifest.content_id}, its tensors give {found}")
     return manifest

@@ -29,3 +29,10 @@ def explain(head: bytes, name: str, otherwise: str) -> CorruptInput:
         if text.startswith(magic):
             return CorruptInput(f"{name}: this is {what}", hint=hint)
     return CorruptInput(f"{name}: {otherwise}")
+
+
+def check_head(head: bytes, name: str) -> None:
+    """Refuse what stands in for weights on servers: Git LFS pointers, and pages for people."""
+    text = head[:64].lower().lstrip()
+    if text.startswith((LFS_MAGIC, b"<!doctype", b"<html")):
+        raise explain(head, name, "")

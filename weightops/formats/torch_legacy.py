@@ -7,7 +7,6 @@ number of elements (int64) and the storage's bytes. Source: torch/serialization.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from weightops.errors import CorruptInput
@@ -25,18 +24,16 @@ _FIRST_NBYTES = 64 << 10
 _TAR_MAGIC = 257
 
 
-def read_torch(path: Path) -> TorchFile:
+def read_torch(file: SourceFile, files: FileReader) -> TorchFile:
     """The tensors of a file that torch.save wrote, in either of its formats, without reading them.
 
     Raises `CorruptInput` for any other file, and for one that holds more than a state dict of dense tensors.
     """
-    file = SourceFile.at(path)
-    with FileReader() as files:
-        head = files.read(file, 0, min(512, file.nbytes))
-        if head.startswith(b"PK"):
-            return read_torch_zip(file, files)
-        if head.startswith(b"\x80"):
-            return read_torch_legacy(file, files)
+    head = files.read(file, 0, min(512, file.nbytes))
+    if head.startswith(b"PK"):
+        return read_torch_zip(file, files)
+    if head.startswith(b"\x80"):
+        return read_torch_legacy(file, files)
     if head[_TAR_MAGIC : _TAR_MAGIC + 5] == b"ustar":
         raise CorruptInput(
             f"{file.shown}: this is a tar archive, as torch before 0.1.10 wrote",

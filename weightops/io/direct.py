@@ -25,15 +25,16 @@ def aligned_buffer(nbytes: int) -> mmap.mmap:
 
 
 class DirectFile:
-    """A new file of `nbytes` bytes, written in aligned blocks in any order; on disk once `close` returns.
+    """A file of `nbytes` bytes, written in aligned blocks in any order; on disk once `close` returns.
 
-    Raises `NoRoom` as soon as the disk cannot hold it. The file mode follows the umask.
+    What is there already is kept if `resume` says so. Raises `NoRoom` as soon as the disk cannot hold the file, whose
+    mode follows the umask.
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, *, resume: bool = False) -> None:
         self._path = path
         self._nbytes = nbytes
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
         try:
             self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
             self._direct = True
@@ -78,10 +79,10 @@ class DirectFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             done += count
 
-    def close(self) -> None:
-        """Cut what alignment added, and flush to disk."""
+    def close(self, nbytes: int | None = None) -> None:
+        """Cut what alignment added, or to `nbytes` if they turned out to be others, and flush to disk."""
         try:
-            os.ftruncate(self._fd, self._nbytes)
+            os.ftruncate(self._fd, self._nbytes if nbytes is None else nbytes)
             os.fsync(self._fd)
         except OSError as error:
             raise self._failure(error) from None

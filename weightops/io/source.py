@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,20 +13,45 @@ from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import open_regular
 
+if TYPE_CHECKING:
+    from weightops.remote.web import Web
+
 _READ_AHEAD = 16 << 20
+SKIPPED_NBYTES = 1 << 20
+"""A gap in a file on a server that is read through on the way to a tensor: that is faster than a new request."""
 
 
-class SourceFile(msgspec.Struct, frozen=True):
-    """A file as it was when its header was read."""
+class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A file as it was when its header was read.
+
+    Of a file on a server `path` is the URL, and what tells its content from another is `digest`, an algorithm and
+    hexadecimal digits like `sha256:ab12...`, or else the ETag.
+    """
 
     path: str
     nbytes: int
     mtime_ns: int
+    digest: str = ""
+    etag: str = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the file is on a server."""
+        return self.path.startswith(("http://", "https://"))
 
     @property
     def shown(self) -> str:
-        """The path, safe for a terminal."""
-        return escape(self.path)
+        """The path, safe for a terminal; of a URL without the query, which may hold a signature."""
+        return escape(self.path.partition("?")[0] if self.is_remote else self.path)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        if not self.is_remote:
+            return Path(self.path).name
+        from urllib.parse import unquote, urlsplit
+
+        return unquote(urlsplit(self.path).path).rpartition("/")[2]
 
     @staticmethod
     def at(path: Path) -> SourceFile:
@@ -47,13 +73,14 @@ class FileReader:
     """Positioned reads from source files, for one thread; descriptors are kept in a small cache.
 
     `pread` rather than mmap: a file that is truncated while mapped kills the process, and touched pages of a
-    mapping count as memory.
+    mapping count as memory. Files on servers are read through `web`.
     """
 
-    def __init__(self, max_open: int = 32) -> None:
+    def __init__(self, web: Web | None = None, max_open: int = 32) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()
         self._max_open = max_open
         self._seen: dict[str, SourceFile] = {}
+        self._web = web
 
     def _descriptor(self, file: SourceFile) -> int:
         fd = self._open.get(file.path)
@@ -71,11 +98,17 @@ class FileReader:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return fd
 
-    def read_into(self, file: SourceFile, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes at `offset`.
+    def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
+        """Fill `out` with the bytes at `offset`; so many `following` ones will be wanted next.
 
-        Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails.
+        Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails; as `RangeReader.read_into`
+        does for a file on a server.
         """
+        if file.is_remote:
+            if self._web is None:
+                raise WeightopsError(f"{file.shown}: is on a server", hint="give a Web to read it through")
+            self._web.ranges.read_into(file, offset, out, following)
+            return
         fd = self._descriptor(file)
         done = 0
         try:

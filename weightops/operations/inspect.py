@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.formats import delta, manifest
+from weightops.io.folder import Folder
+from weightops.io.source import SourceFile
 from weightops.plan import find_aliases
 from weightops.spec import TensorSpec
 
@@ -82,13 +83,17 @@ class Inspection:
         }
 
 
-def inspect(checkpoint: Checkpoint, path: Path) -> Inspection:
-    """The inventory of an opened checkpoint; `content_id` and `recipe` are what its manifest says, if it has one."""
-    recorded = path / manifest.NAME
-    found = manifest.read_manifest(recorded) if recorded.is_file() else None
+def inspect(checkpoint: Checkpoint, place: Folder | SourceFile, path: str) -> Inspection:
+    """The inventory of the checkpoint at `place`, which the user called `path`.
+
+    `content_id` and `recipe` are what the folder's manifest says, if it has one.
+    """
+    found = None
+    if not isinstance(place, SourceFile) and place.has(manifest.NAME):
+        found = manifest.parse_manifest(place.read(manifest.NAME), f"{place.shown}/{manifest.NAME}")
     model_type = checkpoint.config().get("model_type")
     return Inspection(
-        path=str(path),
+        path=path,
         kind="exact delta" if delta.NAME in checkpoint.sidecars else "checkpoint",
         tensors={name: tensor.spec for name, tensor in checkpoint.items()},
         shards=dict(checkpoint.shards),

@@ -30,6 +30,10 @@ class Stored(Op, frozen=True):
     def source(self) -> SourceFile:
         return self.file
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        return self.offset, self.offset + TensorSpec(self.dtype, self.shape).nbytes
+
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)
 
@@ -37,7 +41,7 @@ class Stored(Op, frozen=True):
         return self.dtype.itemsize
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
-        read.files.read_into(self.file, self.offset + start, out)
+        read.files.read_into(self.file, self.offset + start, out, tensor.nbytes - start - len(out))
 
 
 class Strided(Op, frozen=True):
@@ -55,6 +59,11 @@ class Strided(Op, frozen=True):
     @property
     def source(self) -> SourceFile:
         return self.file
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        return self.offset, self.offset + (last + 1) * self.dtype.itemsize
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)
@@ -112,6 +121,10 @@ class Checked(Op, frozen=True):
     def source(self) -> SourceFile:
         return self.file
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        return self.offset, self.offset + self.nbytes
+
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return inputs[0]
 
@@ -133,7 +146,7 @@ class Checked(Op, frozen=True):
         with read.scratch(min(_CHUNK, self.nbytes)) as buffer:
             for start in range(0, self.nbytes, _CHUNK):
                 part = buffer[: min(_CHUNK, self.nbytes - start)]
-                read.files.read_into(self.file, self.offset + start, part)
+                read.files.read_into(self.file, self.offset + start, part, self.nbytes - start - len(part))
                 crc = zlib.crc32(part, crc)
         return crc
 

@@ -1,0 +1,170 @@
+"""Remote sources: how much of them a plan reads, and proof that what it read is what they should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from weightops.checkpoint import Copied
+from weightops.engine.control import Control
+from weightops.engine.staging import ProofRecord, Staging
+from weightops.engine.stream import BLOCK_NBYTES
+from weightops.formats.layout import Data
+from weightops.formats.sniff import check_head
+from weightops.io.source import SKIPPED_NBYTES, FileReader, SourceFile
+from weightops.lazy import LazyTensor, Op
+from weightops.ops.stored import Checked
+from weightops.ops.witness import Witness
+from weightops.plan import Plan
+
+if TYPE_CHECKING:
+    from weightops.remote.web import Web
+
+_UNREAD_NBYTES = 1 << 20
+_UNREAD_SHARE = 10
+"""A file counts as read if no more than this, or one part in so many, was left out: a header, a few buffers."""
+
+
+@dataclass
+class _Reading:
+    """What is read of a file: its ranges, and whether each of them is proven right by more than the file's digest."""
+
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    guarded: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the ranges; those in several of them once."""
+        total = end = 0
+        for start, stop in sorted(self.ranges):
+            total += max(0, stop - max(start, end))
+            end = max(end, stop)
+        return total
+
+    @property
+    def passed(self) -> int:
+        """How far the bytes pass in order if the ranges are read in theirs."""
+        position = 0
+        for start, stop in self.ranges:
+            if start - position <= SKIPPED_NBYTES:
+                position = max(position, stop)
+        return position
+
+    def is_partial(self, file: SourceFile) -> bool:
+        """Whether much of the file is not read at all, on purpose."""
+        return file.nbytes - self.nbytes > max(_UNREAD_NBYTES, file.nbytes // _UNREAD_SHARE)
+
+    def must_prove(self, file: SourceFile) -> bool:
+        """Whether only the file's digest can tell that what was read of it is right."""
+        return bool(file.digest) and not self.guarded and not self.is_partial(file)
+
+
+def _read_from_servers(tensors: Iterable[LazyTensor]) -> dict[SourceFile, _Reading]:
+    """What the tensors read of each remote file, in order of first use."""
+    found: dict[SourceFile, _Reading] = {}
+    for tensor in tensors:
+        for op, guarded in _readers(tensor, False):
+            if op.source is not None and op.source.is_remote:
+                reading = found.setdefault(op.source, _Reading())
+                reading.ranges.append(op.extent)
+                reading.guarded &= guarded
+    return found
+
+
+def _readers(tensor: LazyTensor, guarded: bool) -> Iterator[tuple[Op, bool]]:
+    """The ops that read files, and whether what they read must be right for the run to succeed.
+
+    It must, where the CRC-32 of its archive member is checked, or the digest of what is made of it.
+    """
+    op = tensor.op
+    guarded = guarded or isinstance(op, Checked) or (isinstance(op, Witness) and op.expect is not None)
+    if op.source is not None:
+        yield op, guarded
+    if not isinstance(op, Checked):
+        for source in tensor.inputs:
+            yield from _readers(source, guarded)
+
+
+def _in_order(plan: Plan) -> Iterator[LazyTensor]:
+    """The tensors in the order in which one worker evaluates them."""
+    yield from plan.watch
+    for shard in plan.shards:
+        yield from (shard.tensors[piece.name] for piece in plan.layout(shard).pieces if isinstance(piece, Data))
+
+
+def fetched_nbytes(plan: Plan) -> int:
+    """Bytes of weights that come over the network with one worker; what is watched first comes again if it is used."""
+    if not plan.is_remote:
+        return 0
+    phases = (plan.watch, [tensor for _, tensor in plan.tensors])
+    nbytes = sum(reading.nbytes for phase in phases for reading in _read_from_servers(phase).values())
+    readings = _read_from_servers(_in_order(plan))
+    return nbytes + sum(file.nbytes - reading.passed for file, reading in readings.items() if reading.must_prove(file))
+
+
+def fetch_sidecars(plan: Plan, control: Control) -> dict[str, bytes]:
+    """The small files that are taken over from servers, held against their digests; raises as `read_source` does."""
+    found = {}
+    for name, sidecar in plan.sidecars.items():
+        if isinstance(sidecar, Copied) and sidecar.file.is_remote and control.web is not None:
+            from weightops.remote.folder import read_source
+
+            control.check()
+            found[name] = read_source(sidecar.file, control.web)
+            if not sidecar.file.digest:
+                check_head(found[name], sidecar.file.shown)
+    return found
+
+
+def note_proven(plan: Plan, staging: Staging, web: Web | None) -> None:
+    """Journal the digests that have come out right, so that a later run need not fetch these files again."""
+    if web is not None and plan.is_remote:
+        proven = {file.digest for file in plan.sources if web.ranges.proofs.is_proven(file)}
+        if new := sorted(proven - _noted(staging)):
+            staging.note(ProofRecord(digests=new))
+
+
+def _noted(staging: Staging) -> set[str]:
+    return {digest for record in staging.records if isinstance(record, ProofRecord) for digest in record.digests}
+
+
+def prove(plan: Plan, staging: Staging, control: Control) -> tuple[str, ...]:
+    """Hold every remote file that was read against its digest; what is left unproven, in sentences.
+
+    Most have been by now, as their bytes passed. Of others the bytes that did not pass in order are fetched once
+    more: with several workers, after a run that was cut short, from files in an unusual order. Torch archives whose
+    CRC-32s have been checked, and deltas that gave the digests they should, need none of this. Raises `Differs`.
+    """
+    web = control.web
+    if web is None or not plan.is_remote:
+        return ()
+    noted = _noted(staging)
+    unproven = []
+    warnings = []
+    for file, reading in _read_from_servers(_in_order(plan)).items():
+        if reading.guarded or web.ranges.proofs.is_proven(file) or file.digest in noted:
+            continue
+        if reading.must_prove(file):
+            unproven.append(file)
+        elif file.digest:
+            warnings.append(f"{file.shown}: read in part: not held against its {file.digest.partition(':')[0]}")
+        else:
+            warnings.append(f"{file.shown}: the server names no digest that it could be held against")
+    if unproven:
+        _fetch_again(unproven, web, control)
+    return tuple(warnings)
+
+
+def _fetch_again(files: Sequence[SourceFile], web: Web, control: Control) -> None:
+    """Read files from where their digests stand to their ends."""
+    buffer = memoryview(bytearray(BLOCK_NBYTES))
+    control.progress.start("checking", sum(file.nbytes - web.ranges.proofs.position(file) for file in files))
+    with FileReader(web) as reader:
+        for file in files:
+            while (position := web.ranges.proofs.position(file)) < file.nbytes:
+                control.check()
+                part = buffer[: file.nbytes - position]
+                reader.read_into(file, position, part, file.nbytes - position - len(part))
+                control.progress.advance(len(part))
+    control.progress.stop()

@@ -1,0 +1,326 @@
+"""Download: what a source lists, held against names, lists and disk; fetched; and recorded in a manifest.
+
+The folder may hold other files. Files of the source replace those of the same name once the new ones are right.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weightops import __version__
+from weightops.engine.control import Control
+from weightops.engine.run import free_disk
+from weightops.errors import CorruptInput, Differs, NetworkFailed, NoRoom, OutputExists, SourceMissing
+from weightops.formats import manifest
+from weightops.formats.manifest import FileEntry, Manifest
+from weightops.formats.sniff import check_head
+from weightops.io.digests import HEX_DIGITS
+from weightops.io.escape import escape
+from weightops.io.paths import check_relative
+from weightops.remote.listing import Listing, RemoteFile
+from weightops.remote.partial import STATE, key_of
+from weightops.remote.small import read_whole
+from weightops.remote.transfer import Done, Transfer, check_place
+from weightops.remote.web import Web
+
+OPERATION = "download"
+DEFAULT_WORKERS = 4
+_PREVIOUS = f"{STATE}/previous.json"
+_SPARE_NBYTES = 16 << 20
+_RESERVED = {STATE, ".lock", ".plan.json", ".journal.jsonl"}
+"""Names at the top of a folder that would be taken for traces of a run of ours."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+Files = tuple[RemoteFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What was fetched, or would be: `files` are all of them, `have` the bytes of each that were there before.
+
+    `manifest` is None as long as the folder is not complete. `stale` are files of an earlier version that the source
+    no longer has.
+    """
+
+    out: Path
+    listing: Listing
+    files: tuple[RemoteFile, ...]
+    have: Mapping[str, int]
+    manifest: Manifest | None = None
+    stale: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files whose size is known."""
+        return sum(file.nbytes or 0 for file in self.files)
+
+
+def select(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> tuple[Files, list[str]]:
+    """The files to fetch, and what there is to say about them.
+
+    A glob that ends in a slash means all below. The source's own manifest is none of them: the folder gets one that
+    says what was fetched. Raises `CorruptInput` for names that would leave the folder, take one
+    of our own, or stand in each other's way, `SourceMissing` when nothing is left.
+    """
+    files = []
+    for file in listing.files:
+        check_relative(file.name, listing.source)
+        top = file.name.partition("/")[0]
+        if top in _RESERVED or file.name.startswith(".cache/huggingface/"):
+            raise CorruptInput(f"{listing.source}: the file name {escape(file.name)!r} is reserved")
+        if (include and not _matches(file.name, include)) or _matches(file.name, exclude):
+            continue
+        if file.name != manifest.NAME:
+            files.append(file)
+    if not files:
+        raise SourceMissing(f"{listing.source}: no file" + (" matches" if include or exclude else ""))
+    return tuple(files), _check_together([file.name for file in files], listing.source)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, f"{glob}*" if glob.endswith("/") else glob) for glob in globs)
+
+
+def _check_together(names: Sequence[str], source: str) -> list[str]:
+    """Refuse names of which one is the folder of another; warn of those that some file systems take for one."""
+    present = set(names)
+    if len(present) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise CorruptInput(f"{source}: lists {escape(twice)!r} twice")
+    for name in names:
+        folders = (name[:i] for i, character in enumerate(name) if character == "/")
+        if clash := next((folder for folder in folders if folder in present), None):
+            raise CorruptInput(f"{source}: {escape(clash)!r} is a file, and the folder of {escape(name)!r}")
+    folded = Counter(name.casefold() for name in names)
+    alike = sorted(escape(name) for name in names if folded[name.casefold()] > 1)
+    return [f"{source}: {' and '.join(alike)} differ in case only"] if alike else []
+
+
+def with_expected(listing: Listing, expected: Mapping[str, Mapping[str, str]], shown: str) -> Listing:
+    """The listing with the digests of a list added; raises `Differs` for a name that only the list has."""
+    missing = sorted(expected.keys() - {file.name for file in listing.files})
+    if missing:
+        raise Differs(f"{escape(shown)} lists {escape(missing[0])}, which the source does not have")
+    files = (replace(file, digests={**file.digests, **expected.get(file.name, {})}) for file in listing.files)
+    return replace(listing, files=tuple(files))
+
+
+def recorded(path: Path) -> Manifest | None:
+    """The manifest at `path`, if there is one and a download made it."""
+    found = manifest.read_manifest(path) if os.path.lexists(path) else None
+    return found if found is not None and found.recipe.get("operation") == OPERATION else None
+
+
+def _previous(out: Path) -> Manifest | None:
+    """The manifest of an earlier download, also when a later one has begun to replace its files."""
+    return recorded(out / manifest.NAME) or recorded(out / _PREVIOUS)
+
+
+def _set_aside(out: Path) -> None:
+    """The manifest is no longer true once the first file is replaced, but still says what was there."""
+    with suppress(FileNotFoundError):
+        os.replace(out / manifest.NAME, out / _PREVIOUS)
+
+
+def is_complete(out: Path, found: Manifest, request: Mapping[str, Any]) -> bool:
+    """Whether a manifest answers the request, and every file in it stands there with its size."""
+    if any(found.recipe.get(key) != value for key, value in request.items()):
+        return False
+    try:
+        return all((out / name).lstat().st_size == entry.nbytes for name, entry in found.files.items())
+    except OSError:
+        return False
+
+
+def request_of(
+    source: str, commit: str, expected_by: str, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Any]:
+    """What makes two downloads the same, as the manifest records it."""
+    chosen = {"include": list(include), "exclude": list(exclude), "expected_by": expected_by}
+    return {"source": source, "commit": commit, **chosen}
+
+
+def offline(out: Path, source: str, revision: str) -> Manifest:
+    """The manifest of a folder that is complete as far as can be told without a network.
+
+    Raises `NetworkFailed` if the folder is of another source or revision, or is not complete.
+    """
+    found = recorded(out / manifest.NAME)
+    if found is None:
+        raise NetworkFailed(f"{escape(str(out))}: no complete download of {source}, and --offline asks no server")
+    recipe = found.recipe
+    if recipe.get("source") != source or revision not in ("", recipe.get("revision"), recipe.get("commit")):
+        raise NetworkFailed(
+            f"{escape(str(out))}: is {recipe.get('source')} at {recipe.get('revision')}, not {source} at {revision}"
+        )
+    if not is_complete(out, found, {}):
+        raise NetworkFailed(f"{escape(str(out))}: files are missing or cut, and --offline asks no server")
+    return found
+
+
+def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[str]) -> Download:
+    """What is there already and what is not; refuses what cannot end well before anything is fetched.
+
+    Raises `OutputExists` for a folder that something else made, `CorruptInput` for links in the way, `NoRoom`.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        raise OutputExists(f"{escape(str(out))} exists and is not a folder")
+    previous = _previous(out)
+    if previous is None and os.path.lexists(out / manifest.NAME):
+        raise OutputExists(
+            f"{escape(str(out))} holds a checkpoint that was not downloaded", hint="choose another --out"
+        )
+    have = {}
+    for file in files:
+        check_place(out, file.name)
+        if _stands(out, file, previous):
+            have[file.name] = file.nbytes or 0
+    there = {file.name for file in listing.files}
+    complete = recorded(out / manifest.NAME) if len(have) == len(files) else None
+    stale = tuple(n for n in _ever_fetched(previous) if n not in there and (out / n).is_file())
+    missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
+    needed, free = missing_nbytes - _blocks_nbytes(out / STATE) + _SPARE_NBYTES, free_disk(out)
+    if missing_nbytes and needed > free:
+        raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
+    return Download(out, listing, files, have, None if stale else complete, stale, tuple(warnings))
+
+
+def _ever_fetched(previous: Manifest | None) -> list[str]:
+    """The files of an earlier download, and those that it found to be of a still earlier one."""
+    return [*previous.files, *previous.recipe.get("stale", ())] if previous else []
+
+
+def from_manifest(out: Path, found: Manifest) -> Download:
+    """A folder that is complete already."""
+    recipe = found.recipe
+    files = tuple(RemoteFile(name, "", entry.nbytes, entry.digests) for name, entry in found.files.items())
+    listing = Listing(recipe["source"], files, recipe["commit"], recipe["revision"])
+    stale = tuple(recipe.get("stale", ()))
+    have = {name: entry.nbytes for name, entry in found.files.items()}
+    return Download(out, listing, files, have, found, stale, _name_stale(stale))
+
+
+def _name_stale(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(
+        f"{escape(name)} is of an earlier version and not part of this one; --prune removes it" for name in names
+    )
+
+
+def _stands(out: Path, file: RemoteFile, previous: Manifest | None) -> bool:
+    """Whether an earlier download brought this very content, and it still has its size."""
+    if previous is None or file.name not in previous.files or not file.identity:
+        return False
+    entry = previous.files[file.name]
+    unknown = any(entry.digests.get(name) != digest for name, digest in file.digests.items() if name in HEX_DIGITS)
+    if unknown or previous.recipe.get("etags", {}).get(file.name) != file.identity:
+        return False
+    if os.path.lexists(out / STATE / f"{key_of(file.name)}.done"):
+        return False  # a later run has replaced it, and did not come to its end
+    try:
+        return (out / file.name).lstat().st_size == entry.nbytes
+    except OSError:
+        return False
+
+
+def _blocks_nbytes(folder: Path) -> int:
+    """Disk that partial files take already."""
+    return sum(path.stat().st_blocks * 512 for path in folder.glob("*/data")) if folder.is_dir() else 0
+
+
+def fetch(
+    planned: Download, request: Mapping[str, Any], web: Web, workers: int, prune: bool, control: Control
+) -> Download:
+    """Bring what is missing, then write the manifest; with `prune` remove the stale files."""
+    out = planned.out
+    previous = _previous(out)
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [file for file in planned.files if file.name not in planned.have]
+    control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
+    transfer = Transfer(out, web, _Reporter(control), workers)
+    done = transfer.run(missing, lambda: _set_aside(out))
+    control.progress.stop()
+    files = {name: _entry(file) for name, file in done.items()}
+    etags = {name: file.identity for name, file in done.items()}
+    for name in planned.have:
+        assert previous is not None
+        files[name], etags[name] = previous.files[name], previous.recipe["etags"][name]
+    stale = () if prune else planned.stale
+    for name in set(planned.stale) - set(stale):
+        (out / name).unlink(missing_ok=True)
+    described = _own_manifest(planned.listing, files, web)
+    made = Manifest(
+        schema=manifest.SCHEMA,
+        content_id=described.content_id if described else None,
+        tensors=described.tensors if described else {},
+        files=dict(sorted(files.items())),
+        recipe={
+            "operation": OPERATION,
+            **request,
+            "revision": planned.listing.revision,
+            "etags": dict(sorted(etags.items())),
+            "stale": list(stale),
+        },
+        provenance={"weightops": __version__},
+    )
+    transfer.seal(manifest.NAME, made.to_bytes(), control.check)
+    return replace(planned, manifest=made, stale=stale, warnings=(*planned.warnings, *_name_stale(stale)))
+
+
+def _own_manifest(listing: Listing, files: Mapping[str, FileEntry], web: Web) -> Manifest | None:
+    """What the source's own manifest says of its tensors, if the files that hold them are those that arrived."""
+    own = next((file for file in listing.files if file.name == manifest.NAME), None)
+    if own is None:
+        return None
+    try:
+        found = manifest.parse_manifest(read_whole(own.url, web, own.digests), f"{listing.source}: {manifest.NAME}")
+    except CorruptInput:
+        return None  # it only adds to what is known; the files have been compared with the source's digests
+    holders = {entry.file for entry in found.tensors.values()}
+    there = holders <= files.keys() & found.files.keys()
+    return found if holders and there and all(_agree(files[name], found.files[name]) for name in holders) else None
+
+
+def _agree(ours: FileEntry, theirs: FileEntry) -> bool:
+    """Whether two descriptions are of one file, as far as they use the same algorithms."""
+    common = ours.digests.keys() & theirs.digests.keys()
+    return ours.nbytes == theirs.nbytes and bool(common) and all(ours.digests[n] == theirs.digests[n] for n in common)
+
+
+def _entry(done: Done) -> FileEntry:
+    return FileEntry(nbytes=done.nbytes, digests={k: v for k, v in done.digests.items() if k in HEX_DIGITS})
+
+
+class _Reporter:
+    """Passes what a transfer says on to the progress of a command."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._progress = control.progress
+
+    def started(self, name: str, nbytes: int, done_nbytes: int) -> None:
+        self._progress.start_file(name, nbytes, done_nbytes)
+
+    def advanced(self, name: str, nbytes: int) -> None:
+        self._progress.advance(nbytes, name)
+
+    def finished(self, done: Done) -> None:
+        self._progress.finish_file(done.name, done.nbytes, resumed=done.resumed_nbytes == done.nbytes)
+
+    def waiting(self, name: str) -> None:
+        self._progress.note(f"{escape(name)} is being fetched by another run: waiting for it")
+
+    def look(self, name: str, head: bytes) -> None:
+        if name.endswith(_WEIGHTS):
+            check_head(head, escape(name))
+
+    def tick(self) -> None:
+        self._control.check()

@@ -1,0 +1,1 @@
+"""Repositories and files on servers: finding them, fetching them whole, reading ranges of them. Bytes, no tensors."""

@@ -1,0 +1,53 @@
+"""Small files, whole, in memory; and what a server says of a file without sending it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightops.errors import CorruptInput, Differs
+from weightops.io.escape import escape
+from weightops.remote.body import RangeRefused
+from weightops.remote.hashing import FileHasher
+from weightops.remote.listing import RemoteFile
+from weightops.remote.urls import show
+from weightops.remote.web import Web
+
+MAX_NBYTES = 200_000_000
+
+
+def ask(url: str, web: Web, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, dict[str, str]]:
+    """One attempt at a small answer: its bytes and headers. Raises as `Web.get`, `CorruptInput` if it is too large."""
+    data = bytearray()
+    with web.get(url) as body:
+        while block := body.read(1 << 20):
+            data += block
+            if len(data) > max_nbytes:
+                raise CorruptInput(f"{show(url)}: more than {max_nbytes} bytes for a file of its kind")
+        return bytes(data), body.headers
+
+
+def read_whole(url: str, web: Web, digests: Mapping[str, str] | None = None, max_nbytes: int = MAX_NBYTES) -> bytes:
+    """A small file's bytes. Raises as `ask`, `NetworkFailed`, `Differs` if a digest is wrong."""
+    data, _ = web.retried(show(url), lambda: ask(url, web, max_nbytes))
+    hasher = FileHasher(digests or (), len(data))
+    hasher.update(memoryview(data))
+    for name, found in hasher.digests().items():
+        if digests and digests[name] != found:
+            raise Differs(f"{show(url)}: {name} is {found}, expected {digests[name]}")
+    return data
+
+
+def describe(name: str, url: str, web: Web, digests: Mapping[str, str] | None = None) -> RemoteFile:
+    """A file's size and ETag, from an answer to a request for its first byte: servers sign HEAD less often than GET."""
+
+    def ask() -> RemoteFile:
+        try:
+            with web.get(url, 0, 1) as body:
+                body.read(1)
+                return RemoteFile(name, url, body.total, dict(digests or {}), body.etag)
+        except RangeRefused as error:
+            if error.total == 0:
+                return RemoteFile(name, url, 0, dict(digests or {}))
+            raise
+
+    return web.retried(f"{show(url)} ({escape(name)})", ask)
