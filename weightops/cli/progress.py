@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -45,36 +46,34 @@ class BarProgress:
     def _new_bar(self, what: str, total_nbytes: int, done_nbytes: int) -> Any:
         from tqdm import tqdm
 
-        taken = {-bar.pos for bar in self._files.values()}
-        position = 0 if self._bar is None else min(set(range(1, len(taken) + 2)) - taken)
         return tqdm(
             total=total_nbytes or None,
             initial=done_nbytes,
             desc=what,
             unit="B",
             unit_scale=True,
-            dynamic_ncols=True,
+            # Room for the ^C that a terminal echoes: wrapped, it would leave the bars standing.
+            ncols=shutil.get_terminal_size().columns - 3,
             mininterval=0.2,
             leave=False,
-            position=position,
         )
 
     def start_file(self, name: str, nbytes: int, done_nbytes: int) -> None:
-        if self._bar is None:
-            return
         with self._lock:
+            if self._bar is None:
+                return
             self._files[name] = self._new_bar(f"  {_short(name)}", nbytes, done_nbytes)
-            self._bar.update(done_nbytes)
-            self._resumed_nbytes += done_nbytes
-            if self._resumed_nbytes:
+            if done_nbytes:
                 # What was there already has cost no time: it must not count into the rate.
-                self._bar.initial = self._resumed_nbytes
+                for counter in ("n", "initial", "last_print_n"):
+                    setattr(self._bar, counter, getattr(self._bar, counter) + done_nbytes)
+                self._resumed_nbytes += done_nbytes
                 self._bar.set_postfix_str(f"{human(self._resumed_nbytes)} resumed")
 
     def advance(self, nbytes: int, name: str = "") -> None:
-        if self._bar is None:
-            return
         with self._lock:
+            if self._bar is None:
+                return
             self._bar.update(nbytes)
             if name in self._files:
                 self._files[name].update(nbytes)
@@ -101,7 +100,7 @@ class BarProgress:
 
     def stop(self) -> None:
         with self._lock:
-            bars = [*self._files.values(), self._bar] if self._bar is not None else []
+            bars = [*reversed(self._files.values()), self._bar] if self._bar is not None else []
             self._bar, self._files = None, {}
         for bar in bars:
             bar.close()

@@ -25,7 +25,7 @@ from weightops.io.digests import HEX_DIGITS
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.remote.listing import Listing, RemoteFile
-from weightops.remote.partial import STATE, key_of
+from weightops.remote.partial import STATE, Claims, key_of
 from weightops.remote.small import read_whole
 from weightops.remote.transfer import Done, Transfer, check_place
 from weightops.remote.web import Web
@@ -186,7 +186,7 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
             have[file.name] = file.nbytes or 0
     there = {file.name for file in listing.files}
     complete = recorded(out / manifest.NAME) if len(have) == len(files) else None
-    stale = tuple(n for n in _ever_fetched(previous) if n not in there and (out / n).is_file())
+    stale = tuple(name for name in _ever_fetched(previous) if name not in there and _is_file(out, name))
     missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
     needed, free = missing_nbytes - _blocks_nbytes(out / STATE) + _SPARE_NBYTES, free_disk(out)
     if missing_nbytes and needed > free:
@@ -199,8 +199,18 @@ def _ever_fetched(previous: Manifest | None) -> list[str]:
     return [*previous.files, *previous.recipe.get("stale", ())] if previous else []
 
 
+def _is_file(out: Path, name: str) -> bool:
+    """Whether the name is that of a file inside, with no link on the way."""
+    try:
+        check_place(out, check_relative(name, str(out)))
+    except CorruptInput:
+        return False
+    return (out / name).is_file()
+
+
 def from_manifest(out: Path, found: Manifest) -> Download:
-    """A folder that is complete already."""
+    """A folder that is complete already, but for what a run that was killed last of all did not remove."""
+    Claims(out).clear()
     recipe = found.recipe
     files = tuple(RemoteFile(name, "", entry.nbytes, entry.digests) for name, entry in found.files.items())
     listing = Listing(recipe["source"], files, recipe["commit"], recipe["revision"])

@@ -186,11 +186,11 @@ class Claims:
         except FileNotFoundError:
             return
         for entry in entries:
-            name, _, owner = entry.name.partition(".part.")
+            owner = entry.name.partition(".part.")[2]
             if owner and self._is_alive(entry, owner):
                 continue
-            # Renamed first, so that nobody continues what is being removed.
-            doomed = entry.with_name(f"{name}.gone.{self._name}")
+            # Renamed first, so that nobody continues what is being removed, to what nobody takes for a claim.
+            doomed = entry.with_name(f"{entry.name.partition('.part')[0]}.gone.{self._name}")
             if _renamed(entry, doomed):
                 shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
