@@ -65,6 +65,7 @@ class Body:
         self.total: int | None = None
         self._received = 0
         self._expected: int | None = None
+        self._framed = False
         self._waited_s = 0.0
         self._waiting_since_s: float | None = None
         self._mark = (0, 0.0)
@@ -79,6 +80,7 @@ class Body:
         if encoding != "identity":
             raise Transient(f"{self.shown}: the answer is encoded ({escape(encoding)}), expected plain bytes")
         self._expected = _number(headers.get("Content-Length", ""))
+        self._framed = self._expected is not None and "Transfer-Encoding" not in headers
         if status == 200:
             self.total = self._expected
             return
@@ -157,8 +159,8 @@ class Body:
 
     def close(self) -> None:
         self._web.forget(self)
-        if self._expected is not None and self._received == self._expected and not self._aborted:
-            self._response.release_conn()
+        if self._framed and self._received == self._expected and not self._aborted:
+            self._response.release_conn()  # nothing is left to read, so the next request may follow
         else:
             self._response.close()
 

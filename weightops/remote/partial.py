@@ -120,8 +120,8 @@ class Claims:
             return None  # another run has just finished, and removed the folder
         except OSError as error:
             raise write_failure(self.folder, error) from None
-        rivals = [path for path in self._others(free) if path is None]
-        if rivals and min(self._owners(free)) != mine.name:
+        if None in self._others(free):
+            # Both had looked before either began. Who sees this now yields; it may be both, but one at the least.
             Claim(mine, free).release()
             return None
         claim = Claim(mine, free)
