@@ -1,8 +1,9 @@
 """Run one `weightops download` again and again, killed at its first, second, third, ... change to the disk.
 
-    python killer.py OUT BEFORE AFTER
+    python killer.py OUT BEFORE AFTER STEP
 
 BEFORE and AFTER are revisions of org/model at HF_ENDPOINT; BEFORE is in OUT already each time, unless it is "-".
+Of the changes, each STEP-th is tried.
 After each kill nothing but files of the two revisions may stand under final names; then the same command runs
 undisturbed, and in turn the one that goes back to BEFORE, and must leave what a run leaves that was never killed.
 Prints JSON: how many kills there were, and what was wrong after which.
@@ -28,6 +29,7 @@ import huggingface_hub.hf_api  # noqa: F401
 from weightops import api  # noqa: F401
 from weightops.cli import download_command  # noqa: F401
 from weightops.cli.main import run
+from weightops.formats.manifest import NAME as FINAL
 from weightops.remote import transfer
 from weightops.remote.partial import STATE
 
@@ -80,17 +82,24 @@ def state(out: Path) -> dict[str, str]:
     }
 
 
+def listed(out: Path) -> Any:
+    """The files in the manifest."""
+    return json.loads((out / FINAL).read_bytes())["files"]
+
+
 def named(out: Path) -> set[tuple[str, str]]:
-    return {(name, digest) for name, digest in state(out).items() if not name.startswith(STATE)}
+    """What stands under final names, the manifest apart."""
+    return {item for item in state(out).items() if not item[0].startswith((STATE, FINAL))}
 
 
 def main() -> None:
     out, before, after = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     transfer._TICK_S = 0.005
-    references = {}
+    step = int(sys.argv[4])
+    references, manifests = {}, {}
     for revision in {before, after} - {"-"}:
         assert forked(out, revision, None) == 0
-        references[revision] = state(out)
+        references[revision], manifests[revision] = state(out), listed(out)
         shutil.copytree(out, out.with_name(f"reference-{revision}"), copy_function=shutil.copy2)
         shutil.rmtree(out)
     allowed = {item for reference in references.values() for item in reference.items()}
@@ -105,9 +114,14 @@ def main() -> None:
         strange = named(out) - allowed if out.exists() else set()
         then = before if before != "-" and kills % 2 else after
         again = forked(out, then, None)
-        if again or strange or state(out) != references[then]:
-            wrong.append([kills, then, again, sorted(strange), sorted(state(out).items() ^ references[then].items())])
+        left = state(out)
+        missing = references[then].items() - left.items()
+        # Files of the other revision may stay, as stale ones do; the manifest names them.
+        strange |= {(name, digest) for name, digest in left.items() - allowed if name != FINAL}
+        if again or strange or any(name != FINAL for name, _ in missing) or listed(out) != manifests[then]:
+            wrong.append([kills, then, again, sorted(strange), sorted(missing)])
         shutil.rmtree(out)
+        kills += step - 1
     print(json.dumps({"kills": kills, "wrong": wrong}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from fetching import (
 from hub import Fault, Hub
 
 from weightops.cli.main import run
-from weightops.errors import CorruptInput, Differs, NetworkFailed, SourceMissing
+from weightops.errors import CorruptInput, Differs, NetworkFailed, OutputExists, SourceMissing
 
 DATA, OTHER = content(6 * MIB), content(6 * MIB, seed=1)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}
@@ -51,6 +52,17 @@ def test_a_second_run_asks_once_and_none_if_the_commit_is_named(hub: Hub, tmp_pa
         found = fetch(hub, tmp_path, source)
         assert len(hub.log) == requests
         assert set(found.have) == set(MODEL)
+
+
+def test_a_version_that_differs_only_in_what_was_not_chosen_is_recorded(hub: Hub, tmp_path: Path) -> None:
+    fetch(hub, tmp_path, include=(WEIGHTS,))
+    commit = hub.add(REPO, {**MODEL, "config.json": b"[]"})
+    fetch(hub, tmp_path, include=(WEIGHTS,))
+    assert json.loads((tmp_path / FINAL).read_text())["recipe"]["commit"] == commit
+    hub.log.clear()
+    fetch(hub, tmp_path, include=(WEIGHTS,))
+    assert len(hub.log) == 1
+    assert hub.bytes_sent() == 0
 
 
 def test_small_files_come_first(hub: Hub, tmp_path: Path) -> None:
@@ -263,6 +275,20 @@ def test_a_checksum_list_beside_a_file_is_held_against_it(hub: Hub, tmp_path: Pa
         fetch(hub, tmp_path / "wrong", url + WEIGHTS, checksums=f"{url}wrong/SHA256SUMS")
     with pytest.raises(SourceMissing, match="does not list"):
         fetch(hub, tmp_path / "none", url + WEIGHTS, checksums=f"{url}other/SHA256SUMS")
+
+
+@pytest.mark.parametrize("there", ["a file", "a manifest of another command"])
+def test_what_something_else_made_is_left_alone(hub: Hub, tmp_path: Path, there: str) -> None:
+    out = tmp_path / "out"
+    if there == "a file":
+        out.write_text("precious")
+    else:
+        out.mkdir()
+        (out / FINAL).write_text('{"schema": "weightops-manifest/1", "files": {}}')
+    with pytest.raises(OutputExists) as caught:
+        fetch(hub, out)
+    assert caught.value.exit_code == 11
+    assert hub.bytes_sent() == 0
 
 
 def test_a_list_of_urls_with_digests(hub: Hub, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fetching import FINAL, MIB, REPO, WEIGHTS, assert_complete, content, fetch,
 from hub import Fault, Hub
 
 from weightops.cli.main import run
-from weightops.errors import NetworkFailed, NoRoom
+from weightops.errors import NetworkFailed, NoRoom, WeightopsError
 from weightops.remote.partial import STATE
 
 DATA, OTHER = content(10 * MIB), content(10 * MIB, seed=1)
@@ -183,6 +183,25 @@ def test_two_runs_at_once_share_the_work_and_no_file_ever_vanishes(hub: Hub, tmp
     assert vanished == []
     assert_complete(tmp_path, repository)
     assert hub.bytes_sent() == sum(map(len, repository.values()))
+
+
+def test_two_versions_at_once_are_not_taken_for_one(hub: Hub, tmp_path: Path) -> None:
+    """While a file of one version is fetched, another run puts another version of another file there."""
+    old, new = hub.add(REPO, MODEL), hub.add(REPO, {**MODEL, "config.json": b"[]"})
+    fetch(hub, tmp_path, f"{REPO}@{old}")
+    (tmp_path / WEIGHTS).unlink()
+
+    def interfere(name: str, offset: int) -> None:
+        if name == WEIGHTS:
+            hub.on_body = lambda name, offset: None
+            fetch(hub, tmp_path, f"{REPO}@{new}", include=("config.json",))
+
+    hub.on_body = interfere
+    try:
+        fetch(hub, tmp_path, f"{REPO}@{old}")
+    except WeightopsError:
+        fetch(hub, tmp_path, f"{REPO}@{old}")
+    assert_complete(tmp_path, MODEL)
 
 
 def test_a_run_that_waits_for_another_says_so(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

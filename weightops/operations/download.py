@@ -17,7 +17,15 @@ from typing import Any
 from weightops import __version__
 from weightops.engine.control import Control
 from weightops.engine.run import free_disk
-from weightops.errors import CorruptInput, Differs, NetworkFailed, NoRoom, OutputExists, SourceMissing
+from weightops.errors import (
+    CorruptInput,
+    Differs,
+    IncompatibleInputs,
+    NetworkFailed,
+    NoRoom,
+    OutputExists,
+    SourceMissing,
+)
 from weightops.formats import manifest
 from weightops.formats.manifest import FileEntry, Manifest
 from weightops.formats.sniff import check_head
@@ -27,7 +35,7 @@ from weightops.io.paths import check_relative
 from weightops.remote.listing import Listing, RemoteFile
 from weightops.remote.partial import STATE, Claims, key_of
 from weightops.remote.small import read_whole
-from weightops.remote.transfer import Done, Transfer, check_place
+from weightops.remote.transfer import Done, Transfer, check_place, stamp_of
 from weightops.remote.web import Web
 
 OPERATION = "download"
@@ -186,6 +194,8 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
             have[file.name] = file.nbytes or 0
     there = {file.name for file in listing.files}
     complete = recorded(out / manifest.NAME) if len(have) == len(files) else None
+    if complete is not None and complete.recipe.get("commit") not in ("", listing.commit):
+        complete = None  # the same files, of another version: that is to be recorded
     stale = tuple(name for name in _ever_fetched(previous) if name not in there and _is_file(out, name))
     missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
     needed, free = missing_nbytes - _blocks_nbytes(out / STATE) + _SPARE_NBYTES, free_disk(out)
@@ -256,6 +266,7 @@ def fetch(
     missing = [file for file in planned.files if file.name not in planned.have]
     control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
     transfer = Transfer(out, web, _Reporter(control), workers)
+    stamps = {name: stamp_of(out / name) for name in planned.have}
     done = transfer.run(missing, lambda: _set_aside(out))
     control.progress.stop()
     files = {name: _entry(file) for name, file in done.items()}
@@ -281,6 +292,13 @@ def fetch(
         },
         provenance={"weightops": __version__},
     )
+    stamps |= {name: file.stamp for name, file in done.items()}
+    changed = next((name for name, stamp in stamps.items() if stamp_of(out / name) != stamp), None)
+    if changed is not None:
+        raise IncompatibleInputs(
+            f"{escape(str(out))}: {escape(changed)} was replaced or removed by somebody else meanwhile",
+            hint="run the same command again, and one version at a time",
+        )
     transfer.seal(manifest.NAME, made.to_bytes(), control.check)
     return replace(planned, manifest=made, stale=stale, warnings=(*planned.warnings, *_name_stale(stale)))
 

@@ -75,8 +75,12 @@ def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
         if len(files) > _MAX_FILES:
             raise UsageError(f"{repository}: more than {_MAX_FILES} files")
         following = _NEXT.search(headers.get("Link", ""))
-        url = urljoin(url, following[1]) if following else ""
-        if url in seen or (url and origin(url) != origin(web.endpoint)):
+        try:
+            url = urljoin(url, following[1]) if following else ""
+            is_ours = not url or origin(url) == origin(web.endpoint)
+        except (ValueError, UsageError):
+            is_ours = False
+        if url in seen or not is_ours:
             raise CorruptInput(f"{repository}: its listing goes on at {show(url)}, which is not followed")
     return Listing(str(repository), tuple(files), commit, repository.revision)
 

@@ -149,7 +149,7 @@ class Claims:
             touched_ns = path.stat().st_mtime_ns
         except OSError:
             return False
-        before, since_s = self._seen.get(path.name, (0, 0.0))
+        before, since_s = self._seen.get(path.name, (-1, 0.0))
         now_s = time.monotonic()
         if before != touched_ns:
             self._seen[path.name] = (touched_ns, now_s)

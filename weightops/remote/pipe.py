@@ -38,4 +38,4 @@ class Pipe:
 
     def close(self) -> None:
         for executor in self._executors:
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=True, cancel_futures=True)

@@ -37,6 +37,10 @@ _FAST_RATE = 200e6
 """Bytes per second from which on more streams for one file gain nothing: hashing and the disk are the limit."""
 
 
+Stamp = tuple[int, int, int]
+"""A file's inode, modification time in ns and size: as long as they are the same, so is the file."""
+
+
 class Done(msgspec.Struct, frozen=True, kw_only=True):
     """A file that is there: size, digests, and the inode and time by which it is known again without reading it.
 
@@ -51,6 +55,11 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     inode: int = 0
     mtime_ns: int = 0
     resumed_nbytes: int = 0
+
+    @property
+    def stamp(self) -> Stamp:
+        """What `stamp_of` gave when the file was known to be right."""
+        return self.inode, self.mtime_ns, self.nbytes
 
     def satisfies(self, file: RemoteFile) -> bool:
         """Whether this is the content that `file` describes."""
@@ -273,11 +282,9 @@ class Transfer:
         """What an earlier run noted of the file, if that is the one which stands under its name, untouched since."""
         try:
             done = msgspec.json.decode((self._claims.folder / f"{key_of(file.name)}.done").read_bytes(), type=Done)
-            status = (self._out / file.name).lstat()
         except (OSError, msgspec.MsgspecError):
             return None
-        seen = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if (done.inode, done.mtime_ns, done.nbytes) != seen or not done.satisfies(file):
+        if done.stamp != stamp_of(self._out / file.name) or not done.satisfies(file):
             return None
         return msgspec.structs.replace(done, resumed_nbytes=done.nbytes)
 
@@ -285,19 +292,37 @@ class Transfer:
         """The file, if what stands under its name has the right digests."""
         path = self._out / file.name
         try:
-            nbytes = path.lstat().st_size
+            status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        nbytes = status.st_size
         if file.nbytes not in (None, nbytes) or not file.digests:
             return None
         found = hash_fetched(path, ("xxh3_128", *file.digests), nbytes, self._web.check)
-        done = Done(name=file.name, nbytes=nbytes, digests=found, identity=file.identity, resumed_nbytes=nbytes)
+        done = Done(
+            name=file.name,
+            nbytes=nbytes,
+            digests=found,
+            identity=file.identity,
+            inode=status.st_ino,
+            mtime_ns=status.st_mtime_ns,
+            resumed_nbytes=nbytes,
+        )
         return done if done.satisfies(file) else None
 
 
 def _streams(files: Sequence[RemoteFile]) -> int:
     """How many workers can have something to do."""
     return sum(1 + (file.nbytes or 0) // (32 << 20) for file in files)
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """The stamp of what stands at `path`, not following links; None if nothing does."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def check_place(root: Path, name: str) -> None:
