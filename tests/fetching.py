@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from hub import Hub
 
 from weightops import api
@@ -46,11 +48,13 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def assert_complete(out: Path, expected: Mapping[str, bytes]) -> None:
-    """The folder is a whole download of these files: no more, no less, nothing kept for resuming."""
+    """The folder is a whole download of these files: no more, no less, rightly recorded, nothing kept for resuming."""
     found = files(out)
     assert found.keys() == expected.keys()
     assert [name for name, data in expected.items() if found[name] != data] == []
-    assert (out / FINAL).is_file()
+    recorded = json.loads((out / FINAL).read_bytes())["files"]
+    right = {name: [len(data), xxhash.xxh3_128_hexdigest(data)] for name, data in expected.items()}
+    assert {name: [entry["nbytes"], entry["digests"]["xxh3_128"]] for name, entry in recorded.items()} == right
     assert not (out / STATE).exists()
 
 

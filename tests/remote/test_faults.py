@@ -13,6 +13,7 @@ from fetching import FINAL, MIB, QUICK, REPO, WEIGHTS, assert_complete, content,
 from hub import Fault, Faults, Hub
 
 from weightops.errors import CorruptInput, Differs, NetworkFailed, NoRoom, WeightopsError
+from weightops.remote.fetch import Fetch
 from weightops.remote.hashing import FileHasher
 
 DATA, OTHER = content(10 * MIB), content(10 * MIB, seed=1)
@@ -140,6 +141,25 @@ def test_what_fails_leaves_no_file_open(hub: Hub, tmp_path: Path) -> None:
     assert [path for path in there if path.startswith(str(tmp_path))] == []
 
 
+def test_chunks_that_the_disk_loses_at_once_are_fetched_again_and_no_others(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the digest at the end, which is taken from the disk here."""
+    monkeypatch.setattr(Fetch, "_hash", lambda *_: None)
+    finish = Fetch.finish
+
+    def lose(self: Fetch) -> object:
+        monkeypatch.setattr(Fetch, "finish", finish)
+        with self.claim.data.open("r+b") as file:
+            file.write(b"rot")
+        return self.finish()
+
+    monkeypatch.setattr(Fetch, "finish", lambda self: lose(self) if self.file.name == WEIGHTS else finish(self))
+    fetch(hub, tmp_path)
+    assert_complete(tmp_path, MODEL)
+    assert hub.bytes_sent(WEIGHTS) == len(DATA) + 4 * MIB
+
+
 def test_a_small_file_is_held_against_the_digest_that_git_gave_it(hub: Hub, tmp_path: Path) -> None:
     hub.always["config.json"] = Fault("flip", 0)
     with pytest.raises(Differs, match=r"config\.json: git_sha1 is"):
@@ -262,7 +282,8 @@ def test_what_stands_in_for_weights_is_refused_without_a_digest_too(hub: Hub, tm
     assert files(tmp_path) == {}
 
 
-def test_a_file_without_digest_is_not_pieced_together_from_two_versions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [None, Fault("ignore_if_range"), Fault("ignore_range")])
+def test_a_file_without_digest_is_not_pieced_together_from_two_versions(tmp_path: Path, fault: Faults) -> None:
     with Hub() as hub:
         hub.static[WEIGHTS] = DATA
 
@@ -271,7 +292,7 @@ def test_a_file_without_digest_is_not_pieced_together_from_two_versions(tmp_path
                 hub.static[WEIGHTS] = OTHER
 
         hub.on_body = replace_it
-        hub.faults[WEIGHTS] = [None, Fault("cut", AT + MIB)]
+        hub.faults[WEIGHTS] = [None, Fault("cut", AT + MIB), fault]
         url = f"{hub.endpoint}/files/{WEIGHTS}"
         fetch(hub, tmp_path, url)
         assert_complete(tmp_path, {WEIGHTS: OTHER})

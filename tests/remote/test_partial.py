@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fetching import REPO, WEIGHTS, assert_complete, content, fetch
+from fetching import QUICK, REPO, WEIGHTS, assert_complete, content, fetch
 from hub import Hub
 
 from weightops.io.owner import Owner
@@ -150,7 +151,7 @@ def test_a_run_that_lost_its_claim_to_another_machine_ends_well(
             claim.rename(claim.with_name(f"{claim.name.partition('.')[0]}.part.{ELSEWHERE}"))
 
         hub.on_body = take_over
-        fetch(hub, tmp_path)
+        fetch(hub, tmp_path, policy=replace(QUICK, deadline_s=20))
         assert hub.bytes_sent(WEIGHTS) == len(data)
     assert_complete(tmp_path, {WEIGHTS: data})
 
