@@ -167,8 +167,10 @@ def slow_write(self: Fetch, *arguments: Any) -> None:
     write(self, *arguments)
 
 
-def download(hub: Hub, out: Path, source: str, run: Run, watch: Watch, errors: list[BaseException]) -> None:
-    with Web(POLICY, endpoint=hub.endpoint) as web:
+def download(
+    hub: Hub, out: Path, source: str, run: Run, watch: Watch, errors: list[BaseException], policy: Policy = POLICY
+) -> None:
+    with Web(policy, endpoint=hub.endpoint) as web:
         control = Control(web=web)
         watch.controls.append(control)
         try:
@@ -222,7 +224,7 @@ def test_whatever_happens_no_wrong_byte_gets_a_name(
     hub.faults = {}
     watch.stop_after = None
     errors = []
-    download(hub, out, f"{repo}@{commit}", Run(workers=3), watch, errors)
+    download(hub, out, f"{repo}@{commit}", Run(workers=3), watch, errors, Policy())
     assert errors == []
     assert watch.wrong == []
     assert_complete(out, expected)
