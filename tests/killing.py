@@ -1,0 +1,57 @@
+"""Killing a command at its n-th change to the disk.
+
+A process is forked for each run, so that nothing is imported twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from weightops.cli.main import run
+
+CHANGES = ("mkdir", "open", "write", "pwrite", "posix_fallocate", "ftruncate", "fsync", "replace", "rename", "unlink")
+CHANGES += ("rmdir", "utime")
+
+
+def arm(fatal: int) -> None:
+    """From now on the `fatal`-th change to the disk, by any thread, is this process's last; a write gets half-way."""
+    lock = threading.Lock()
+    count = 0
+
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if name == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR):
+                return original(*args, **kwargs)
+            with lock:
+                count += 1
+                if count == fatal:
+                    if name in ("write", "pwrite"):
+                        with contextlib.suppress(OSError):  # half a block may be too small for O_DIRECT
+                            half = len(args[1]) // 2
+                            original(args[0], args[1][: half // 4096 * 4096 or half], *args[2:])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in CHANGES:
+        setattr(os, name, wrap(name, getattr(os, name)))
+
+
+def forked(arguments: Sequence[str], fatal: int | None) -> int:
+    """Exit code of a command in a child, negative when it was killed at its `fatal`-th change."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        if fatal is not None:
+            arm(fatal)
+        os._exit(run(arguments))
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
