@@ -93,7 +93,7 @@ class Blob:
         return cls(source, entry.get("lfs", entry)["oid"], entry)
 
 
-@dataclass
+@dataclass(repr=False)
 class Hub:
     """Serves repositories from `endpoint`, their LFS files from `cdn`, `static` files from `endpoint`/files/.
 
