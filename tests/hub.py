@@ -93,7 +93,7 @@ class Blob:
         return cls(source, entry.get("lfs", entry)["oid"], entry)
 
 
-@dataclass(repr=False)
+@dataclass
 class Hub:
     """Serves repositories from `endpoint`, their LFS files from `cdn`, `static` files from `endpoint`/files/.
 
@@ -125,6 +125,9 @@ class Hub:
             server.socket.listen(128)
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
         return self
+
+    def __repr__(self) -> str:
+        return f"Hub of {len(self.repos)} repositories"  # not their contents, for what fails is printed
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stopping.set()

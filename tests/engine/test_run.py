@@ -184,6 +184,15 @@ def test_too_little_disk_or_memory_is_refused_before_work(pair: Path, monkeypatc
     assert not (pair / "out.partial").exists()
 
 
+def test_a_file_that_another_run_renames_while_disk_is_counted_is_left_out(tmp_path: Path) -> None:
+    for name in ("a.part", "b.part"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.part/data").symlink_to(tmp_path / "gone")  # listed, and not there when it is looked at
+    (tmp_path / "b.part/data").write_bytes(b"\1" * 8192)
+    assert run.taken_disk(tmp_path, "*/data") == 8192
+    assert run.taken_disk(tmp_path / "gone", "*/data") == 0
+
+
 class StopAfter(Control):
     """Cancels itself after some blocks."""
 

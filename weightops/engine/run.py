@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 from weightops.checkpoint import Copied, Written
@@ -64,7 +66,7 @@ def preflight(plan: Plan, out: Path, workers: int) -> None:
                 hint="choose an --out outside the inputs",
             )
     free = free_disk(out)
-    needed = plan.total_nbytes + _SPARE_NBYTES - _already_there(target.with_name(target.name + ".partial"))
+    needed = plan.total_nbytes + _SPARE_NBYTES - taken_disk(target.with_name(target.name + ".partial"), "*")
     if needed > free:
         raise NoRoom(f"{escape(str(out))}: the output needs {needed} bytes of disk, {free} are free")
     memory, available = peak_memory(plan, workers), available_memory()
@@ -79,8 +81,13 @@ def free_disk(out: Path) -> int:
     return shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
 
 
-def _already_there(partial: Path) -> int:
-    return sum(p.stat().st_size for p in partial.iterdir() if p.is_file()) if partial.is_dir() else 0
+def taken_disk(folder: Path, pattern: str) -> int:
+    """Bytes on disk of the files that match; another run may rename any of them while this one counts."""
+    nbytes = 0
+    for name in glob(pattern, root_dir=folder):
+        with suppress(FileNotFoundError):
+            nbytes += (folder / name).stat().st_blocks * 512
+    return nbytes
 
 
 def run(

@@ -16,7 +16,7 @@ from typing import Any
 
 from weightops import __version__
 from weightops.engine.control import Control
-from weightops.engine.run import free_disk
+from weightops.engine.run import free_disk, taken_disk
 from weightops.errors import (
     CorruptInput,
     Differs,
@@ -198,7 +198,7 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
         complete = None  # the same files, of another version: that is to be recorded
     stale = tuple(name for name in _ever_fetched(previous) if name not in there and _is_file(out, name))
     missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
-    needed, free = missing_nbytes - _blocks_nbytes(out / STATE) + _SPARE_NBYTES, free_disk(out)
+    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out)
     if missing_nbytes and needed > free:
         raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
     return Download(out, listing, files, have, None if stale else complete, stale, tuple(warnings))
@@ -249,11 +249,6 @@ def _stands(out: Path, file: RemoteFile, previous: Manifest | None) -> bool:
         return (out / file.name).lstat().st_size == entry.nbytes
     except OSError:
         return False
-
-
-def _blocks_nbytes(folder: Path) -> int:
-    """Disk that partial files take already."""
-    return sum(path.stat().st_blocks * 512 for path in folder.glob("*/data")) if folder.is_dir() else 0
 
 
 def fetch(
