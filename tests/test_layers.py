@@ -15,6 +15,7 @@ LAYERS = [
     {"ops"},
     {"checkpoint"},
     {"formats"},
+    {"layouts"},
     {"plan"},
     {"engine"},
     {"operations"},

@@ -12,7 +12,8 @@ class DType(enum.Enum):
     """An element type. The member's name is its safetensors code, its value the name torch uses.
 
     Members stand in the order in which the safetensors library sorts tensors (ascending alignment),
-    which its byte-identical writer needs. `C32` and `C128` exist in torch files only.
+    which its byte-identical writer needs. `C32` and `C128` exist in torch files only, `Q8_0` and `Q4_0` in GGUF files
+    only: their elements come in blocks that share a scale.
     """
 
     BOOL = "bool"
@@ -39,6 +40,8 @@ class DType(enum.Enum):
     U64 = "uint64"
     C32 = "complex32"
     C128 = "complex128"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
 
     @property
     def bits(self) -> int:
@@ -56,13 +59,24 @@ class DType(enum.Enum):
     @property
     def is_packed(self) -> bool:
         """Whether elements share bytes, so that no arithmetic is possible on them here."""
-        return self.bits < 8
+        return self.bits < 8 or self in _BLOCKS
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """The elements that are stored together, along the last dimension, and their bytes."""
+        return _BLOCKS.get(self, (8, self.bits))
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of so many elements."""
+        count, nbytes = self.block
+        return numel * nbytes // count
 
     @property
     def in_safetensors(self) -> bool:
-        return self not in (DType.C32, DType.C128)
+        return self not in (DType.C32, DType.C128, *_BLOCKS)
 
 
+_BLOCKS = {DType.Q8_0: (32, 34), DType.Q4_0: (32, 18)}
 _BITS = {DType.F4: 4, DType.F6_E2M3: 6, DType.F6_E3M2: 6, DType.BOOL: 8, DType.C64: 64}
 _BITS |= {DType.C32: 32, DType.C128: 128}
 for _dtype in DType:
@@ -82,12 +96,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.bits // 8
+        return self.dtype.nbytes(self.numel)
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row, which is a slice of the first dimension; of the whole when 0-d."""
-        return math.prod(self.shape[1:]) * self.dtype.bits // 8
+        return self.dtype.nbytes(math.prod(self.shape[1:]))
 
     def __str__(self) -> str:
         return f"{self.dtype.value} [{', '.join(map(str, self.shape))}]"
