@@ -3,14 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+REFERENCE := .venv-reference
 
-.PHONY: help setup demo test test-all lint format bench bench-download clean
+.PHONY: help setup demo test test-all lint format bench bench-download bench-convert reference clean
 
 help:
 	@echo "make demo      recover a small model from a delta, start to verified result"
 	@echo "make test      lint, types and the test suite (under 10 minutes)"
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
+	@echo "make bench-convert   and the part about convert"
+	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
@@ -36,16 +39,28 @@ format: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-test-all: lint
+$(REFERENCE)/.ready:
+	$(PYTHON) -m venv $(REFERENCE)
+	$(REFERENCE)/bin/python -m pip install --quiet torch==2.13.0
+	$(REFERENCE)/bin/python -m pip install --quiet 'numpy<2.5' sentencepiece transformers==4.47.1
+	touch $@
+
+reference: $(REFERENCE)/.ready
+
+test-all: lint reference
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep
 	$(BIN)/python benchmarks/download.py
+	$(BIN)/python benchmarks/convert.py --sizes $(or $(SIZES),1b,3b)
 	$(BIN)/python benchmarks/memory.py
 
 bench-download: $(READY)
 	$(BIN)/python benchmarks/download.py
 
+bench-convert: $(READY) reference
+	$(BIN)/python benchmarks/convert.py --sizes $(or $(SIZES),1b,3b)
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(REFERENCE) build dist

@@ -84,7 +84,7 @@ def timed(arguments: Sequence[str]) -> tuple[float, float]:
 
 
 def files(folders: Sequence[Path]) -> list[Path]:
-    return [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
+    return [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pth")]
 
 
 def drop_cache(folders: Sequence[Path]) -> None:

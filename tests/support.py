@@ -16,6 +16,7 @@ from weightops.formats import torch_legacy
 from weightops.formats.torch_objects import TorchFile
 from weightops.io.source import FileReader, SourceFile
 from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.rows import Given
 from weightops.spec import DType
 
 TORCH_DTYPES = [
@@ -41,6 +42,13 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
     """The contiguous little-endian bytes of a tensor."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def given_tensor(tensor: torch.Tensor, dtype: DType | None = None) -> LazyTensor:
+    """A lazy tensor with these values."""
+    return LazyTensor.make(
+        Given(dtype or DType(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape), to_bytes(tensor))
+    )
 
 
 def evaluate(tensor: LazyTensor, block: int | None = None) -> bytes:

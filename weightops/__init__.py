@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["diff", "inspect", "manifest", "open_checkpoint", "recover", "save", "shard", "verify"]
+__all__ = [
+    "convert",
+    "diff",
+    "download",
+    "inspect",
+    "manifest",
+    "open_checkpoint",
+    "recover",
+    "save",
+    "shard",
+    "verify",
+]
 
 if TYPE_CHECKING:
-    from weightops.api import diff, inspect, manifest, recover, save, shard, verify
+    from weightops.api import convert, diff, download, inspect, manifest, recover, save, shard, verify
     from weightops.formats.folder import open_checkpoint
 
 

@@ -14,14 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.engine.run import run
-from weightops.errors import NoWeights, SourceMissing, UsageError, WeightopsError
-from weightops.formats import checksums
+from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
+from weightops.formats import checklist, checksums
 from weightops.formats import manifest as manifest_format
 from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place
 from weightops.formats.manifest import Manifest
@@ -82,7 +82,7 @@ def save(
     plan = make_plan(
         checkpoint,
         recipe or {"operation": "save", "sources": {"checkpoint": checkpoint.name}},
-        container=output.get("format", "safetensors"),
+        container=_container(checkpoint.container, output.get("format", "safetensors")),
         max_shard_nbytes=None if size == "source" else size if isinstance(size, int) else parse_size(size),
         digests=tuple(output.get("digests", ())),
         expect=read_expectation(expect) if expect is not None else None,
@@ -99,6 +99,15 @@ def save(
             control=output.get("control"),
         )
     return Result(outcome.out, plan, outcome.manifest, outcome.resumed, (*checkpoint.warnings, *outcome.warnings))
+
+
+def _container(own: str | None, wanted: str) -> str:
+    """The container that a layout demands, or else the one that is wanted; raises `UsageError` if they differ."""
+    if own is None or wanted == own or (own, wanted) == ("torch", "torch-1.12"):
+        return wanted
+    if wanted != "safetensors":
+        raise UsageError(f"this layout is always written as {own} files, not {wanted}", hint="leave out --format")
+    return own
 
 
 @contextmanager
@@ -217,6 +226,59 @@ def shard(source: StrPath, out: StrPath, **output: Unpack[Output]) -> Result:
         return save(checkpoint, out, _recipe("shard", {}, source=checkpoint), **output)
 
 
+def convert(
+    source: StrPath,
+    out: StrPath,
+    *,
+    to: str,
+    layout: str | None = None,
+    model_parallel: int | None = None,
+    dtype: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    tokenizer: StrPath | Literal[False] | None = None,
+    check: bool = False,
+    **output: Unpack[Output],
+) -> Result:
+    """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
+
+    `to`: hf, meta, tencentpretrain, llama_inference or gguf; safetensors or torch change the container alone.
+    `layout`: that of the source, found from its tensors by default. `settings`: what its files leave unsaid.
+    `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `check`: hold the source first
+    against its checklist.chk.
+    """
+    from weightops.layouts.source import Source, beside, parse_settings
+    from weightops.lazy import Evaluator
+    from weightops.operations import convert as operation
+
+    if check:
+        _check_list(_local(source))
+    if to in ("safetensors", "torch"):
+        chosen: Output = {**output, "format": to}
+        return shard(source, out, **chosen)
+    if to not in operation.WRITERS:
+        raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(operation.WRITERS)}")
+    with _connected(output, is_remote(source)) as web:
+        place = find_place(source, web)
+        checkpoint = read_place(place, web, operation.WEIGHTS.get(layout or ""))
+        with Evaluator(web) as read:
+            files = beside(place, Path(tokenizer) if tokenizer else None if tokenizer is None else False)
+            opened = Source(checkpoint, files, read.whole, parse_settings(settings or {}))
+            target = operation.Target(model_parallel, parse_dtype(dtype), output.get("format") == "torch-1.12")
+            result = operation.convert(opened, to, target, layout)
+        options = {"to": to, "from": result.layout, "model_parallel": model_parallel, "dtype": dtype}
+        recipe = _recipe("convert", {**options, "set": dict(settings or {}) or None}, source=checkpoint)
+        return save(result.checkpoint, out, {**recipe, "dropped": dict(result.dropped)}, **output)
+
+
+def _check_list(folder: Path) -> None:
+    """Hold a folder against its own checklist.chk; raises `Differs`."""
+    report = verify(folder, folder / checklist.NAME)
+    if not report.verdict:
+        raise Differs(
+            f"{escape(str(folder))} is not what its {checklist.NAME} lists", hint="`weightops verify` says more"
+        )
+
+
 def inspect(path: StrPath, *, web: Web | None = None) -> Inspection:
     """What a checkpoint holds, from its headers alone; one on a server is read through `web`."""
     from weightops.operations.inspect import inspect as operation
@@ -307,8 +369,8 @@ def read_expectation(name_or_path: StrPath) -> Expectation:
 def _structure(path: Path) -> Sequence[str]:
     try:
         open_checkpoint(path)
-    except NoWeights:
-        return ()
+    except (NoWeights, UsageError):
+        return ()  # nothing that is read here, such as other quantised types
     except WeightopsError as error:
         return (str(error),)
     return ()

@@ -53,9 +53,19 @@ class Document(msgspec.Struct, frozen=True, tag_field="document", tag=str.lower)
     def name(self) -> str:
         """The file's name."""
 
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The digests of files that it needs."""
+        return ()
+
     @abstractmethod
-    def render(self, tensors: Mapping[str, tuple[TensorSpec, str]], witnesses: Digests) -> bytes:
-        """The file's bytes, from the written tensors' specs and digests, and the witnesses' digests."""
+    def render(
+        self,
+        tensors: Mapping[str, tuple[TensorSpec, str]],
+        witnesses: Digests,
+        files: Mapping[str, Mapping[str, str]],
+    ) -> bytes:
+        """The file's bytes: from specs and digests of the tensors written, digests of witnesses and of other files."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     """Tensors in state-dict order, sidecar files by name, and what is known of where they came from.
 
     `shards` gives the source file of each tensor; `watch` are tensors to be evaluated before anything is
-    written, for the checks and digests in them; `documents` are files that depend on digests.
+    written, for the checks and digests in them; `documents` are files that depend on digests. `container` is what it
+    has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice.
     """
 
     name: str
@@ -74,8 +85,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     warnings: tuple[str, ...] = ()
     watch: tuple[LazyTensor, ...] = ()
     documents: tuple[Document, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    metadata: Mapping[str, Any] = field(default_factory=lambda: {"format": "pt"})
     prefix: str | None = None
+    container: str | None = None
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

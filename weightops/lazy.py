@@ -8,8 +8,9 @@ computed and hashed while it is in cache, and memory does not depend on the size
 from __future__ import annotations
 
 import math
+import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -105,18 +106,47 @@ class LazyTensor:
         return cls(op, inputs, op.spec(*(t.spec for t in inputs)))
 
 
+class Once:
+    """Checks that need to be done once, by whichever of several evaluators comes first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._locks: dict[object, threading.Lock] = {}
+        self._done: set[object] = set()
+
+    def is_done(self, key: object) -> bool:
+        """Whether it was done."""
+        return key in self._done
+
+    def note(self, key: object) -> None:
+        """It was done by other means."""
+        self._done.add(key)
+
+    def do(self, key: object, check: Callable[[], None]) -> None:
+        """Do it, or wait for another to have done it; what `check` raises leaves it undone."""
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._done:
+                check()
+                self._done.add(key)
+
+
 class Evaluator:
     """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far.
 
-    Files on servers are read through `web`.
+    Files on servers are read through `web`; evaluators that work on one plan share `once`.
     """
 
-    def __init__(self, web: Web | None = None) -> None:
+    def __init__(self, web: Web | None = None, once: Once | None = None) -> None:
         self.files = FileReader(web)
+        self.once = once or Once()
         self.running: dict[object, Any] = {}
         """What the ops that watch bytes go by (digests, CRCs) remember, by node or by op."""
         self.witnesses: dict[str, str] = {}
         """Digests of tensors that were watched to their end, by label."""
+        self.losses: dict[str, Any] = {}
+        """What casts have lost so far, by label."""
         self._spare: list[bytearray] = []
 
     def __call__(self, tensor: LazyTensor, start: int, out: memoryview) -> None:
@@ -134,6 +164,12 @@ class Evaluator:
         with self.scratch(whole_stop - whole_start) as whole:
             tensor.op.fill(tensor, whole_start, whole, self)
             out[:] = whole[start - whole_start : stop - whole_start]
+
+    def whole(self, tensor: LazyTensor) -> bytes:
+        """All bytes of a small tensor."""
+        buffer = bytearray(tensor.nbytes)
+        self(tensor, 0, memoryview(buffer))
+        return bytes(buffer)
 
     def drain(self, tensor: LazyTensor, block_nbytes: int) -> Iterator[int]:
         """Evaluate all of `tensor` for what its ops note on the way; yields the size of each block when done."""

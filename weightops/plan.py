@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +19,15 @@ import msgspec
 
 from weightops.checkpoint import Checkpoint, Copied, Document, Sidecar
 from weightops.errors import UsageError
+from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
-from weightops.formats.safetensors import safetensors_layout
-from weightops.formats.torch_writer import Flavour, torch_layout
 from weightops.io.escape import escape
 from weightops.io.source import SourceFile
 from weightops.lazy import LazyTensor
 
-CONTAINERS = ("safetensors", "torch", "torch-1.12")
 DEFAULT_SHARD_NBYTES = 5_000_000_000
+_INDEX = re.compile(r"-\d+(?:-of-\d+)?(\.\w+)$")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -67,7 +66,7 @@ class Plan:
 
     recipe: Mapping[str, Any]
     container: str
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     shards: tuple[Shard, ...]
     index_name: str | None
     sidecars: Mapping[str, Sidecar]
@@ -78,11 +77,7 @@ class Plan:
 
     def layout(self, shard: Shard) -> Layout:
         """The bytes of one shard, up to the values of its tensors."""
-        tensors = [(name, tensor.spec) for name, tensor in shard.tensors.items()]
-        if self.container == "safetensors":
-            return safetensors_layout(tensors, self.metadata)
-        flavour: Flavour = "torch" if self.container == "torch" else "torch-1.12"
-        return torch_layout(tensors, find_aliases(shard.tensors), flavour=flavour, root=shard.name.rpartition(".")[0])
+        return CONTAINERS[self.container].layout(shard.name, shard.tensors, self.metadata)
 
     @cached_property
     def shard_nbytes(self) -> dict[str, int]:
@@ -120,9 +115,10 @@ class Plan:
             return None
         weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
         # Aliases count once where they are stored once; transformers 4.28 counted them twice even so.
-        aliases = find_aliases(dict(self.tensors)) if self.container == "torch" else {}
+        container = CONTAINERS[self.container]
+        aliases = find_aliases(dict(self.tensors)) if container.shares else {}
         counted = [tensor for name, tensor in self.tensors if name not in aliases]
-        parameters = None if self.container == "torch-1.12" else sum(t.spec.numel for t in counted)
+        parameters = sum(t.spec.numel for t in counted) if container.counts else None
         return render_index(weight_map, sum(t.nbytes for t in counted), parameters)
 
     def to_json(self) -> dict[str, Any]:
@@ -213,29 +209,20 @@ def make_plan(
     Raises `UsageError` for a container that cannot hold the tensors, or files that `expect` does not list.
     """
     if container not in CONTAINERS:
-        raise UsageError(f"unknown format {container!r}, expected one of {', '.join(CONTAINERS)}")
-    if max_shard_nbytes is None:
-        groups = _group_by(checkpoint.shards, checkpoint.tensors)
-    else:
-        pack_rule = {"safetensors": pack, "torch": pack_shared, "torch-1.12": pack_2023}[container]
-        groups = pack_rule(checkpoint.tensors, max_shard_nbytes)
-    is_torch = container != "safetensors"
-    stem = checkpoint.prefix or ("pytorch_model" if is_torch else "model")
-    suffix = "bin" if is_torch else "safetensors"
-    if len(groups) == 1:
-        names = [f"{stem}.{suffix}"]
-    else:
-        names = [f"{stem}-{i:05d}-of-{len(groups):05d}.{suffix}" for i in range(1, len(groups) + 1)]
+        raise UsageError(f"unknown format {container!r}, expected one of {', '.join(FORMATS)}")
+    files = CONTAINERS[container].files(checkpoint, max_shard_nbytes)
+    indexed = CONTAINERS[container].has_index and len(files) > 1
+    needed = {algorithm for document in checkpoint.documents for algorithm in document.algorithms}
     plan = Plan(
         recipe=recipe,
         container=container,
         metadata=dict(checkpoint.metadata),
-        shards=tuple(Shard(n, {k: checkpoint[k] for k in g}) for n, g in zip(names, groups, strict=True)),
-        index_name=f"{stem}.{suffix}.index.json" if len(groups) > 1 else None,
+        shards=tuple(Shard(file, {name: checkpoint[name] for name in names}) for file, names in files),
+        index_name=_INDEX.sub(r"\1.index.json", files[0][0]) if indexed else None,
         sidecars=checkpoint.sidecars,
         documents=checkpoint.documents,
         watch=checkpoint.watch,
-        digests=tuple(sorted({"xxh3_128", *digests, *(expected_algorithms(expect))})),
+        digests=tuple(sorted({"xxh3_128", *digests, *expected_algorithms(expect), *needed})),
         expect=expect,
     )
     _check_expected_names(plan)
@@ -264,58 +251,3 @@ def _check_expected_names(plan: Plan) -> None:
             hint="choose --format and --max-shard-size as the publisher did; 2023's .bin files: "
             "--format torch-1.12 --max-shard-size 10GB",
         )
-
-
-def find_aliases(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
-    """Names whose tensor is the very bytes of an earlier name's, with that name."""
-    first: dict[LazyTensor, str] = {}
-    return {n: first[t] for n, t in tensors.items() if t.nbytes and first.setdefault(t, n) != n}
-
-
-def pack(tensors: Mapping[str, LazyTensor], max_nbytes: int) -> list[list[str]]:
-    """Greedy in order, as huggingface_hub's split_torch_state_dict_into_shards does.
-
-    A tensor above the limit gets a shard of its own, before the one that is open.
-    """
-    shards: list[list[str]] = []
-    current: list[str] = []
-    current_nbytes = 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > max_nbytes:
-            shards.append([name])
-            continue
-        if current_nbytes + tensor.nbytes > max_nbytes:
-            shards.append(current)
-            current, current_nbytes = [], 0
-        current.append(name)
-        current_nbytes += tensor.nbytes
-    return [*shards, current] if current or not shards else shards
-
-
-def pack_shared(tensors: Mapping[str, LazyTensor], max_nbytes: int) -> list[list[str]]:
-    """Like `pack`, for containers that store shared bytes once: aliases follow the first name and weigh nothing."""
-    aliases = find_aliases(tensors)
-    shards = pack({n: t for n, t in tensors.items() if n not in aliases}, max_nbytes)
-    for alias, name in aliases.items():
-        next(shard for shard in shards if name in shard).append(alias)
-    return shards
-
-
-def pack_2023(tensors: Mapping[str, LazyTensor], max_nbytes: int) -> list[list[str]]:
-    """Greedy in order, as transformers 4.28's shard_checkpoint did (but without its empty first shard)."""
-    shards: list[list[str]] = [[]]
-    current_nbytes = 0
-    for name, tensor in tensors.items():
-        if current_nbytes + tensor.nbytes > max_nbytes and shards[-1]:
-            shards.append([])
-            current_nbytes = 0
-        shards[-1].append(name)
-        current_nbytes += tensor.nbytes
-    return shards
-
-
-def _group_by(shards: Mapping[str, str], names: Iterable[str]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(shards.get(name, ""), []).append(name)
-    return [groups[key] for key in sorted(groups)]

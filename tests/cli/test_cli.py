@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import Hub
+from meta_model import meta_download
 from safetensors.torch import load_file
 from support import digests, write_checkpoint
 
@@ -59,9 +60,12 @@ def examples(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = examples(command, capsys)
     assert found
+    if command == "convert":
+        meta_download(family / "llama-2-7b")
+        assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0
     for line in found:
         words = shlex.split(line.partition(">")[0])[1:]
-        if command in ("download", "recover", "diff", "shard"):
+        if command in ("download", "recover", "convert", "diff", "shard"):
             words[words.index("--out") + 1] = str(family / f"out-{len(list(family.iterdir()))}")
         # The published lists are those of the real models, which these small ones are not.
         published = [word for word in words if word.startswith("zhixi-13b-")]

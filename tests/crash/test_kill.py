@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meta_model import make_meta
 from support import write_checkpoint
 
 import weightops
@@ -23,6 +24,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()} | {"e": torch.ones(3)}, shards=2)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
     write_checkpoint(folder / "published", {n: torch.randn(40, 50) for n in "abcd"})
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab": 48}
+    make_meta(folder / "meta", **sizes, parts=2, dtype=torch.float32)
     return folder
 
 
@@ -33,11 +36,14 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recover --raw raw --diff delta",
         "recover --raw raw --diff delta --overwrite",
         "recover --raw raw --diff published --format torch-1.12",
+        "convert meta --to hf --set context_length=8 --dtype float16",
+        pytest.param("convert meta --model-parallel 4 --to=meta", marks=pytest.mark.slow),
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path, command: str) -> None:
-    folders = ("raw", "tuned", "delta", "published")
-    arguments = [str(family / word) if word in folders else word for word in command.split()]
+    folders = ("raw", "tuned", "delta", "published", "meta")
+    name, *words = command.split()
+    arguments = [name, *(str(family / word) if word in folders else word for word in words)]
     out = family / "out"
     killer = Path(__file__).with_name("killer.py")
     done = subprocess.run(

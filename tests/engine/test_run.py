@@ -32,8 +32,9 @@ from weightops.errors import (
     UsageError,
     WeightopsError,
 )
+from weightops.formats.containers import pack, pack_shared
 from weightops.formats.folder import open_checkpoint
-from weightops.plan import Plan, make_plan, pack, pack_shared
+from weightops.plan import Plan, make_plan
 
 
 def state(seed: int, scale: int = 1) -> dict[str, torch.Tensor]:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from support import evaluate, names, random_tensor, read_torch, shapes, to_bytes
 
 from weightops.errors import UsageError
+from weightops.formats.containers import find_aliases
 from weightops.formats.layout import Data, Layout, Literal
 from weightops.formats.torch_writer import Flavour, torch_layout
-from weightops.plan import find_aliases
 from weightops.spec import DType, TensorSpec
 
 DTYPES = [d for d in DType if not d.is_packed]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import evaluate, random_tensor, to_bytes, torch_dtype
+from support import evaluate, given_tensor, random_tensor, to_bytes, torch_dtype
 
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.io.source import SourceFile
@@ -26,10 +26,6 @@ from weightops.spec import DType, TensorSpec
 FLOATS = [DType.F16, DType.BF16, DType.F32, DType.F64]
 ARITHMETIC = [d for d in DType if has_arithmetic(d) and not d.is_packed]
 CASTABLE = [*FLOATS, DType.F8_E4M3, DType.F8_E5M2]
-
-
-def given_tensor(tensor: torch.Tensor, dtype: DType) -> LazyTensor:
-    return LazyTensor.make(Given(dtype, tuple(tensor.shape), to_bytes(tensor)))
 
 
 def source(path: Path) -> SourceFile:

@@ -16,6 +16,7 @@ from weightops.errors import WeightopsError
 COMMANDS = {
     "download": "Fetch a repository or file, and prove what arrived.",
     "recover": "Recover tuned weights from raw weights and a delta.",
+    "convert": "Move a LLaMA model between Hugging Face, Meta, TencentPretrain and GGUF.",
     "diff": "Make a delta between two checkpoints.",
     "shard": "Rewrite a checkpoint in files of another size or format.",
     "verify": "Check a folder against a manifest or checksum list.",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from weightops.api import Result
 from weightops.cli.output import print_json, running, table, warn
@@ -16,9 +17,10 @@ from weightops.engine.control import Control
 from weightops.engine.limits import peak_memory
 from weightops.engine.proof import fetched_nbytes
 from weightops.engine.run import default_workers, free_disk
+from weightops.formats.containers import FORMATS
 from weightops.formats.folder import is_remote
 from weightops.io.escape import escape
-from weightops.plan import CONTAINERS
+from weightops.ops.loss import Loss
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,6 +44,7 @@ class _Place(click.Path):
 FOLDER = _Place(remote=False)
 SOURCE = _Place(remote=True)
 WRITE_CODES = (0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 130)
+_SHOWN_LOSSES = 5
 READ_CODES = (0, 1, 2, 10, 13, 130)
 
 
@@ -83,7 +86,7 @@ def write_options(command: Command) -> Command:
             click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write; appears when it is whole."),
             click.option(
                 "--format",
-                type=click.Choice(CONTAINERS),
+                type=click.Choice(FORMATS),
                 default="safetensors",
                 show_default=True,
                 help="Container; torch files are byte-identical to torch.save, torch-1.12 to that of 2022-23.",
@@ -139,6 +142,8 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         click.echo(
             f"{escape(str(result.out))}: {len(result.manifest.tensors)} tensors, {human(nbytes)} in {count} files{kept}"
         )
+        if result.manifest.losses:
+            click.echo(_loss_text(result.manifest.losses))
         click.echo(f"content {result.manifest.content_id}")
 
 
@@ -154,9 +159,22 @@ def _result_document(result: Result, workers: int | None) -> dict[str, Any]:
         "peak_memory_nbytes": peak_memory(plan, workers or default_workers(plan)),
         "files": [{"name": n, "nbytes": size} for n, size in plan.shard_nbytes.items()],
         "resumed": list(result.resumed),
+        "losses": msgspec.to_builtins(result.manifest.losses) if result.manifest else {},
         "content_id": result.manifest.content_id if result.manifest else None,
         "warnings": list(result.warnings),
     }
+
+
+def _loss_text(losses: Mapping[str, Loss]) -> str:
+    """What the casts lost: the sum, and the tensors with the gravest losses."""
+    worst = sorted(losses.items(), key=lambda item: (-item[1].overflowed, -item[1].flushed, -item[1].changed))
+    rows: list[tuple[str, ...]] = []
+    for name, loss in [("all tensors", sum(losses.values(), Loss())), *worst[:_SHOWN_LOSSES]]:
+        counts = (loss.overflowed, loss.flushed, loss.subnormal, loss.nan)
+        share = f"{100 * loss.changed / max(1, loss.elements):.3g} %"
+        rows.append((escape(name), share, *map(str, counts), f"{loss.max_relative_error:.2g}"))
+    heads = ("cast", "changed", "to infinity", "to zero", "subnormal", "NaN before", "largest error")
+    return table([heads, *rows], right=range(1, 7))
 
 
 def _dry_run_text(result: Result, workers: int | None) -> str:

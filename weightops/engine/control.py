@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from weightops.errors import Interrupted
+from weightops.lazy import Once
 
 if TYPE_CHECKING:
     from weightops.remote.web import Web
@@ -50,13 +51,17 @@ class Silent:
 
 
 class Control:
-    """Progress, the network, and a way to stop: `cancel` may be called from a signal handler or another thread."""
+    """Progress, the network, checks done once, and a way to stop.
+
+    `cancel` may be called from a signal handler or another thread.
+    """
 
     def __init__(
         self, progress: Progress | None = None, *, parent: Control | None = None, web: Web | None = None
     ) -> None:
         self.progress: Progress = progress or (parent.progress if parent else Silent())
         self.web: Web | None = web or (parent.web if parent else None)
+        self.once: Once = parent.once if parent else Once()
         self._parent = parent
         self._stop = threading.Event()
         self._signal = 2

@@ -31,7 +31,7 @@ def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Contr
         waiting.put(tensor)
 
     def drain(control: Control) -> None:
-        with Evaluator(control.web) as read:
+        with Evaluator(control.web, control.once) as read:
             while (tensor := waiting.get()) is not None:
                 for nbytes in read.drain(tensor, BLOCK_NBYTES):
                     control.check()

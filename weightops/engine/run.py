@@ -25,6 +25,7 @@ from weightops.io.digests import hash_bytes, hash_file
 from weightops.io.escape import escape
 from weightops.io.source import read_source
 from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.loss import Loss
 from weightops.ops.witness import Witness
 from weightops.plan import Plan, Shard
 from weightops.spec import TensorSpec
@@ -189,7 +190,7 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
 
 def write_shard(plan: Plan, shard: Shard, path: Path, control: Control) -> ShardRecord:
     """Write one shard to `path`: the unit of work, which depends on the plan and the shard's name alone."""
-    with Evaluator(control.web) as read:
+    with Evaluator(control.web, control.once) as read:
         written = write_file(path, plan.layout(shard), shard.tensors, read, plan.digests, control)
         _witness_rest(shard.tensors.values(), read, control)
         read.files.check_unchanged()
@@ -199,6 +200,7 @@ def write_shard(plan: Plan, shard: Shard, path: Path, control: Control) -> Shard
             digests=written.digests,
             tensors=written.tensors,
             witnesses=read.witnesses,
+            losses=read.losses,
         )
 
 
@@ -247,19 +249,23 @@ def _finish(
     digests = {name: digest for record in records.values() for name, digest in record.tensors.items()}
     tensors: dict[str, tuple[TensorSpec, str]] = {name: (spec, digests[name]) for name, spec in specs.items()}
     witnesses = dict(watched)
+    losses: dict[str, Loss] = {}
     for record in records.values():
         witnesses |= record.witnesses
+        losses |= {label: losses.get(label, Loss()) + loss for label, loss in record.losses.items()}
     small: dict[str, bytes] = {}
     index = plan.index()
     if index is not None and plan.index_name is not None:
         small[plan.index_name] = index
     for name, sidecar in plan.sidecars.items():
         small[name] = fetched[name] if name in fetched else _sidecar_bytes(sidecar)
+    small_digests = {name: hash_bytes(data, plan.digests) for name, data in small.items()}
+    file_digests = {record.name: record.digests for record in records.values()} | small_digests
     for document in plan.documents:
-        small[document.name] = document.render(tensors, witnesses)
+        small[document.name] = document.render(tensors, witnesses, file_digests)
+        small_digests[document.name] = hash_bytes(small[document.name], plan.digests)
     for name, data in sorted(small.items()):
         write_whole(staging.folder / name, data)
-    small_digests = {name: hash_bytes(data, plan.digests) for name, data in small.items()}
     _check_expected(plan, small_digests, {})
     finished = manifest.Manifest(
         schema=manifest.SCHEMA,
@@ -273,6 +279,7 @@ def _finish(
             for shard in plan.shards
             for name, spec in ((n, t.spec) for n, t in shard.tensors.items())
         },
+        losses=losses,
         recipe=dict(plan.recipe),
         provenance=library_versions(),
     )

@@ -26,6 +26,7 @@ from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.io.atomic import exchange, fsync_folder, publish, write_all, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.ops.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
 
 LOCK, PLAN, JOURNAL = ".lock", ".plan.json", ".journal.jsonl"
@@ -39,6 +40,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
     digests: dict[str, str]
     tensors: dict[str, str]
     witnesses: dict[str, str]
+    losses: dict[str, Loss] = {}
 
 
 class WatchRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="watch"):

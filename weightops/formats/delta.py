@@ -67,7 +67,12 @@ class DeltaDocument(Document, frozen=True):
     def name(self) -> str:
         return NAME
 
-    def render(self, tensors: Mapping[str, tuple[TensorSpec, str]], witnesses: Digests) -> bytes:
+    def render(
+        self,
+        tensors: Mapping[str, tuple[TensorSpec, str]],
+        witnesses: Digests,
+        files: Mapping[str, Mapping[str, str]],
+    ) -> bytes:
         sides = {
             side: DeltaSide(
                 content_id=content_id({n: (spec, witnesses[label(side, n)]) for n, spec in specs.items()}),

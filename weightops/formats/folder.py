@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from weightops.remote.web import Web
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*|trainer_state)\.\w+")
+_PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+")
 _OTHER_WEIGHTS = (
-    ".gguf",
     ".ggml",
     ".onnx",
     ".h5",
@@ -48,18 +49,20 @@ _REMOTE_READERS = 8
 """Headers that are fetched at once: nearly all of the time is waiting for a server."""
 
 
-def open_checkpoint(path: str | os.PathLike[str], web: Web | None = None) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], web: Web | None = None, weights: str | None = None) -> Checkpoint:
     """Read the headers of a weight file, or of the weight files of a folder, here or on a server.
 
     `hf://org/name[@revision]` and http(s) URLs are read through `web`; one with defaults is opened if it is None.
+    `weights` is a glob for the weight files to go by, in a folder that holds the same model twice. Meta's files that
+    hold parts of each tensor give every part a name of its own, `consolidated.01/norm.weight`.
     Raises `SourceMissing` when there are none, `CorruptInput` when headers, index and files disagree.
     """
     if web is None and is_remote(path):
         from weightops.remote.web import Web
 
         with Web() as web:
-            return open_checkpoint(path, web)
-    return read_place(find_place(path, web), web)
+            return open_checkpoint(path, web, weights)
+    return read_place(find_place(path, web), web, weights)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -85,16 +88,18 @@ def find_place(path: str | os.PathLike[str], web: Web | None) -> Folder | Source
     return SourceFile.at(path)
 
 
-def read_place(place: Folder | SourceFile, web: Web | None) -> Checkpoint:
+def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None = None) -> Checkpoint:
     """The checkpoint in a folder or weight file; raises as `open_checkpoint` does."""
     if not isinstance(place, SourceFile):
-        return _read_folder(place, web)
+        return _read_folder(place, web, weights)
     ((tensors, warnings),) = _read_weights([place], web)
     return Checkpoint(place.name, tensors, shards=dict.fromkeys(tensors, place.name), warnings=warnings)
 
 
-def _read_folder(folder: Folder, web: Web | None) -> Checkpoint:
+def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkpoint:
     names = folder.names()
+    if weights is not None:
+        names = [n for n in names if fnmatch(n, weights) or not (_is_weights(n) or n.endswith(".index.json"))]
     index_name = find_index(names, folder.shown)
     index = parse_index(folder.read(index_name), f"{folder.shown}/{escape(index_name)}") if index_name else None
     files = index.files if index else _weights_without_index(names, folder.shown)
@@ -111,6 +116,8 @@ def _read_folder(folder: Folder, web: Web | None) -> Checkpoint:
     warnings: list[str] = []
     for name, (found, said) in zip(files, _read_weights([folder.file(name) for name in files], web), strict=True):
         warnings += said
+        if len(files) > 1 and _PART.fullmatch(name):
+            found = {f"{Path(name).stem}/{tensor}": lazy for tensor, lazy in found.items()}
         twice = next((t for t in found if t in tensors), None)
         if twice is not None:
             raise CorruptInput(f"{folder.shown}: {escape(twice)} is in both {shards[twice]} and {escape(name)}")
@@ -147,15 +154,19 @@ def _is_weights(name: str) -> bool:
 def _weights_without_index(names: Iterable[str], shown: str) -> list[str]:
     """The weight files of a folder that has no index: one file, or one complete numbered set."""
     names = list(names)
-    for suffixes in ((".safetensors",), _TORCH_SUFFIXES):
+    for suffixes in ((".safetensors",), _TORCH_SUFFIXES, (".gguf",)):
         weights = [n for n in names if _is_weights(n) and n.endswith(suffixes)]
         usual = [n for n in weights if n in ("model.safetensors", "pytorch_model.bin")]
+        if len(weights) == 1 and _PART.fullmatch(weights[0]):
+            _check_parts(weights, shown)
         if usual or len(weights) == 1:
             (single,) = usual or weights
             matched = _NUMBERED.fullmatch(single)
             if matched and matched["count"] and int(matched["count"]) > 1:
                 _check_numbering(weights, shown)
             return [single]
+        if weights and all(map(_PART.fullmatch, weights)):
+            return _check_parts(weights, shown)
         if weights:
             _check_numbering(weights, shown)
             return weights
@@ -182,6 +193,18 @@ def _check_numbering(weights: list[str], shown: str) -> None:
         )
 
 
+def _check_parts(weights: list[str], shown: str) -> list[str]:
+    """Accept `consolidated.00.pth` and its successors without gaps."""
+    numbers = [int(m[1]) for name in weights if (m := _PART.fullmatch(name))]
+    if numbers != list(range(len(numbers))):
+        raise CorruptInput(
+            f"{shown}: holds the parts {', '.join(f'{n:02d}' for n in numbers)} of a model in Meta's layout, "
+            f"expected {', '.join(f'{n:02d}' for n in range(len(numbers)))}",
+            hint="download the missing parts",
+        )
+    return weights
+
+
 _Weights = tuple[dict[str, LazyTensor], tuple[str, ...]]
 """The tensors of a file, and what there is to say about it."""
 
@@ -202,7 +225,17 @@ def _read_weights(files: Sequence[SourceFile], web: Web | None) -> list[_Weights
 def _read_file(file: SourceFile, files: FileReader) -> _Weights:
     if file.name.endswith(".safetensors"):
         return read_safetensors(file, files).tensors, ()
+    if file.name.endswith(".gguf"):
+        from weightops.formats.gguf import read_gguf  # imported here because few folders hold one
+
+        return read_gguf(file, files).tensors, ()
     found = read_torch(file, files)
+    written_as = _PART.fullmatch(f"{found.root}.pth")
+    if written_as and _PART.fullmatch(file.name) and file.name != written_as[0]:
+        raise CorruptInput(
+            f"{file.shown}: was written as {escape(written_as[0])}, so the parts of this model were renamed",
+            hint="give each part its own name again",
+        )
     skipped = f"{escape(file.name)}: not tensors, left out: {', '.join(map(escape, found.extras[:10]))}"
     return found.tensors, (skipped,) if found.extras else ()
 

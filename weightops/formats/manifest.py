@@ -18,6 +18,7 @@ from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.io.source import read_source
+from weightops.ops.loss import Loss
 from weightops.spec import DType, TensorSpec
 
 NAME = "weightops-manifest.json"
@@ -47,18 +48,23 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A folder. `content_id` depends on the tensors alone: re-sharding or another container keeps it.
 
-    A folder that was downloaded and not read since has neither tensors nor a content_id here.
+    A folder that was downloaded and not read since has neither tensors nor a content_id here. `losses` tells what
+    each tensor lost that was cast.
     """
 
     schema: Literal["weightops-manifest/1"]
     content_id: str | None = None
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry] = {}
+    losses: dict[str, Loss] = {}
     recipe: dict[str, Any] = {}
     provenance: dict[str, str] = {}
 
     def to_bytes(self) -> bytes:
-        return strict_json.dumps(msgspec.to_builtins(self))
+        document = msgspec.to_builtins(self)
+        if not self.losses:
+            del document["losses"]
+        return strict_json.dumps(document)
 
 
 def content_id(tensors: Mapping[str, tuple[TensorSpec, str]]) -> str:

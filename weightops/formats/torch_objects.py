@@ -24,11 +24,13 @@ _WRAPPERS = ("state_dict", "model", "module")
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """One file: its tensors in state-dict order, and the names of entries that are no tensors and were left out."""
+    """One file: its tensors in state-dict order, the names of entries that are no tensors and were left out, and the
+    folder in the archive."""
 
     file: SourceFile
     tensors: dict[str, LazyTensor]
     extras: tuple[str, ...]
+    root: str = ""
 
 
 @dataclass(frozen=True, slots=True)

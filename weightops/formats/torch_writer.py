@@ -22,13 +22,19 @@ Flavour = typing.Literal["torch", "torch-1.12"]
 
 
 def torch_layout(
-    tensors: Sequence[tuple[str, TensorSpec]], aliases: Mapping[str, str], *, flavour: Flavour, root: str
+    tensors: Sequence[tuple[str, TensorSpec]],
+    aliases: Mapping[str, str],
+    *,
+    flavour: Flavour,
+    root: str,
+    prefix: str = "",
 ) -> Layout:
     """The file of a state dict with these tensors, in this order.
 
     `aliases` maps names to earlier ones, of the same spec, with which they share a storage. `root` is the name of
     the file up to its last dot; torch names the archive's folder after it, unless it is not ASCII or the flavour is
-    `torch-1.12`. Raises `UsageError` for a dtype that torch, or torch 1.12, cannot store.
+    `torch-1.12`. `prefix`, which tells parts of a tensor apart, is left out of the names in the file.
+    Raises `UsageError` for a dtype that torch, or torch 1.12, cannot store.
     """
     for name, spec in tensors:
         if spec.dtype.is_packed or (flavour == "torch-1.12" and spec.dtype not in STORAGE_CLASSES):
@@ -40,7 +46,7 @@ def torch_layout(
     for name, spec in tensors:
         keys[name] = keys[aliases[name]] if name in aliases else str(len(storages))
         storages.setdefault(keys[name], Data(name, spec.nbytes))
-    pickled = pickle_state_dict([PickledTensor(name, spec, keys[name]) for name, spec in tensors])
+    pickled = pickle_state_dict([PickledTensor(name.removeprefix(prefix), spec, keys[name]) for name, spec in tensors])
     is_old = flavour == "torch-1.12"
     folder = root if root.isascii() and not is_old else "archive"
     archive = ArchiveLayout()

@@ -51,7 +51,7 @@ def read_torch_zip(file: SourceFile, files: FileReader) -> TorchFile:
         if storage is None:
             raise CorruptInput(f"{where}: its storage {escape(placed.storage.key)} is not in the archive")
         tensors[name] = _tensor(placed, storage, file, where)
-    return TorchFile(file, tensors, extras)
+    return TorchFile(file, tensors, extras, root)
 
 
 def _find_root(members: Mapping[str, Member], shown: str) -> str:

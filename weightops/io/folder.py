@@ -38,18 +38,18 @@ class LocalFolder:
     """A folder on disk. Links are followed as far as they stay inside, and only regular files are opened."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self.shown = escape(str(root))
         self.name = root.resolve().name
 
     def names(self) -> list[str]:
-        return sorted(entry.name for entry in self._root.iterdir())
+        return sorted(entry.name for entry in self.root.iterdir())
 
     def has(self, name: str) -> bool:
-        return (self._root / name).is_file()
+        return (self.root / name).is_file()
 
     def file(self, name: str) -> SourceFile:
-        return SourceFile.at(inside(self._root, name, str(self._root)))
+        return SourceFile.at(inside(self.root, name, str(self.root)))
 
     def read(self, name: str) -> bytes:
-        return read_source(inside(self._root, name, str(self._root)))[1]
+        return read_source(inside(self.root, name, str(self.root)))[1]

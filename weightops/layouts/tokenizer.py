@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from weightops.errors import CorruptInput, UsageError
+from weightops.formats import sniff
+from weightops.io import strict_json
+
+MAX_FILE_BYTES = 1 << 25
+MAX_TOKENS = 1 << 19
+MAX_TOKEN_BYTES = 512
+MAX_MERGES = 1 << 21
+"""Far above any real tokenizer, and low enough that a hostile one costs half a minute."""
 
 
 class Kind(enum.IntEnum):
@@ -33,7 +44,7 @@ class Tokenizer:
 
     `sentencepiece`: LLaMA 1 and 2, Mistral: BPE over characters by score, with byte fallback. `ranks`: Llama 3:
     byte-level BPE, where the rank of a token is its id. `eos_ids`: the first ends a text; all of them end what an
-    instruct model says. `data` are the bytes of the file `tokenizer.model` that it came from.
+    instruct model says. `data` are the bytes of the file `tokenizer.model` that it came from, or that it makes.
     """
 
     kind: Literal["sentencepiece", "ranks"]
@@ -44,3 +55,72 @@ class Tokenizer:
     pad_id: int | None = None
     add_dummy_prefix: bool = True
     data: bytes = field(repr=False)
+
+
+def read_tokenizer(
+    files: Mapping[str, bytes], *, generation: Literal["3", "3.1"] | None, instruct: bool | None, where: str
+) -> Tokenizer | None:
+    """The tokenizer of a folder, from the bytes of its files by name; None if there is none.
+
+    Read are tokenizer.model, or else tokenizer.json; with the latter, what tokenizer_config.json,
+    generation_config.json and config.json name as ends stands in for an unknown `instruct`. `generation` and
+    `instruct` matter for Llama 3 only (see `ranks`). `where` names the folder in errors. Raises `CorruptInput` for
+    damaged files, and `UsageError` for other tokenizers, or where an unknown `generation` or `instruct` is needed.
+    """
+    # Both modules make tokenizers, and so import this one.
+    from weightops.layouts import ranks, sentencepiece
+
+    name = next((name for name in ("tokenizer.model", "tokenizer.json") if name in files), None)
+    if name is None:
+        return None
+    data, what = files[name], f"{where}/{name}"
+    _refuse_stand_ins(data, what)
+    if name == "tokenizer.json":
+        tokenizer = ranks.from_tokenizer_json(data, what)
+        if instruct is None:
+            return replace(tokenizer, eos_ids=_stated_ends(files, tokenizer, where))
+        return ranks.as_instruct(tokenizer, what) if instruct else tokenizer
+    if len(data) > MAX_FILE_BYTES:
+        raise CorruptInput(f"{what}: {len(data)} bytes, at most {MAX_FILE_BYTES} are read")
+    if data.startswith(b"\n"):
+        return sentencepiece.parse(data, what)
+    if not data[:1].isalnum() and data[:1] not in (b"+", b"/"):
+        raise CorruptInput(f"{what}: neither a sentencepiece model nor a list of ranks in base64")
+    if generation is None:
+        raise UsageError(
+            f"{what}: does not say whether its special tokens are those of Llama 3 or of 3.1 and later",
+            hint="give --set generation=3 or --set generation=3.1",
+        )
+    if instruct is None:
+        raise UsageError(
+            f"{what}: does not say whether the model is an instruct one, whose turns end with <|eot_id|>",
+            hint="give --set instruct=true or --set instruct=false",
+        )
+    return ranks.parse(data, generation=generation, instruct=instruct, what=what)
+
+
+def _refuse_stand_ins(data: bytes, what: str) -> None:
+    if data.startswith(sniff.LFS_MAGIC):
+        raise CorruptInput(
+            f"{what}: this is a Git LFS pointer, not the tokenizer",
+            hint="run `git lfs pull`, or download the file itself",
+        )
+    sniff.check_head(data[:64], what)
+    if not data:
+        raise CorruptInput(f"{what}: empty")
+
+
+def _stated_ends(files: Mapping[str, bytes], tokenizer: Tokenizer, where: str) -> tuple[int, ...]:
+    """What ends a text, and whatever else the configuration of an HF folder says ends what the model says."""
+    config = {
+        name: strict_json.load_object(files[name], f"{where}/{name}") if name in files else {}
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    }
+    token = config["tokenizer_config.json"].get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    stated = {i for i, t in enumerate(tokenizer.tokens) if isinstance(text, str) and t.data == text.encode()}
+    for name in ("generation_config.json", "config.json"):
+        ids = config[name].get("eos_token_id")
+        stated |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+    (end,) = tokenizer.eos_ids
+    return (end, *sorted(i for i in stated if i != end and 0 <= i < len(tokenizer.tokens)))

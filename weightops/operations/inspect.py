@@ -8,9 +8,9 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.formats import delta, manifest
+from weightops.formats.containers import find_aliases
 from weightops.io.folder import Folder
 from weightops.io.source import SourceFile
-from weightops.plan import find_aliases
 from weightops.spec import TensorSpec
 
 SCHEMA = "weightops-inspect/1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,8 +10,8 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.io.escape import escape
+from weightops.layouts.rotary import inverse_frequencies
 from weightops.lazy import LazyTensor
-from weightops.ops.rows import Given
 from weightops.spec import DType, TensorSpec
 
 ROTARY_SUFFIX = ".rotary_emb.inv_freq"
@@ -68,9 +67,7 @@ def as_loaded(base: Checkpoint, like: Iterable[str]) -> dict[str, LazyTensor]:
 
 
 def rotary_frequencies(config: Mapping[str, Any], name: str) -> LazyTensor:
-    """`inv_freq` of LLaMA, float32 `[head_dim / 2]`, to the bit as torch computes it."""
-    import torch
-
+    """`inv_freq` of the model with this config; raises `IncompatibleInputs` if that does not say enough."""
     parameters = config.get("rope_parameters")
     theta = config.get("rope_theta") or (parameters.get("rope_theta") if isinstance(parameters, dict) else None)
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -81,9 +78,7 @@ def rotary_frequencies(config: Mapping[str, Any], name: str) -> LazyTensor:
             f"{escape(name)}: has no rotary_emb.inv_freq, and its config.json has no head size to compute it from",
             hint="add config.json to the folder",
         )
-    values = 1.0 / (theta ** (torch.arange(0, width, 2).float() / width))
-    data = struct.pack(f"<{len(values)}f", *values.tolist())
-    return LazyTensor.make(Given(DType.F32, (len(values),), data))
+    return inverse_frequencies(theta, width)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

@@ -12,11 +12,15 @@ _SLAB_NBYTES = 24 << 20
 
 
 class Given(Op, frozen=True):
-    """Bytes that the plan itself holds: small tensors that are computed from a config."""
+    """Bytes that the plan itself holds: small tensors that are computed from a config.
+
+    `number` tells tensors apart that hold the same and are to be stored apart.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
     data: bytes
+    number: int = 0
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)

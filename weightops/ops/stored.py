@@ -109,7 +109,8 @@ class Strided(Op, frozen=True):
 class Checked(Op, frozen=True):
     """Its input, once the CRC-32 of the archive member that holds it has been found right.
 
-    A tensor that is the whole member is checked as it streams by; of any other view the member is read first.
+    A tensor that is the whole member is checked as it streams by; of any other view the member is read first, once
+    for all views and threads.
     """
 
     crc32: int
@@ -132,14 +133,15 @@ class Checked(Op, frozen=True):
         source = tensor.inputs[0]
         streams = isinstance(source.op, Stored) and (source.op.offset, source.nbytes) == (self.offset, self.nbytes)
         position, crc = read.running.get(tensor, (0, 0))
-        if self not in read.running and (not streams or start > position):
-            self._check(self._crc_of_member(read), read)
+        if not streams or start > position:
+            read.once.do(self, lambda: self._check(self._crc_of_member(read)))
         read(source, start, out)
-        if self not in read.running and start == position:
+        if start == position and not read.once.is_done(self):
             position, crc = start + len(out), zlib.crc32(out, crc)
             read.running[tensor] = (position, crc)
             if position == self.nbytes:
-                self._check(crc, read)
+                self._check(crc)
+                read.once.note(self)
 
     def _crc_of_member(self, read: Evaluator) -> int:
         crc = 0
@@ -150,10 +152,9 @@ class Checked(Op, frozen=True):
                 crc = zlib.crc32(part, crc)
         return crc
 
-    def _check(self, found: int, read: Evaluator) -> None:
-        """Note that the member, which other views may share, is as the archive says; or refuse it."""
+    def _check(self, found: int) -> None:
+        """Refuse the member unless it is as the archive says."""
         if found == self.crc32:
-            read.running[self] = True
             return
         raise CorruptInput(
             f"{self.file.shown}: the {self.nbytes} bytes at {self.offset} have CRC-32 {found:08x}, "

@@ -1,0 +1,149 @@
+"""The containers that can be written: how tensors are grouped into files, and the bytes of each file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weightops.checkpoint import Checkpoint
+from weightops.formats.layout import Layout
+from weightops.formats.safetensors import safetensors_layout
+from weightops.formats.torch_writer import Flavour, torch_layout
+from weightops.lazy import LazyTensor
+
+Tensors = Mapping[str, LazyTensor]
+Groups = list[list[str]]
+Files = list[tuple[str, list[str]]]
+"""File names, each with the tensors in it."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file format. `layout` gives a file's bytes from its name, its tensors and the checkpoint's metadata.
+
+    `files` groups tensors by bytes per file, or as they come if that is None. `shares`: bytes that several names
+    share are stored once. `counts`: its index names the number of parameters.
+    """
+
+    layout: Callable[[str, Tensors, Mapping[str, Any]], Layout]
+    files: Callable[[Checkpoint, int | None], Files]
+    shares: bool = False
+    counts: bool = True
+    has_index: bool = True
+
+
+def find_aliases(tensors: Tensors) -> dict[str, str]:
+    """Names whose tensor is the very bytes of an earlier name's, with that name."""
+    first: dict[LazyTensor, str] = {}
+    return {n: first[t] for n, t in tensors.items() if t.nbytes and first.setdefault(t, n) != n}
+
+
+def pack(tensors: Tensors, max_nbytes: int) -> Groups:
+    """Greedy in order, as huggingface_hub's split_torch_state_dict_into_shards does.
+
+    A tensor above the limit gets a shard of its own, before the one that is open.
+    """
+    shards: Groups = []
+    current: list[str] = []
+    current_nbytes = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > max_nbytes:
+            shards.append([name])
+            continue
+        if current_nbytes + tensor.nbytes > max_nbytes:
+            shards.append(current)
+            current, current_nbytes = [], 0
+        current.append(name)
+        current_nbytes += tensor.nbytes
+    return [*shards, current] if current or not shards else shards
+
+
+def pack_shared(tensors: Tensors, max_nbytes: int) -> Groups:
+    """Like `pack`, for containers that store shared bytes once: aliases follow the first name and weigh nothing."""
+    aliases = find_aliases(tensors)
+    shards = pack({n: t for n, t in tensors.items() if n not in aliases}, max_nbytes)
+    for alias, name in aliases.items():
+        next(shard for shard in shards if name in shard).append(alias)
+    return shards
+
+
+def pack_2023(tensors: Tensors, max_nbytes: int) -> Groups:
+    """Greedy in order, as transformers 4.28's shard_checkpoint did (but without its empty first shard)."""
+    shards: Groups = [[]]
+    current_nbytes = 0
+    for name, tensor in tensors.items():
+        if current_nbytes + tensor.nbytes > max_nbytes and shards[-1]:
+            shards.append([])
+            current_nbytes = 0
+        shards[-1].append(name)
+        current_nbytes += tensor.nbytes
+    return shards
+
+
+def _numbered(
+    rule: Callable[[Tensors, int], Groups], stem: str, suffix: str, number: str = "-{:05d}-of-{:05d}", first: int = 1
+) -> Callable[[Checkpoint, int | None], Files]:
+    """Files named as transformers names shards, after the checkpoint's own stem if it has one."""
+
+    def files(checkpoint: Checkpoint, max_nbytes: int | None) -> Files:
+        groups = _as_they_are(checkpoint) if max_nbytes is None else rule(checkpoint.tensors, max_nbytes)
+        name = checkpoint.prefix or stem
+        if len(groups) == 1:
+            return [(f"{name}{suffix}", groups[0])]
+        return [(f"{name}{number.format(i, len(groups))}{suffix}", group) for i, group in enumerate(groups, first)]
+
+    return files
+
+
+def _as_they_are(checkpoint: Checkpoint) -> Groups:
+    return [names for _, names in _by_shard(checkpoint.shards, checkpoint.tensors)]
+
+
+def _by_shard(shards: Mapping[str, str], names: Iterable[str]) -> Files:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(shards.get(name, ""), []).append(name)
+    return sorted(groups.items())
+
+
+def _torch(flavour: Flavour) -> Callable[[str, Tensors, Mapping[str, Any]], Layout]:
+    def layout(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
+        specs = [(name, tensor.spec) for name, tensor in tensors.items()]
+        root = name.rpartition(".")[0]
+        return torch_layout(specs, find_aliases(tensors), flavour=flavour, root=root, prefix=f"{root}/")
+
+    return layout
+
+
+def _safetensors(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
+    return safetensors_layout([(name, tensor.spec) for name, tensor in tensors.items()], metadata)
+
+
+def _gguf(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
+    from weightops.formats.gguf import gguf_layout  # imported here because few runs write it
+
+    return gguf_layout([(name, tensor.spec) for name, tensor in tensors.items()], metadata)
+
+
+CONTAINERS: Mapping[str, Container] = {
+    "safetensors": Container(_safetensors, _numbered(pack, "model", ".safetensors")),
+    "torch": Container(_torch("torch"), _numbered(pack_shared, "pytorch_model", ".bin"), shares=True),
+    "torch-1.12": Container(_torch("torch-1.12"), _numbered(pack_2023, "pytorch_model", ".bin"), counts=False),
+    "tencentpretrain": Container(
+        _torch("torch"),
+        _numbered(pack_shared, "tencentpretrain_model", ".bin", "-{}", first=0),
+        shares=True,
+        counts=False,
+    ),
+    "meta": Container(
+        _torch("torch"), lambda checkpoint, _: _by_shard(checkpoint.shards, checkpoint.tensors), has_index=False
+    ),
+    "gguf": Container(
+        _gguf,
+        lambda checkpoint, _: [(f"{checkpoint.prefix or 'model'}.gguf", list(checkpoint))],
+        has_index=False,
+    ),
+}
+FORMATS = ("safetensors", "torch", "torch-1.12")
+"""Containers that hold any checkpoint; the others belong to a layout."""

@@ -1,0 +1,129 @@
+"""What a layout reads from: a checkpoint, the files beside it, and what the user has said of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import CorruptInput, UsageError
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.io.folder import Folder, LocalFolder
+from weightops.io.source import SourceFile, read_source
+from weightops.lazy import LazyTensor
+
+SETTINGS: Mapping[str, tuple[type, str]] = {
+    "context_length": (int, "tokens that the model was trained for at once"),
+    "rope_factor": (float, "by how much Llama 3.1's rope scaling stretches"),
+    "rope_theta": (float, "base of the rotary frequencies"),
+    "norm_eps": (float, "epsilon of the norms"),
+    "n_heads": (int, "heads of q"),
+    "instruct": (bool, "whether the model is an instruct one, whose turns end with <|eot_id|>"),
+}
+"""What files may leave unsaid, with its type."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to be converted. `read_file` gives a file beside it, None if there is none of that name.
+
+    `evaluate` gives the bytes of a small tensor.
+    """
+
+    checkpoint: Checkpoint
+    read_file: Callable[[str], bytes | None]
+    evaluate: Callable[[LazyTensor], bytes]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """Its name, safe for a terminal."""
+        return escape(self.checkpoint.name)
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file as an object; raises `CorruptInput`."""
+        data = self.read_file(name)
+        return None if data is None else strict_json.load_object(data, f"{self.where}/{name}")
+
+    def setting(self, name: str, stated: Any = None) -> Any:
+        """What the user has said, or else the file; raises `UsageError` if the two differ."""
+        given = self.settings.get(name)
+        if given is not None and stated is not None and given != stated:
+            raise UsageError(f"{self.where}: its own files say {name}={stated}, not {given}")
+        return stated if given is None else given
+
+
+def beside(place: Folder | SourceFile, tokenizer: Path | Literal[False] | None) -> Callable[[str], bytes | None]:
+    """Reads the files of a checkpoint's folder by name.
+
+    Tokenizers come from `tokenizer` if that is given, and from nowhere if it is False; Meta keeps its own in the
+    folder above those of the models.
+    """
+    folder: Folder | None = None if isinstance(place, SourceFile) else place
+    if isinstance(place, SourceFile) and not place.is_remote:
+        folder = LocalFolder(Path(place.path).parent)
+    above = LocalFolder(folder.root.resolve().parent) if isinstance(folder, LocalFolder) else None
+
+    def read(name: str) -> bytes | None:
+        if name.startswith("tokenizer.") and tokenizer is not None:
+            return read_source(tokenizer)[1] if tokenizer and name.endswith(tokenizer.suffix) else None
+        if folder is not None and folder.has(name):
+            return folder.read(name)
+        return above.read(name) if name == "tokenizer.model" and above is not None and above.has(name) else None
+
+    return read
+
+
+def parse_settings(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The values of NAME=VALUE options; raises `UsageError` for names and values that mean nothing."""
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        if name not in SETTINGS:
+            raise UsageError(f"unknown setting {name!r}", hint=f"known are {', '.join(SETTINGS)}")
+        kind, meaning = SETTINGS[name]
+        try:
+            values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise UsageError(f"{name}={text} is no {kind.__name__}", hint=f"{name}: {meaning}") from None
+        if kind is not bool and not 0 < values[name] < float("inf"):
+            raise UsageError(f"{name}={text} is not above zero", hint=f"{name}: {meaning}")
+    return values
+
+
+class Fields:
+    """The fields of a JSON object, each checked for its type as it is taken."""
+
+    def __init__(self, document: Mapping[str, Any], where: str) -> None:
+        self._document, self.where = document, where
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number above zero; raises `CorruptInput` if it is not there and has no default, or is none."""
+        value = self._document.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise CorruptInput(f"{self.where}: {name} is {escape(repr(value))[:80]}, expected a number above zero")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number above zero; raises as `number` does."""
+        value = self.number(name, default)
+        if value != int(value) or value >= 1 << 40:
+            raise CorruptInput(f"{self.where}: {name} is {value}, expected a whole number")
+        return int(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; raises `CorruptInput` for anything else."""
+        value = self._document.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise CorruptInput(f"{self.where}: {name} is {escape(repr(value))[:80]}, expected true or false")
+        return value
+
+    def get(self, name: str) -> Any:
+        """Whatever is there."""
+        return self._document.get(name)

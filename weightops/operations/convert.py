@@ -1,0 +1,163 @@
+"""Convert: a LLaMA model from any layout into any other.
+
+Source layouts are read into a `Model`, target layouts written from one. What a layout does not hold is dropped by
+name and with the reason, or the conversion is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+
+import numpy as np
+
+from weightops.checkpoint import Checkpoint, Copied
+from weightops.errors import CorruptInput, UsageError
+from weightops.io.escape import escape
+from weightops.layouts import gguf, hf, meta, tencentpretrain
+from weightops.layouts.model import Model
+from weightops.layouts.names import find_layout
+from weightops.layouts.source import Source
+from weightops.layouts.tokenizer import read_tokenizer
+from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import cast
+from weightops.ops.loss import counted_cast
+from weightops.spec import DType
+
+
+@dataclass(frozen=True)
+class Target:
+    """How to write. `parts`: files among which Meta's layout divides each tensor. `dtype`: of all weights, None to
+    keep theirs. `as_in_2023`: see `weightops.layouts.hf.write`.
+    """
+
+    parts: int | None = None
+    dtype: DType | None = None
+    as_in_2023: bool = False
+
+
+READERS: Mapping[str, Callable[[Source], Model]] = {
+    "hf": hf.read,
+    "meta": meta.read,
+    "tencentpretrain": lambda source: tencentpretrain.read(source, "tencentpretrain"),
+    "llama_inference": lambda source: tencentpretrain.read(source, "llama_inference"),
+}
+WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
+    "hf": lambda model, target: hf.write(model, as_in_2023=target.as_in_2023),
+    "meta": lambda model, target: meta.write(model, target.parts or 1),
+    "tencentpretrain": lambda model, target: tencentpretrain.write(model, "tencentpretrain"),
+    "llama_inference": lambda model, target: tencentpretrain.write(model, "llama_inference"),
+    "gguf": lambda model, target: gguf.write(model, target.dtype),
+}
+WEIGHTS = {"meta": "consolidated.*"}
+"""The files to go by if the layout is given, in folders that hold the same model twice."""
+GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
+_KEPT = ("LICENSE*", "USE_POLICY*", "NOTICE*", "chat_template.jinja")
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The result, and for each tensor that was not taken the reason."""
+
+    checkpoint: Checkpoint
+    layout: str
+    dropped: Mapping[str, str]
+
+
+def convert(source: Source, to: str, target: Target, layout: str | None = None) -> Converted:
+    """`source` in the layout `to`; its own is found from the names of its tensors unless it is given.
+
+    Without `parts`, Meta's layout gets as many as the source has. Raises `UsageError` for what has to be asked or is
+    not converted, `CorruptInput` for files that do not fit.
+    """
+    layout = layout or find_layout(source.checkpoint)
+    if layout is None or layout not in READERS:
+        raise UsageError(
+            f"{source.where}: no layout that is known", hint=f"its tensors are named as in none of {', '.join(READERS)}"
+        )
+    _check_target(to, target)
+    if to == layout and to != "meta":
+        return Converted(_in_dtype(source.checkpoint, target.dtype, to), layout, {})
+    if target.parts is None and layout == "meta":
+        target = replace(target, parts=len(set(source.checkpoint.shards.values())))
+    model = READERS[layout](source)
+    _check_norms(model, source)
+    model = _with_files(model, source, unchanged=("params.json",) if to == layout else ())
+    result = WRITERS[to](model, target)
+    if to != "gguf":  # which has types of its own
+        result = _in_dtype(result, target.dtype, to)
+    return Converted(replace(result, warnings=_warnings(source, model, result)), layout, model.dropped)
+
+
+def _check_target(to: str, target: Target) -> None:
+    """Refuse options that the layout has no use for."""
+    dtype = target.dtype
+    if target.parts is not None and to != "meta":
+        raise UsageError("only Meta's layout has parts", hint="leave --model-parallel out, or give --to meta")
+    if dtype is not None and dtype not in GGUF_DTYPES and to == "gguf":
+        hint = f"choose one of {', '.join(known.value for known in GGUF_DTYPES)}"
+        raise UsageError(f"GGUF weights are not written in {dtype.value}", hint=hint)
+    if dtype in (DType.Q8_0, DType.Q4_0) and to != "gguf":
+        raise UsageError(f"{dtype.value} is a type of GGUF alone", hint="give --to gguf")
+
+
+def _warnings(source: Source, model: Model, result: Checkpoint) -> tuple[str, ...]:
+    """What there is to say of the source, of what was derived, and of what is not in the result."""
+    said = [*source.checkpoint.warnings, *model.notes, *result.warnings]
+    said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(model.dropped.items())[:1]]
+    if len(model.dropped) > 1:
+        said.append(f"and {len(model.dropped) - 1} more are left out; the manifest names them")
+    rows = model.hyperparameters.vocab_size
+    if model.tokenizer is None:
+        said.append("there is no tokenizer in the output; --tokenizer names one")
+    elif len(model.tokenizer.tokens) < rows:
+        said.append(f"the embedding has {rows} rows, the tokenizer {len(model.tokenizer.tokens)} tokens")
+    return tuple(said)
+
+
+def _in_dtype(checkpoint: Checkpoint, dtype: DType | None, layout: str) -> Checkpoint:
+    """The checkpoint with all floating-point weights in `dtype`, and what that loses counted."""
+    if dtype is None:
+        return checkpoint
+    tensors = checkpoint.items()
+    converted = {name: counted_cast(t, dtype, name) if t.spec.dtype.is_float else t for name, t in tensors}
+    return replace(checkpoint.with_dtype(dtype) if layout == "hf" else checkpoint, tensors=converted)
+
+
+def _check_norms(model: Model, source: Source) -> None:
+    """Refuse norms with values that are no numbers: they are small, and a model with one says nothing."""
+    for name, tensor in model.tensors.items():
+        if len(tensor.spec.shape) == 1 and not np.isfinite(_values(tensor, source)).all():
+            raise CorruptInput(
+                f"{source.where}: {escape(name)} holds values that are no numbers",
+                hint="the file was damaged, or saved from a training run that had failed",
+            )
+
+
+def _values(tensor: LazyTensor, source: Source) -> np.ndarray:
+    return np.frombuffer(source.evaluate(cast(tensor, DType.F32)), dtype=np.float32)
+
+
+def _with_files(model: Model, source: Source, unchanged: Sequence[str]) -> Model:
+    """The model with its tokenizer, and the files that go along unchanged."""
+    files = {name: data for name in _TOKENIZERS if (data := source.read_file(name)) is not None}
+    h = model.hyperparameters
+    tokenizer = read_tokenizer(
+        files,
+        generation="3.1" if h.rope_scaling is not None else "3",
+        instruct=source.settings.get("instruct"),
+        where=source.where,
+    )
+    if tokenizer is not None and len(tokenizer.tokens) > h.vocab_size:
+        raise UsageError(
+            f"{source.where}: the tokenizer has {len(tokenizer.tokens)} tokens, the embedding {h.vocab_size} rows",
+            hint="is it that of this model? --tokenizer names another, --no-tokenizer does without",
+        )
+    sidecars = {
+        name: sidecar
+        for name, sidecar in source.checkpoint.sidecars.items()
+        if isinstance(sidecar, Copied) and any(fnmatch(name, kept) for kept in (*_KEPT, *unchanged))
+    }
+    return replace(model, tokenizer=tokenizer, sidecars=sidecars)
