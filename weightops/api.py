@@ -249,12 +249,14 @@ def convert(
     from weightops.layouts.source import Source, beside, parse_settings
     from weightops.lazy import Evaluator
     from weightops.operations import convert as operation
+    from weightops.ops.stored import without_shared_checks
 
     if check:
         _check_list(_local(source))
     if to in ("safetensors", "torch"):
         chosen: Output = {**output, "format": to}
         return shard(source, out, **chosen)
+    known = parse_settings(settings or {})
     if to not in operation.WRITERS:
         raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(operation.WRITERS)}")
     with _connected(output, is_remote(source)) as web:
@@ -262,7 +264,7 @@ def convert(
         checkpoint = read_place(place, web, operation.WEIGHTS.get(layout or ""))
         with Evaluator(web) as read:
             files = beside(place, Path(tokenizer) if tokenizer else None if tokenizer is None else False)
-            opened = Source(checkpoint, files, read.whole, parse_settings(settings or {}))
+            opened = Source(checkpoint, files, lambda t: read.whole(without_shared_checks(t)), known)
             target = operation.Target(model_parallel, parse_dtype(dtype), output.get("format") == "torch-1.12")
             result = operation.convert(opened, to, target, layout)
         options = {"to": to, "from": result.layout, "model_parallel": model_parallel, "dtype": dtype}

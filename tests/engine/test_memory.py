@@ -97,3 +97,22 @@ def test_a_model_larger_than_memory_is_recovered_in_288_mib(tmp_path: Path) -> N
     diff = sparse(tmp_path / "diff", DType.F16, shapes)
     run_limited("recover", "--raw", str(raw), "--diff", str(diff), "--out", str(tmp_path / "out"))
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("vocab", [8192, pytest.param(128_256, marks=pytest.mark.slow)])
+def test_wide_embeddings_are_split_and_joined_in_288_mib(tmp_path: Path, vocab: int) -> None:
+    """By columns, where each row of the whole is made of a piece from every part."""
+    config = {"model_type": "mistral", "hidden_size": 16384, "num_hidden_layers": 1, "intermediate_size": 64}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 8}
+    layer, square, narrow = "model.layers.0", (256, 16384), (64, 16384)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocab, 16384))
+    shapes |= {f"{layer}.self_attn.{name}_proj.weight": square for name in "qkv"}
+    shapes |= {f"{layer}.mlp.{name}_proj.weight": narrow for name in ("gate", "up")}
+    shapes |= {f"{layer}.self_attn.o_proj.weight": square[::-1], f"{layer}.mlp.down_proj.weight": narrow[::-1]}
+    shapes |= {f"{layer}.{name}_layernorm.weight": (16384,) for name in ("input", "post_attention")}
+    raw = sparse(tmp_path / "raw", DType.BF16, {**shapes, "model.norm.weight": (16384,)})
+    (raw / "config.json").write_text(json.dumps(config))
+    for source, to, *more in (("raw", "meta", "--model-parallel", "2"), ("meta", "hf", "--set", "context_length=8")):
+        run_limited("convert", str(tmp_path / source), "--to", to, *more, "--out", str(tmp_path / to))
+    shutil.rmtree(tmp_path / "meta")
+    shutil.rmtree(tmp_path / "hf")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from weightops import api
 from weightops.errors import CorruptInput, Differs, UsageError, WeightopsError
 from weightops.ops.arrange import pairs_to_halves
+from weightops.ops.stored import Checked
 
 SMALL: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256, "vocab": 40}
 SMALL |= {"parts": 2, "dtype": torch.float16}
@@ -368,3 +369,20 @@ def test_the_files_of_2023_come_back_from_metas(tmp_path: Path) -> None:
     convert(tmp_path / "meta", tmp_path / "hf", "hf", format="torch-1.12", max_shard_size="150KB")
     for path in (GOLDEN / "raw").glob("*.bin"):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_flat_storage_is_not_read_for_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta(tmp_path / "meta", flat=True)
+    monkeypatch.setattr(Checked, "_crc_of_member", lambda self, read: pytest.fail("reads the whole file"))
+    convert(tmp_path / "meta", tmp_path / "hf", "hf", dry_run=True)
+
+
+def test_a_damaged_flat_storage_is_noticed(tmp_path: Path) -> None:
+    whole = meta(tmp_path / "meta", flat=True)
+    data = bytearray((tmp_path / "meta" / LAST).read_bytes())
+    at = data.index(whole["layers.0.attention.wq.weight"][16:].numpy().tobytes()[:64])
+    data[at] ^= 1
+    (tmp_path / "meta" / LAST).write_bytes(data)
+    with pytest.raises(CorruptInput, match="CRC-32"):
+        convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf").exists()

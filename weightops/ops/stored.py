@@ -163,6 +163,13 @@ class Checked(Op, frozen=True):
         )
 
 
+def without_shared_checks(tensor: LazyTensor) -> LazyTensor:
+    """`tensor`, with no check that would read more than itself; for a look at small tensors before all is read."""
+    if isinstance(tensor.op, Checked) and tensor.inputs[0].nbytes != tensor.op.nbytes:
+        return tensor.inputs[0]
+    return LazyTensor(tensor.op, tuple(map(without_shared_checks, tensor.inputs)), tensor.spec)
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a C-contiguous tensor."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
