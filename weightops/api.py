@@ -23,7 +23,7 @@ from weightops.engine.run import run
 from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
 from weightops.formats import checklist, checksums
 from weightops.formats import manifest as manifest_format
-from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place
+from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place, refuse_parts
 from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
@@ -223,6 +223,7 @@ def shard(source: StrPath, out: StrPath, **output: Unpack[Output]) -> Result:
     """Write the same tensors into files of another size or format."""
     with _connected(output, is_remote(source)) as web:
         checkpoint = open_checkpoint(source, web)
+        refuse_parts(checkpoint)
         return save(checkpoint, out, _recipe("shard", {}, source=checkpoint), **output)
 
 

@@ -386,3 +386,13 @@ def test_a_damaged_flat_storage_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CorruptInput, match="CRC-32"):
         convert(tmp_path / "meta", tmp_path / "hf", "hf")
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+def test_containers_change_alone_but_not_of_parts(tmp_path: Path, to: str) -> None:
+    whole = meta(tmp_path / "one", parts=1)
+    convert(tmp_path / "one", tmp_path / to, to)
+    assert same(load(tmp_path / to), whole)
+    meta(tmp_path / "two")
+    with pytest.raises(UsageError, match="each file holds a part of every tensor"):
+        convert(tmp_path / "two", tmp_path / "out", to)

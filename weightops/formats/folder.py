@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightops.checkpoint import Checkpoint, Copied, Sidecar, Written
-from weightops.errors import CorruptInput, NoWeights, SourceMissing
+from weightops.errors import CorruptInput, NoWeights, SourceMissing, UsageError
 from weightops.formats import checksums, manifest
 from weightops.formats.index import ShardIndex, parse_index
 from weightops.formats.safetensors import read_safetensors
@@ -130,6 +130,15 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
     warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
     sidecars, notes = _sidecars(folder, names, files)
     return Checkpoint(folder.name, tensors, sidecars, shards, index.total_size if index else None, (*warnings, *notes))
+
+
+def refuse_parts(checkpoint: Checkpoint) -> None:
+    """Raise `UsageError` for Meta's files that hold parts of each tensor, where whole tensors are wanted."""
+    if len({name for name in checkpoint.shards.values() if _PART.fullmatch(name)}) > 1:
+        raise UsageError(
+            f"{escape(checkpoint.name)}: each file holds a part of every tensor",
+            hint="weightops convert --to hf joins them, and so does --to meta --model-parallel 1",
+        )
 
 
 def find_index(names: Iterable[str], shown: str) -> str | None:
