@@ -42,7 +42,7 @@ test: lint
 $(REFERENCE)/.ready:
 	$(PYTHON) -m venv $(REFERENCE)
 	$(REFERENCE)/bin/python -m pip install --quiet torch==2.13.0
-	$(REFERENCE)/bin/python -m pip install --quiet 'numpy<2.5' sentencepiece transformers==4.47.1
+	$(REFERENCE)/bin/python -m pip install --quiet accelerate 'numpy<2.5' sentencepiece transformers==4.47.1
 	touch $@
 
 reference: $(REFERENCE)/.ready

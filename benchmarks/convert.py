@@ -61,7 +61,7 @@ def sentencepiece(count: int) -> bytes:
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [a + b + c + d for a in letters for b in letters for c in letters for d in letters]
     pieces += [piece(word, -i, 1) for i, word in enumerate([*letters, *words][: count - len(pieces)])]
-    return b"".join(pieces) + message(2, bytes([0x18, 2]))
+    return b"".join(pieces) + message(2, bytes([0x18, 2, 0x98, 0x02, 1])) + message(3, bytes([0x18, 1, 0x20, 0]))
 
 
 def prepare(size: str, folder: Path) -> tuple[Path, Path]:
@@ -145,7 +145,9 @@ def main() -> None:
         count = sum(math.prod(shape) for _, shape in SHAPES[size].tensors())
         title = f"### {count / 1e9:.1f}B parameters, fp16, against `cp` of as many bytes"
         lines += ["", title, "", *table(figures, True)]
+        print(*lines, sep="\n", flush=True)
         compared += peers(size, folder, options.runs)
+        print(*compared, sep="\n", flush=True)
     lines += ["", "### Against other converters", ""]
     lines += ["| job | seconds | the other's seconds | times as fast: median (min to max) |", "|---|---|---|---|"]
     lines += compared

@@ -23,6 +23,8 @@ from weightops.ops.arrange import Agreed, halves_to_pairs, pairs_to_halves
 from weightops.ops.elementwise import cast
 
 _ROTARY = tuple(role for role in LAYER if role.rotary)
+_DEFAULTS: Mapping[str, tuple[int, int | None]] = {"llama": (2048, None), "mistral": (131072, 4096)}
+"""What transformers takes for a context length and a sliding window that are not there."""
 
 
 def read(source: Source) -> Model:
@@ -43,6 +45,16 @@ def read(source: Source) -> Model:
         raise CorruptInput(f"{source.where}: {embedding} is missing, or no matrix")
     dim, n_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     theta, scaling = _rope(config, fields)
+    vocab_size = tensors[embedding].spec.shape[0]
+    stated = fields.count("vocab_size") if config.get("vocab_size") is not None else vocab_size
+    if stated != vocab_size:
+        raise CorruptInput(
+            f"{where}: vocab_size is {stated}, {embedding} has {vocab_size} rows",
+            hint="are the configuration and the weights of one model?",
+        )
+    usual_context, window = _DEFAULTS[family]
+    if "sliding_window" in config:
+        window = None if family == "llama" or config["sliding_window"] is None else fields.count("sliding_window")
     hyperparameters = Hyperparameters(
         family=family,
         dim=dim,
@@ -51,13 +63,13 @@ def read(source: Source) -> Model:
         n_kv_heads=fields.count("num_key_value_heads", n_heads),
         head_dim=fields.count("head_dim", max(1, dim // n_heads)),
         ffn_dim=fields.count("intermediate_size"),
-        vocab_size=tensors[embedding].spec.shape[0],
+        vocab_size=vocab_size,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        context_length=source.setting("context_length", fields.count("max_position_embeddings", 2048)),
-        sliding_window=fields.count("sliding_window") if config.get("sliding_window") is not None else None,
-        tied=fields.flag("tie_word_embeddings") or head not in tensors,
+        context_length=source.setting("context_length", fields.count("max_position_embeddings", usual_context)),
+        sliding_window=window,
+        tied=fields.flag("tie_word_embeddings"),
     )
     if hyperparameters.tied and head in tensors and tensors[head] != tensors[embedding]:
         problem = f"{where} ties {head} to {embedding}, and they do not agree"
@@ -72,23 +84,42 @@ def read(source: Source) -> Model:
 
 
 def _rope(config: Mapping[str, Any], fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary frequencies, in either dialect; raises `UsageError` for other scalings."""
-    new = config.get("rope_parameters")
-    parameters = Fields(new if isinstance(new, dict) else {}, f"{fields.where}: rope_parameters")
-    scaling = new if isinstance(new, dict) else config.get("rope_scaling")
-    theta = fields.number("rope_theta", parameters.number("rope_theta", 10000.0))
-    if not isinstance(scaling, dict):
-        return float(theta), None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    """Base and scaling of the rotary frequencies, in the dialect of transformers 4, of 5, or both.
+
+    Raises `UsageError` for other scalings, `CorruptInput` where the two differ: each version takes something else.
+    """
+    thetas, scalings = set(), set()
+    for key in ("", "rope_scaling", "rope_parameters"):
+        document = config.get(key) if key else config
+        if document is None or document == {}:
+            continue
+        if not isinstance(document, dict):
+            raise CorruptInput(f"{fields.where}: {key} is {escape(repr(document))[:80]}, expected an object")
+        numbers = Fields(document, f"{fields.where}: {key}" if key else fields.where)
+        if document.get("rope_theta") is not None:
+            thetas.add(numbers.number("rope_theta"))
+        if numbers.number("partial_rotary_factor", 1.0) != 1.0:
+            raise UsageError(f"{numbers.where}: partial_rotary_factor is not converted")
+        if key:
+            scalings.add(_scaling(document, numbers))
+    if len(thetas) > 1 or len(scalings) > 1:
+        raise CorruptInput(
+            f"{fields.where}: rope_theta, rope_scaling and rope_parameters contradict one another",
+            hint="versions of transformers differ in which of them they take",
+        )
+    return thetas.pop() if thetas else 10000.0, scalings.pop() if scalings else None
+
+
+def _scaling(document: Mapping[str, Any], numbers: Fields) -> RopeScaling | None:
+    kind = document.get("rope_type", document.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return None
     if kind != "llama3":
         raise UsageError(
-            f"{fields.where}: rotary scaling of type {escape(str(kind))[:80]} is not converted",
+            f"{numbers.where}: rotary scaling of type {escape(str(kind))[:80]} is not converted",
             hint="that of Llama 3.1 is; other layouts have no place for more",
         )
-    numbers = Fields(scaling, f"{fields.where}: rope_scaling")
-    return float(theta), RopeScaling(
+    return RopeScaling(
         factor=numbers.number("factor"),
         low_freq_factor=numbers.number("low_freq_factor"),
         high_freq_factor=numbers.number("high_freq_factor"),
@@ -120,8 +151,10 @@ def write(model: Model, *, as_in_2023: bool = False) -> Checkpoint:
         tensors = _as_in_2023(tensors, h)
     ids: dict[str, Any] = special_ids(model.tokenizer) if model.tokenizer else {}
     dtype = tensors[EMBEDDING.name("hf", 0)].spec.dtype.value
+    biases = biased(tensors)
+    _check_biases(tensors, h, biases)
     files: dict[str, Sidecar] = {
-        "config.json": Written(_json(config_of(h, ids, dtype, biased(tensors)))),
+        "config.json": Written(_json(config_of(h, ids, dtype, biases))),
         "generation_config.json": Written(_json({"_from_model_config": True, **ids})),
     }
     if model.tokenizer is not None:
@@ -152,6 +185,17 @@ def biased(tensors: Mapping[str, LazyTensor]) -> tuple[bool, bool]:
     """Whether the projections of attention, and of the feed-forward layers, have biases."""
     names = [name for name in tensors if name.endswith("_proj.bias")]
     return any(".self_attn." in name for name in names), any(".mlp." in name for name in names)
+
+
+def _check_biases(tensors: Mapping[str, LazyTensor], h: Hyperparameters, biases: tuple[bool, bool]) -> None:
+    """Refuse biases that transformers would not take: its models of a kind have all of them or none."""
+    if any(biases) and h.family == "mistral":
+        raise UsageError("transformers has no place for the biases of a Mistral model")
+    wanted = (*LAYER[:4] * biases[0], *LAYER[4:7] * biases[1])
+    names = (role.name("hf", n, "bias") for n in range(h.n_layers) for role in wanted)
+    missing = next((name for name in names if name not in tensors), None)
+    if missing is not None:
+        raise UsageError(f"there is no {missing}, and transformers has all biases of a kind, or none")
 
 
 def config_of(h: Hyperparameters, ids: Mapping[str, Any], dtype: str, biases: tuple[bool, bool]) -> dict[str, Any]:

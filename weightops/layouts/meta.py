@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from weightops.layouts.names import (
     EMBEDDING,
     HEAD,
     LAYER,
+    LAYOUTS,
+    NORM,
     Role,
     from_canonical,
     is_derived,
@@ -43,6 +46,7 @@ _UNDERSTOOD = {
     *("max_seq_len", "max_batch_size", "max_position_embeddings", "model_parallel_size", "tied_embeddings"),
     *("model_type", "_sliding_window"),
 }
+_ROLES = {role.names[LAYOUTS.index("meta")] + ".weight": role for role in (EMBEDDING, *LAYER, NORM, HEAD)}
 Parts = Sequence[Mapping[str, LazyTensor]]
 _FREQUENCIES = "rope.freqs"
 _FREQUENCY_TOLERANCE = 0.01
@@ -77,11 +81,13 @@ def _parts(checkpoint: Checkpoint) -> list[dict[str, LazyTensor]]:
     for name, tensor in checkpoint.items():
         part, _, tensor_name = name.rpartition("/")
         parts.setdefault(part, {})[tensor_name] = tensor
+    if not parts:
+        raise CorruptInput(f"{escape(checkpoint.name)}: holds no tensors")
     (first, names), *others = parts.items()
     for part, tensors in others:
         odd = min(names.keys() ^ tensors.keys(), default=None)
         if odd is not None:
-            there, missing = (first, part) if odd in names else (part, first)
+            there, missing = (escape(name) for name in ((first, part) if odd in names else (part, first)))
             raise CorruptInput(f"{escape(checkpoint.name)}: {escape(odd)} is in {there}.pth and not in {missing}.pth")
     return list(parts.values())
 
@@ -95,8 +101,8 @@ def _hyperparameters(source: Source, parts: Parts) -> tuple[Hyperparameters, tup
     if (dim, n_layers, n_kv_heads, len(parts)) == _REPEATED:
         n_kv_heads //= 2
         notes.append("8 heads of k and v, each in two parts: those of Llama 3.1 405B in 16 parts")
-    if n_heads % n_kv_heads or (params.get("head_dim") is None and dim % n_heads):
-        raise CorruptInput(f"{where}: {n_heads} heads and {n_kv_heads} heads of k do not fit {dim} dimensions")
+    if params.get("head_dim") is None and dim % n_heads:
+        raise CorruptInput(f"{where}: {n_heads} heads do not fit {dim} dimensions")
     head = parts[0].get(HEAD.name("meta", 0))
     embedding = parts[0].get(EMBEDDING.name("meta", 0))
     if embedding is None or len(embedding.spec.shape) != 2:
@@ -106,9 +112,10 @@ def _hyperparameters(source: Source, parts: Parts) -> tuple[Hyperparameters, tup
     if not split:
         split = [part[EMBEDDING.name("meta", 0)] for part in parts] if by_rows else [embedding]
     is_mistral = params.get("hidden_dim") is not None or "sliding_window" in params
-    theta = params.get("rope_theta")
+    window = next((key for key in ("sliding_window", "_sliding_window") if params.get(key) is not None), None)
+    theta = source.setting("rope_theta", fields.number("rope_theta") if params.get("rope_theta") is not None else None)
     if theta is None and is_mistral:
-        theta = 1e4 if params.get("sliding_window") is not None else 1e6
+        theta = 1e6 if window is None else 1e4
         notes.append(f"rope_theta {theta:g}: what mistral-inference took where none was given")
     hyperparameters = Hyperparameters(
         family="mistral" if is_mistral else "llama",
@@ -118,16 +125,17 @@ def _hyperparameters(source: Source, parts: Parts) -> tuple[Hyperparameters, tup
         n_kv_heads=n_kv_heads,
         head_dim=fields.count("head_dim", dim // n_heads),
         ffn_dim=_ffn_dim(fields, parts),
-        vocab_size=sum(tensor.spec.shape[0] for tensor in split),
+        vocab_size=sum(tensor.spec.shape[0] for tensor in split if tensor.spec.shape),
         norm_eps=fields.number("norm_eps"),
-        rope_theta=float(theta or fields.number("rope_theta", 10000.0)),
-        sliding_window=fields.count("sliding_window") if params.get("sliding_window") is not None else None,
-        tied=head is None,
+        rope_theta=theta or 10000.0,
+        sliding_window=fields.count(window) if window is not None else None,
+        tied=fields.flag("tied_embeddings"),
     )
     stated = params.get("vocab_size")
-    if isinstance(stated, int) and stated > 0 and stated != hyperparameters.vocab_size:
+    if stated not in (None, -1, hyperparameters.vocab_size):
         raise CorruptInput(
-            f"{where}: vocab_size is {stated}, the {len(parts)} parts hold {hyperparameters.vocab_size} rows",
+            f"{where}: vocab_size is {escape(repr(stated))[:80]}, "
+            f"the {len(parts)} parts hold {hyperparameters.vocab_size} rows",
             hint="is a part missing, or of another model?",
         )
     return _with_release(hyperparameters, fields, source, notes)
@@ -180,10 +188,11 @@ def _with_release(
     scaled = fields.flag("use_scaled_rope")
     known = candidates(h, scaled)
     names = " or ".join(r.name for r in known)
-    stated = fields.get("max_position_embeddings")
-    if stated is None and h.family == "mistral":
-        stated = fields.get("max_seq_len")  # in Meta's files this is what somebody once ran it with
-    context = source.setting("context_length", stated if isinstance(stated, int) else None)
+    stating = ["max_position_embeddings"]
+    if h.family == "mistral":
+        stating.append("max_seq_len")  # in Meta's files this is what somebody once ran it with
+    stated = next((fields.count(key) for key in stating if fields.get(key) is not None), None)
+    context = source.setting("context_length", stated)
     if context is None and len({r.context_length for r in known}) == 1:
         context = known[0].context_length
         notes.append(f"context length {context}: that of {names}")
@@ -192,8 +201,8 @@ def _with_release(
         notes.append(f"the head is tied to the embedding, as that of {names}")
     scaling = None
     if scaled:
-        stated = fields.get("rope_scaling_factor")
-        factor = source.setting("rope_factor", float(stated) if isinstance(stated, int | float) else None)
+        stretched = fields.number("rope_scaling_factor") if fields.get("rope_scaling_factor") is not None else None
+        factor = source.setting("rope_factor", stretched)
         if factor is None:
             factor = _factor(known, fields.where)
             notes.append(f"rope scaling by {factor:g}: that of {names}")
@@ -215,7 +224,7 @@ def _join(name: str, h: Hyperparameters, parts: Parts, source: Source) -> LazyTe
     """A tensor from its parts."""
     tensors = [part[name] for part in parts]
     first = tensors[0]
-    role = _role(name, h)
+    role = _ROLES.get(re.sub(r"\d+", "{n}", name, count=1))
     if len(tensors) == 1 or (role is None and not is_derived(name)):
         return first
     where = f"{source.where}: {escape(name)}"
@@ -234,17 +243,13 @@ def _join(name: str, h: Hyperparameters, parts: Parts, source: Source) -> LazyTe
     if role in LAYER[1:3] and repeats > 1 and first.spec.shape[0] == h.head_dim:
         problem = f"{where}: the parts that repeat a head do not agree"
         groups = [tensors[i : i + repeats] for i in range(0, len(tensors), repeats)]
+        tensors = [LazyTensor.make(Agreed(problem), *group) for group in groups]
         for group in groups:
             if len({source.evaluate(cut(tensor, 0, 0, 1)) for tensor in group}) > 1:
                 raise CorruptInput(
                     problem, hint="does params.json give the right heads, and are the parts of one model?"
                 )
-        tensors = [LazyTensor.make(Agreed(problem), *group) for group in groups]
     return _joined(tensors, 0 if role.split == "rows" else 1, where)
-
-
-def _role(name: str, h: Hyperparameters) -> Role | None:
-    return next((r for r, n in roles(h.n_layers) if name == r.name("meta", n)), None)
 
 
 def _joined(tensors: Sequence[LazyTensor], axis: int, where: str) -> LazyTensor:
@@ -324,6 +329,8 @@ def params_of(h: Hyperparameters) -> dict[str, Any]:
     """params.json of a model. The rule for the inner dimension is solved for its two parameters."""
     common: dict[str, Any] = {"dim": h.dim, "n_layers": h.n_layers, "n_heads": h.n_heads, "n_kv_heads": h.n_kv_heads}
     if h.family == "mistral":
+        if h.rope_scaling is not None:
+            raise UsageError("rope scaling has no place in Mistral's params.json")
         common |= {"head_dim": h.head_dim, "hidden_dim": h.ffn_dim, "norm_eps": h.norm_eps}
         common |= {"vocab_size": h.vocab_size, "rope_theta": h.rope_theta, "sliding_window": h.sliding_window}
         return common

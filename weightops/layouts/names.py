@@ -7,7 +7,7 @@ llama_inference's model, llama.cpp's gguf constants.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +58,8 @@ LAYER = (
     _layer("input_layernorm", "attention_norm", "layer_norm_1", "attn_norm", "copies"),
     _layer("post_attention_layernorm", "ffn_norm", "layer_norm_2", "ffn_norm", "copies"),
 )
+PROJECTIONS = LAYER[:7]
+"""The linear layers: where biases may be."""
 NORM = Role(("model.norm", "norm", "encoder.layer_norm", "encoder.layer_norm", "output_norm"), "copies")
 HEAD = Role(("lm_head", "output", "target.lm.output_layer", "target.lm", "output"), "rows")
 ROTARY_HALVES = ("hf",)
@@ -65,10 +67,15 @@ ROTARY_HALVES = ("hf",)
 _DERIVED = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
 
 
-def roles(n_layers: int, tied: bool = False) -> list[tuple[Role, int]]:
-    """Every tensor's role and layer, in the order of transformers' state dict."""
-    layers = [(role, n) for n in range(n_layers) for role in LAYER]
-    return [(EMBEDDING, 0), *layers, (NORM, 0), *([] if tied else [(HEAD, 0)])]
+def roles(n_layers: int, tied: bool = False) -> Iterator[tuple[Role, int]]:
+    """Every tensor's role and layer, in the order of transformers' state dict; made one by one, for any `n_layers`."""
+    yield EMBEDDING, 0
+    for n in range(n_layers):
+        for role in LAYER:
+            yield role, n
+    yield NORM, 0
+    if not tied:
+        yield HEAD, 0
 
 
 def find_layout(names: Iterable[str]) -> str | None:
@@ -79,7 +86,7 @@ def find_layout(names: Iterable[str]) -> str | None:
 
 def count_layers(layout: str, names: Iterable[str]) -> int:
     """One more than the highest number of a layer."""
-    pattern = re.compile(re.escape(LAYER[0].names[LAYOUTS.index(layout)]).replace(r"\{n\}", r"(\d+)") + r"\.weight")
+    pattern = re.compile(re.escape(LAYER[0].names[LAYOUTS.index(layout)]).replace(r"\{n\}", r"(\d{1,9})") + r"\.weight")
     return max((int(m[1]) + 1 for name in names if (m := pattern.fullmatch(name))), default=0)
 
 
@@ -107,14 +114,19 @@ def to_canonical(
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Tensors under canonical names, and the reason for each that is left out; the rotary order stays as it is.
 
-    Raises `CorruptInput` for a tensor that is missing or has another shape than the parameters say, `UsageError` for
-    one that is no part of a LLaMA model.
+    Raises `CorruptInput` for heads that do not fit one another, a tensor that is missing or has another shape than the
+    parameters say, `UsageError` for one that is no part of a LLaMA model or holds no floating-point numbers.
     """
+    if h.head_dim % 2 or not h.n_kv_heads or h.n_heads % h.n_kv_heads:
+        raise CorruptInput(
+            f"{where}: {h.n_heads} heads of q and {h.n_kv_heads} of k, each of {h.head_dim} rows, make no LLaMA model",
+            hint="heads of k must divide those of q, and rotary embeddings need pairs of rows",
+        )
     found: dict[str, LazyTensor] = {}
     used: set[str] = set()
     dropped: dict[str, str] = {}
     for role, layer in roles(h.n_layers, h.tied):
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias") if role in PROJECTIONS else ("weight",):
             name = role.name(layout, layer, kind)
             if name not in tensors:
                 if kind == "weight":
@@ -125,6 +137,11 @@ def to_canonical(
                 raise CorruptInput(
                     f"{where}: {escape(name)} is {list(shape)}, the parameters say {list(expected)}",
                     hint="are all files of the model there, and its parameters its own?",
+                )
+            if not tensors[name].spec.dtype.is_float:
+                raise UsageError(
+                    f"{where}: {escape(name)} is {tensors[name].spec}, weights are floating-point numbers",
+                    hint="quantised models are not converted",
                 )
             found[role.name("meta", layer, kind)] = tensors[name]
             used.add(name)

@@ -24,6 +24,7 @@ class Release:
     rope_factor: float | None = None
     tied: bool = False
     family: str = "llama"
+    head_dim: int = 128
 
 
 RELEASES = (
@@ -43,7 +44,7 @@ RELEASES = (
     Release("Llama 3.1 8B", 4096, 32, 8, 5e5, 131072, 8.0),
     Release("Llama 3.1 or 3.3 70B", 8192, 80, 8, 5e5, 131072, 8.0),
     Release("Llama 3.1 405B", 16384, 126, 8, 5e5, 131072, 8.0),
-    Release("Llama 3.2 1B", 2048, 16, 8, 5e5, 131072, 32.0, True),
+    Release("Llama 3.2 1B", 2048, 16, 8, 5e5, 131072, 32.0, True, head_dim=64),
     Release("Llama 3.2 3B", 3072, 28, 8, 5e5, 131072, 32.0, True),
     Release("Mistral 7B v0.1", 4096, 32, 8, 1e4, 32768, family="mistral"),
     Release("Mistral 7B v0.2 or v0.3", 4096, 32, 8, 1e6, 32768, family="mistral"),
@@ -54,9 +55,9 @@ RELEASES = (
 
 def candidates(h: Hyperparameters, scaled: bool) -> tuple[Release, ...]:
     """The releases that these parameters may be of."""
-    wanted = (h.family, h.dim, h.n_layers, h.n_kv_heads, h.rope_theta, scaled)
+    wanted = (h.family, h.dim, h.n_layers, h.n_kv_heads, h.head_dim, h.rope_theta, scaled)
     return tuple(
         r
         for r in RELEASES
-        if (r.family, r.dim, r.n_layers, r.n_kv_heads, r.rope_theta, r.rope_factor is not None) == wanted
+        if (r.family, r.dim, r.n_layers, r.n_kv_heads, r.head_dim, r.rope_theta, r.rope_factor is not None) == wanted
     )

@@ -24,6 +24,8 @@ SETTINGS: Mapping[str, tuple[type, str]] = {
     "instruct": (bool, "whether the model is an instruct one, whose turns end with <|eot_id|>"),
 }
 """What files may leave unsaid, with its type."""
+_ABSURD = 1e18
+"""Above any number in a configuration, and so low that computing with it does not overflow."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def parse_settings(texts: Mapping[str, str]) -> dict[str, Any]:
             values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UsageError(f"{name}={text} is no {kind.__name__}", hint=f"{name}: {meaning}") from None
-        if kind is not bool and not 0 < values[name] < float("inf"):
+        if kind is not bool and not 0 < values[name] < _ABSURD:
             raise UsageError(f"{name}={text} is not above zero", hint=f"{name}: {meaning}")
     return values
 
@@ -104,15 +106,15 @@ class Fields:
         value = self._document.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _ABSURD:
             raise CorruptInput(f"{self.where}: {name} is {escape(repr(value))[:80]}, expected a number above zero")
-        return value
+        return float(value)
 
     def count(self, name: str, default: int | None = None) -> int:
         """A whole number above zero; raises as `number` does."""
         value = self.number(name, default)
         if value != int(value) or value >= 1 << 40:
-            raise CorruptInput(f"{self.where}: {name} is {value}, expected a whole number")
+            raise CorruptInput(f"{self.where}: {name} is {value:.17g}, expected a whole number")
         return int(value)
 
     def flag(self, name: str, default: bool = False) -> bool:

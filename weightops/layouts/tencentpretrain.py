@@ -13,15 +13,23 @@ from weightops.checkpoint import Checkpoint, Sidecar, Written
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.model import Hyperparameters, Model
-from weightops.layouts.names import EMBEDDING, HEAD, LAYER, count_layers, from_canonical, to_canonical
+from weightops.layouts.names import EMBEDDING, LAYER, count_layers, from_canonical, to_canonical
 from weightops.layouts.releases import RELEASES
 from weightops.layouts.source import Fields, Source
 
 CONFIG = "config.json"
+_DECISIVE = (
+    *("emb_size", "hidden_size", "feedforward_size", "layers_num", "hidden_act", "rotary_position_embedding"),
+    *("encoder", "feed_forward", "mask", "layernorm_positioning", "layernorm"),
+)
+"""The fields that say what is computed, beside those that are read one by one."""
 
 
 def read(source: Source, layout: str) -> Model:
-    """The model; raises `UsageError` for what neither its files nor the settings say."""
+    """The model.
+
+    Raises `UsageError` for what neither its files nor the settings say, `CorruptInput` if config and tensors disagree.
+    """
     tensors, where = source.checkpoint, source.where
     config = source.json(CONFIG) or {}
     fields = Fields(config, f"{where}/{CONFIG}")
@@ -36,7 +44,8 @@ def read(source: Source, layout: str) -> Model:
     n_heads = source.setting("n_heads", config.get("heads_num"))
     notes = []
     if n_heads is None:
-        known = {r.dim // 128 for r in RELEASES if (r.dim, r.n_layers) == (dim, n_layers) and r.family == "llama"}
+        alike = [r for r in RELEASES if (r.dim, r.n_layers, r.family) == (dim, n_layers, "llama")]
+        known = {dim // r.head_dim for r in alike}
         if len(known) != 1:
             raise UsageError(f"{where}: no file says how many heads q has", hint="give --set n_heads=N")
         n_heads = known.pop()
@@ -48,13 +57,19 @@ def read(source: Source, layout: str) -> Model:
     stated = config.get("local_kv_heads_num", config.get("local_kv_head_num"))
     if stated not in (None, k.spec.shape[0] // head_dim):
         raise CorruptInput(f"{where}: k {k.spec} does not have the {escape(str(stated))[:40]} heads of its config")
-    norm_eps = source.setting("norm_eps", config.get("layernorm_eps"))
+    norm_eps, theta, context = (
+        source.setting(name, None if fields.get(key) is None else take(key))
+        for name, key, take in (
+            ("norm_eps", "layernorm_eps", fields.number),
+            ("rope_theta", "rope_theta", fields.number),
+            ("context_length", "max_seq_length", fields.count),
+        )
+    )
     if norm_eps is None:
         raise UsageError(
             f"{where}: no file gives the epsilon of its norms",
             hint="give --set norm_eps=X (LLaMA 7B and 13B: 1e-6, LLaMA 30B and later ones: 1e-5)",
         )
-    theta = source.setting("rope_theta", config.get("rope_theta"))
     if theta is None:
         theta = 10000.0
         notes.append("rope_theta 10000: TencentPretrain knows no other")
@@ -66,16 +81,23 @@ def read(source: Source, layout: str) -> Model:
         head_dim=head_dim,
         ffn_dim=gate.spec.shape[0],
         vocab_size=vocab_size,
-        norm_eps=float(norm_eps),
-        rope_theta=float(theta),
-        context_length=source.setting("context_length", config.get("max_seq_length")),
-        tied=HEAD.name(layout, 0) not in tensors,
+        norm_eps=norm_eps,
+        rope_theta=theta,
+        context_length=context,
     )
-    found, dropped = to_canonical(layout, tensors, hyperparameters, where)
+    expected = {key: value for key, value in config_of(hyperparameters).items() if key in _DECISIVE}
+    expected["attention_head_size"] = head_dim
+    for key, value in expected.items():
+        if (found := config.get(key, value)) != value:
+            raise CorruptInput(
+                f"{fields.where}: {key} is {escape(repr(found))[:80]}, a LLaMA model of these tensors has {value}",
+                hint="is a file of the model missing, or is it of another architecture?",
+            )
+    canonical, dropped = to_canonical(layout, tensors, hyperparameters, where)
     return Model(
         name=source.checkpoint.name,
         hyperparameters=hyperparameters,
-        tensors=found,
+        tensors=canonical,
         dropped=dropped,
         notes=tuple(notes),
     )
@@ -122,6 +144,8 @@ def config_of(h: Hyperparameters) -> dict[str, Any]:
         "rope_theta": h.rope_theta,
         "target": ["lm"],
     }
+    if h.head_dim * h.n_heads != h.dim:
+        config["attention_head_size"] = h.head_dim
     if h.n_kv_heads != h.n_heads:
         config["local_kv_heads_num"] = h.n_kv_heads
     if h.context_length is not None:

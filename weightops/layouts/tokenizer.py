@@ -58,14 +58,14 @@ class Tokenizer:
 
 
 def read_tokenizer(
-    files: Mapping[str, bytes], *, generation: Literal["3", "3.1"] | None, instruct: bool | None, where: str
+    files: Mapping[str, bytes], *, generation: Literal["3", "3.1"], instruct: bool | None, where: str
 ) -> Tokenizer | None:
     """The tokenizer of a folder, from the bytes of its files by name; None if there is none.
 
     Read are tokenizer.model, or else tokenizer.json; with the latter, what tokenizer_config.json,
     generation_config.json and config.json name as ends stands in for an unknown `instruct`. `generation` and
     `instruct` matter for Llama 3 only (see `ranks`). `where` names the folder in errors. Raises `CorruptInput` for
-    damaged files, and `UsageError` for other tokenizers, or where an unknown `generation` or `instruct` is needed.
+    damaged files, and `UsageError` for other tokenizers, or where an unknown `instruct` is needed.
     """
     # Both modules make tokenizers, and so import this one.
     from weightops.layouts import ranks, sentencepiece
@@ -86,11 +86,6 @@ def read_tokenizer(
         return sentencepiece.parse(data, what)
     if not data[:1].isalnum() and data[:1] not in (b"+", b"/"):
         raise CorruptInput(f"{what}: neither a sentencepiece model nor a list of ranks in base64")
-    if generation is None:
-        raise UsageError(
-            f"{what}: does not say whether its special tokens are those of Llama 3 or of 3.1 and later",
-            hint="give --set generation=3 or --set generation=3.1",
-        )
     if instruct is None:
         raise UsageError(
             f"{what}: does not say whether the model is an instruct one, whose turns end with <|eot_id|>",

@@ -83,8 +83,10 @@ def convert(source: Source, to: str, target: Target, layout: str | None = None) 
     if target.parts is None and layout == "meta":
         target = replace(target, parts=len(set(source.checkpoint.shards.values())))
     model = READERS[layout](source)
+    _check_settings(model, source)
     _check_norms(model, source)
-    model = _with_files(model, source, unchanged=("params.json",) if to == layout else ())
+    unchanged = to == layout and target.parts == len(set(source.checkpoint.shards.values()))
+    model = _with_files(model, source, unchanged=("params.json",) if unchanged else ())
     result = WRITERS[to](model, target)
     if to != "gguf":  # which has types of its own
         result = _in_dtype(result, target.dtype, to)
@@ -94,6 +96,8 @@ def convert(source: Source, to: str, target: Target, layout: str | None = None) 
 def _check_target(to: str, target: Target) -> None:
     """Refuse options that the layout has no use for."""
     dtype = target.dtype
+    if target.parts is not None and target.parts < 1:
+        raise UsageError(f"a model cannot be divided among {target.parts} parts", hint="choose --model-parallel")
     if target.parts is not None and to != "meta":
         raise UsageError("only Meta's layout has parts", hint="leave --model-parallel out, or give --to meta")
     if dtype is not None and dtype not in GGUF_DTYPES and to == "gguf":
@@ -124,6 +128,22 @@ def _in_dtype(checkpoint: Checkpoint, dtype: DType | None, layout: str) -> Check
     tensors = checkpoint.items()
     converted = {name: counted_cast(t, dtype, name) if t.spec.dtype.is_float else t for name, t in tensors}
     return replace(checkpoint.with_dtype(dtype) if layout == "hf" else checkpoint, tensors=converted)
+
+
+def _check_settings(model: Model, source: Source) -> None:
+    """Refuse what the user says of a model whose files say something else."""
+    h = model.hyperparameters
+    found = {
+        "context_length": h.context_length,
+        "n_heads": h.n_heads,
+        "norm_eps": h.norm_eps,
+        "rope_theta": h.rope_theta,
+        "rope_factor": h.rope_scaling.factor if h.rope_scaling else None,
+    }
+    for name, value in found.items():
+        given = source.settings.get(name)
+        if given is not None and given != value:
+            raise UsageError(f"{source.where}: by its own files, {name} is {value}, not {given}")
 
 
 def _check_norms(model: Model, source: Source) -> None:
