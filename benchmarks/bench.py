@@ -30,6 +30,8 @@ NOTES = """## Reading them
 - The arithmetic is torch's, called without importing torch, which alone would add the last line above.
 - A download with a digest waits for SHA-256 once the network is as fast as loopback: 1.5 GB/s of one core. Several
   connections for one file come into play only where that is not the limit.
+- Conversion to Meta's layout takes the MD5 of every file for checklist.chk, one core's work. Columns are cut from whole
+  rows, so 8 parts read those matrices 8 times, from the page cache.
 - verify is timed as a whole process, its start included, against tools that start in a millisecond.
 """
 WEIGHTOPS = str(Path(sys.executable).with_name("weightops"))
