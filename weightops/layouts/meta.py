@@ -319,7 +319,7 @@ def _part_of(
         units, what = h.n_heads, "heads"
     if units % parts:
         raise UsageError(
-            f"{name}: {units} {what} cannot be divided among {parts} parts", hint="choose --model-parallel"
+            f"{name}: {units} {what} cannot be divided among {parts} parts", hint="give another --model-parallel"
         )
     size = tensor.spec.shape[axis] // parts
     return cut(tensor, axis, part * size, (part + 1) * size)

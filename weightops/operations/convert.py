@@ -80,13 +80,12 @@ def convert(source: Source, to: str, target: Target, layout: str | None = None) 
     _check_target(to, target)
     if to == layout and to != "meta":
         return Converted(_in_dtype(source.checkpoint, target.dtype, to), layout, {})
-    if target.parts is None and layout == "meta":
-        target = replace(target, parts=len(set(source.checkpoint.shards.values())))
+    own_parts = len(set(source.checkpoint.shards.values())) if layout == "meta" else None
+    target = replace(target, parts=target.parts or own_parts)
     model = READERS[layout](source)
     _check_settings(model, source)
     _check_norms(model, source)
-    unchanged = to == layout and target.parts == len(set(source.checkpoint.shards.values()))
-    model = _with_files(model, source, unchanged=("params.json",) if unchanged else ())
+    model = _with_files(model, source, unchanged=("params.json",) if to == layout and target.parts == own_parts else ())
     result = WRITERS[to](model, target)
     if to != "gguf":  # which has types of its own
         result = _in_dtype(result, target.dtype, to)
@@ -97,7 +96,7 @@ def _check_target(to: str, target: Target) -> None:
     """Refuse options that the layout has no use for."""
     dtype = target.dtype
     if target.parts is not None and target.parts < 1:
-        raise UsageError(f"a model cannot be divided among {target.parts} parts", hint="choose --model-parallel")
+        raise UsageError(f"a model cannot be divided among {target.parts} parts", hint="give another --model-parallel")
     if target.parts is not None and to != "meta":
         raise UsageError("only Meta's layout has parts", hint="leave --model-parallel out, or give --to meta")
     if dtype is not None and dtype not in GGUF_DTYPES and to == "gguf":
