@@ -236,7 +236,7 @@ FAULTS: dict[str, tuple[Faults, Expected]] = {
     "other_content": (Fault("other_content", value=OTHER), (206, {"ETag": ETAG}, OTHER[90:])),
     "longer": (Fault("longer", value=b"xy"), (206, {"Content-Range": "bytes 90-101/102"}, DATA[90:] + b"xy")),
     "shorter": (Fault("shorter", 3), (206, {"Content-Range": "bytes 90-96/97"}, DATA[90:97])),
-    "gzip": (Fault("gzip"), (200, {"Content-Encoding": "gzip"}, gzip.compress(DATA, mtime=0))),
+    "gzip": (Fault("gzip"), (200, {"Content-Encoding": "gzip"}, gzip.compress(DATA, 0, mtime=0))),
     "html": (Fault("html"), (200, {"Content-Type": "text/html"}, b"<html>Sorry")),
     "lfs_pointer": (Fault("lfs_pointer"), (200, {}, POINTER.encode())),
     "etag": (Fault("etag", value='"x"'), (200, {"ETag": '"x"'}, DATA)),
