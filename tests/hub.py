@@ -232,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.handle_one_request()
         except ConnectionError:
             pass
-        except Exception as error:
+        except Exception as error:  # in a thread, where nobody sees it: raised when the hub closes
             self.hub.errors.append(error)
 
     def do_GET(self) -> None:

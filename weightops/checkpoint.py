@@ -39,6 +39,11 @@ class Written(msgspec.Struct, frozen=True, tag="written"):
 Sidecar = Copied | Written
 
 
+def written_json(document: Mapping[str, Any]) -> Written:
+    """A JSON file as people read it: indented, in its own order."""
+    return Written((json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 class Document(msgspec.Struct, frozen=True, tag_field="document", tag=str.lower):
     """A sidecar file that is written last, from the digests of what has been read and written."""
 
@@ -125,8 +130,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         edited = edit(dict(config))
         if not config or edited == config:
             return self
-        data = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
-        return replace(self, sidecars={**self.sidecars, "config.json": Written(data)})
+        return replace(self, sidecars={**self.sidecars, "config.json": written_json(edited)})
 
     def with_dtype(self, dtype: DType) -> Checkpoint:
         """This checkpoint with `dtype` named in its config.json, under the key that is there."""

@@ -44,8 +44,8 @@ class _Place(click.Path):
 FOLDER = _Place(remote=False)
 SOURCE = _Place(remote=True)
 WRITE_CODES = (0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 130)
-_SHOWN_LOSSES = 5
 READ_CODES = (0, 1, 2, 10, 13, 130)
+_SHOWN_LOSSES = 5
 
 
 def epilog(codes: Iterable[int]) -> str:

@@ -166,16 +166,14 @@ def _weights_without_index(names: Iterable[str], shown: str) -> list[str]:
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES, (".gguf",)):
         weights = [n for n in names if _is_weights(n) and n.endswith(suffixes)]
         usual = [n for n in weights if n in ("model.safetensors", "pytorch_model.bin")]
-        if len(weights) == 1 and _PART.fullmatch(weights[0]):
-            _check_parts(weights, shown)
+        if weights and all(map(_PART.fullmatch, weights)):
+            return _check_parts(weights, shown)
         if usual or len(weights) == 1:
             (single,) = usual or weights
             matched = _NUMBERED.fullmatch(single)
             if matched and matched["count"] and int(matched["count"]) > 1:
                 _check_numbering(weights, shown)
             return [single]
-        if weights and all(map(_PART.fullmatch, weights)):
-            return _check_parts(weights, shown)
         if weights:
             _check_numbering(weights, shown)
             return weights

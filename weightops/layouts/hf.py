@@ -6,11 +6,10 @@ reads `rope_parameters`, compute the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from weightops.checkpoint import Checkpoint, Sidecar, Written
+from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.hf_tokenizer import hf_files, inexact, special_ids
@@ -29,9 +28,7 @@ _DEFAULTS: Mapping[str, tuple[int, int | None]] = {"llama": (2048, None), "mistr
 
 def read(source: Source) -> Model:
     """The model; raises `UsageError` for other architectures, `CorruptInput` if config and tensors disagree."""
-    config, where = source.json("config.json"), f"{source.where}/config.json"
-    if config is None:
-        raise UsageError(f"{where}: no such file", hint="it comes with the weights, and says how many heads there are")
+    config, where = source.parameters("config.json"), f"{source.where}/config.json"
     fields = Fields(config, where)
     family = config.get("model_type", "llama")
     if family not in ("llama", "mistral") or config.get("quantization_config") or config.get("num_local_experts"):
@@ -154,8 +151,8 @@ def write(model: Model, *, as_in_2023: bool = False) -> Checkpoint:
     biases = biased(tensors)
     _check_biases(tensors, h, biases)
     files: dict[str, Sidecar] = {
-        "config.json": Written(_json(config_of(h, ids, dtype, biases))),
-        "generation_config.json": Written(_json({"_from_model_config": True, **ids})),
+        "config.json": written_json(config_of(h, ids, dtype, biases)),
+        "generation_config.json": written_json({"_from_model_config": True, **ids}),
     }
     if model.tokenizer is not None:
         made = hf_files(model.tokenizer, h.known_context_length())
@@ -238,7 +235,3 @@ def config_of(h: Hyperparameters, ids: Mapping[str, Any], dtype: str, biases: tu
     else:
         config |= {"sliding_window": h.sliding_window}
     return config
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

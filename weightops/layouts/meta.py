@@ -5,7 +5,6 @@ Sources: llama-models' parallel layers (which dimension is cut) and model argume
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from weightops.checkpoint import Checkpoint, Written
+from weightops.checkpoint import Checkpoint, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.checklist import Checklist
 from weightops.io.escape import escape
@@ -142,10 +141,7 @@ def _hyperparameters(source: Source, parts: Parts) -> tuple[Hyperparameters, tup
 
 
 def _params(source: Source) -> tuple[dict[str, Any], str]:
-    where = f"{source.where}/params.json"
-    params = source.json("params.json")
-    if params is None:
-        raise UsageError(f"{where}: no such file", hint="it comes with the weights, and says how many heads there are")
+    params, where = source.parameters("params.json"), f"{source.where}/params.json"
     if isinstance(params.get("model"), dict):
         params, where = params["model"], f"{where}: model"
     odd = sorted(key for key, value in params.items() if key not in _UNDERSTOOD and value not in (None, False, {}, []))
@@ -297,7 +293,7 @@ def write(model: Model, parts: int) -> Checkpoint:
             key = f"{stem}/{name}" if parts > 1 else name
             result[key] = _part_of(tensor, role, h, part, parts, by_rows, name)
             shards[key] = f"{stem}.pth"
-    sidecars = {"params.json": Written(_json(params_of(h))), **model.sidecars}
+    sidecars = {"params.json": written_json(params_of(h)), **model.sidecars}
     if model.tokenizer is not None:
         is_ranks = model.tokenizer.kind == "ranks"
         sidecars["tokenizer.model"] = Written(rank_file(model.tokenizer) if is_ranks else model.tokenizer.data)
@@ -358,7 +354,3 @@ def _solve_ffn(dim: int, wanted: int) -> tuple[int, float | None]:
         if ffn_dim(dim, multiple_of, 1.0 if multiplier is None else multiplier) == wanted:
             return multiple_of, multiplier
     return wanted, wanted / int(8 * dim / 3)
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

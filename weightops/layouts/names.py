@@ -62,8 +62,6 @@ PROJECTIONS = LAYER[:7]
 """The linear layers: where biases may be."""
 NORM = Role(("model.norm", "norm", "encoder.layer_norm", "encoder.layer_norm", "output_norm"), "copies")
 HEAD = Role(("lm_head", "output", "target.lm.output_layer", "target.lm", "output"), "rows")
-ROTARY_HALVES = ("hf",)
-"""Layouts in which rows of q and k come in two halves per head; in the others in adjacent pairs."""
 _DERIVED = re.compile(r"rope\.freqs|(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
 
 

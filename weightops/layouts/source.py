@@ -50,6 +50,14 @@ class Source:
         data = self.read_file(name)
         return None if data is None else strict_json.load_object(data, f"{self.where}/{name}")
 
+    def parameters(self, name: str) -> dict[str, Any]:
+        """The JSON file with the model's parameters; raises `UsageError` if there is none, and as `json` does."""
+        found = self.json(name)
+        if found is None:
+            hint = "it comes with the weights, and says how many heads there are"
+            raise UsageError(f"{self.where}/{name}: no such file", hint=hint)
+        return found
+
     def setting(self, name: str, stated: Any = None) -> Any:
         """What the user has said, or else the file; raises `UsageError` if the two differ."""
         given = self.settings.get(name)

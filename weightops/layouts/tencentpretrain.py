@@ -5,11 +5,9 @@ Source: TencentPretrain's scripts/convert_llama_*.py and models/llama/*_config.j
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
-from weightops.checkpoint import Checkpoint, Sidecar, Written
+from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.model import Hyperparameters, Model
@@ -112,7 +110,7 @@ def write(model: Model, layout: str) -> Checkpoint:
             escape(odd) if odd else "rope scaling" if h.rope_scaling else "a sliding window" if h.sliding_window else ""
         )
         raise UsageError(f"{escape(model.name)}: {what or 'a tied head'} has no place in TencentPretrain's layout")
-    sidecars: dict[str, Sidecar] = {CONFIG: Written(_json(config_of(h))), **model.sidecars}
+    sidecars: dict[str, Sidecar] = {CONFIG: written_json(config_of(h)), **model.sidecars}
     if model.tokenizer is not None:
         sidecars["tokenizer.model"] = Written(model.tokenizer.data)
     tensors = from_canonical(layout, model.tensors, h)
@@ -151,7 +149,3 @@ def config_of(h: Hyperparameters) -> dict[str, Any]:
     if h.context_length is not None:
         config["max_seq_length"] = h.context_length
     return config
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -54,7 +54,7 @@ WEIGHTS = {"meta": "consolidated.*"}
 """The files to go by if the layout is given, in folders that hold the same model twice."""
 GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 _KEPT = ("LICENSE*", "USE_POLICY*", "NOTICE*", "chat_template.jinja")
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,14 @@ def _values(tensor: LazyTensor, source: Source) -> np.ndarray:
     return np.frombuffer(source.evaluate(cast(tensor, DType.F32)), dtype=np.float32)
 
 
+def _files(source: Source, names: Sequence[str]) -> dict[str, bytes]:
+    return {name: data for name in names if (data := source.read_file(name)) is not None}
+
+
 def _with_files(model: Model, source: Source, unchanged: Sequence[str]) -> Model:
     """The model with its tokenizer, and the files that go along unchanged."""
-    files = {name: data for name in _TOKENIZERS if (data := source.read_file(name)) is not None}
+    own = source.read_file("tokenizer.model")
+    files = {"tokenizer.model": own} if own is not None else _files(source, _TOKENIZERS)
     h = model.hyperparameters
     tokenizer = read_tokenizer(
         files,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -10,6 +10,9 @@ from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.elementwise import Cast
 from weightops.ops.libtorch import convert
 from weightops.spec import DType
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _PIECE = 1 << 16
 _TINY = {DType.F16: 2.0**-14, DType.BF16: 2.0**-126, DType.F32: 2.0**-126, DType.F64: 2.0**-1022}
@@ -43,16 +46,11 @@ class CountedCast(Cast, frozen=True):
 
     label: str
 
-    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
-        (source,) = tensor.inputs
-        old, new = source.spec.dtype, self.dtype
-        with read.scratch(len(out) // new.itemsize * old.itemsize) as buffer:
-            read(source, start // new.itemsize * old.itemsize, buffer)
-            convert(out, new, buffer, old)
-            position = read.running.get(tensor, 0)
-            if start == position:
-                read.running[tensor] = position + len(out)
-                read.losses[self.label] = read.losses.get(self.label, Loss()) + loss_of(buffer, old, out, new, read)
+    def passed(self, tensor: LazyTensor, start: int, source: memoryview, out: memoryview, read: Evaluator) -> None:
+        if start == read.running.get(tensor, 0):
+            read.running[tensor] = start + len(out)
+            lost = loss_of(source, tensor.inputs[0].spec.dtype, out, self.dtype, read)
+            read.losses[self.label] = read.losses.get(self.label, Loss()) + lost
 
 
 def loss_of(source: memoryview, old: DType, result: memoryview, new: DType, read: Evaluator) -> Loss:
@@ -72,10 +70,9 @@ def loss_of(source: memoryview, old: DType, result: memoryview, new: DType, read
     return total
 
 
-def _count(before: object, after: object, new: DType) -> Loss:
+def _count(x: NDArray[Any], y: NDArray[Any], new: DType) -> Loss:
     import numpy as np
 
-    x, y = np.asarray(before), np.asarray(after)
     nan, infinite = np.isnan(x), np.isinf(x)
     differ = (x != y) & ~nan
     overflowed = int(np.count_nonzero(np.isinf(y) & ~infinite & ~nan))
@@ -94,7 +91,7 @@ def _count(before: object, after: object, new: DType) -> Loss:
         subnormal=int(np.count_nonzero((size > 0) & (size < _TINY.get(new, 0.0)))),
         nan=int(np.count_nonzero(nan)),
         infinite=int(np.count_nonzero(infinite)),
-        max_relative_error=error if math.isfinite(error) else 0.0,
+        max_relative_error=error,
     )
 
 
