@@ -28,7 +28,7 @@ from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
-from weightops.spec import DType
+from weightops.spec import parse_dtype
 
 if TYPE_CHECKING:
     from weightops.operations.download import Download
@@ -344,17 +344,6 @@ def _local(path: StrPath) -> Path:
     if is_remote(path):
         raise UsageError(f"{escape(os.fspath(path))}: expected a folder on this machine", hint="weightops download")
     return Path(path)
-
-
-def parse_dtype(name: str | None) -> DType | None:
-    """A dtype by torch's name or safetensors' code; raises `UsageError` for names that are neither."""
-    if name is None:
-        return None
-    short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-    found = next((d for d in DType if short.get(name.lower(), name.lower()) in (d.value, d.name.lower())), None)
-    if found is None:
-        raise UsageError(f"unknown dtype {name!r}", hint="for example float16, bfloat16 or float32")
-    return found
 
 
 def read_expectation(name_or_path: StrPath) -> Expectation:

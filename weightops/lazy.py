@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -106,6 +106,10 @@ class LazyTensor:
         return cls(op, inputs, op.spec(*(t.spec for t in inputs)))
 
 
+Evaluate = Callable[[Sequence[LazyTensor]], list[bytes]]
+"""Gives the bytes of small tensors, computing several at a time; for operations that depend on values."""
+
+
 class Once:
     """Checks that need to be done once, by whichever of several evaluators comes first."""
 
@@ -147,6 +151,8 @@ class Evaluator:
         """Digests of tensors that were watched to their end, by label."""
         self.losses: dict[str, Any] = {}
         """What casts have lost so far, by label."""
+        self.notes: dict[str, dict[str, float]] = {}
+        """What other ops have to say of a tensor, by label: numbers by name."""
         self._spare: list[bytearray] = []
 
     def __call__(self, tensor: LazyTensor, start: int, out: memoryview) -> None:

@@ -7,6 +7,8 @@ import math
 
 import msgspec
 
+from weightops.errors import UsageError
+
 
 class DType(enum.Enum):
     """An element type. The member's name is its safetensors code, its value the name torch uses.
@@ -82,6 +84,17 @@ _BITS |= {DType.C32: 32, DType.C128: 128}
 for _dtype in DType:
     if _dtype not in _BITS:
         _BITS[_dtype] = int("".join(c for c in _dtype.name.split("_")[0] if c.isdigit()))
+
+
+def parse_dtype(name: str | None) -> DType | None:
+    """A dtype by torch's name or safetensors' code; raises `UsageError` for names that are neither."""
+    if name is None:
+        return None
+    short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+    found = next((d for d in DType if short.get(name.lower(), name.lower()) in (d.value, d.name.lower())), None)
+    if found is None:
+        raise UsageError(f"unknown dtype {name!r}", hint="for example float16, bfloat16 or float32")
+    return found
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

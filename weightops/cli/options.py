@@ -160,6 +160,7 @@ def _result_document(result: Result, workers: int | None) -> dict[str, Any]:
         "files": [{"name": n, "nbytes": size} for n, size in plan.shard_nbytes.items()],
         "resumed": list(result.resumed),
         "losses": msgspec.to_builtins(result.manifest.losses) if result.manifest else {},
+        "notes": dict(result.manifest.notes) if result.manifest else {},
         "content_id": result.manifest.content_id if result.manifest else None,
         "warnings": list(result.warnings),
     }

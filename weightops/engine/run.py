@@ -201,6 +201,7 @@ def write_shard(plan: Plan, shard: Shard, path: Path, control: Control) -> Shard
             tensors=written.tensors,
             witnesses=read.witnesses,
             losses=read.losses,
+            notes=read.notes,
         )
 
 
@@ -250,9 +251,11 @@ def _finish(
     tensors: dict[str, tuple[TensorSpec, str]] = {name: (spec, digests[name]) for name, spec in specs.items()}
     witnesses = dict(watched)
     losses: dict[str, Loss] = {}
+    notes: dict[str, dict[str, float]] = {}
     for record in records.values():
         witnesses |= record.witnesses
         losses |= {label: losses.get(label, Loss()) + loss for label, loss in record.losses.items()}
+        notes |= record.notes
     small: dict[str, bytes] = {}
     index = plan.index()
     if index is not None and plan.index_name is not None:
@@ -280,6 +283,7 @@ def _finish(
             for name, spec in ((n, t.spec) for n, t in shard.tensors.items())
         },
         losses=losses,
+        notes=notes,
         recipe=dict(plan.recipe),
         provenance=library_versions(),
     )

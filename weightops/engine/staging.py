@@ -41,6 +41,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
     tensors: dict[str, str]
     witnesses: dict[str, str]
     losses: dict[str, Loss] = {}
+    notes: dict[str, dict[str, float]] = {}
 
 
 class WatchRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="watch"):

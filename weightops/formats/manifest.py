@@ -49,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A folder. `content_id` depends on the tensors alone: re-sharding or another container keeps it.
 
     A folder that was downloaded and not read since has neither tensors nor a content_id here. `losses` tells what
-    each tensor lost that was cast.
+    each tensor lost that was cast, `notes` what else there is to say of it in numbers.
     """
 
     schema: Literal["weightops-manifest/1"]
@@ -57,13 +57,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry] = {}
     losses: dict[str, Loss] = {}
+    notes: dict[str, dict[str, float]] = {}
     recipe: dict[str, Any] = {}
     provenance: dict[str, str] = {}
 
     def to_bytes(self) -> bytes:
         document = msgspec.to_builtins(self)
-        if not self.losses:
-            del document["losses"]
+        for field in ("losses", "notes"):
+            if not document[field]:
+                del document[field]
         return strict_json.dumps(document)
 
 
