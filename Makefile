@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 REFERENCE := .venv-reference
+MERGEKIT := .venv-mergekit
 
-.PHONY: help setup demo test test-all lint format bench bench-download bench-convert reference clean
+.PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release reference mergekit clean
 
 help:
 	@echo "make demo      recover a small model from a delta, start to verified result"
@@ -13,7 +14,9 @@ help:
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench-convert   and the part about convert"
+	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
+	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
@@ -50,10 +53,19 @@ reference: $(REFERENCE)/.ready
 test-all: lint reference
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+$(MERGEKIT)/.ready:
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet torch==2.13.0
+	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
+	touch $@
+
+mergekit: $(MERGEKIT)/.ready
+
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/convert.py --sizes $(or $(SIZES),1b,3b)
+	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
 	$(BIN)/python benchmarks/memory.py
 
 bench-download: $(READY)
@@ -62,5 +74,8 @@ bench-download: $(READY)
 bench-convert: $(READY) reference
 	$(BIN)/python benchmarks/convert.py --sizes $(or $(SIZES),1b,3b)
 
+bench-release: $(READY) mergekit
+	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
+
 clean:
-	rm -rf $(VENV) $(REFERENCE) build dist
+	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) build dist

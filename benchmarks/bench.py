@@ -288,6 +288,17 @@ def main() -> None:
         options.report.write_text("\n".join([_preamble(options.runs, speed), *sections, NOTES]))
 
 
+def write_section(report: Path, name: str, lines: Sequence[str]) -> None:
+    """Put lines into the report, in place of those between the marks of this name, or else before the notes."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = report.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    if not rest:
+        before, heading, after = before.partition("## Reading them")
+        after = f"\n\n{heading}{after}"
+    report.write_text("\n".join([before + begin, *lines, "", end]) + after)
+
+
 def _preamble(runs: int, speed: str) -> str:
     return f"""# Benchmarks
 

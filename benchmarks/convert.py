@@ -16,10 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import SHARD, WEIGHTOPS, Job, measure, table, timed, warm_cache
+from bench import SHARD, WEIGHTOPS, Job, measure, table, timed, warm_cache, write_section
 from family import SHAPES, make
 
-BEGIN, END = "<!-- convert: begin -->", "<!-- convert: end -->"
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / ".venv-reference/bin/python"
 SCRIPT = ROOT / "tests/reference_converter.py"
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("docs/benchmarks.md"))
     options = parser.parse_args()
     how = f"Written by `make bench-convert`: {options.runs} runs of each by turns, warm cache."
-    lines = [BEGIN, "## convert", "", how]
+    lines = ["## convert", "", how]
     compared: list[str] = []
     for size in options.sizes.split(","):
         folder = options.folder / size
@@ -151,13 +150,7 @@ def main() -> None:
     lines += ["", "### Against other converters", ""]
     lines += ["| job | seconds | the other's seconds | times as fast: median (min to max) |", "|---|---|---|---|"]
     lines += compared
-    text = options.report.read_text()
-    section = "\n".join([*lines, "", END])
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    if not rest:
-        before, after = text.split("## Reading them")[0], "\n\n## Reading them" + text.split("## Reading them")[1]
-    options.report.write_text(before + section + after)
+    write_section(options.report, "convert", lines)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ LAYERS = [
     {"plan"},
     {"engine"},
     {"operations"},
+    {"recipes"},
     {"api"},
     {"cli", "__main__"},
 ]

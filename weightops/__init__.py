@@ -11,20 +11,42 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "cast",
+    "check",
     "convert",
     "diff",
     "download",
+    "extract_lora",
     "inspect",
     "manifest",
+    "merge_lora",
     "open_checkpoint",
     "recover",
+    "run",
     "save",
+    "save_all",
     "shard",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from weightops.api import convert, diff, download, inspect, manifest, recover, save, shard, verify
+    from weightops.api import (
+        cast,
+        check,
+        convert,
+        diff,
+        download,
+        extract_lora,
+        inspect,
+        manifest,
+        merge_lora,
+        recover,
+        run,
+        save,
+        save_all,
+        shard,
+        verify,
+    )
     from weightops.formats.folder import open_checkpoint
 
 

@@ -3,129 +3,96 @@
     import weightops
     weightops.recover("./llama-13b", "./zhixi-diff", "./zhixi", format="torch-1.12", max_shard_size="10GB")
 
-Commands that write take the keywords of `Output`; they raise `weightops.errors` and print nothing. Each imports its
-operation when it is called, because starting takes longer than many of them.
+Commands that write take the keywords of `Output`; they raise `weightops.errors` and print nothing. Each is a recipe of
+one line. They import their operations when they are called, because starting takes longer than many of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
-from weightops.engine.run import run
 from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
-from weightops.formats import checklist, checksums
+from weightops.formats import checklist
 from weightops.formats import manifest as manifest_format
-from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place, refuse_parts
+from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place
 from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
-from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
-from weightops.spec import parse_dtype
+from weightops.recipes.document import Document
+from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, connected, execute, write_all
+from weightops.recipes.recipe import FILE_FIELDS, Location, Recipe, one_step, parse_recipe, read_recipe
 
 if TYPE_CHECKING:
+    from weightops.operations.check_report import CheckReport
     from weightops.operations.download import Download
     from weightops.operations.inspect import Inspection
     from weightops.operations.verify_report import VerifyReport
     from weightops.remote.web import Web
 
-StrPath = str | os.PathLike[str]
+
+class Output(Files, Running, total=False):
+    """How to write a result: what of its files (`Files`), and how (`Running`)."""
 
 
-class Output(TypedDict, total=False):
-    """How to write a result.
+def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Path, Result]:
+    """Carry out a recipe: a YAML file, the same as a mapping, or a `Recipe`; results by output folder.
 
-    `format`: safetensors, torch (byte-identical to torch.save) or torch-1.12 (to that of 2022 and 2023).
-    `max_shard_size`: bytes, `"5GB"`, or `"source"` for the grouping of the source's files.
-    `expect`: a manifest, checksum list or published name that the result must match to be published.
-    `digests`: more algorithms to record per file than xxh3_128.
-    `workers`: shards in work at once. `overwrite`: replace an existing output once the new one is whole.
-    `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop, and
-    the `web` to read sources on servers through; one with defaults is opened if it has none.
+    All outputs are written from one read of the sources, and appear when all are whole.
     """
-
-    format: str
-    max_shard_size: str | int
-    expect: StrPath | None
-    digests: Sequence[str]
-    workers: int | None
-    overwrite: bool
-    restart: bool
-    dry_run: bool
-    control: Control | None
+    if isinstance(recipe, Mapping):
+        recipe = parse_recipe(Document(recipe, "recipe"))
+    elif not isinstance(recipe, Recipe):
+        recipe = read_recipe(Path(recipe))
+    return execute(recipe, running)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was written, or with `dry_run` would be: then `manifest` is None."""
-
-    out: Path
-    plan: Plan
-    manifest: Manifest | None
-    resumed: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def save(
-    checkpoint: Checkpoint, out: StrPath, recipe: Mapping[str, Any] | None = None, **output: Unpack[Output]
-) -> Result:
+def save(checkpoint: Checkpoint, out: StrPath, **output: Unpack[Output]) -> Result:
     """Write any checkpoint, opened or derived, to a folder, with index, sidecars and manifest."""
-    size = output.get("max_shard_size", DEFAULT_SHARD_NBYTES)
-    expect = output.get("expect")
-    plan = make_plan(
-        checkpoint,
-        recipe or {"operation": "save", "sources": {"checkpoint": checkpoint.name}},
-        container=_container(checkpoint.container, output.get("format", "safetensors")),
-        max_shard_nbytes=None if size == "source" else size if isinstance(size, int) else parse_size(size),
-        digests=tuple(output.get("digests", ())),
-        expect=read_expectation(expect) if expect is not None else None,
-    )
-    if output.get("dry_run"):
-        return Result(_local(out), plan, None, (), checkpoint.warnings)
-    with _connected(output, plan.is_remote):
-        outcome = run(
-            plan,
-            _local(out),
-            workers=output.get("workers"),
-            overwrite=output.get("overwrite", False),
-            restart=output.get("restart", False),
-            control=output.get("control"),
-        )
-    return Result(outcome.out, plan, outcome.manifest, outcome.resumed, (*checkpoint.warnings, *outcome.warnings))
+    files, running = _split(output)
+    return write_all({_local(out): _wanted(checkpoint, files)}, running)[_local(out)]
 
 
-def _container(own: str | None, wanted: str) -> str:
-    """The container that a layout demands, or else the one that is wanted; raises `UsageError` if they differ."""
-    if own is None or wanted == own or (own, wanted) == ("torch", "torch-1.12"):
-        return wanted
-    if wanted != "safetensors":
-        raise UsageError(f"this layout is always written as {own} files, not {wanted}", hint="leave out --format")
-    return own
+def save_all(outputs: Mapping[StrPath, tuple[Checkpoint, Files]], **running: Unpack[Running]) -> dict[Path, Result]:
+    """Write several checkpoints, each to its folder: what they share is read and computed once."""
+    wanted = {_local(out): _wanted(checkpoint, files) for out, (checkpoint, files) in outputs.items()}
+    return write_all(wanted, running)
 
 
-@contextmanager
-def _connected(output: Output, remote: bool) -> Iterator[Web | None]:
-    """The web of the control in `output`; if there is none and something is remote, one with defaults."""
-    control = output.get("control") or Control()
-    if control.web is not None or not remote:
-        yield control.web
-        return
-    from weightops.remote.web import Web
+def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
+    return Wanted(checkpoint, files, {"operation": "save", "from": checkpoint.name}, {})
 
-    output["control"] = control
-    with Web() as web:
-        control.web = web
-        try:
-            yield web
-        finally:
-            control.web = None
+
+def _split(output: Output) -> tuple[Files, Running]:
+    files = {name: value for name, value in output.items() if name in FILE_FIELDS}
+    running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
+    return files, running  # type: ignore[return-value]  # both are parts of `Output`
+
+
+def _one(
+    verb: str,
+    sources: Mapping[str, StrPath | Sequence[StrPath]],
+    out: StrPath,
+    output: Output,
+    options: Mapping[str, Any],
+    weights: str | None = None,
+) -> Result:
+    """Carry out one operation; `weights` says which files of the sources to go by."""
+    given = {
+        role: Location(os.fspath(source), weights)
+        if isinstance(source, str | os.PathLike)
+        else tuple(Location(os.fspath(each), weights) for each in source)
+        for role, source in sources.items()
+    }
+    files, running = _split(output)
+    (result,) = execute(one_step(verb, given, options, str(_local(out)), files), running).values()
+    return result
 
 
 def recover(
@@ -140,14 +107,8 @@ def recover(
     **output: Unpack[Output],
 ) -> Result:
     """Recover the tuned checkpoint from `raw` and a delta of either kind; see `weightops.operations.recover`."""
-    from weightops.operations.recover import recover as operation
-
-    carry, drop = tuple(carry), tuple(drop)
-    with _connected(output, is_remote(raw) or is_remote(diff)) as web:
-        base, delta = open_checkpoint(raw, web), open_checkpoint(diff, web)
-        result = operation(base, delta, vocab=vocab, dtype=parse_dtype(dtype), carry=carry, drop=drop)
-        options = {"vocab": vocab, "dtype": dtype, "carry": carry, "drop": drop}
-        return save(result, out, _recipe("recover", options, raw=base, diff=delta), **output)
+    options = {"vocab": vocab, "dtype": dtype, "carry": tuple(carry), "drop": tuple(drop)}
+    return _one("recover", {"raw": raw, "diff": diff}, out, output, options)
 
 
 def diff(
@@ -160,14 +121,120 @@ def diff(
     **output: Unpack[Output],
 ) -> Result:
     """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
-    from weightops.operations.diff import diff as operation
-
     if method == "exact" and output.get("format", "safetensors") != "safetensors":
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
-    with _connected(output, is_remote(raw) or is_remote(tuned)) as web:
-        base, target = open_checkpoint(raw, web), open_checkpoint(tuned, web)
-        result = operation(base, target, method=method, dtype=parse_dtype(dtype))
-        return save(result, out, _recipe("diff", {"method": method, "dtype": dtype}, raw=base, tuned=target), **output)
+    return _one("diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype})
+
+
+def merge_lora(
+    base: StrPath,
+    adapters: StrPath | Sequence[StrPath],
+    out: StrPath,
+    *,
+    weights: Sequence[float] = (),
+    precision: Literal["float32", "float64"] = "float32",
+    two_roundings: bool = False,
+    **output: Unpack[Output],
+) -> Result:
+    """Merge LoRA adapters into `base`, one after the other; see `weightops.operations.merge_lora`."""
+    options = {"weights": tuple(weights), "precision": precision, "two_roundings": two_roundings}
+    return _one("merge-lora", {"base": base, "adapter": adapters}, out, output, options)
+
+
+def extract_lora(
+    base: StrPath,
+    tuned: StrPath,
+    out: StrPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int = 256,
+    seed: int = 0,
+    dtype: str | None = None,
+    targets: Sequence[str] = (),
+    rest: Literal["save", "refuse", "drop"] = "save",
+    **output: Unpack[Output],
+) -> Result:
+    """Make the LoRA adapter that takes `base` to `tuned`, or near it; see `weightops.operations.extract_lora`."""
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed, "dtype": dtype}
+    options |= {"targets": tuple(targets), "rest": rest}
+    return _one("extract-lora", {"base": base, "tuned": tuned}, out, output, options)
+
+
+def cast(
+    source: StrPath,
+    out: StrPath,
+    *,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
+    on_overflow: Literal["refuse", "saturate", "inf"] = "refuse",
+    scheme: Literal["fp8"] | None = None,
+    strategy: Literal["tensor", "channel"] = "channel",
+    **output: Unpack[Output],
+) -> Result:
+    """Convert weights to another dtype and count what is lost; see `weightops.operations.cast`."""
+    options = {"dtype": dtype, "keep": tuple(keep), "on_overflow": on_overflow, "scheme": scheme, "strategy": strategy}
+    return _one("cast", {"source": source}, out, output, options)
+
+
+def shard(
+    source: StrPath,
+    out: StrPath,
+    *,
+    rename: Mapping[str, str] | None = None,
+    drop_prefix: str | None = None,
+    add_prefix: str | None = None,
+    drop: Sequence[str] = (),
+    tie: bool = False,
+    untie: bool = False,
+    layers: str | None = None,
+    **output: Unpack[Output],
+) -> Result:
+    """Write the same tensors into files of another size or format, under other names, or fewer of them.
+
+    See `weightops.operations.shard`.
+    """
+    options = {"rename": dict(rename or {}), "drop_prefix": drop_prefix, "add_prefix": add_prefix, "drop": tuple(drop)}
+    return _one("shard", {"source": source}, out, output, {**options, "tie": tie, "untie": untie, "layers": layers})
+
+
+def convert(
+    source: StrPath,
+    out: StrPath,
+    *,
+    to: str,
+    layout: str | None = None,
+    model_parallel: int | None = None,
+    dtype: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    tokenizer: StrPath | Literal[False] | None = None,
+    check: bool = False,
+    **output: Unpack[Output],
+) -> Result:
+    """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
+
+    `to`: hf, meta, tencentpretrain, llama_inference or gguf; safetensors or torch change the container alone.
+    `layout`: that of the source, found from its tensors by default. `settings`: what its files leave unsaid.
+    `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `check`: hold the source first
+    against its checklist.chk.
+    """
+    if check:
+        _check_list(_local(source))
+    if to in ("safetensors", "torch"):
+        chosen: Output = {**output, "format": to}
+        return shard(source, out, **chosen)
+    options = {
+        "to": to,
+        "layout": layout,
+        "model_parallel": model_parallel,
+        "dtype": dtype,
+        "settings": dict(settings or {}),
+        "tokenizer": os.fspath(tokenizer) if tokenizer else None,
+        "no_tokenizer": tokenizer is False,
+        "as_in_2023": output.get("format") == "torch-1.12",
+    }
+    weights = "consolidated.*" if layout == "meta" else None  # beside files of another layout that hold the same
+    return _one("convert", {"source": source}, out, output, options, weights)
 
 
 def download(
@@ -219,60 +286,6 @@ def download(
         return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)
 
 
-def shard(source: StrPath, out: StrPath, **output: Unpack[Output]) -> Result:
-    """Write the same tensors into files of another size or format."""
-    with _connected(output, is_remote(source)) as web:
-        checkpoint = open_checkpoint(source, web)
-        refuse_parts(checkpoint)
-        return save(checkpoint, out, _recipe("shard", {}, source=checkpoint), **output)
-
-
-def convert(
-    source: StrPath,
-    out: StrPath,
-    *,
-    to: str,
-    layout: str | None = None,
-    model_parallel: int | None = None,
-    dtype: str | None = None,
-    settings: Mapping[str, str] | None = None,
-    tokenizer: StrPath | Literal[False] | None = None,
-    check: bool = False,
-    **output: Unpack[Output],
-) -> Result:
-    """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
-
-    `to`: hf, meta, tencentpretrain, llama_inference or gguf; safetensors or torch change the container alone.
-    `layout`: that of the source, found from its tensors by default. `settings`: what its files leave unsaid.
-    `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `check`: hold the source first
-    against its checklist.chk.
-    """
-    from weightops.layouts.source import Source, beside, parse_settings
-    from weightops.lazy import Evaluator
-    from weightops.operations import convert as operation
-    from weightops.ops.stored import without_shared_checks
-
-    if check:
-        _check_list(_local(source))
-    if to in ("safetensors", "torch"):
-        chosen: Output = {**output, "format": to}
-        return shard(source, out, **chosen)
-    known = parse_settings(settings or {})
-    if to not in operation.WRITERS:
-        raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(operation.WRITERS)}")
-    with _connected(output, is_remote(source)) as web:
-        place = find_place(source, web)
-        checkpoint = read_place(place, web, operation.WEIGHTS.get(layout or ""))
-        with Evaluator(web) as read:
-            files = beside(place, Path(tokenizer) if tokenizer else None if tokenizer is None else False)
-            opened = Source(checkpoint, files, lambda t: read.whole(without_shared_checks(t)), known)
-            target = operation.Target(model_parallel, parse_dtype(dtype), output.get("format") == "torch-1.12")
-            result = operation.convert(opened, to, target, layout)
-        options = {"to": to, "from": result.layout, "model_parallel": model_parallel, "dtype": dtype}
-        recipe = _recipe("convert", {**options, "set": dict(settings or {}) or None}, source=checkpoint)
-        return save(result.checkpoint, out, {**recipe, "dropped": dict(result.dropped)}, **output)
-
-
 def _check_list(folder: Path) -> None:
     """Hold a folder against its own checklist.chk; raises `Differs`."""
     report = verify(folder, folder / checklist.NAME)
@@ -286,9 +299,27 @@ def inspect(path: StrPath, *, web: Web | None = None) -> Inspection:
     """What a checkpoint holds, from its headers alone; one on a server is read through `web`."""
     from weightops.operations.inspect import inspect as operation
 
-    with _connected({"control": Control(web=web)}, is_remote(path)) as web:
+    with connected({"control": Control(web=web)}, is_remote(path)) as web:
         place = find_place(path, web)
         return operation(read_place(place, web), place, os.fspath(path))
+
+
+def check(
+    source: StrPath,
+    *,
+    values: bool = True,
+    max_abs: float | None = None,
+    ignore: Sequence[str] = (),
+    workers: int | None = None,
+    control: Control | None = None,
+) -> CheckReport:
+    """Look for what is wrong with a checkpoint; see `weightops.operations.check`."""
+    from weightops.operations.check import check as operation
+
+    control = control or Control()
+    with connected({"control": control}, is_remote(source)) as web:
+        checkpoint = open_checkpoint(source, web)
+        return operation(checkpoint, values=values, max_abs=max_abs, ignore=ignore, workers=workers, control=control)
 
 
 def verify(
@@ -346,18 +377,6 @@ def _local(path: StrPath) -> Path:
     return Path(path)
 
 
-def read_expectation(name_or_path: StrPath) -> Expectation:
-    """What a manifest of ours (its tensors) or a checksum list (its files) demands of an output."""
-    path = find_manifest(os.fspath(name_or_path))
-    if path.suffix == ".json":
-        found = manifest_format.read_manifest(path)
-        return Expectation(path.name, {}, {n: t.xxh3_128 for n, t in found.tensors.items()})
-    files: dict[str, dict[str, str]] = {}
-    for entry in checksums.read_checksums(path).entries:
-        files.setdefault(entry.name, {})[entry.algorithm] = entry.hex
-    return Expectation(path.name, files, {})
-
-
 def _structure(path: Path) -> Sequence[str]:
     try:
         open_checkpoint(path)
@@ -366,8 +385,3 @@ def _structure(path: Path) -> Sequence[str]:
     except WeightopsError as error:
         return (str(error),)
     return ()
-
-
-def _recipe(operation: str, options: Mapping[str, Any], **sources: Checkpoint) -> dict[str, Any]:
-    chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, (), "")}
-    return {"operation": operation, "options": chosen, "sources": {k: c.name for k, c in sources.items()}}

@@ -16,6 +16,7 @@ import msgspec
 
 from weightops.errors import UsageError
 from weightops.io import strict_json
+from weightops.io.folder import Folder
 from weightops.io.source import SourceFile, read_source
 from weightops.lazy import LazyTensor
 from weightops.spec import DType, TensorSpec
@@ -59,6 +60,11 @@ class Document(msgspec.Struct, frozen=True, tag_field="document", tag=str.lower)
         """The file's name."""
 
     @property
+    def is_listed(self) -> bool:
+        """Whether it is one of the manifest's files; what people are to edit is not."""
+        return True
+
+    @property
     def algorithms(self) -> tuple[str, ...]:
         """The digests of files that it needs."""
         return ()
@@ -80,6 +86,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     `shards` gives the source file of each tensor; `watch` are tensors to be evaluated before anything is
     written, for the checks and digests in them; `documents` are files that depend on digests. `container` is what it
     has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice.
+    `dropped` are tensors that were left out, each with the reason. Of one that was opened, `folder` is where it lies,
+    `origin` where it was downloaded from, and `content_id` and `digests` (by tensor) are what the manifest there says of it.
     """
 
     name: str
@@ -93,6 +101,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     metadata: Mapping[str, Any] = field(default_factory=lambda: {"format": "pt"})
     prefix: str | None = None
     container: str | None = None
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    folder: Folder | None = None
+    origin: str | None = None
+    content_id: str | None = None
+    digests: Digests = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

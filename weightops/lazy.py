@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -136,6 +136,20 @@ class Once:
                 self._done.add(key)
 
 
+class _Kept:
+    """The bytes of a tensor that were evaluated last."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray()
+        self.start = self.nbytes = 0
+
+    def put(self, start: int, data: memoryview) -> None:
+        if len(self.memory) < len(data):
+            self.memory = bytearray(len(data))
+        self.memory[: len(data)] = data
+        self.start, self.nbytes = start, len(data)
+
+
 class Evaluator:
     """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far.
 
@@ -154,6 +168,7 @@ class Evaluator:
         self.notes: dict[str, dict[str, float]] = {}
         """What other ops have to say of a tensor, by label: numbers by name."""
         self._spare: list[bytearray] = []
+        self._kept: dict[LazyTensor, _Kept] = {}
 
     def __call__(self, tensor: LazyTensor, start: int, out: memoryview) -> None:
         """Write the bytes `[start, start + len(out))` of `tensor` into `out`; any range will do."""
@@ -161,6 +176,16 @@ class Evaluator:
             for node in tensor.walk():
                 node.op.skip(node, self)
             return
+        kept = self._kept.get(tensor) if self._kept else None
+        if kept is None:
+            self._evaluate(tensor, start, out)
+        elif (kept.start, kept.nbytes) == (start, len(out)):
+            out[:] = kept.memory[: len(out)]
+        else:
+            self._evaluate(tensor, start, out)
+            kept.put(start, out)
+
+    def _evaluate(self, tensor: LazyTensor, start: int, out: memoryview) -> None:
         grain, stop = tensor.grain, start + len(out)
         whole_start = start - start % grain
         whole_stop = min(-(-stop // grain) * grain, tensor.nbytes)
@@ -170,6 +195,15 @@ class Evaluator:
         with self.scratch(whole_stop - whole_start) as whole:
             tensor.op.fill(tensor, whole_start, whole, self)
             out[:] = whole[start - whole_start : stop - whole_start]
+
+    @contextmanager
+    def keeping(self, tensors: Iterable[LazyTensor]) -> Iterator[None]:
+        """For the length of a `with` block the last bytes asked of these tensors are kept for who asks for the same."""
+        self._kept = {tensor: _Kept() for tensor in tensors}
+        try:
+            yield
+        finally:
+            self._kept = {}
 
     def whole(self, tensor: LazyTensor) -> bytes:
         """All bytes of a small tensor."""

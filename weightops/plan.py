@@ -22,9 +22,11 @@ from weightops.errors import UsageError
 from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
+from weightops.formats.manifest import content_id
 from weightops.io.escape import escape
 from weightops.io.source import SourceFile
 from weightops.lazy import LazyTensor
+from weightops.spec import DType, TensorSpec
 
 DEFAULT_SHARD_NBYTES = 5_000_000_000
 _INDEX = re.compile(r"-\d+(?:-of-\d+)?(\.\w+)$")
@@ -60,6 +62,40 @@ class Expectation(msgspec.Struct, frozen=True):
     tensors: dict[str, str]
 
 
+class OriginTensor(msgspec.Struct, frozen=True):
+    """A tensor of a source. Its digest is recorded under `label`, or is that of `kept_as` in the output.
+
+    `expect` is what the manifest beside the source says it is.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    label: str
+    kept_as: str | None = None
+    expect: str | None = None
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """A source of the recipe: the name it has there, that of its folder or repository, and its tensors."""
+
+    role: str
+    name: str
+    tensors: dict[str, OriginTensor]
+    content_id: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(TensorSpec(t.dtype, t.shape).nbytes for t in self.tensors.values())
+
+    def identify(self, digests: Mapping[str, str]) -> str | None:
+        """Its content id: what its manifest says, or from digests by label; None unless all are there."""
+        if self.content_id is not None:
+            return self.content_id
+        found = {n: (TensorSpec(t.dtype, t.shape), digests.get(t.label)) for n, t in self.tensors.items()}
+        known = {name: (spec, digest) for name, (spec, digest) in found.items() if digest is not None}
+        return content_id(known) if len(known) == len(found) else None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be written, and from what."""
@@ -72,12 +108,17 @@ class Plan:
     sidecars: Mapping[str, Sidecar]
     documents: tuple[Document, ...] = ()
     watch: tuple[LazyTensor, ...] = ()
+    origins: tuple[Origin, ...] = ()
     digests: tuple[str, ...] = ()
     expect: Expectation | None = None
+    reflink: bool = False
+    """Whether shards are laid out to share blocks with the sources, and then do where the file system can."""
 
     def layout(self, shard: Shard) -> Layout:
         """The bytes of one shard, up to the values of its tensors."""
-        return CONTAINERS[self.container].layout(shard.name, shard.tensors, self.metadata)
+        container = CONTAINERS[self.container]
+        layout = container.sharing if self.reflink and container.sharing else container.layout
+        return layout(shard.name, shard.tensors, self.metadata)
 
     @cached_property
     def shard_nbytes(self) -> dict[str, int]:
@@ -130,9 +171,11 @@ class Plan:
             "index_name": self.index_name,
             "digests": list(self.digests),
             "expect": msgspec.to_builtins(self.expect),
+            "reflink": self.reflink,
             "sidecars": {n: msgspec.to_builtins(s) for n, s in self.sidecars.items()},
             "documents": [msgspec.to_builtins(d) for d in self.documents],
             "watch": [t.to_json() for t in self.watch],
+            "origins": msgspec.to_builtins(self.origins),
             "shards": [
                 {"name": s.name, "tensors": [[n, t.to_json()] for n, t in s.tensors.items()]} for s in self.shards
             ],
@@ -148,8 +191,10 @@ class Plan:
             index_name=document["index_name"],
             digests=tuple(document["digests"]),
             expect=msgspec.convert(document["expect"], Expectation | None),
+            reflink=document["reflink"],
             sidecars=msgspec.convert(document["sidecars"], dict[str, Sidecar]),
             documents=tuple(msgspec.convert(d, Document.registry[d["document"]]) for d in document["documents"]),
+            origins=msgspec.convert(document["origins"], tuple[Origin, ...]),
             watch=tuple(LazyTensor.from_json(d) for d in document["watch"]),
             shards=tuple(
                 Shard(s["name"], {n: LazyTensor.from_json(t) for n, t in s["tensors"]}) for s in document["shards"]
@@ -203,10 +248,14 @@ def make_plan(
     max_shard_nbytes: int | None = DEFAULT_SHARD_NBYTES,
     digests: Sequence[str] = (),
     expect: Expectation | None = None,
+    origins: Sequence[Origin] = (),
+    reflink: bool = False,
 ) -> Plan:
     """Pack `checkpoint` into files. `max_shard_nbytes=None` keeps the grouping of the source's files.
 
-    Raises `UsageError` for a container that cannot hold the tensors, or files that `expect` does not list.
+    With `reflink` files are laid out to share blocks with the sources.
+    Raises `UsageError` for a container that cannot hold the tensors or share blocks, or files that `expect` does not
+    list.
     """
     if container not in CONTAINERS:
         raise UsageError(f"unknown format {container!r}, expected one of {', '.join(FORMATS)}")
@@ -222,9 +271,13 @@ def make_plan(
         sidecars=checkpoint.sidecars,
         documents=checkpoint.documents,
         watch=checkpoint.watch,
+        origins=tuple(origins),
         digests=tuple(sorted({"xxh3_128", *digests, *expected_algorithms(expect), *needed})),
         expect=expect,
+        reflink=reflink,
     )
+    if reflink:
+        _check_sharing(plan)
     _check_expected_names(plan)
     return plan
 
@@ -232,6 +285,20 @@ def make_plan(
 def expected_algorithms(expect: Expectation | None) -> set[str]:
     """The digest algorithms that an expectation needs."""
     return {a for d in expect.files.values() for a in d} if expect else set()
+
+
+def _check_sharing(plan: Plan) -> None:
+    if CONTAINERS[plan.container].sharing is None:
+        raise UsageError(
+            f"{plan.container} files cannot share blocks with the source: only safetensors leaves room in its header",
+            hint="leave out --reflink, or write safetensors",
+        )
+    if plan.expect is not None and plan.expect.files:
+        raise UsageError(
+            f"{escape(plan.expect.source)} lists digests of files, and to share blocks with the source headers are "
+            "padded, so that files differ from the publisher's while all tensors are the same",
+            hint="leave out --reflink, or give a manifest to --expect: it lists tensors",
+        )
 
 
 def _check_expected_names(plan: Plan) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import llama, save_adapter, save_model
 from hub import Hub
 from meta_model import meta_download
 from safetensors.torch import load_file
@@ -56,16 +58,38 @@ def examples(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip().startswith("weightops")]
 
 
+def prepare_examples(command: str, family: Path, found: list[str]) -> None:
+    """Small models of the kinds that a command's examples are about."""
+    if command == "convert":
+        meta_download(family / "llama-2-7b")
+        assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0
+    if command == "merge-lora":
+        save_model(family / "llama-7b", llama())
+        for seed, name in enumerate(("lora", "style", "facts")):
+            save_adapter(family / name, family / "llama-7b", seed)
+    if command in ("extract-lora", "cast"):
+        for seed, name in enumerate(("llama-13b", "zhixi", "model")):
+            shutil.rmtree(family / name)
+            save_model(family / name, llama(), seed=seed)
+    if command == "shard":
+        tensors = {"model.embed_tokens.weight": torch.ones(3, 4), "lm_head.weight": torch.ones(3, 4)}
+        write_checkpoint(family / "tied-2023", {**tensors, "model.layers.0.rotary_emb.inv_freq": torch.ones(2)})
+        write_checkpoint(family / "trained", {"module.transformer.norm.weight": torch.ones(4)})
+        layers = {f"model.layers.{i}.mlp.weight": torch.full((2,), float(i)) for i in range(32)}
+        write_checkpoint(family / "llama-7b", layers, {"num_hidden_layers": 32})
+    if command == "run":
+        recipe = {"sources": {"raw": "./llama-13b"}, "outputs": {"./out": {"from": "raw", "dtype": "bfloat16"}}}
+        (family / "release.yaml").write_text(json.dumps(recipe))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = examples(command, capsys)
     assert found
-    if command == "convert":
-        meta_download(family / "llama-2-7b")
-        assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0
+    prepare_examples(command, family, found)
     for line in found:
         words = shlex.split(line.partition(">")[0])[1:]
-        if command in ("download", "recover", "convert", "diff", "shard"):
+        if "--out" in words:
             words[words.index("--out") + 1] = str(family / f"out-{len(list(family.iterdir()))}")
         # The published lists are those of the real models, which these small ones are not.
         published = [word for word in words if word.startswith("zhixi-13b-")]

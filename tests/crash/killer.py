@@ -1,8 +1,8 @@
 """Run one weightops command again and again, killed at its first, second, third, ... change to the disk.
 
-    python killer.py FOLDER OUT ARGUMENTS...
+    python killer.py OUT[,OUT...] ARGUMENTS...
 
-After each kill the same command runs undisturbed; what it leaves is held against the output of a run that was
+After each kill the same command runs undisturbed; what it leaves is held against the outputs of a run that was
 never killed. Prints JSON: how many changes a whole run makes, and after which kills the result differed.
 """
 
@@ -21,34 +21,42 @@ from killing import forked
 from weightops.ops import libtorch
 
 
-def state(out: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
+def state(outs: list[Path]) -> dict[str, str]:
+    files = [path for out in outs for path in (sorted(out.iterdir()) if out.exists() else ())]
+    return {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def remove(outs: list[Path]) -> list[str]:
+    """Remove the outputs and whatever else is there of them; the names of that."""
+    left = [path for out in outs for path in out.parent.glob(f"{out.name}.*")]
+    for path in (*outs, *left):
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in left]
 
 
 def main() -> None:
-    out, arguments = Path(sys.argv[1]), sys.argv[2:]
+    outs, arguments = [Path(out) for out in sys.argv[1].split(",")], sys.argv[2:]
     libtorch._library()
-    shutil.rmtree(out, ignore_errors=True)
+    remove(outs)
     assert forked(arguments, None) == 0
-    reference = state(out)
-    shutil.rmtree(out)
+    reference = state(outs)
+    remove(outs)
     wrong = []
     kills = 0
     while True:
-        if "--overwrite" in arguments:
+        for out in outs if "--overwrite" in arguments else ():
             out.mkdir()
             (out / "old").write_text("old")
         if forked(arguments, kills + 1) != -signal.SIGKILL:
             break
         kills += 1
-        lost = "--overwrite" in arguments and not (out.exists() or any(out.parent.glob(f"{out.name}.*replaced")))
+        lost = [o.name for o in outs if not (o.exists() or any(o.parent.glob(f"{o.name}.*replaced")))]
         again = forked(arguments, None)
-        left = list(out.parent.glob(f"{out.name}.*"))
+        whole = state(outs) == reference
+        left = remove(outs)
         # A run killed after the output got its name is finished: the next one says that the output exists.
-        if again not in (0, 11) or state(out) != reference or left or lost:
-            wrong.append([kills, again, lost, [path.name for path in left]])
-        for path in (out, *left):
-            shutil.rmtree(path, ignore_errors=True)
+        if again not in (0, 11) or not whole or left or (lost and "--overwrite" in arguments):
+            wrong.append([kills, again, lost, left])
     print(json.dumps({"kills": kills, "wrong": wrong, "files": len(reference)}))
 
 

@@ -14,6 +14,16 @@ from support import write_checkpoint
 
 import weightops
 
+RECIPE = """\
+sources: {raw: ./raw, delta: ./delta}
+tensors:
+  tuned: {recover: {raw: raw, diff: delta}}
+  named: {shard: {source: tuned, add_prefix: model.}}
+outputs:
+  one: {from: tuned, format: torch-1.12}
+  two: {from: named, max_shard_size: 9KB}
+"""
+
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,9 +55,22 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path,
     name, *words = command.split()
     arguments = [name, *(str(family / word) if word in folders else word for word in words)]
     out = family / "out"
+    kill_everywhere([out], [*arguments, "--out", str(out), "--max-shard-size", "9KB"])
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(("--overwrite",), marks=pytest.mark.slow)])
+def test_a_recipe_killed_anywhere_ends_with_the_same_bytes_in_all_outputs(
+    family: Path, options: tuple[str, ...]
+) -> None:
+    (family / "recipe.yaml").write_text(RECIPE)
+    kill_everywhere([family / name for name in ("one", "two")], ["run", str(family / "recipe.yaml"), *options])
+
+
+def kill_everywhere(outs: list[Path], arguments: list[str]) -> None:
+    """Kill a command at each of its changes to the disk in turn, and run it again."""
     killer = Path(__file__).with_name("killer.py")
     done = subprocess.run(
-        [sys.executable, str(killer), str(out), *arguments, "--out", str(out), "--max-shard-size", "9KB"],
+        [sys.executable, str(killer), ",".join(map(str, outs)), *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -19,7 +19,7 @@ from support import digests, state_dicts, write_checkpoint
 
 import weightops
 from weightops.api import Result
-from weightops.engine import digest, run, stream
+from weightops.engine import digest, preflight, run, stream
 from weightops.engine.control import Control
 from weightops.errors import (
     CorruptInput,
@@ -144,13 +144,13 @@ def test_a_read_error_names_file_and_byte(pair: Path, monkeypatch: pytest.Monkey
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = next((pair / "raw").glob("*.safetensors"))
-    original = stream.write_file
+    original = stream.write_files
 
-    def write_file(*args: object, **kwargs: object) -> object:
+    def write_files(*args: object, **kwargs: object) -> object:
         os.utime(target, ns=(1, 1))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(run, "write_file", write_file)
+    monkeypatch.setattr(run, "write_files", write_files)
     with pytest.raises(CorruptInput, match="changed while it was being read"):
         recover(pair)
     assert not (pair / "out").exists()
@@ -176,10 +176,10 @@ def test_output_among_the_inputs_is_refused(pair: Path, out: str, words: str) ->
 
 def test_too_little_disk_or_memory_is_refused_before_work(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run, "free_disk", lambda out: 1000)
+        patch.setattr(preflight, "free_disk", lambda out: 1000)
         with pytest.raises(NoRoom, match="bytes of disk, 1000 are free"):
             recover(pair)
-    monkeypatch.setattr(run, "available_memory", lambda: 1000)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1000)
     with pytest.raises(NoRoom, match="bytes of memory, 1000 are available"):
         recover(pair)
     assert not (pair / "out.partial").exists()
@@ -190,8 +190,8 @@ def test_a_file_that_another_run_renames_while_disk_is_counted_is_left_out(tmp_p
         (tmp_path / name).mkdir()
     (tmp_path / "a.part/data").symlink_to(tmp_path / "gone")  # listed, and not there when it is looked at
     (tmp_path / "b.part/data").write_bytes(b"\1" * 8192)
-    assert run.taken_disk(tmp_path, "*/data") == 8192
-    assert run.taken_disk(tmp_path / "gone", "*/data") == 0
+    assert preflight.taken_disk(tmp_path, "*/data") == 8192
+    assert preflight.taken_disk(tmp_path / "gone", "*/data") == 0
 
 
 class StopAfter(Control):
@@ -235,7 +235,10 @@ def test_a_damaged_committed_shard_is_written_again(pair: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"format": "torch"}, "container was"), ({"dtype": "float32"}, r"recipe\.options\.dtype was null, now")],
+    [
+        ({"format": "torch"}, "container was"),
+        ({"dtype": "float32"}, r"recipe\.tensors\.result\.recover\.dtype was null, now"),
+    ],
 )
 def test_another_plan_does_not_continue_a_partial_output(pair: Path, options: dict[str, str], words: str) -> None:
     interrupt(pair, 4)

@@ -135,7 +135,7 @@ def test_recover_gives_the_same_bytes_as_from_disk(
     assert remote.warnings == ()
     files = {name: (digests(tmp_path / name)) for name in ("local", "remote")}
     manifests = [json.loads((tmp_path / name / "weightops-manifest.json").read_bytes()) for name in files]
-    assert re.fullmatch(rf"hf://org/{diff}@[0-9a-f]{{40}}", manifests[1]["recipe"]["sources"]["diff"])
+    assert re.fullmatch(rf"hf://org/{diff}@[0-9a-f]{{40}}", manifests[1]["sources"]["diff"]["name"])
     assert manifests[0]["content_id"] == manifests[1]["content_id"]
     assert [files[name].pop("weightops-manifest.json") for name in files]
     assert files["local"] == files["remote"]

@@ -12,7 +12,7 @@ from weightops.cli.network import is_offline, open_web
 from weightops.cli.options import FOLDER, epilog, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
-from weightops.engine.run import free_disk
+from weightops.engine.preflight import free_disk
 from weightops.io.escape import escape
 from weightops.plan import parse_size
 from weightops.remote.policy import Policy

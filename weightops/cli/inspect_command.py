@@ -49,11 +49,7 @@ def _text(found: Inspection, tensors: bool) -> str:
     ]
     if found.content_id:
         lines.append(f"content {found.content_id} (from its manifest)")
-    if found.recipe:
-        sources = ", ".join(f"{k} {v}" for k, v in found.recipe.get("sources", {}).items())
-        lines.append(
-            f"made by {escape(str(found.recipe.get('operation')))}" + (f" from {escape(sources)}" if sources else "")
-        )
+    lines += ["", "made by", *(f"  {escape(line)}" for line in found.history)] if found.history else []
     rows = [("file", "tensors", "size")]
     rows += [(escape(n), str(count), human(nbytes)) for n, (count, nbytes) in found.by_shard().items()]
     lines += ["", table(rows, right=(1, 2))]

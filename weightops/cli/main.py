@@ -18,7 +18,12 @@ COMMANDS = {
     "recover": "Recover tuned weights from raw weights and a delta.",
     "convert": "Move a LLaMA model between Hugging Face, Meta, TencentPretrain and GGUF.",
     "diff": "Make a delta between two checkpoints.",
-    "shard": "Rewrite a checkpoint in files of another size or format.",
+    "merge-lora": "Merge LoRA adapters into a base, to the bit as peft does.",
+    "extract-lora": "Make the LoRA adapter that takes one checkpoint to another.",
+    "cast": "Convert weights to another dtype, and count what is lost.",
+    "shard": "Rewrite a checkpoint in other files, under other names, with other layers.",
+    "run": "Carry out a recipe: several operations and outputs from one read.",
+    "check": "Look for what is wrong with a checkpoint, in its values and its files.",
     "verify": "Check a folder against a manifest or checksum list.",
     "manifest": "Digest a folder, for verify, md5sum, sha256sum or xxhsum.",
     "inspect": "Show what a checkpoint holds, from its headers.",
@@ -49,7 +54,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"weightops.cli.{cmd_name}_command").command
+        module = importlib.import_module(f"weightops.cli.{cmd_name.replace('-', '_')}_command")
+        command: click.Command = module.command
         return command
 
     def resolve_command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from weightops.api import Result
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
 from weightops.engine.control import Control
 from weightops.engine.limits import peak_memory
+from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
-from weightops.engine.run import default_workers, free_disk
 from weightops.formats.containers import FORMATS
 from weightops.formats.folder import is_remote
 from weightops.io.escape import escape
 from weightops.ops.loss import Loss
+from weightops.recipes.execute import Result
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -96,6 +96,21 @@ def write_options(command: Command) -> Command:
             ),
             click.option("--expect", metavar="MANIFEST", help="Publish only what matches this manifest, list or name."),
             click.option("--digest", "digests", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well."),
+            click.option(
+                "--card", is_flag=True, help="Write a model card, README.md, that says what it was made from."
+            ),
+            click.option(
+                "--reflink", is_flag=True, help="Share unchanged blocks with the source (btrfs, XFS); pads headers."
+            ),
+            run_options,
+        ]
+    )(command)
+
+
+def run_options(command: Command) -> Command:
+    """How to write, whatever it is."""
+    return _apply(
+        [
             click.option("-n", "--dry-run", is_flag=True, help="Show files, bytes, memory and disk; write nothing."),
             click.option("--overwrite", is_flag=True, help="Replace an existing output once the new one is whole."),
             click.option("--restart", is_flag=True, help="Throw away a partial output instead of continuing it."),
@@ -106,10 +121,11 @@ def write_options(command: Command) -> Command:
 
 
 @contextmanager
-def connected(quiet: bool, *sources: Path | str) -> Iterator[Control]:
+def connected(quiet: bool, *sources: Path | str | Sequence[Path | str]) -> Iterator[Control]:
     """As `running`, with a way to the network if a source is there."""
+    paths = [path for source in sources for path in ([source] if isinstance(source, str | Path) else source)]
     with running(quiet) as control:
-        if any(map(is_remote, sources)):
+        if any(map(is_remote, paths)):
             # Imported here because most commands need no network.
             from weightops.cli.network import open_web
 
@@ -121,7 +137,9 @@ def connected(quiet: bool, *sources: Path | str) -> Iterator[Control]:
                 control.web.close()
 
 
-def write(function: Callable[..., Result], *arguments: Path | str, **options: Any) -> None:
+def write(
+    function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any
+) -> None:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
     with connected(quiet, *arguments) as control:
@@ -133,7 +151,7 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
     """What a writing command says when it is done, or with --dry-run would do."""
     warn(result.warnings)
     if as_json:
-        print_json(_result_document(result, workers))
+        print_json(result_document(result, workers))
     elif result.manifest is None:
         click.echo(_dry_run_text(result, workers))
     elif not quiet:
@@ -147,7 +165,8 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         click.echo(f"content {result.manifest.content_id}")
 
 
-def _result_document(result: Result, workers: int | None) -> dict[str, Any]:
+def result_document(result: Result, workers: int | None) -> dict[str, Any]:
+    """What a writing command says on stdout with --json."""
     plan = result.plan
     return {
         "schema": "weightops-write/1",
@@ -156,7 +175,7 @@ def _result_document(result: Result, workers: int | None) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "nbytes": plan.total_nbytes,
         "fetched_nbytes": fetched_nbytes(plan),
-        "peak_memory_nbytes": peak_memory(plan, workers or default_workers(plan)),
+        "peak_memory_nbytes": peak_memory([plan], workers or default_workers([plan])),
         "files": [{"name": n, "nbytes": size} for n, size in plan.shard_nbytes.items()],
         "resumed": list(result.resumed),
         "losses": msgspec.to_builtins(result.manifest.losses) if result.manifest else {},
@@ -183,7 +202,7 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
     rows = [("file", "tensors", "size")]
     rows += [(s.name, str(len(s.tensors)), human(plan.shard_nbytes[s.name])) for s in plan.shards]
     rows += [("total", str(sum(1 for _ in plan.tensors)), human(plan.total_nbytes))]
-    memory = peak_memory(plan, workers or default_workers(plan))
+    memory = peak_memory([plan], workers or default_workers([plan]))
     network = f", {human(fetched_nbytes(plan))} over the network" if plan.is_remote else ""
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""Evaluating tensors for their digests alone, several at a time."""
+"""Evaluating tensors for what their ops note on the way, digests above all, several at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 from weightops.engine.control import Control
 from weightops.engine.stream import BLOCK_NBYTES
@@ -23,9 +24,22 @@ def digest_tensors(
     return {name: (tensor.spec, digests[name]) for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What the ops of evaluated tensors had to say of them, by label: digests, and numbers by name."""
+
+    witnesses: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Control) -> dict[str, str]:
     """Evaluate `tensors` for the witnesses in them; their digests by label."""
-    digests: dict[str, str] = {}
+    return watch_all(what, tensors, workers, control).witnesses
+
+
+def watch_all(what: str, tensors: Sequence[LazyTensor], workers: int, control: Control) -> Watched:
+    """Evaluate `tensors`, `workers` of them at a time, for everything that their ops note."""
+    found = Watched()
     waiting = queue.SimpleQueue[LazyTensor | None]()
     for tensor in (*tensors, *[None] * workers):
         waiting.put(tensor)
@@ -37,12 +51,13 @@ def watch(what: str, tensors: Sequence[LazyTensor], workers: int, control: Contr
                     control.check()
                     control.progress.advance(nbytes)
             read.files.check_unchanged()
-            digests.update(read.witnesses)
+            found.witnesses.update(read.witnesses)
+            found.notes.update(read.notes)
 
     control.progress.start(what, sum(tensor.nbytes for tensor in tensors))
     in_threads(workers, control, [drain] * workers)
     control.progress.stop()
-    return digests
+    return found
 
 
 def in_threads(workers: int, control: Control, jobs: Iterable[Callable[[Control], None]]) -> None:

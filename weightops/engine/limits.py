@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
-from weightops.engine.stream import BLOCK_NBYTES, SLOTS
+from weightops.engine.joint import group
+from weightops.engine.stream import BLOCK_NBYTES, slots
 from weightops.lazy import LazyTensor
 from weightops.plan import Plan
 
@@ -14,10 +16,11 @@ _BASE_NBYTES = 200 << 20
 """The interpreter with torch loaded."""
 
 
-def peak_memory(plan: Plan, workers: int) -> int:
+def peak_memory(plans: Sequence[Plan], workers: int) -> int:
     """Anonymous memory in bytes that a run needs at most, whatever the size of the tensors."""
-    scratch = max((_scratch(tensor) for _, tensor in plan.tensors), default=0)
-    return _BASE_NBYTES + workers * (SLOTS * BLOCK_NBYTES + scratch)
+    groups = group([[shard.tensors.values() for shard in plan.shards] for plan in plans])
+    scratch = sum(max((_scratch(tensor) for _, tensor in plan.tensors), default=0) for plan in plans)
+    return _BASE_NBYTES + workers * (slots(max(map(len, groups), default=1)) * BLOCK_NBYTES + scratch)
 
 
 def _scratch(tensor: LazyTensor) -> int:

@@ -78,7 +78,7 @@ def _readers(tensor: LazyTensor, guarded: bool) -> Iterator[tuple[Op, bool]]:
     It must, where the CRC-32 of its archive member is checked, or the digest of what is made of it.
     """
     op = tensor.op
-    guarded = guarded or isinstance(op, Checked) or (isinstance(op, Witness) and op.expect is not None)
+    guarded = guarded or isinstance(op, Checked) or (isinstance(op, Witness) and op.expect is not None and op.is_needed)
     if op.source is not None:
         yield op, guarded
     if not isinstance(op, Checked):

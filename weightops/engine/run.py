@@ -1,38 +1,27 @@
-"""Running a plan to its end: checks, shards, index, sidecars, manifest, publication."""
+"""Running plans to their end: checks, shards, index, sidecars, manifest, publication."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from glob import glob
 from pathlib import Path
 
-from weightops.checkpoint import Copied, Written
 from weightops.engine.control import Control
 from weightops.engine.digest import in_threads, watch
-from weightops.engine.limits import available_memory, peak_memory
+from weightops.engine.finish import check_expected, finish, seen
+from weightops.engine.joint import group
+from weightops.engine.preflight import default_workers, preflight
 from weightops.engine.proof import fetch_sidecars, note_proven, prove
-from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord
-from weightops.engine.stream import BLOCK_NBYTES, write_file
-from weightops.errors import CorruptInput, Differs, NoRoom, UsageError, WeightopsError
+from weightops.engine.staging import FinishedRecord, Record, ShardRecord, Staging, WatchRecord, already_published
+from weightops.engine.stream import BLOCK_NBYTES, File, write_files
+from weightops.errors import Differs, UsageError, WeightopsError
 from weightops.formats import manifest
-from weightops.io.atomic import write_whole
-from weightops.io.digests import hash_bytes, hash_file
-from weightops.io.escape import escape
-from weightops.io.source import read_source
+from weightops.io.digests import hash_file
 from weightops.lazy import Evaluator, LazyTensor
-from weightops.ops.loss import Loss
 from weightops.ops.witness import Witness
 from weightops.plan import Plan, Shard
-from weightops.spec import TensorSpec
-from weightops.versions import library_versions
-
-_SPARE_NBYTES = 16 << 20
-"""Disk kept free beyond the output: file system metadata, index, manifest."""
 
 
 @dataclass(frozen=True)
@@ -46,49 +35,22 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def default_workers(plan: Plan) -> int:
-    """Shards in work at once: two keep a fast disk busy, four the fastest; more only cost memory.
+class _Job:
+    """One output in work: its plan, its partial folder, and what has been written so far."""
 
-    One if anything comes from a server: then its files are read in the order of their bytes, as their digests need.
-    """
-    return 1 if plan.is_remote else min(4, os.cpu_count() or 1)
+    def __init__(self, plan: Plan, staging: Staging) -> None:
+        self.plan, self.staging = plan, staging
+        self.records: dict[str, ShardRecord] = {}
+        self.resumed: tuple[str, ...] = ()
+        self.watched: dict[str, str] = {}
+        self.fetched: dict[str, bytes] = {}
+        self.warnings: tuple[str, ...] = ()
+        self.is_wrong = False
 
-
-def preflight(plan: Plan, out: Path, workers: int) -> None:
-    """Refuse what is known to fail: an output among the inputs, too little disk, too little memory."""
-    target = out.resolve()
-    for file in plan.sources:
-        if file.is_remote:
-            continue
-        folder = Path(file.path).resolve().parent
-        if folder == target or folder in target.parents or target in folder.parents:
-            raise UsageError(
-                f"the output {escape(str(out))} and the input {escape(str(folder))} lie inside one another",
-                hint="choose an --out outside the inputs",
-            )
-    free = free_disk(out)
-    needed = plan.total_nbytes + _SPARE_NBYTES - taken_disk(target.with_name(target.name + ".partial"), "*")
-    if needed > free:
-        raise NoRoom(f"{escape(str(out))}: the output needs {needed} bytes of disk, {free} are free")
-    memory, available = peak_memory(plan, workers), available_memory()
-    if memory > available:
-        raise NoRoom(
-            f"{workers} workers need {memory} bytes of memory, {available} are available", hint="give fewer --workers"
-        )
-
-
-def free_disk(out: Path) -> int:
-    """Bytes free where `out` will be, also when its folders do not exist yet."""
-    return shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
-
-
-def taken_disk(folder: Path, pattern: str) -> int:
-    """Bytes on disk of the files that match; another run may rename any of them while this one counts."""
-    nbytes = 0
-    for name in glob(pattern, root_dir=folder):
-        with suppress(FileNotFoundError):
-            nbytes += (folder / name).stat().st_blocks * 512
-    return nbytes
+    @property
+    def missing(self) -> list[Shard]:
+        """The shards that are still to be written."""
+        return [shard for shard in self.plan.shards if shard.name not in self.records]
 
 
 def run(
@@ -100,32 +62,88 @@ def run(
     restart: bool = False,
     control: Control | None = None,
 ) -> Outcome:
-    """Write what `plan` describes to the folder `out`, which appears only when it is whole.
+    """Write what `plan` describes to the folder `out`, as `run_all` does."""
+    return run_all({out: plan}, workers=workers, overwrite=overwrite, restart=restart, control=control)[0]
 
-    After a crash the same call continues: committed shards are checked against the journal and kept. Files on
-    servers are read through the control's `web`.
-    Raises any of `weightops.errors`; `out` is untouched then.
+
+def run_all(
+    plans: Mapping[Path, Plan],
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    control: Control | None = None,
+) -> list[Outcome]:
+    """Write what each plan describes to its folder; all folders appear when all are whole.
+
+    Shards of several outputs that are made of the same tensors are written side by side from one read.
+    After a crash the same call continues: committed shards are checked against the journal and kept, and so is an
+    output that got its name before the crash. Files on servers are read through the control's `web`.
+    Raises any of `weightops.errors`; no folder is touched then.
     """
     control = control or Control()
-    workers = workers or default_workers(plan)
-    if plan.is_remote and control.web is None:
+    workers = workers or default_workers(list(plans.values()))
+    if any(plan.is_remote for plan in plans.values()) and control.web is None:
         raise UsageError("a source is on a server", hint="give the control a Web to read it through")
-    preflight(plan, out, workers)
-    with Staging(out, plan, overwrite=overwrite, restart=restart) as staging:
-        try:
-            fetched = fetch_sidecars(plan, control)
-            watched = _watch(plan, staging, workers, control)
-            records, resumed = _write_shards(plan, staging, workers, control)
-            warnings = prove(plan, staging, control)
-            finished = _finish(plan, staging, records, watched, fetched)
-        except WeightopsError as error:
-            if not staging.has_shards or isinstance(error, Differs):
-                staging.discard()
-            raise
-        finally:
-            _forget(plan, control)
-        staging.publish()
-    return Outcome(out, finished, resumed, warnings)
+    published = already_published(plans)
+    outcomes = {out: Outcome(out, found, tuple(s.name for s in plans[out].shards)) for out, found in published.items()}
+    rest = {out: plan for out, plan in plans.items() if out not in published}
+    preflight(rest, workers)
+    with ExitStack() as stack:
+        jobs = []
+        for out, plan in rest.items():
+            jobs.append(_Job(plan, stack.enter_context(Staging(out, plan, overwrite=overwrite, restart=restart))))
+        manifests = _write(jobs, workers, control)
+        if len(jobs) > 1:
+            _note_finished(jobs)
+        for job, out, finished in zip(jobs, rest, manifests, strict=True):
+            job.staging.publish()
+            outcomes[out] = Outcome(out, finished, job.resumed, job.warnings)
+    return [outcomes[out] for out in plans]
+
+
+def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifest.Manifest]:
+    """Write everything into the partial folders; where nothing in one is worth keeping, a failure leaves none."""
+    try:
+        for job in jobs:
+            job.fetched = fetch_sidecars(job.plan, control)
+        _watch(jobs, workers, control)
+        _write_shards(jobs, workers, control)
+        digests: dict[str, str] = {}
+        for job in jobs:
+            with _at_fault(job):
+                job.warnings = prove(job.plan, job.staging, control)
+                digests |= job.watched | seen(job.plan, job.records.values())
+        manifests = []
+        for job in jobs:
+            with _at_fault(job):
+                manifests.append(finish(job.plan, job.staging, job.records, digests, job.fetched))
+        return manifests
+    except WeightopsError:
+        for job in jobs:
+            if job.is_wrong or not job.staging.has_shards:
+                job.staging.discard()
+        raise
+    finally:
+        for job in jobs:
+            _forget(job.plan, control)
+
+
+@contextmanager
+def _at_fault(job: _Job) -> Iterator[None]:
+    """Of an output that differs from what it should be nothing is kept; others may be continued."""
+    try:
+        yield
+    except Differs:
+        job.is_wrong = True
+        raise
+
+
+def _note_finished(jobs: Sequence[_Job]) -> None:
+    """Note in each folder what all of them hold: once the first has its name, the others tell that it is whole."""
+    finished = {j.plan.fingerprint: hash_file(j.staging.folder / manifest.NAME, ("xxh3_128",))[1] for j in jobs}
+    for job in jobs:
+        job.staging.note(FinishedRecord(manifests={k: v["xxh3_128"] for k, v in finished.items()}))
 
 
 def _forget(plan: Plan, control: Control) -> None:
@@ -135,40 +153,51 @@ def _forget(plan: Plan, control: Control) -> None:
             control.web.ranges.forget(file)
 
 
-def _watch(plan: Plan, staging: Staging, workers: int, control: Control) -> dict[str, str]:
+def _watch(jobs: Sequence[_Job], workers: int, control: Control) -> None:
     """Evaluate the tensors to be watched first; nothing is written before they are as expected."""
-    for record in staging.records:
-        if isinstance(record, WatchRecord):
-            return record.witnesses
-    witnesses: dict[str, str] = {}
-    if plan.watch:
-        witnesses = watch("checking", plan.watch, workers, control)
-        staging.note(WatchRecord(witnesses=witnesses))
-        note_proven(plan, staging, control.web)
-    return witnesses
+    wanted: dict[LazyTensor, None] = {}
+    for job in jobs:
+        noted = next((r.witnesses for r in job.staging.records if isinstance(r, WatchRecord)), None)
+        if noted is not None:
+            job.watched = noted
+        else:
+            wanted |= dict.fromkeys(job.plan.watch)
+    if not wanted:
+        return
+    witnesses = watch("checking", list(wanted), workers, control)
+    for job in jobs:
+        if job.plan.watch and not job.watched:
+            job.watched = witnesses
+            job.staging.note(WatchRecord(witnesses=witnesses))
+            note_proven(job.plan, job.staging, control.web)
 
 
-def _write_shards(
-    plan: Plan, staging: Staging, workers: int, control: Control
-) -> tuple[dict[str, ShardRecord], tuple[str, ...]]:
-    """Write the shards that are not committed yet; records of all, and the names of those that were."""
-    control.progress.start("writing", plan.total_nbytes)
-    records = _committed(plan, staging.records, staging.folder, control)
-    resumed = tuple(records)
+def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
+    """Write the shards that are not committed yet, those of several outputs that go together side by side."""
+    control.progress.start("writing", sum(job.plan.total_nbytes for job in jobs))
+    for job in jobs:
+        job.records = _committed(job.plan, job.staging.records, job.staging.folder, control)
+        job.resumed = tuple(job.records)
+    missing = [job.missing for job in jobs]
+    groups = group([[shard.tensors.values() for shard in shards] for shards in missing])
 
-    def write(shard: Shard, control: Control) -> None:
+    def write(members: Sequence[tuple[_Job, Shard]], control: Control) -> None:
         control.check()
-        temporary = staging.folder / f".{shard.name}.tmp"
-        record = write_shard(plan, shard, temporary, control)
-        _check_expected(plan, {record.name: record.digests}, record.tensors)
-        staging.commit(temporary, record)
-        note_proven(plan, staging, control.web)
-        records[shard.name] = record
-        control.progress.finish_file(shard.name, record.nbytes, resumed=False)
+        records = write_group([(job.plan, shard, _temporary(job, shard)) for job, shard in members], control)
+        for (job, shard), record in zip(members, records, strict=True):
+            with _at_fault(job):
+                check_expected(job.plan, {record.name: record.digests}, record.tensors)
+            job.staging.commit(_temporary(job, shard), record)
+            note_proven(job.plan, job.staging, control.web)
+            job.records[shard.name] = record
+            control.progress.finish_file(shard.name, record.nbytes, resumed=False)
 
-    in_threads(workers, control, [partial(write, shard) for shard in plan.shards if shard.name not in records])
+    in_threads(workers, control, [partial(write, [(jobs[i], missing[i][j]) for i, j in members]) for members in groups])
     control.progress.stop()
-    return records, resumed
+
+
+def _temporary(job: _Job, shard: Shard) -> Path:
+    return job.staging.folder / f".{shard.name}.tmp"
 
 
 def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Control) -> dict[str, ShardRecord]:
@@ -188,113 +217,32 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
     return found
 
 
-def write_shard(plan: Plan, shard: Shard, path: Path, control: Control) -> ShardRecord:
-    """Write one shard to `path`: the unit of work, which depends on the plan and the shard's name alone."""
+def write_group(shards: Sequence[tuple[Plan, Shard, Path]], control: Control) -> list[ShardRecord]:
+    """Write shards to their paths, side by side: the unit of work, which depends on their plans alone."""
     with Evaluator(control.web, control.once) as read:
-        written = write_file(path, plan.layout(shard), shard.tensors, read, plan.digests, control)
-        _witness_rest(shard.tensors.values(), read, control)
+        files = [File(path, plan.layout(shard), shard.tensors, plan.digests) for plan, shard, path in shards]
+        written = write_files(files, read, control)
+        _witness_rest((t for _, shard, _ in shards for t in shard.tensors.values()), read, control)
         read.files.check_unchanged()
-        return ShardRecord(
-            name=shard.name,
-            nbytes=written.nbytes,
-            digests=written.digests,
-            tensors=written.tensors,
-            witnesses=read.witnesses,
-            losses=read.losses,
-            notes=read.notes,
-        )
+        return [
+            ShardRecord(
+                name=shard.name,
+                nbytes=result.nbytes,
+                digests=result.digests,
+                tensors=result.tensors,
+                witnesses=read.witnesses,
+                losses=read.losses,
+                notes=read.notes,
+            )
+            for (_, shard, _), result in zip(shards, written, strict=True)
+        ]
 
 
 def _witness_rest(tensors: Iterable[LazyTensor], read: Evaluator, control: Control) -> None:
     """Read to their end the watched tensors of which the output needed only a part."""
     for tensor in tensors:
         for node in tensor.walk():
-            if isinstance(node.op, Witness) and node.op.label not in read.witnesses:
+            if isinstance(node.op, Witness) and node.op.is_needed and node.op.label not in read.witnesses:
                 read.running.pop(node, None)
                 for _ in read.drain(node, BLOCK_NBYTES):
                     control.check()
-
-
-def _check_expected(plan: Plan, files: Mapping[str, Mapping[str, str]], tensors: Mapping[str, str]) -> None:
-    """Hold the digests of files and tensors that were written against the expected ones."""
-    if plan.expect is None:
-        return
-    wrong = [
-        f"{escape(name)} has {algorithm} {found[algorithm]}, expected {digest}"
-        for name, found in files.items()
-        for algorithm, digest in plan.expect.files.get(name, {}).items()
-        if found[algorithm] != digest
-    ]
-    wrong += [
-        f"{escape(name)} has xxh3_128 {found}, expected {plan.expect.tensors[name]}"
-        for name, found in tensors.items()
-        if plan.expect.tensors.get(name, found) != found
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise Differs(
-            f"not as {escape(plan.expect.source)} expects: {wrong[0]}{more}; nothing was published",
-            hint="check raw and diff against their own lists with `weightops verify`",
-        )
-
-
-def _finish(
-    plan: Plan,
-    staging: Staging,
-    records: Mapping[str, ShardRecord],
-    watched: Mapping[str, str],
-    fetched: Mapping[str, bytes],
-) -> manifest.Manifest:
-    """Write everything but the shards, the manifest last."""
-    specs = {name: tensor.spec for name, tensor in plan.tensors}
-    digests = {name: digest for record in records.values() for name, digest in record.tensors.items()}
-    tensors: dict[str, tuple[TensorSpec, str]] = {name: (spec, digests[name]) for name, spec in specs.items()}
-    witnesses = dict(watched)
-    losses: dict[str, Loss] = {}
-    notes: dict[str, dict[str, float]] = {}
-    for record in records.values():
-        witnesses |= record.witnesses
-        losses |= {label: losses.get(label, Loss()) + loss for label, loss in record.losses.items()}
-        notes |= record.notes
-    small: dict[str, bytes] = {}
-    index = plan.index()
-    if index is not None and plan.index_name is not None:
-        small[plan.index_name] = index
-    for name, sidecar in plan.sidecars.items():
-        small[name] = fetched[name] if name in fetched else _sidecar_bytes(sidecar)
-    small_digests = {name: hash_bytes(data, plan.digests) for name, data in small.items()}
-    file_digests = {record.name: record.digests for record in records.values()} | small_digests
-    for document in plan.documents:
-        small[document.name] = document.render(tensors, witnesses, file_digests)
-        small_digests[document.name] = hash_bytes(small[document.name], plan.digests)
-    for name, data in sorted(small.items()):
-        write_whole(staging.folder / name, data)
-    _check_expected(plan, small_digests, {})
-    finished = manifest.Manifest(
-        schema=manifest.SCHEMA,
-        content_id=manifest.content_id(tensors),
-        files={
-            **{r.name: manifest.FileEntry(nbytes=r.nbytes, digests=r.digests) for r in records.values()},
-            **{n: manifest.FileEntry(nbytes=len(data), digests=small_digests[n]) for n, data in small.items()},
-        },
-        tensors={
-            name: manifest.TensorEntry(dtype=spec.dtype, shape=spec.shape, xxh3_128=digests[name], file=shard.name)
-            for shard in plan.shards
-            for name, spec in ((n, t.spec) for n, t in shard.tensors.items())
-        },
-        losses=losses,
-        notes=notes,
-        recipe=dict(plan.recipe),
-        provenance=library_versions(),
-    )
-    write_whole(staging.folder / manifest.NAME, finished.to_bytes())
-    return finished
-
-
-def _sidecar_bytes(sidecar: Copied | Written) -> bytes:
-    if isinstance(sidecar, Written):
-        return sidecar.data
-    file, data = read_source(Path(sidecar.file.path))
-    if file != sidecar.file:
-        raise CorruptInput(f"{file.shown}: changed since the plan was made")
-    return data

@@ -23,7 +23,10 @@ from typing import Any
 import msgspec
 
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
+from weightops.formats import manifest
+from weightops.formats.manifest import Manifest
 from weightops.io.atomic import exchange, fsync_folder, publish, write_all, write_whole
+from weightops.io.digests import hash_file
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.ops.loss import Loss
@@ -56,7 +59,13 @@ class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
     digests: list[str]
 
 
-Record = ShardRecord | WatchRecord | ProofRecord
+class FinishedRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="finished"):
+    """All outputs of the run are whole and about to get their names: xxh3_128 of each manifest by fingerprint."""
+
+    manifests: dict[str, str]
+
+
+Record = ShardRecord | WatchRecord | ProofRecord | FinishedRecord
 
 
 class Staging:
@@ -70,7 +79,7 @@ class Staging:
         self.out = out = Path(os.path.abspath(out))
         if not out.name:
             raise UsageError(f"{out} cannot be an output")
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = _partial(out)
         self._overwrite = overwrite
         self._refuse_existing()
         try:
@@ -92,10 +101,7 @@ class Staging:
             raise OutputExists(f"{escape(str(self.folder))} is a link; the partial output must be a folder here")
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise OutputExists(f"{escape(str(self.out))} exists and is not a folder")
-        if (self.out / LOCK).exists():
-            # A crash right after the rename: the output is whole, only our own files are still in it.
-            os.close(_take_lock(self.out / LOCK))
-            _remove_own(self.out)
+        _clean_published(self.out)
         if self.out.exists() and not self._overwrite and any(self.out.iterdir()):
             raise OutputExists(
                 f"{escape(str(self.out))} exists",
@@ -126,18 +132,7 @@ class Staging:
         return found if isinstance(found, dict) else None
 
     def _read_journal(self) -> list[Record]:
-        """The records up to the first line that a crash cut short."""
-        records: list[Record] = []
-        try:
-            lines = (self.folder / JOURNAL).read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return records
-        for line in lines[:-1]:
-            try:
-                records.append(msgspec.json.decode(line, type=Record))
-            except msgspec.MsgspecError:
-                break
-        return records
+        return _read_journal(self.folder)
 
     def _clear(self) -> None:
         """Empty the folder of whatever an abandoned run left."""
@@ -219,6 +214,50 @@ class Staging:
         if self._journal >= 0:
             os.close(self._journal)
         self._release()
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _read_journal(folder: Path) -> list[Record]:
+    """The records up to the first line that a crash cut short."""
+    records: list[Record] = []
+    try:
+        lines = (folder / JOURNAL).read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return records
+    for line in lines[:-1]:
+        try:
+            records.append(msgspec.json.decode(line, type=Record))
+        except msgspec.MsgspecError:
+            break
+    return records
+
+
+def already_published(plans: Mapping[Path, Plan]) -> dict[Path, Manifest]:
+    """The outputs that an earlier run gave their names before it was killed, while others still waited for theirs."""
+    finished: dict[str, str] = {}
+    for out in plans if len(plans) > 1 else ():
+        for record in (*_read_journal(_partial(Path(os.path.abspath(out)))), *_read_journal(out)):
+            if isinstance(record, FinishedRecord):
+                finished |= record.manifests
+    found = {}
+    for out, plan in plans.items():
+        path = out / manifest.NAME
+        _clean_published(out)
+        if plan.fingerprint not in finished or not path.is_file():
+            continue
+        if hash_file(path, ("xxh3_128",))[1]["xxh3_128"] == finished[plan.fingerprint]:
+            found[out] = manifest.read_manifest(path)
+    return found
+
+
+def _clean_published(out: Path) -> None:
+    """After a crash right after the rename the output is whole, only our own files are still in it."""
+    if (out / LOCK).exists():
+        os.close(_take_lock(out / LOCK))
+        _remove_own(out)
 
 
 def _remove_own(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Streaming one file: blocks are computed, then digested, then written, each stage in a thread of its own.
+"""Streaming files: blocks are computed, then digested, then written, each stage in a thread of its own.
 
 A ring of aligned slots goes round: the caller's thread fills a slot with whatever pieces of the layout fall
 into it, the digest thread hashes it (and renders what depends on CRCs), the writer thread puts it on disk.
+Files that are made of the same tensors are written side by side, each block of what they share computed once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +19,16 @@ from typing import Any
 import xxhash
 
 from weightops.engine.control import Control
+from weightops.engine.joint import common_block, common_nodes, first_read, interleave
 from weightops.formats.layout import Data, Late, Layout, Literal, Piece
+from weightops.formats.safetensors import SharingLayout
 from weightops.io.digests import new_hasher
 from weightops.io.direct import DirectFile, aligned_buffer
+from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor
 
 BLOCK_NBYTES = 4 << 20
-SLOTS = 4
+_ON_THEIR_WAY = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class _Slot:
     """One aligned block of the file, and which part of which piece lies where in it."""
 
     memory: memoryview
+    stream: _Stream = field(init=False)
     offset: int = 0
     used: int = 0
     parts: list[tuple[Piece, int, memoryview]] = field(default_factory=list)
@@ -104,66 +110,109 @@ class _Digester:
         return {name: hasher.hexdigest() for name, hasher in self._hashers.items()}
 
 
-def write_file(
-    path: Path,
-    layout: Layout,
-    tensors: Mapping[str, LazyTensor],
-    read: Evaluator,
-    algorithms: Sequence[str],
-    control: Control,
-) -> Written:
-    """Write the file that `layout` describes to `path`, flushed to disk, and say what is in it.
+@dataclass(frozen=True)
+class File:
+    """What is to be written where: `tensors` by the names in `layout`; `algorithms` of the digests that are wanted."""
 
-    Raises whatever reading, computing or writing raises; the file is then incomplete and to be thrown away.
+    path: Path
+    layout: Layout
+    tensors: Mapping[str, LazyTensor]
+    algorithms: Sequence[str] = ("xxh3_128",)
+
+
+def write_files(files: Sequence[File], read: Evaluator, control: Control) -> list[Written]:
+    """Write each file, flushed to disk, and say what is in it.
+
+    Everything is computed and digested, also what is not written because its blocks are shared with a source.
+    Where the next tensors of several files share inputs, they are computed block by block together.
+    Raises whatever reading, computing or writing raises; the files are then incomplete and to be thrown away.
     """
     failures: list[BaseException] = []
-    digester = _Digester(layout, algorithms)
-    file = DirectFile(path, layout.nbytes)
 
     def put(slot: _Slot) -> None:
-        file.write(slot.offset, slot.memory, slot.used)
+        slot.stream.target.write(slot.offset, slot.memory, slot.used)
         control.progress.advance(slot.used)
 
-    digest, write = _Stage(digester.work, failures), _Stage(put, failures)
+    digest = _Stage(lambda slot: slot.stream.digester.work(slot), failures)
+    write = _Stage(put, failures)
     write.inbox = digest.outbox
-    for _ in range(SLOTS):
+    for _ in range(slots(len(files))):
         write.outbox.put(_Slot(memoryview(aligned_buffer(BLOCK_NBYTES))))
     digest.start()
     write.start()
-    filler = _Filler(write.outbox, digest.inbox, control, failures)
+    streams: list[_Stream] = []
     try:
-        for piece in layout.pieces:
-            if isinstance(piece, Data):
-                _fill_tensor(filler, piece, tensors[piece.name], read)
-            else:
-                _fill_bytes(filler, piece)
-        filler.flush()
+        for file in files:
+            streams.append(_Stream(file, write.outbox, digest.inbox, control, failures))
+        for step in interleave([[first_read(t) for t in stream.data] for stream in streams]):
+            _fill_together([streams[i] for i in step], read)
+        for stream in streams:
+            stream.fill_rest()
     except BaseException as error:
         failures.append(error)
     digest.inbox.put(None)
     digest.join()
     write.join()
     if failures:
-        file.abandon()
+        for stream in streams:
+            stream.target.abandon()
         raise failures[0]
-    file.close()
-    tensor_digests = {**digester.tensors, **{a: digester.tensors[n] for a, n in layout.aliases.items()}}
-    return Written(layout.nbytes, digester.digests, {name: tensor_digests[name] for name in tensors})
+    return [stream.close() for stream in streams]
 
 
-class _Filler:
-    """Hands out the file's bytes in order, as parts of one slot after the other."""
+def slots(files: int) -> int:
+    """Blocks of memory for so many files: one that each may have begun, and three on their way."""
+    return files + _ON_THEIR_WAY
+
+
+class _Stream:
+    """One file in work: hands out its bytes in order, as parts of one slot after the other."""
 
     def __init__(
         self,
+        file: File,
         free: queue.SimpleQueue[_Slot | None],
         filled: queue.SimpleQueue[_Slot | None],
         control: Control,
         failures: list[BaseException],
     ) -> None:
+        self._file = file
+        self.digester = _Digester(file.layout, file.algorithms)
+        shared = file.layout.shared if isinstance(file.layout, SharingLayout) else {}
+        self.target = DirectFile(file.path, file.layout.nbytes, shared=shared)
+        self._pieces = deque(file.layout.pieces)
         self._free, self._filled, self._control, self._failures = free, filled, control, failures
         self._slot: _Slot | None = None
         self._offset = 0
+
+    @property
+    def data(self) -> list[LazyTensor]:
+        """The tensors that are still to come, in their order."""
+        return [self._file.tensors[piece.name] for piece in self._pieces if isinstance(piece, Data)]
+
+    def next_tensor(self) -> tuple[Data, LazyTensor]:
+        """Fill in what lies before the next tensor, and take that."""
+        while not isinstance(piece := self._pieces.popleft(), Data):
+            self._fill_bytes(piece)
+        return piece, self._file.tensors[piece.name]
+
+    def fill_rest(self) -> None:
+        """Fill in what lies behind the last tensor, and pass it on."""
+        for piece in self._pieces:
+            assert not isinstance(piece, Data)
+            self._fill_bytes(piece)
+        self.flush()
+
+    def close(self) -> Written:
+        """Flush to disk what was written, and say what it is."""
+        self.target.close()
+        layout, digests = self._file.layout, self.digester.tensors
+        if isinstance(layout, SharingLayout):
+            scale, unit = (1e9, "GB") if layout.nbytes >= 1e9 else (1e6, "MB")
+            shared = f"{self.target.shared_nbytes / scale:.1f} of {layout.nbytes / scale:.1f} {unit}"
+            self._control.progress.note(f"{escape(layout.name)}: {shared} shared with the source")
+        digests = {**digests, **{alias: digests[name] for alias, name in layout.aliases.items()}}
+        return Written(layout.nbytes, self.digester.digests, {name: digests[name] for name in self._file.tensors})
 
     def _current(self) -> _Slot:
         """The slot in work, with room in it; waits for one to come free."""
@@ -174,7 +223,7 @@ class _Filler:
             slot = self._free.get()
             if self._failures or slot is None:
                 raise self._failures[0]
-            slot.offset, slot.used, slot.parts = self._offset, 0, []
+            slot.stream, slot.offset, slot.used, slot.parts = self, self._offset, 0, []
             self._slot = slot
         return self._slot
 
@@ -198,34 +247,64 @@ class _Filler:
             self._filled.put(self._slot)
             self._slot = None
 
+    def _fill_bytes(self, piece: Literal | Late) -> None:
+        position = 0
+        while position < piece.nbytes:
+            part = self.take(piece, position, piece.nbytes - position)
+            if isinstance(piece, Literal):
+                part[:] = piece.data[position : position + len(part)]
+            position += len(part)
 
-def _fill_bytes(filler: _Filler, piece: Literal | Late) -> None:
-    position = 0
-    while position < piece.nbytes:
-        part = filler.take(piece, position, piece.nbytes - position)
-        if isinstance(piece, Literal):
-            part[:] = piece.data[position : position + len(part)]
-        position += len(part)
+    def evaluate(self, piece: Data, tensor: LazyTensor, start: int, nbytes: int, read: Evaluator) -> None:
+        """Evaluate whole grains of a tensor into slots: straight where they fit, else by way of scratch memory."""
+        stop, grain = start + nbytes, tensor.grain
+        while start < stop:
+            rest, space = stop - start, self.space
+            whole = rest if rest <= space else space // grain * grain
+            if whole:
+                read(tensor, start, self.take(piece, start, whole))
+                start += whole
+                continue
+            with read.scratch(min(grain, rest)) as buffer:
+                read(tensor, start, buffer)
+                self.copy(piece, start, buffer)
+                start += len(buffer)
+
+    def copy(self, piece: Data, start: int, data: memoryview) -> None:
+        """Bytes of a tensor from `start`, which have been evaluated elsewhere."""
+        done = 0
+        while done < len(data):
+            part = self.take(piece, start + done, len(data) - done)
+            part[:] = data[done : done + len(part)]
+            done += len(part)
 
 
-def _fill_tensor(filler: _Filler, piece: Data, tensor: LazyTensor, read: Evaluator) -> None:
-    """Evaluate a tensor straight into slots, in whole grains where one fits, else by way of scratch memory."""
-    grain, position = tensor.grain, 0
-    if not piece.nbytes:
-        read(tensor, 0, memoryview(b""))
-    while position < piece.nbytes:
-        rest = piece.nbytes - position
-        space = filler.space
-        whole = rest if rest <= space else space // grain * grain
-        if whole:
-            read(tensor, position, filler.take(piece, position, whole))
-            position += whole
-            continue
-        with read.scratch(min(grain, rest)) as buffer:
-            read(tensor, position, buffer)
-            done = 0
-            while done < len(buffer):
-                part = filler.take(piece, position + done, len(buffer) - done)
-                part[:] = buffer[done : done + len(part)]
-                done += len(part)
-            position += done
+def _fill_together(streams: Sequence[_Stream], read: Evaluator) -> None:
+    """Fill in the next tensor of each stream, in blocks of the same elements where there are several."""
+    work = [(stream, *stream.next_tensor()) for stream in streams]
+    for _, piece, tensor in work:
+        if not piece.nbytes:
+            read(tensor, 0, memoryview(b""))
+    elements = common_block([tensor for _, _, tensor in work])
+    shared = common_nodes([tensor for _, _, tensor in work]) if elements else set()
+    if not shared:
+        for stream, piece, tensor in work:
+            stream.evaluate(piece, tensor, 0, piece.nbytes, read)
+        return
+    with read.keeping(shared):
+        for first in range(0, work[0][2].spec.numel, elements):
+            for stream, piece, tensor in work:
+                itemsize = tensor.spec.dtype.itemsize
+                start = first * itemsize
+                block = min(elements * itemsize, piece.nbytes - start)
+                _fill_block(stream, piece, tensor, start, block, read)
+
+
+def _fill_block(stream: _Stream, piece: Data, tensor: LazyTensor, start: int, nbytes: int, read: Evaluator) -> None:
+    """Evaluate one block in one piece, for others will ask for the same one."""
+    if nbytes <= stream.space:
+        read(tensor, start, stream.take(piece, start, nbytes))
+        return
+    with read.scratch(nbytes) as buffer:
+        read(tensor, start, buffer)
+        stream.copy(piece, start, buffer)

@@ -8,7 +8,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.formats.layout import Layout
-from weightops.formats.safetensors import safetensors_layout
+from weightops.formats.safetensors import safetensors_layout, sharing_layout
 from weightops.formats.torch_writer import Flavour, torch_layout
 from weightops.lazy import LazyTensor
 
@@ -23,7 +23,8 @@ class Container:
     """A file format. `layout` gives a file's bytes from its name, its tensors and the checkpoint's metadata.
 
     `files` groups tensors by bytes per file, or as they come if that is None. `shares`: bytes that several names
-    share are stored once. `counts`: its index names the number of parameters.
+    share are stored once. `counts`: its index names the number of parameters. `sharing`: the layout of a file that
+    shares blocks with its sources, where the format leaves room for that.
     """
 
     layout: Callable[[str, Tensors, Mapping[str, Any]], Layout]
@@ -31,6 +32,7 @@ class Container:
     shares: bool = False
     counts: bool = True
     has_index: bool = True
+    sharing: Callable[[str, Tensors, Mapping[str, Any]], Layout] | None = None
 
 
 def find_aliases(tensors: Tensors) -> dict[str, str]:
@@ -127,7 +129,7 @@ def _gguf(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
 
 
 CONTAINERS: Mapping[str, Container] = {
-    "safetensors": Container(_safetensors, _numbered(pack, "model", ".safetensors")),
+    "safetensors": Container(_safetensors, _numbered(pack, "model", ".safetensors"), sharing=sharing_layout),
     "torch": Container(_torch("torch"), _numbered(pack_shared, "pytorch_model", ".bin"), shares=True),
     "torch-1.12": Container(_torch("torch-1.12"), _numbered(pack_2023, "pytorch_model", ".bin"), counts=False),
     "tencentpretrain": Container(

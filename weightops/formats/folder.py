@@ -14,6 +14,7 @@ from weightops.checkpoint import Checkpoint, Copied, Sidecar, Written
 from weightops.errors import CorruptInput, NoWeights, SourceMissing, UsageError
 from weightops.formats import checksums, manifest
 from weightops.formats.index import ShardIndex, parse_index
+from weightops.formats.manifest import Manifest
 from weightops.formats.safetensors import read_safetensors
 from weightops.formats.sniff import LFS_MAGIC
 from weightops.formats.torch_legacy import read_torch
@@ -42,7 +43,7 @@ _OTHER_WEIGHTS = (
     ".enc",
 )
 _NOT_CARRIED = {"README.md", manifest.NAME}
-_READ_EARLY = ("config.json", "weightops-delta.json")
+_READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json")
 """Sidecars that operations read: those of a remote checkpoint are fetched when it is opened."""
 _MAX_SIDECAR_NBYTES = 100_000_000
 _REMOTE_READERS = 8
@@ -93,7 +94,8 @@ def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None 
     if not isinstance(place, SourceFile):
         return _read_folder(place, web, weights)
     ((tensors, warnings),) = _read_weights([place], web)
-    return Checkpoint(place.name, tensors, shards=dict.fromkeys(tensors, place.name), warnings=warnings)
+    beside = None if place.is_remote else LocalFolder(Path(place.path).parent)
+    return Checkpoint(place.name, tensors, shards=dict.fromkeys(tensors, place.name), warnings=warnings, folder=beside)
 
 
 def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkpoint:
@@ -129,7 +131,40 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
     stray = [n for n in names if n not in files and _is_weights(n) and Path(n).suffix == Path(files[0]).suffix]
     warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
     sidecars, notes = _sidecars(folder, names, files)
-    return Checkpoint(folder.name, tensors, sidecars, shards, index.total_size if index else None, (*warnings, *notes))
+    told = _manifest(folder, names)
+    origin = downloaded_from(told) if told else None
+    if told is not None and {n: t.spec for n, t in told.tensors.items()} != {n: t.spec for n, t in tensors.items()}:
+        told = None
+    return Checkpoint(
+        folder.name,
+        tensors,
+        sidecars,
+        shards,
+        index.total_size if index else None,
+        (*warnings, *notes),
+        folder=folder,
+        origin=origin,
+        content_id=told.content_id if told else None,
+        digests={n: t.xxh3_128 for n, t in told.tensors.items()} if told else {},
+    )
+
+
+def downloaded_from(found: Manifest) -> str | None:
+    """Where a download came from, `hf://org/name@commit` or a URL, if its manifest is that of one."""
+    source, commit = found.recipe.get("source"), found.recipe.get("commit")
+    if found.recipe.get("operation") != "download" or not isinstance(source, str):
+        return None
+    return f"{source}@{commit}" if isinstance(commit, str) and commit else source
+
+
+def _manifest(folder: Folder, names: Iterable[str]) -> Manifest | None:
+    """What lies in the folder as its manifest, unless that is none: then `verify` has something to say, not we."""
+    if manifest.NAME not in names:
+        return None
+    try:
+        return manifest.parse_manifest(folder.read(manifest.NAME), folder.shown)
+    except CorruptInput:
+        return None
 
 
 def refuse_parts(checkpoint: Checkpoint) -> None:

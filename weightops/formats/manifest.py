@@ -45,6 +45,13 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return TensorSpec(self.dtype, self.shape)
 
 
+class SourceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A checkpoint that this one was made from: its name, and its content id if all of it was read."""
+
+    name: str
+    content_id: str | None = None
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A folder. `content_id` depends on the tensors alone: re-sharding or another container keeps it.
 
@@ -59,14 +66,49 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     losses: dict[str, Loss] = {}
     notes: dict[str, dict[str, float]] = {}
     recipe: dict[str, Any] = {}
+    sources: dict[str, SourceEntry] = {}
     provenance: dict[str, str] = {}
 
     def to_bytes(self) -> bytes:
         document = msgspec.to_builtins(self)
-        for field in ("losses", "notes"):
+        for field in ("losses", "notes", "sources"):
             if not document[field]:
                 del document[field]
         return strict_json.dumps(document)
+
+
+def history(recipe: Mapping[str, Any], sources: Mapping[str, SourceEntry]) -> list[str]:
+    """How a checkpoint was made, in lines: its sources, then the steps, each after those that it builds on."""
+    lines = []
+    for role, source in sources.items():
+        content = f" (content {source.content_id})" if source.content_id else ""
+        lines.append(f"{role} = {source.name}{content}")
+    steps = recipe.get("tensors")
+    waiting = {n: s for n, s in steps.items() if isinstance(s, Mapping)} if isinstance(steps, Mapping) else {}
+    while waiting:
+        name = next(
+            (n for n, step in waiting.items() if not _names(step) & (waiting.keys() - {n})), next(iter(waiting))
+        )
+        lines += [f"{name} = {verb}({_fields(fields)})" for verb, fields in waiting.pop(name).items()]
+    output = recipe.get("output")
+    if isinstance(output, Mapping) and len(output) > 1:
+        lines.append(f"cast({_fields({'source': output.get('from'), **output})})")
+    return lines or ([str(recipe["operation"])] if "operation" in recipe else [])
+
+
+def _names(step: Any) -> set[str]:
+    """Every text in a step, among them the names of what it builds on."""
+    if isinstance(step, str):
+        return {step}
+    inner = step.values() if isinstance(step, Mapping) else step if isinstance(step, list) else ()
+    return set().union(*map(_names, inner))
+
+
+def _fields(fields: Any) -> str:
+    if not isinstance(fields, Mapping):
+        return str(fields)
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in fields.items() if k != "from"}
+    return ", ".join(v if k == v else f"{k}: {v}" for k, v in shown.items())
 
 
 def content_id(tensors: Mapping[str, tuple[TensorSpec, str]]) -> str:

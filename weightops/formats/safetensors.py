@@ -16,9 +16,13 @@ from weightops.formats.layout import Data, Layout, Literal
 from weightops.formats.sniff import explain
 from weightops.io import strict_json
 from weightops.io.escape import escape
+from weightops.io.reflink import Extent, fit_header
 from weightops.io.source import FileReader, SourceFile
 from weightops.lazy import LazyTensor
-from weightops.ops.stored import Stored
+from weightops.ops.arrange import Agreed
+from weightops.ops.elementwise import Reinterpret
+from weightops.ops.stored import Checked, Stored
+from weightops.ops.witness import Witness
 from weightops.spec import DType, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000
@@ -27,6 +31,8 @@ MAX_TENSORS = 250_000
 """Per file: above what any model has, below what takes long to read."""
 _MAX_COUNT = 1 << 48
 _ORDER = {dtype: i for i, dtype in enumerate(DType)}
+_UNCHANGED = (Agreed, Checked, Reinterpret, Witness)
+"""Ops that give the bytes of their first input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +128,40 @@ def safetensors_layout(tensors: Sequence[tuple[str, TensorSpec]], metadata: Mapp
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return Layout((Literal(len(text).to_bytes(8, "little") + text), *pieces), {})
+
+
+@dataclass(frozen=True, slots=True)
+class SharingLayout(Layout):
+    """A file that has blocks in common with others. `shared` gives them by source; `name` is the file's own."""
+
+    name: str
+    shared: Mapping[SourceFile, Sequence[Extent]]
+
+
+def sharing_layout(name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> SharingLayout:
+    """The same file with more spaces behind its header, as many as let it share most blocks with its sources.
+
+    What can be shared are tensors that go out as they lie in files on this machine. Without any the file is the one
+    that `save_file` writes.
+    """
+    plain = safetensors_layout([(key, tensor.spec) for key, tensor in tensors.items()], metadata)
+    header, *pieces = plain.pieces
+    assert isinstance(header, Literal)
+    extents: dict[SourceFile, list[Extent]] = {}
+    position = 0
+    for piece in pieces:
+        assert isinstance(piece, Data)
+        stored = _stored(tensors[piece.name])
+        if stored is not None and not stored.file.is_remote:
+            extents.setdefault(stored.file, []).append(Extent(stored.offset, position, piece.nbytes))
+        position += piece.nbytes
+    padding, shared = fit_header(header.nbytes, extents)
+    text = header.data[8:] + b" " * padding
+    return SharingLayout((Literal(len(text).to_bytes(8, "little") + text), *pieces), {}, name, shared)
+
+
+def _stored(tensor: LazyTensor) -> Stored | None:
+    """Where the tensor's bytes lie as they are, if they do."""
+    while isinstance(tensor.op, _UNCHANGED):
+        tensor = tensor.inputs[0]
+    return tensor.op if isinstance(tensor.op, Stored) else None

@@ -2,6 +2,7 @@
 
 The kernel's buffered write costs more than most of our operations, so O_DIRECT into a preallocated file is
 the fastest durable way out; where it is refused (tmpfs, some network file systems) writes are buffered.
+What can be shared with another file is not written at all.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import errno
 import fcntl
 import mmap
 import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weightops.errors import NoRoom, WeightopsError
 from weightops.io.escape import escape
+from weightops.io.reflink import Extent, share
+from weightops.io.source import SourceFile
 
 ALIGNMENT = 4096
 _BUFFERED_PIECE = 128 << 10
@@ -27,13 +32,22 @@ def aligned_buffer(nbytes: int) -> mmap.mmap:
 class DirectFile:
     """A file of `nbytes` bytes, written in aligned blocks in any order; on disk once `close` returns.
 
-    What is there already is kept if `resume` says so. Raises `NoRoom` as soon as the disk cannot hold the file, whose
-    mode follows the umask.
+    What is there already is kept if `resume` says so. Of what other files hold, by `shared`, the blocks are shared
+    where the file system can; `write` must be given those bytes all the same, and passes over them.
+    Raises `NoRoom` as soon as the disk cannot hold the file, whose mode follows the umask.
     """
 
-    def __init__(self, path: Path, nbytes: int, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        nbytes: int,
+        *,
+        resume: bool = False,
+        shared: Mapping[SourceFile, Sequence[Extent]] = {},
+    ) -> None:
         self._path = path
         self._nbytes = nbytes
+        self._shared: list[tuple[int, int]] = []
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
         try:
             self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
@@ -44,22 +58,60 @@ class DirectFile:
             self._fd = os.open(path, flags, 0o666)
             self._direct = False
         try:
-            if nbytes:
-                os.posix_fallocate(self._fd, 0, nbytes)
+            self._share(shared)
+            self._allocate()
+        except OSError as error:
+            self.abandon()
+            raise self._failure(error) from None
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _share(self, shared: Mapping[SourceFile, Sequence[Extent]]) -> None:
+        for source, extents in shared.items():
+            done = share(source, extents, self._fd)
+            self._shared += [(extent.target_offset, extent.target_offset + extent.nbytes) for extent in done]
+        self._shared.sort()
+
+    def _allocate(self) -> None:
+        """Take the disk for what is to be written: no more than that, or a file that fits would not."""
+        try:
+            for start, stop in self._unshared(0, self._nbytes):
+                os.posix_fallocate(self._fd, start, stop - start)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                os.close(self._fd)
-                raise self._failure(error) from None
+                raise
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes that are shared with other files."""
+        return sum(stop - start for start, stop in self._shared)
+
+    def _unshared(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What of a range is to be written. Shared ranges are aligned, so these begin and end so, or with the range."""
+        for i in range(max(0, bisect_right(self._shared, (start, start)) - 1), len(self._shared)):
+            begin, end = self._shared[i]
+            if begin >= stop:
+                break
+            if start < begin:
+                yield start, begin
+            start = max(start, end)
+        if start < stop:
+            yield start, stop
 
     def write(self, offset: int, block: memoryview, used: int) -> None:
         """Write the first `used` bytes of `block` at `offset`; both aligned, and `block` at least up to alignment."""
         try:
-            if self._direct and self._write_direct(offset, block[: -(-used // ALIGNMENT) * ALIGNMENT]):
-                return
-            for start in range(0, used, _BUFFERED_PIECE):
-                self._write_all(offset + start, block[start : min(start + _BUFFERED_PIECE, used)])
+            for start, stop in self._unshared(offset, offset + used):
+                self._write(start, block[start - offset :], stop - start)
         except OSError as error:
             raise self._failure(error) from None
+
+    def _write(self, offset: int, block: memoryview, used: int) -> None:
+        if self._direct and self._write_direct(offset, block[: -(-used // ALIGNMENT) * ALIGNMENT]):
+            return
+        for start in range(0, used, _BUFFERED_PIECE):
+            self._write_all(offset + start, block[start : min(start + _BUFFERED_PIECE, used)])
 
     def _write_direct(self, offset: int, block: memoryview) -> bool:
         try:

@@ -11,8 +11,8 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.io.folder import Folder, LocalFolder
-from weightops.io.source import SourceFile, read_source
+from weightops.io.folder import LocalFolder
+from weightops.io.source import read_source
 from weightops.lazy import LazyTensor
 
 SETTINGS: Mapping[str, tuple[type, str]] = {
@@ -66,21 +66,21 @@ class Source:
         return stated if given is None else given
 
 
-def beside(place: Folder | SourceFile, tokenizer: Path | Literal[False] | None) -> Callable[[str], bytes | None]:
-    """Reads the files of a checkpoint's folder by name.
+def beside(checkpoint: Checkpoint, tokenizer: Path | Literal[False] | None) -> Callable[[str], bytes | None]:
+    """Reads the files that go with a checkpoint, by name: those of its folder, or its sidecars if it has none.
 
     Tokenizers come from `tokenizer` if that is given, and from nowhere if it is False; Meta keeps its own in the
     folder above those of the models.
     """
-    folder: Folder | None = None if isinstance(place, SourceFile) else place
-    if isinstance(place, SourceFile) and not place.is_remote:
-        folder = LocalFolder(Path(place.path).parent)
+    folder = checkpoint.folder
     above = LocalFolder(folder.root.resolve().parent) if isinstance(folder, LocalFolder) else None
 
     def read(name: str) -> bytes | None:
         if name.startswith("tokenizer.") and tokenizer is not None:
             return read_source(tokenizer)[1] if tokenizer and name.endswith(tokenizer.suffix) else None
-        if folder is not None and folder.has(name):
+        if folder is None:
+            return checkpoint.sidecar(name)
+        if folder.has(name):
             return folder.read(name)
         return above.read(name) if name == "tokenizer.model" and above is not None and above.has(name) else None
 

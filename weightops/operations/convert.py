@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 
@@ -18,9 +19,9 @@ from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
 from weightops.layouts.model import Model
 from weightops.layouts.names import find_layout
-from weightops.layouts.source import Source
+from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizer import read_tokenizer
-from weightops.lazy import LazyTensor
+from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.elementwise import cast
 from weightops.ops.loss import counted_cast
 from weightops.spec import DType
@@ -50,8 +51,6 @@ WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
     "llama_inference": lambda model, target: tencentpretrain.write(model, "llama_inference"),
     "gguf": lambda model, target: gguf.write(model, target.dtype),
 }
-WEIGHTS = {"meta": "consolidated.*"}
-"""The files to go by if the layout is given, in folders that hold the same model twice."""
 GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 _KEPT = ("LICENSE*", "USE_POLICY*", "NOTICE*", "chat_template.jinja")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
@@ -66,7 +65,35 @@ class Converted:
     dropped: Mapping[str, str]
 
 
-def convert(source: Source, to: str, target: Target, layout: str | None = None) -> Converted:
+def convert(
+    source: Checkpoint,
+    *,
+    to: str,
+    layout: str | None = None,
+    model_parallel: int | None = None,
+    dtype: DType | None = None,
+    settings: Mapping[str, str] | None = None,
+    tokenizer: str | None = None,
+    no_tokenizer: bool = False,
+    as_in_2023: bool = False,
+    evaluate: Evaluate,
+) -> Checkpoint:
+    """A LLaMA model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf.
+
+    `layout` is that of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
+    `settings`: what its files leave unsaid. `tokenizer`: the path of one elsewhere; `no_tokenizer` does without.
+    `as_in_2023`: see `weightops.layouts.hf.write`. Raises as `convert_model` does.
+    """
+    known = parse_settings(settings or {})
+    if to not in WRITERS:
+        raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(WRITERS)}")
+    files = beside(source, False if no_tokenizer else Path(tokenizer) if tokenizer else None)
+    opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known)
+    converted = convert_model(opened, to, Target(model_parallel, dtype, as_in_2023), layout)
+    return replace(converted.checkpoint, dropped=converted.dropped)
+
+
+def convert_model(source: Source, to: str, target: Target, layout: str | None = None) -> Converted:
     """`source` in the layout `to`; its own is found from the names of its tensors unless it is given.
 
     Without `parts`, Meta's layout gets as many as the source has. Raises `UsageError` for what has to be asked or is

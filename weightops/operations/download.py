@@ -16,7 +16,7 @@ from typing import Any
 
 from weightops import __version__
 from weightops.engine.control import Control
-from weightops.engine.run import free_disk, taken_disk
+from weightops.engine.preflight import free_disk, taken_disk
 from weightops.errors import (
     CorruptInput,
     Differs,

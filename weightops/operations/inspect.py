@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from weightops.checkpoint import Checkpoint
 from weightops.formats import delta, manifest
 from weightops.formats.containers import find_aliases
@@ -30,6 +32,12 @@ class Inspection:
     model_type: str | None
     content_id: str | None
     recipe: dict[str, Any]
+    sources: dict[str, manifest.SourceEntry]
+
+    @property
+    def history(self) -> list[str]:
+        """How it was made, in lines, if its manifest knows."""
+        return manifest.history(self.recipe, self.sources)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +79,7 @@ class Inspection:
             "warnings": list(self.warnings),
             "content_id": self.content_id,
             "recipe": self.recipe,
+            "sources": msgspec.to_builtins(self.sources),
             "tensors": {
                 name: {
                     "dtype": spec.dtype.value,
@@ -103,4 +112,5 @@ def inspect(checkpoint: Checkpoint, place: Folder | SourceFile, path: str) -> In
         model_type=model_type if isinstance(model_type, str) else None,
         content_id=found.content_id if found else None,
         recipe=found.recipe if found else {},
+        sources=found.sources if found else {},
     )

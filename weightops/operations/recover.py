@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from weightops.checkpoint import Checkpoint, Sidecar
@@ -37,8 +37,8 @@ def recover(
     *,
     vocab: str = "refuse",
     dtype: DType | None = None,
-    carry: Iterable[str] = (),
-    drop: Iterable[str] = (),
+    carry: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> Checkpoint:
     """The tuned checkpoint that `diff` was made from.
 

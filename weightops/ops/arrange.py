@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.io.escape import escape
@@ -132,9 +133,14 @@ class SwapRows(Op, frozen=True):
 
 
 class Agreed(Op, frozen=True):
-    """Its first input, once the others have been found to be the same bytes; `problem` begins the sentence if not."""
+    """Its first input, once the others have been found to be the same bytes.
+
+    If not, `problem` begins the sentence, `fault` says whose it is and `hint` what to do.
+    """
 
     problem: str
+    fault: Literal["incompatible", "corrupt"] = "corrupt"
+    hint: str = "fetch all parts again"
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         first, *others = inputs
@@ -150,7 +156,8 @@ class Agreed(Op, frozen=True):
             with read.scratch(len(out)) as buffer:
                 read(other, start, buffer)
                 if buffer != out:
-                    raise CorruptInput(f"{escape(self.problem)}: the values differ", hint="fetch all parts again")
+                    error = IncompatibleInputs if self.fault == "incompatible" else CorruptInput
+                    raise error(f"{escape(self.problem)}: the values differ", hint=self.hint)
 
 
 def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:

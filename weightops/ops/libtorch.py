@@ -21,6 +21,7 @@ from weightops.spec import DType
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 _BY_C = {d for d in DType if d.is_float and not d.is_packed and d not in (DType.F8_E8M0, DType.F6_E2M3, DType.F6_E3M2)}
 _ADDED_BY_C = {DType.F16, DType.BF16, DType.F32, DType.F64}
@@ -52,6 +53,17 @@ def convert(out: memoryview, new: DType, source: memoryview, old: DType) -> None
         as_torch(out, new).copy_(as_torch(source, old))
 
 
+def matmul(out: NDArray[Any], left: NDArray[Any], right: NDArray[Any]) -> None:
+    """`out = left @ right`, for matrices `[m, k]` and `[k, n]` of float32 or float64 with any strides."""
+    library = _library()
+    if library is not None:
+        library.matmul(out, left, right)
+        return
+    import torch
+
+    torch.mm(torch.from_numpy(left), torch.from_numpy(right), out=torch.from_numpy(out))
+
+
 @cache
 def _library() -> _Library | None:
     """The C interface, or None where torch is imported already, or has no such library or interface."""
@@ -80,6 +92,8 @@ class _Library:
         self._add.argtypes = [handle, handle, ctypes.c_double, result]
         self._copy = library.aoti_torch_copy_
         self._copy.argtypes = [handle, handle, code]
+        self._mm = library.aoti_torch_cpu_mm_out
+        self._mm.argtypes = [handle, handle, handle]
         self._delete = library.aoti_torch_delete_tensor_object
         self._delete.argtypes = [handle]
         self._dtypes: dict[DType, int] = {d: int(getattr(library, f"aoti_torch_dtype_{d.value}")()) for d in _BY_C}
@@ -100,19 +114,37 @@ class _Library:
         with self._tensor(out, new) as target, self._tensor(source, old) as values:
             _check(self._copy(target, values, 0))
 
+    def matmul(self, out: NDArray[Any], left: NDArray[Any], right: NDArray[Any]) -> None:
+        with self._matrix(out) as total, self._matrix(left) as a, self._matrix(right) as b:
+            _check(self._mm(total, a, b))
+
     @contextmanager
     def _tensor(self, buffer: memoryview, dtype: DType) -> Iterator[ctypes.c_void_p]:
         """A flat tensor on the memory of `buffer`, which must be writable."""
+        memory: Any = ctypes.c_char.from_buffer(buffer)
+        with self._view(ctypes.addressof(memory), (len(buffer) // dtype.itemsize,), (1,), dtype) as tensor:
+            yield tensor
+
+    @contextmanager
+    def _matrix(self, array: NDArray[Any]) -> Iterator[ctypes.c_void_p]:
+        """A tensor on the memory of `array`, with its strides."""
+        strides = tuple(n // array.itemsize for n in array.strides)
+        with self._view(array.ctypes.data, array.shape, strides, DType(str(array.dtype))) as tensor:
+            yield tensor
+
+    @contextmanager
+    def _view(
+        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType
+    ) -> Iterator[ctypes.c_void_p]:
+        """A tensor on memory of others."""
         if not hasattr(self._prepared, "done"):
             # Blocks are too small to share; OpenMP keeps this number for each thread that calls it.
             self._set_threads(1)
             self._prepared.done = True
-        memory: Any = ctypes.c_char.from_buffer(buffer)
-        size = (ctypes.c_int64 * 1)(len(buffer) // dtype.itemsize)
-        stride = (ctypes.c_int64 * 1)(1)
+        rank, code = len(shape), self._dtypes[dtype]
+        sizes, steps = (ctypes.c_int64 * rank)(*shape), (ctypes.c_int64 * rank)(*strides)
         tensor = ctypes.c_void_p()
-        address = ctypes.addressof(memory)
-        _check(self._from_blob(address, 1, size, stride, 0, self._dtypes[dtype], self._cpu, 0, ctypes.byref(tensor)))
+        _check(self._from_blob(address, rank, sizes, steps, 0, code, self._cpu, 0, ctypes.byref(tensor)))
         try:
             yield tensor
         finally:

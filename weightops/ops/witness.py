@@ -15,13 +15,15 @@ from weightops.spec import TensorSpec
 class Witness(Op, frozen=True):
     """Its input, whose xxh3_128 is recorded under `label` once it has streamed by from start to end.
 
-    With `expect`, another digest is an error: `problem` begins its sentence, `fault` says whose it is.
+    With `expect`, another digest is an error: `problem` begins its sentence, `fault` says whose it is. Unless it
+    `is_needed`, nothing is read for its sake: there is no digest of a tensor of which only parts are used.
     """
 
     label: str
     expect: str | None = None
     problem: str = ""
     fault: Literal["incompatible", "corrupt"] = "incompatible"
+    is_needed: bool = True
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         return inputs[0]
@@ -46,7 +48,8 @@ class Witness(Op, frozen=True):
         found = state.hexdigest()
         if self.expect is not None and found != self.expect:
             error = IncompatibleInputs if self.fault == "incompatible" else CorruptInput
-            raise error(f"{escape(self.problem)}: expected xxh3_128 {self.expect}, found {found}")
+            hint = None if self.is_needed else "`weightops verify` says more"
+            raise error(f"{escape(self.problem)}: expected xxh3_128 {self.expect}, found {found}", hint=hint)
         read.witnesses[self.label] = found
 
 

@@ -1,0 +1,132 @@
+"""Small models and adapters made with peft, and what peft itself makes of them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from weightops.engine.control import Control
+from weightops.engine.values import values
+from weightops.lazy import Evaluate
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+State = dict[str, torch.Tensor]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what peft and transformers warn of, and with one thread: elsewhere more of them make other bits."""
+    threads, offline = torch.get_num_threads(), constants.HF_HUB_OFFLINE
+    torch.set_num_threads(1)
+    constants.HF_HUB_OFFLINE = True  # peft asks the hub about the base, of which it has only a path
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        constants.HF_HUB_OFFLINE = offline
+
+
+def llama(**changes: Any) -> PretrainedConfig:
+    """A LLaMA of two layers, none of whose sizes is a multiple of 64 but one."""
+    sizes = {"hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 2, "vocab_size": 101}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    return AutoConfig.for_model("llama", **{**sizes, **heads, "tie_word_embeddings": False, **changes})
+
+
+def save_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A random model as transformers saves it."""
+    with quietly():
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path) -> Any:
+    with quietly():
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def save_adapter(
+    folder: Path, base: Path, seed: int = 1, rows: int | None = None, dtype: torch.dtype | None = None, **lora: Any
+) -> Path:
+    """A random adapter as peft saves it, trained on `base` with `rows` tokens; in `dtype` if that is given."""
+    with quietly():
+        torch.manual_seed(seed)
+        model = load_model(base)
+        if rows is not None:
+            model.resize_token_embeddings(rows)
+        settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+        tuned = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings, **lora}))
+        for name, parameter in tuned.named_parameters():
+            if parameter.requires_grad:
+                scale = 0.3 if "lora_" in name else 0.02
+                parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else scale)
+        tuned.save_pretrained(folder)
+    if dtype is not None:
+        path = folder / "adapter_model.safetensors"
+        save_file({n: t.to(dtype) for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def merged_by_peft(
+    base: Path,
+    adapters: Sequence[Path],
+    out: Path,
+    weights: Sequence[float] = (),
+    safe: bool = False,
+    rows: int | None = None,
+) -> tuple[State, dict[str, Any]]:
+    """What peft merges and transformers saves: tensors, and config.json."""
+    with quietly():
+        model = load_model(base)
+        if rows is not None:
+            model.resize_token_embeddings(rows)
+        names = [f"a{i}" for i in range(len(adapters))]
+        tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
+        for name, folder in list(zip(names, adapters, strict=True))[1:]:
+            tuned.load_adapter(folder, adapter_name=name)
+        for name, weight in zip(names, weights, strict=False):
+            for module in tuned.modules():
+                if isinstance(module, LoraLayer):
+                    module.set_scale(name, weight)
+        merged = tuned.merge_and_unload(safe_merge=safe, adapter_names=names)
+        merged.save_pretrained(out)
+    return state(out), json.loads((out / "config.json").read_text())
+
+
+def state(folder: Path) -> State:
+    """All tensors of a folder of safetensors files."""
+    return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change adapter_config.json; None takes a setting out."""
+    path = folder / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(folder: Path, edit: Any) -> None:
+    """Change the tensors of an adapter: `edit` takes and gives a state dict."""
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t.contiguous() for n, t in edit(load_file(path)).items()}, path, metadata={"format": "pt"})
+
+
+evaluate: Evaluate = lambda tensors: values(tensors, Control())  # noqa: E731

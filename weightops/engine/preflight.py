@@ -1,0 +1,80 @@
+"""What is known to fail is refused before work starts: outputs among inputs, too little disk, too little memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from glob import glob
+from pathlib import Path
+
+from weightops.engine.limits import available_memory, peak_memory
+from weightops.errors import NoRoom, UsageError
+from weightops.io.escape import escape
+from weightops.plan import Plan
+
+_SPARE_NBYTES = 16 << 20
+"""Disk kept free beyond the output: file system metadata, index, manifest."""
+
+
+def default_workers(plans: Sequence[Plan]) -> int:
+    """Shards in work at once: two keep a fast disk busy, four the fastest; more only cost memory.
+
+    One if anything comes from a server: then its files are read in the order of their bytes, as their digests need.
+    """
+    return 1 if any(plan.is_remote for plan in plans) else min(4, os.cpu_count() or 1)
+
+
+def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
+    """Refuse outputs that lie inside one another or among the inputs; too little disk; too little memory."""
+    targets = {out.resolve(): out for out in plans}
+    for out, plan in plans.items():
+        folders = {Path(f.path).resolve().parent for f in plan.sources if not f.is_remote}
+        _refuse_nested(out, folders, "the input")
+        _refuse_nested(out, (other for other in targets if other != out.resolve()), "another output")
+    if len(targets) < len(plans):
+        raise UsageError("two outputs are the same folder", hint="choose another --out")
+    _check_disk(plans)
+    memory, available = peak_memory(list(plans.values()), workers), available_memory()
+    if memory > available:
+        raise NoRoom(
+            f"{workers} workers need {memory} bytes of memory, {available} are available", hint="give fewer --workers"
+        )
+
+
+def _refuse_nested(out: Path, folders: Iterable[Path], what: str) -> None:
+    target = out.resolve()
+    for folder in folders:
+        if folder == target or folder in target.parents or target in folder.parents:
+            raise UsageError(
+                f"the output {escape(str(out))} and {what} {escape(str(folder))} lie inside one another",
+                hint="choose an --out outside the inputs",
+            )
+
+
+def _check_disk(plans: Mapping[Path, Plan]) -> None:
+    """Raise `NoRoom` unless every disk has room for all that goes onto it."""
+    needed: dict[int, int] = {}
+    for out, plan in plans.items():
+        target = out.resolve()
+        disk = next(p for p in target.parents if p.exists()).stat().st_dev
+        there = taken_disk(target.with_name(target.name + ".partial"), "*")
+        needed[disk] = needed.get(disk, 0) + plan.total_nbytes + _SPARE_NBYTES - there
+        free = free_disk(out)
+        if needed[disk] > free:
+            raise NoRoom(f"{escape(str(out))}: the output needs {needed[disk]} bytes of disk, {free} are free")
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free where `out` will be, also when its folders do not exist yet."""
+    return shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+
+
+def taken_disk(folder: Path, pattern: str) -> int:
+    """Bytes on disk of the files that match; another run may rename any of them while this one counts."""
+    nbytes = 0
+    for name in glob(pattern, root_dir=folder):
+        with suppress(FileNotFoundError):
+            nbytes += (folder / name).stat().st_blocks * 512
+    return nbytes

@@ -1,0 +1,102 @@
+"""How often each word of up to 16 bits occurs: the histogram from which everything about a 16-bit tensor follows.
+
+Two ways with one result. numpy's `bincount` turns words into 64-bit indexes first and looks for the least and the
+greatest one by one; torch's takes 32-bit words and is half as fast again, but its library takes a fifth of a second
+to load. It is called through libtorch's C interface (torch/csrc/stable/c/shim.h), so torch is not imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PIECE = 1 << 18
+"""Words that are counted at once: as 32-bit numbers they fit into a second-level cache, beside the counts."""
+_ABI_VERSION = (2 << 56) | (10 << 48)
+"""That of torch 2.10, whose `aten::bincount` is meant; later libraries translate."""
+
+
+def count_words(words: NDArray[np.int32], total: NDArray[np.int64], *, many: bool) -> None:
+    """Add to `total[w]` how often each `w` occurs in `words`, contiguous numbers in `[0, len(total))`.
+
+    `many` says that so many more follow that loading torch's library pays.
+    """
+    library = _library() if many else None
+    if library is not None and words.size:
+        library.count(words, total)
+        return
+    import numpy as np
+
+    found = np.bincount(words)
+    total[: len(found)] += found
+
+
+@cache
+def _library() -> _Library | None:
+    """torch's own `bincount`, or None without a library that has the C interface."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "lib" / "libtorch_cpu.so"
+        if path.exists():
+            try:
+                return _Library(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError):
+                return None
+    return None
+
+
+class _Library:
+    """`aten::bincount` by the dispatcher; it takes over the handle that it is given, and gives one back."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        handle, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        sizes, result = ctypes.POINTER(size), ctypes.POINTER(handle)
+        self._from_blob = library.aoti_torch_create_tensor_from_blob
+        self._from_blob.argtypes = [handle, size, sizes, sizes, size, code, code, code, result]
+        self._call = library.torch_call_dispatcher
+        self._call.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_uint64]
+        self._data = library.aoti_torch_get_data_ptr
+        self._data.argtypes = [handle, result]
+        self._numel = library.aoti_torch_get_numel
+        self._numel.argtypes = [handle, sizes]
+        self._delete = library.aoti_torch_delete_tensor_object
+        self._delete.argtypes = [handle]
+        self._int32, self._cpu = int(library.aoti_torch_dtype_int32()), int(library.aoti_torch_device_type_cpu())
+        self._set_threads = getattr(library, "omp_set_num_threads", lambda count: None)
+        self._prepared = threading.local()
+
+    def count(self, words: NDArray[np.int32], total: NDArray[np.int64]) -> None:
+        import numpy as np
+
+        if not hasattr(self._prepared, "done"):
+            # Pieces are too small to share; OpenMP keeps this number for each thread that calls it.
+            self._set_threads(1)
+            self._prepared.done = True
+        tensor, data, numel = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64()
+        size, stride = (ctypes.c_int64 * 1)(words.size), (ctypes.c_int64 * 1)(1)
+        address, no_weights, at_least = words.ctypes.data, 0, 0
+        _check(self._from_blob(address, 1, size, stride, 0, self._int32, self._cpu, 0, ctypes.byref(tensor)))
+        stack = (ctypes.c_uint64 * 3)(tensor.value or 0, no_weights, at_least)
+        _check(self._call(b"aten::bincount", b"", stack, _ABI_VERSION))
+        counts = ctypes.c_void_p(stack[0])
+        try:
+            _check(self._data(counts, ctypes.byref(data)))
+            _check(self._numel(counts, ctypes.byref(numel)))
+            assert data.value is not None
+            memory: Any = (ctypes.c_int64 * numel.value).from_address(data.value)
+            total[: numel.value] += np.frombuffer(memory, dtype=np.int64)
+        finally:
+            self._delete(counts)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"libtorch reports error {status}")

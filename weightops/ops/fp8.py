@@ -1,0 +1,170 @@
+"""float8_e4m3fn with a scale for each row or one for the whole, to the bit as compressed-tensors has it.
+
+Source: `calculate_qparams` and `quantize` of compressed-tensors 0.20 on the smallest and largest weights. A scale is
+the largest magnitude over 448 in the weights' own type, or the type's epsilon where that is zero. A weight over its
+scale is rounded to its own type first, then to eight bits. -0 becomes 0, because the zero point is added: 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from weightops.errors import IncompatibleInputs
+from weightops.io.escape import escape
+from weightops.lazy import Evaluator, LazyTensor, Op
+from weightops.ops.libtorch import convert
+from weightops.ops.loss import FORMATS, counted_cast
+from weightops.spec import DType, TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+Strategy = Literal["channel", "tensor"]
+"""A scale for each row (output channel), `[rows, 1]`, or one for all, `[1]`."""
+SCALED = (DType.F16, DType.BF16, DType.F32, DType.F64)
+"""The types that weights may have, and scales with them."""
+_LARGEST = 448.0
+_BLOCK = 1 << 21
+"""Elements that are read at once for their scales."""
+_PIECE = 1 << 17
+"""Elements that are divided at once."""
+
+
+class Scale(Op, frozen=True):
+    """The scales of a matrix, which is read once for all of them. `label` names it in errors.
+
+    Raises `IncompatibleInputs` for a NaN or an infinity, which no scale brings into eight bits.
+    """
+
+    strategy: Strategy
+    label: str
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return _BLOCK * 8
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if len(source.shape) != 2 or source.dtype not in SCALED:
+            types = ", ".join(dtype.value for dtype in SCALED)
+            raise IncompatibleInputs(f"{escape(self.label)} is {source}: only matrices of {types} are given scales")
+        return TensorSpec(source.dtype, (source.shape[0], 1) if self.strategy == "channel" else (1,))
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return tensor.spec.dtype.itemsize
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        scales = read.running.get(tensor)
+        if scales is None:
+            scales = read.running[tensor] = self._scales(tensor.inputs[0], read)
+        out[:] = memoryview(scales)[start : start + len(out)]
+
+    def _scales(self, source: LazyTensor, read: Evaluator) -> bytearray:
+        import numpy as np
+
+        dtype, (rows, columns) = source.spec.dtype, source.spec.shape
+        by_row, unit = self.strategy == "channel", np.dtype(f"<u{dtype.itemsize}")
+        largest = np.zeros(rows if by_row else 1, unit)
+        for row, height, column, width in _areas(0, rows * columns, columns, _BLOCK):
+            with read.scratch(height * width * dtype.itemsize) as buffer:
+                read(source, (row * columns + column) * dtype.itemsize, buffer)
+                magnitudes = np.frombuffer(buffer, unit).reshape(height, width)
+                magnitudes &= unit.type((1 << (dtype.bits - 1)) - 1)
+                part = largest[row : row + height] if by_row else largest
+                np.maximum(part, magnitudes.max(axis=1 if by_row else None), out=part)
+        if (largest > FORMATS[dtype].largest).any():
+            raise IncompatibleInputs(
+                f"{escape(self.label)} holds a NaN or an infinity: no scale brings that into float8_e4m3fn",
+                hint=f"--keep {escape(self.label)} leaves it as it is",
+            )
+        scales = _floats(largest.data.cast("B"), dtype)
+        scales /= scales.dtype.type(_LARGEST)
+        result = bytearray(largest.nbytes)
+        stored = np.frombuffer(result, unit)
+        if largest.size:
+            convert(memoryview(result), dtype, scales.data.cast("B"), _wide(dtype))
+            scales[stored == 0] = 2.0 ** (1 - FORMATS[dtype].precision)  # the type's epsilon
+            convert(memoryview(result), dtype, scales.data.cast("B"), _wide(dtype))
+        return result
+
+
+class Unscale(Op, frozen=True):
+    """A matrix over its scales, rounded to its own type, plus zero."""
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return _PIECE * 4
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        source, scale = inputs
+        if scale.dtype is not source.dtype or scale.shape not in ((source.shape[0], 1), (1,)):
+            raise IncompatibleInputs(f"{scale} cannot be the scales of {source}")
+        return source
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        source, scale = tensor.inputs
+        dtype, columns = tensor.spec.dtype, tensor.spec.shape[1]
+        first, stop = start // dtype.itemsize, (start + len(out)) // dtype.itemsize
+        top, bottom = (first // columns, -(-stop // columns)) if len(scale.spec.shape) == 2 else (0, 1)
+        read(source, start, out)
+        with read.scratch((bottom - top) * dtype.itemsize) as buffer:
+            read(scale, top * dtype.itemsize, buffer)
+            scales = _floats(buffer, dtype)
+        unit, position = np.dtype(f"<u{dtype.itemsize}"), 0
+        minus_zero = unit.type(1 << (dtype.bits - 1))
+        with read.scratch(_PIECE * 4) as space:
+            for row, height, _, width in _areas(first, stop, columns, _PIECE):
+                part = out[position : position + height * width * dtype.itemsize]
+                wide = part if dtype in (DType.F32, DType.F64) else space[: height * width * 4]
+                _convert(wide, _wide(dtype), part, dtype)
+                values = np.frombuffer(wide, _wide(dtype).value).reshape(height, width)
+                values /= scales[row - top : row - top + height, np.newaxis] if bottom - top > 1 else scales[0]
+                _convert(part, dtype, wide, _wide(dtype))
+                bits = np.frombuffer(part, unit)
+                bits[bits == minus_zero] = 0
+                position += len(part)
+
+
+def _areas(start: int, stop: int, columns: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
+    """Elements `[start, stop)` of a matrix in areas of at most `limit`: row, height, column and width.
+
+    An area is some whole rows, or a part of one, so that its elements lie next to each other.
+    """
+    while start < stop:
+        row, column = divmod(start, columns)
+        whole = min(stop - start, limit) // columns if not column else 0
+        height, width = (whole, columns) if whole else (1, min(columns - column, stop - start, limit))
+        yield row, height, column, width
+        start += height * width
+
+
+def _wide(dtype: DType) -> DType:
+    """The type to compute in."""
+    return DType.F64 if dtype is DType.F64 else DType.F32
+
+
+def _convert(out: memoryview, new: DType, source: memoryview, old: DType) -> None:
+    """`out = source`, which is the same memory where the types are the same."""
+    if new is not old:
+        convert(out, new, source, old)
+
+
+def _floats(data: memoryview, dtype: DType) -> Array:
+    """Numbers in the type to compute in, in memory of their own."""
+    import numpy as np
+
+    values = np.empty(len(data) // dtype.itemsize, _wide(dtype).value)
+    convert(values.data.cast("B"), _wide(dtype), data, dtype)
+    return values
+
+
+def scaled_fp8(tensor: LazyTensor, strategy: Strategy, label: str) -> tuple[LazyTensor, LazyTensor]:
+    """A matrix in float8_e4m3fn, with what that loses of `x / scale` counted under `label`; and its scales."""
+    scale = LazyTensor.make(Scale(strategy, label), tensor)
+    unscaled = LazyTensor.make(Unscale(), tensor, scale)
+    return counted_cast(unscaled, DType.F8_E4M3, label, "saturate"), scale

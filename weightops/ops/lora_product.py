@@ -1,0 +1,276 @@
+"""Products of low-rank factors, block by block: in float32 with the bits of torch's whole product, or exact.
+
+float64 gives the same bits on every machine, by error-free splitting (Ozaki, Ogita, Oishi, Rump: Error-free
+transformations of matrix multiplication by using fast routines, Numerical Algorithms 59, 2012): the factors are cut
+into slices of so few bits that sums of products are exact in any order, and the products of slices are added in a fixed
+order. What is left out lies below the rounding errors that float64 makes anyway with terms of that size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from weightops.errors import IncompatibleInputs
+from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.libtorch import convert, matmul
+from weightops.spec import DType, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_WHOLE_NBYTES = 4 << 20
+_CHUNK = 1 << 17
+_KEPT = 4
+_SLICES = 3
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One pair of factors: A `[r, in]` and B `[out, r]`.
+
+    `is_transposed`: the weight is `[in, out]`, not `[out, in]`. `rounds_change`: the change is rounded to the weight's
+    dtype before it is added. `has_magnitude`: a vector `[out]` follows the factors, the norms of the rows (DoRA).
+    `experts`: the factors are those of so many experts, A `[experts * r, in]` with one after the other and B
+    `[out, r * experts]` with theirs in turn; the weight is `[experts, ...]`, or that of one, `expert`, whose rows are
+    those of B from `first_row` on.
+    """
+
+    scale: float
+    is_transposed: bool = False
+    rounds_change: bool = False
+    has_magnitude: bool = False
+    experts: int = 1
+    expert: int | None = None
+    first_row: int = 0
+
+    @property
+    def n_inputs(self) -> int:
+        """The tensors that it needs."""
+        return 3 if self.has_magnitude else 2
+
+    def check(self, weight: TensorSpec, a: TensorSpec, b: TensorSpec, *magnitude: TensorSpec) -> None:
+        """Raise `IncompatibleInputs` unless the factors fit the weight and each other."""
+        *groups, out, width = weight.shape
+        if self.is_transposed:
+            out, width = width, out
+        shapes = {len(a.shape), len(b.shape), len(weight.shape) - len(groups)}
+        fits = shapes == {2} and a.shape[0] == b.shape[1] > 0 == a.shape[0] % self.experts and a.shape[1] == width
+        if self.expert is None:
+            fits = fits and groups in ([], [self.experts]) and len(groups) == (self.experts > 1) and b.shape[0] == out
+        else:
+            fits = fits and not groups and not self.is_transposed and 0 <= self.expert < self.experts
+            fits = fits and 0 <= self.first_row <= b.shape[0] - out
+        if not fits or any(vector.shape != (out,) for vector in magnitude):
+            raise IncompatibleInputs(f"the factors {a} and {b} do not fit {weight}")
+
+    def held_nbytes(self, weight: TensorSpec, a: TensorSpec, b: TensorSpec, wide: DType, is_whole: bool) -> int:
+        """Memory for the factors and a block of their product."""
+        *_, rows, columns = weight.shape
+        height = rows if is_whole else block_height(rows, columns, a.shape[0] // self.experts, self.is_transposed)
+        products = min(rows, height + height // 2) * columns
+        copies = 2 * _SLICES if wide is DType.F64 else 2
+        return ((a.numel + b.numel) * copies + products * (2 if wide is DType.F64 else 1)) * wide.itemsize
+
+
+class Work:
+    """What is kept of one tensor while it is in work: its factors, and the block of each product that is in use."""
+
+    def __init__(self, parts: Sequence[Part], wide: DType, is_whole: bool, tensor: LazyTensor, read: Evaluator) -> None:
+        self.parts, self.wide, self.tensor, self._read = parts, wide, tensor, read
+        *_, self.rows, self.columns = tensor.spec.shape
+        self.inputs = split_inputs(parts, tensor.inputs[1:])
+        self._heights = [
+            self.rows
+            if is_whole
+            else block_height(self.rows, self.columns, a.spec.shape[0] // part.experts, part.is_transposed)
+            for part, (a, *_) in zip(parts, self.inputs, strict=True)
+        ]
+        self._blocks: dict[int, tuple[int, NDArray[Any]]] = {}
+        self._memory: dict[int, NDArray[Any]] = {}
+
+    def _block(self, i: int, row: int) -> tuple[int, int]:
+        """From where to where the block of part `i` goes that holds `row`; the last takes in a short rest."""
+        height, begin = self._heights[i], row - row % self.rows
+        count = max(1, (self.rows + height // 2) // height)
+        number = min((row - begin) // height, count - 1)
+        return begin + number * height, begin + (self.rows if number == count - 1 else (number + 1) * height)
+
+    def end_of_chunk(self, row: int) -> int:
+        """How far one may go from `row` at once: not beyond a block of any part, nor beyond the cache."""
+        blocks = (self._block(i, row)[1] for i in range(len(self.parts)))
+        return min(row + max(1, _CHUNK // max(1, self.columns)), *blocks)
+
+    def change(self, i: int, row: int, count: int) -> NDArray[Any]:
+        """Rows of the change that part `i` makes, which lie in one block."""
+        first, stop = self._block(i, row)
+        begin, product = self._blocks.get(i, (-1, None))
+        if product is None or begin != first:
+            product = self._product(i, first, stop)
+            self._blocks[i] = (first, product)
+        return product[row - first : row - first + count]
+
+    def vector(self, i: int) -> NDArray[Any]:
+        """The magnitudes of part `i`, in float32 or float64."""
+        return wide_values(self.inputs[i][2], self.wide, self._read)
+
+    def _product(self, i: int, first: int, stop: int) -> NDArray[Any]:
+        """`scale * B @ A` in the rows from `first` to `stop`, in memory that is used again."""
+        import numpy as np
+
+        part, (a, b) = self.parts[i], self.inputs[i][:2]
+        group, first = divmod(first, self.rows)
+        stop, skipped = stop - group * self.rows, part.first_row
+        if b.spec.shape[0] * self.columns * 4 <= _WHOLE_NBYTES and not part.is_transposed:
+            first, stop = 0, b.spec.shape[0]  # small enough to be computed whole, whatever part of it is wanted
+        else:
+            first, stop, skipped = first + skipped, stop + skipped, 0
+        size = (stop - first) * self.columns
+        needed = size * 2 if self.wide is DType.F64 else size
+        memory = self._memory.get(i)
+        if memory is None or len(memory) < needed:
+            memory = self._memory[i] = np.empty(needed, dtype=self.wide.value)
+        rows, columns = slice(first, stop), slice(None)
+        if part.is_transposed:
+            rows, columns = columns, rows
+        shape = (self.columns, stop - first) if part.is_transposed else (stop - first, self.columns)
+        product, term = memory[:size].reshape(shape), memory[needed - size : needed].reshape(shape)
+        factors = find_factors(a, b, part.experts, self.wide, self._read)
+        factors.multiply(product, term, group if part.expert is None else part.expert, rows, columns)
+        if part.scale != 1:
+            product *= np.dtype(self.wide.value).type(part.scale)
+        return product.T if part.is_transposed else product[skipped:]
+
+
+class Factors:
+    """A and B of each expert: slices `[experts, r, in]` and `[experts, out, r]`, one of each in float32."""
+
+    def __init__(self, a: NDArray[Any], b: NDArray[Any]) -> None:
+        self._a, self._b = [a], [b]
+        if a.dtype == "float64":
+            bits = (53 - (a.shape[1] - 1).bit_length()) // 2
+            self._a, self._b = split(a, 1, bits), split(b, 2, bits)
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Which slices are multiplied, the smallest products first."""
+        pairs = [(i, j) for i in range(len(self._b)) for j in range(len(self._a)) if i + j < _SLICES]
+        return sorted(pairs, key=lambda pair: (-sum(pair), pair))
+
+    def multiply(self, out: NDArray[Any], term: NDArray[Any], expert: int, rows: slice, columns: slice) -> None:
+        """`out = B[expert, rows] @ A[expert, :, columns]`; `term` is memory of the same shape."""
+        for n, (i, j) in enumerate(self._pairs):
+            matmul(term if n else out, self._b[i][expert, rows], self._a[j][expert, :, columns])
+            if n:
+                out += term
+
+
+def split(values: NDArray[Any], axis: int, bits: int) -> list[NDArray[Any]]:
+    """Float64 values as a sum of slices, each of `bits` bits from the largest number along `axis` downward."""
+    import numpy as np
+
+    slices: list[NDArray[Any]] = []
+    rest = values
+    while not slices or (len(slices) < _SLICES and rest.any()):
+        exponents = np.frexp(np.abs(rest).max(axis=axis, keepdims=True, initial=0.0))[1]
+        anchor = np.ldexp(0.75, exponents + (53 - bits))
+        top = (rest + anchor) - anchor
+        slices.append(np.ascontiguousarray(top))
+        rest = rest - top
+    return slices
+
+
+def block_height(rows: int, columns: int, rank: int, is_transposed: bool) -> int:
+    """How many rows of a product are computed at once.
+
+    Blocks of 192 or 384 rows from the first on, the last with a rest of less than half of that, have the bits of the
+    whole product, or of its columns where the weight is transposed: MKL works on 24 or 48 of them at a time, and
+    otherwise on a few that are left. A small product is computed whole.
+    """
+    height = 192 if rank <= 512 and not is_transposed else 384
+    return max(rows, 1) if rows * columns * 4 <= _WHOLE_NBYTES or rows < height else height
+
+
+def split_inputs(parts: Sequence[Part], inputs: Sequence[LazyTensor]) -> list[tuple[LazyTensor, ...]]:
+    """The inputs of each part."""
+    found, taken = [], 0
+    for part in parts:
+        found.append(tuple(inputs[taken : taken + part.n_inputs]))
+        taken += part.n_inputs
+    return found
+
+
+def find_factors(a: LazyTensor, b: LazyTensor, experts: int, wide: DType, read: Evaluator) -> Factors:
+    """The factors in `wide`, kept for the next tensors: those of experts serve many."""
+    known: OrderedDict[object, Factors] = read.running.setdefault("lora factors", OrderedDict())
+    key = (a, b, wide)
+    if key not in known:
+        left, right = (wide_values(t, wide, read).reshape(t.spec.shape) for t in (a, b))
+        left = left.reshape(experts, -1, left.shape[1])
+        right = right.reshape(len(right), -1, experts).transpose(2, 0, 1)
+        known[key] = Factors(left, right.copy())
+        while len(known) > _KEPT:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return known[key]
+
+
+def wide_values(tensor: LazyTensor, wide: DType, read: Evaluator) -> NDArray[Any]:
+    """All values of a small tensor, flat; of float64 ones those of float32, in which peft keeps factors."""
+    import numpy as np
+
+    values = np.empty(tensor.spec.numel, dtype=np.float32)
+    with read.scratch(tensor.nbytes) as buffer:
+        read(tensor, 0, buffer)
+        to_wider(memory_of(values), DType.F32, buffer, tensor.spec.dtype)
+    return values.astype(wide.value, copy=False)
+
+
+def memory_of(array: NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array."""
+    return memoryview(array.reshape(-1).view("uint8"))  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
+def to_wider(out: memoryview, wide: DType, source: memoryview, dtype: DType) -> None:
+    """`out = source` in a wider type, or the same; nothing if both are one memory."""
+    if wide is not dtype:
+        convert(out, wide, source, dtype)
+    elif out is not source:
+        out[:] = source
+
+
+def to_narrower(out: memoryview, dtype: DType, source: memoryview, wide: DType, read: Evaluator) -> None:
+    """`out = source` in a narrower type or the same, rounded once to the nearest; torch rounds float64 twice."""
+    import numpy as np
+
+    if wide is not DType.F64 or dtype is DType.F32:
+        to_wider(out, dtype, source, wide)
+        return
+    values = np.frombuffer(source, dtype=np.float64)
+    with read.scratch(len(source) // 2) as buffer:
+        # Rounding to odd first: as there are bits to spare, the second rounding then is as if it were the only one.
+        rounded = np.frombuffer(buffer, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            rounded[:] = values
+        bits = rounded.view(np.uint32)
+        is_odd = rounded != values
+        bits -= np.abs(rounded) > np.abs(values)
+        bits |= is_odd
+        convert(out, dtype, buffer, DType.F32)
+
+
+def add_rounded(matrix: NDArray[np.floating[Any]], change: NDArray[Any], dtype: DType, read: Evaluator) -> None:
+    """`matrix += change`, the change rounded to `dtype` first."""
+    import numpy as np
+
+    wide = DType(str(matrix.dtype))
+    with read.scratch(matrix.nbytes) as buffer, read.scratch(matrix.size * dtype.itemsize) as small:
+        rounded = np.frombuffer(buffer, dtype=matrix.dtype).reshape(matrix.shape)
+        rounded[:] = change
+        to_narrower(small, dtype, buffer, wide, read)
+        convert(buffer, wide, small, dtype)
+        matrix += rounded

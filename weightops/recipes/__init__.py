@@ -1,0 +1,1 @@
+"""Recipes: sources, operations on them, and outputs; what every command that writes a checkpoint is, in one line."""

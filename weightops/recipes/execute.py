@@ -1,0 +1,217 @@
+"""Running a recipe: open the sources, derive, plan every output, and write all of them from one read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
+from weightops.engine.run import run_all
+from weightops.engine.values import values
+from weightops.errors import UsageError
+from weightops.formats import checksums
+from weightops.formats import manifest as manifest_format
+from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.formats.manifest import Manifest
+from weightops.lazy import Evaluate, LazyTensor
+from weightops.manifests import find_manifest
+from weightops.ops.stored import without_shared_checks
+from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Origin, Plan, make_plan, parse_size
+from weightops.recipes.observe import observe
+from weightops.recipes.recipe import Recipe, Step
+from weightops.recipes.verbs import find_verb
+
+if TYPE_CHECKING:
+    from weightops.remote.web import Web
+
+StrPath = str | os.PathLike[str]
+
+
+class Files(TypedDict, total=False):
+    """How a checkpoint is laid out in files.
+
+    `format`: safetensors, torch (byte-identical to torch.save) or torch-1.12 (to that of 2022 and 2023).
+    `max_shard_size`: bytes, `"5GB"`, or `"source"` for the grouping of the source's files.
+    `expect`: a manifest, checksum list or published name that the result must match to be published.
+    `digests`: more algorithms to record per file than xxh3_128. `card`: write a model card, README.md.
+    `reflink`: share the blocks of unchanged tensors with the source where the file system can (btrfs, XFS); headers are
+    padded for that, so that files are not byte-identical to those of `save_file`.
+    """
+
+    format: str
+    max_shard_size: str | int
+    expect: StrPath | None
+    digests: Sequence[str]
+    card: bool
+    reflink: bool
+
+
+class Running(TypedDict, total=False):
+    """How to write.
+
+    `workers`: shards in work at once. `overwrite`: replace an existing output once the new one is whole.
+    `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop, and
+    the `web` to read sources on servers through; one with defaults is opened if it has none.
+    """
+
+    workers: int | None
+    overwrite: bool
+    restart: bool
+    dry_run: bool
+    control: Control | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written, or with `dry_run` would be: then `manifest` is None."""
+
+    out: Path
+    plan: Plan
+    manifest: Manifest | None
+    resumed: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A checkpoint to be written, the sources it comes from by role, and how it was made."""
+
+    checkpoint: Checkpoint
+    files: Files
+    recipe: Mapping[str, Any]
+    sources: Mapping[str, Checkpoint]
+
+
+def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
+    """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
+    with connected(running, any(is_remote(place.path) for place in recipe.sources.values())) as web:
+        control = running.get("control") or Control()
+        made = {name: open_checkpoint(place.path, web, place.weights) for name, place in recipe.sources.items()}
+        sources = dict(made)
+        evaluate = _evaluate(control)
+        for name in recipe.order():
+            made[name] = _apply(recipe.steps[name], made, evaluate)
+        wanted = {}
+        for folder, destination in recipe.outputs.items():
+            checkpoint = made[destination.name]
+            if destination.cast:
+                cast = Step("cast", {"source": (destination.name,)}, destination.cast)
+                checkpoint = _apply(cast, made, evaluate)
+            behind = recipe.behind(destination.name)
+            origins = {role: source for role, source in sources.items() if role in behind}
+            files: Files = {**destination.files}  # type: ignore[typeddict-item]  # checked when the recipe was read
+            wanted[Path(folder)] = Wanted(checkpoint, files, recipe.to_json(folder), origins)
+        return write_all(wanted, running)
+
+
+def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate) -> Checkpoint:
+    """The checkpoint that a step makes, with the warnings of all that went into it."""
+    verb = find_verb(step.verb)
+    inputs: dict[str, Any] = {}
+    for role, names in step.inputs.items():
+        inputs[role] = [made[name] for name in names] if verb.roles[role] else made[names[0]]
+    options = {name: verb.option(name, value) for name, value in step.options.items()}
+    supplied = {"evaluate": evaluate} if "evaluate" in verb.supplied else {}
+    result = verb.function(**inputs, **options, **supplied)
+    said = [w for names in step.inputs.values() for name in names for w in made[name].warnings]
+    # What lay beside a source says nothing of what was made of it.
+    return replace(result, warnings=tuple(dict.fromkeys((*said, *result.warnings))), folder=None)
+
+
+def _evaluate(control: Control) -> Evaluate:
+    def evaluate(tensors: Sequence[LazyTensor]) -> list[bytes]:
+        return values([without_shared_checks(tensor) for tensor in tensors], control)
+
+    return evaluate
+
+
+def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Result]:
+    """Plan all outputs, and unless it is a dry run write them."""
+    plans = {out: _plan(each, out.name) for out, each in wanted.items()}
+    if running.get("dry_run"):
+        return {out: Result(out, plans[out], None, (), each.checkpoint.warnings) for out, each in wanted.items()}
+    with connected(running, any(plan.is_remote for plan in plans.values())):
+        outcomes = run_all(
+            plans,
+            workers=running.get("workers"),
+            overwrite=running.get("overwrite", False),
+            restart=running.get("restart", False),
+            control=running.get("control"),
+        )
+    return {
+        out: Result(outcome.out, plans[out], outcome.manifest, outcome.resumed, (*each.checkpoint.warnings, *more))
+        for (out, each), outcome in zip(wanted.items(), outcomes, strict=True)
+        for more in [outcome.warnings]
+    }
+
+
+def _plan(wanted: Wanted, title: str) -> Plan:
+    checkpoint, files = wanted.checkpoint, wanted.files
+    origins: tuple[Origin, ...] = ()
+    recipe = dict(wanted.recipe)
+    if checkpoint.dropped:
+        recipe["dropped"] = dict(checkpoint.dropped)
+    checkpoint, origins = observe(checkpoint, wanted.sources)
+    size = files.get("max_shard_size", DEFAULT_SHARD_NBYTES)
+    expect = files.get("expect")
+    plan = make_plan(
+        checkpoint,
+        recipe,
+        container=_container(checkpoint.container, files.get("format", "safetensors")),
+        max_shard_nbytes=None if size == "source" else size if isinstance(size, int) else parse_size(size),
+        digests=tuple(files.get("digests", ())),
+        expect=read_expectation(expect) if expect is not None else None,
+        origins=origins,
+        reflink=files.get("reflink", False),
+    )
+    if not files.get("card"):
+        return plan
+    from weightops.operations.card import card  # imported here because few runs write one
+
+    names = {origin.role: origin.name for origin in origins}
+    readme = card(title, recipe, names, files=plan.shard_nbytes, warnings=checkpoint.warnings)
+    return replace(plan, documents=(*plan.documents, readme))
+
+
+def _container(own: str | None, wanted: str) -> str:
+    """The container that a layout demands, or else the one that is wanted; raises `UsageError` if they differ."""
+    if own is None or wanted == own or (own, wanted) == ("torch", "torch-1.12"):
+        return wanted
+    if wanted != "safetensors":
+        raise UsageError(f"this layout is always written as {own} files, not {wanted}", hint="leave out --format")
+    return own
+
+
+def read_expectation(name_or_path: StrPath) -> Expectation:
+    """What a manifest of ours (its tensors) or a checksum list (its files) demands of an output."""
+    path = find_manifest(os.fspath(name_or_path))
+    if path.suffix == ".json":
+        found = manifest_format.read_manifest(path)
+        return Expectation(path.name, {}, {n: t.xxh3_128 for n, t in found.tensors.items()})
+    files: dict[str, dict[str, str]] = {}
+    for entry in checksums.read_checksums(path).entries:
+        files.setdefault(entry.name, {})[entry.algorithm] = entry.hex
+    return Expectation(path.name, files, {})
+
+
+@contextmanager
+def connected(running: Running, remote: bool) -> Iterator[Web | None]:
+    """The web of the control in `running`; if there is none and something is remote, one with defaults."""
+    control = running.get("control") or Control()
+    if control.web is not None or not remote:
+        yield control.web
+        return
+    from weightops.remote.web import Web
+
+    running["control"] = control
+    with Web() as web:
+        control.web = web
+        try:
+            yield web
+        finally:
+            control.web = None

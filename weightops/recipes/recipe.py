@@ -1,0 +1,278 @@
+"""A recipe as a value: where checkpoints come from, what is made of them, where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weightops.errors import SourceMissing, UsageError, WeightopsError
+from weightops.formats.folder import is_remote
+from weightops.io.escape import escape
+from weightops.plan import parse_size
+from weightops.recipes.document import Document, Place, read_document
+from weightops.recipes.verbs import Verb, find_verb
+
+CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy")
+"""What an output may say of its tensors: they are cast last."""
+FILE_FIELDS = ("format", "max_shard_size", "expect", "digests", "card", "reflink")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a source lies: a path, hub repository or URL; `weights` is a glob for the weight files to go by."""
+
+    path: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation on named checkpoints. `inputs` gives the names for each of its roles."""
+
+    verb: str
+    inputs: Mapping[str, tuple[str, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The options, as JSON, that are not what they would be anyway."""
+        defaults = find_verb(self.verb).defaults
+        chosen = {k: v for k, v in self.options.items() if v not in (None, (), [], {}) and v != defaults.get(k)}
+        return {k: _plain(v) for k, v in chosen.items()}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What goes into an output folder: the checkpoint of this name, cast by `cast`, in files as `files` says."""
+
+    name: str
+    cast: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sources and steps by name, destinations by folder. `document` is what it was read from, for messages."""
+
+    sources: Mapping[str, Location]
+    steps: Mapping[str, Step]
+    outputs: Mapping[str, Destination]
+    document: Document
+
+    def order(self) -> list[str]:
+        """The names of the steps, each after those that it builds on."""
+        done: dict[str, None] = {}
+        for name in self.steps:
+            self._visit(name, (), done)
+        return list(done)
+
+    def _visit(self, name: str, above: tuple[str, ...], done: dict[str, None]) -> None:
+        if name in above:
+            circle = " -> ".join(map(escape, (*above[above.index(name) :], name)))
+            self.document.fail(("tensors", name), f"is made of itself ({circle})")
+        if name in self.steps and name not in done:
+            for source in _inputs(self.steps[name]):
+                self._visit(source, (*above, name), done)
+            done[name] = None
+
+    def behind(self, name: str) -> set[str]:
+        """The name, and those of everything that it is made of."""
+        found = {name}
+        for source in _inputs(self.steps[name]) if name in self.steps else ():
+            found |= self.behind(source)
+        return found
+
+    def to_json(self, folder: str) -> dict[str, Any]:
+        """What of the recipe made one output: its steps, and what was said of it; names, no paths."""
+        destination = self.outputs[folder]
+        needed = self.behind(destination.name)
+        steps = {
+            name: {self.steps[name].verb: {**_named(self.steps[name].inputs), **self.steps[name].said}}
+            for name in self.order()
+            if name in needed
+        }
+        cast = {k: _plain(v) for k, v in destination.cast.items()}
+        return {"tensors": steps, "output": {"from": destination.name, **cast}}
+
+
+def _inputs(step: Step) -> Iterable[str]:
+    return (name for names in step.inputs.values() for name in names)
+
+
+def _named(inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    return {role: names[0] if len(names) == 1 else list(names) for role, names in inputs.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON, which does not keep the order of a mapping's fields: several become a list of pairs."""
+    if isinstance(value, Mapping) and len(value) > 1:
+        return [list(pair) for pair in value.items()]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def one_step(
+    verb: str,
+    sources: Mapping[str, Location | tuple[Location, ...]],
+    options: Mapping[str, Any],
+    out: str,
+    files: Mapping[str, Any],
+) -> Recipe:
+    """The recipe that a command is: one operation on sources that are named after its roles, one output."""
+    names: dict[str, Location] = {}
+    inputs: dict[str, tuple[str, ...]] = {}
+    for role, given in sources.items():
+        places = (given,) if isinstance(given, Location) else given
+        own = [role if len(places) == 1 else f"{role}-{i}" for i in range(1, len(places) + 1)]
+        names |= dict(zip(own, places, strict=True))
+        inputs[role] = tuple(own)
+    step, destination = Step(verb, inputs, options), Destination("result", {}, files)
+    return Recipe(names, {"result": step}, {out: destination}, Document({}, verb))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file; paths in it count from its folder. Raises `SourceMissing`, and as `parse_recipe` does."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SourceMissing(f"{escape(str(path))}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{escape(str(path))}: cannot be read ({escape(str(error))})") from None
+    return parse_recipe(read_document(text, escape(str(path))), path.parent)
+
+
+def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
+    """Check a recipe before anything is opened; raises `UsageError` naming line and field.
+
+    Relative paths count from `folder`.
+    """
+    fields = ("sources", "tensors", "outputs")
+    for name in document.data:
+        if name not in fields:
+            document.fail((name,), "unknown field", hint=f"a recipe has {', '.join(fields)}")
+    parts = {name: document.mapping((name,), document.data.get(name, {})) for name in fields}
+    for name in ("sources", "outputs"):
+        if not parts[name]:
+            document.fail((), f"has no {name}")
+    sources = {name: _location(document, name, value, folder) for name, value in parts["sources"].items()}
+    twice = next((name for name in parts["tensors"] if name in sources), None)
+    if twice is not None:
+        document.fail(("tensors", twice), "is the name of a source already")
+    known = {*sources, *parts["tensors"]}
+    steps = {name: _step(document, name, value, known) for name, value in parts["tensors"].items()}
+    outputs = {}
+    for name, value in parts["outputs"].items():
+        outputs[_path(name, folder)] = _destination(document, name, value, known, folder)
+    recipe = Recipe(sources, steps, outputs, document)
+    recipe.order()
+    used = set().union(*(recipe.behind(destination.name) for destination in outputs.values()))
+    for part, names in (("sources", sources), ("tensors", steps)):
+        for name in names:
+            if name not in used:
+                document.fail((part, name), "is used by no output", hint="remove it, or name it in an output's `from`")
+    return recipe
+
+
+def _location(document: Document, name: str, value: Any, folder: Path) -> Location:
+    place: Place = ("sources", name)
+    if not isinstance(value, Mapping):
+        return Location(_path(document.text(place, value), folder))
+    unknown = next((key for key in value if key not in ("path", "weights")), None)
+    if unknown is not None:
+        document.fail((*place, unknown), "unknown field", hint="a source has path and weights")
+    path, weights = document.text((*place, "path"), value.get("path")), value.get("weights")
+    return Location(_path(path, folder), None if weights is None else document.text((*place, "weights"), weights))
+
+
+def _path(text: str, folder: Path) -> str:
+    return text if is_remote(text) else str(folder / Path(text).expanduser())
+
+
+def _step(document: Document, name: str, value: Any, known: set[str]) -> Step:
+    place: Place = ("tensors", name)
+    fields = document.mapping(place, value)
+    if len(fields) != 1:
+        document.fail(place, f"expected one operation, found {len(fields)}", hint="for example {cast: {source: base}}")
+    ((verb_name, arguments),) = fields.items()
+    try:
+        verb = find_verb(verb_name)
+    except WeightopsError as error:
+        raise document.blame(place, error) from None
+    place = (*place, verb_name)
+    arguments = document.mapping(place, arguments)
+    inputs: dict[str, tuple[str, ...]] = {}
+    options: dict[str, Any] = {}
+    for key, given in arguments.items():
+        own, field_name = (*place, key), key.replace("-", "_")
+        if field_name in verb.roles:
+            inputs[field_name] = _references(document, own, given, known, several=verb.roles[field_name])
+        elif field_name in verb.options:
+            options[field_name] = _checked(document, own, verb, field_name, given)
+        else:
+            document.fail(own, "unknown field", hint=f"{verb_name} takes {', '.join((*verb.roles, *verb.options))}")
+    missing = [n for n in (*verb.roles, *verb.options) if n not in inputs and n not in {*options, *verb.defaults}]
+    if missing:
+        document.fail(place, f"lacks {missing[0]}")
+    return Step(verb_name, inputs, options)
+
+
+def _checked(document: Document, place: Place, verb: Verb, name: str, value: Any) -> Any:
+    """`value` as it was written, once it is known to be one."""
+    try:
+        verb.option(name, value)
+    except UsageError as error:
+        raise document.blame(place, error) from None
+    return value
+
+
+def _references(document: Document, place: Place, given: Any, known: set[str], several: bool) -> tuple[str, ...]:
+    names = document.names(place, given)
+    if not names or (len(names) > 1 and not several):
+        document.fail(place, f"expected one name, found {len(names)}")
+    for name in names:
+        if name not in known:
+            document.fail(
+                place, f"there is no {escape(name)}", hint=f"there are {', '.join(sorted(map(escape, known)))}"
+            )
+    return names
+
+
+def _destination(document: Document, name: str, value: Any, known: set[str], folder: Path) -> Destination:
+    place: Place = ("outputs", name)
+    fields = {key.replace("-", "_"): given for key, given in document.mapping(place, value).items()}
+    if is_remote(name):
+        document.fail(place, "an output must be a folder on this machine")
+    if "from" not in fields:
+        document.fail(place, "lacks from", hint="it says which checkpoint goes there")
+    (source,) = _references(document, (*place, "from"), fields.pop("from"), known, several=False)
+    unknown = next((key for key in fields if key not in (*CAST_FIELDS, *FILE_FIELDS)), None)
+    if unknown is not None:
+        hint = f"an output has from, {', '.join((*CAST_FIELDS, *FILE_FIELDS))}"
+        document.fail((*place, unknown), "unknown field", hint=hint)
+    casts = {k: _checked(document, (*place, k), find_verb("cast"), k, fields[k]) for k in CAST_FIELDS if k in fields}
+    files = {k: fields[k] for k in FILE_FIELDS if k in fields}
+    _check_files(document, place, files)
+    beside = folder / str(files.get("expect", ""))
+    if "expect" in files and beside.exists():
+        files["expect"] = str(beside)
+    return Destination(source, casts, files)
+
+
+def _check_files(document: Document, place: Place, files: Mapping[str, Any]) -> None:
+    size = files.get("max_shard_size")
+    if isinstance(size, str) and size != "source":
+        try:
+            parse_size(size)
+        except UsageError as error:
+            raise document.blame((*place, "max_shard_size"), error) from None
+    elif size is not None and (isinstance(size, bool) or not isinstance(size, int | str)):
+        document.fail((*place, "max_shard_size"), "expected a size such as 5GB")
+    for key in ("format", "expect"):
+        if key in files:
+            document.text((*place, key), files[key])
+    if "digests" in files:
+        document.names((*place, "digests"), files["digests"])
+    for key in ("card", "reflink"):
+        if not isinstance(files.get(key, False), bool):
+            document.fail((*place, key), "expected true or false")

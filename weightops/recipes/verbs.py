@@ -1,0 +1,76 @@
+"""The operations by name. An operation's signature is its schema: what it takes from, and what may be said of it.
+
+Parameters that take a `Checkpoint`, or a sequence of them, are its sources; keyword-only ones are its options;
+`evaluate` is handed in by whoever runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import UsageError
+from weightops.spec import DType, parse_dtype
+
+VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora")
+_SUPPLIED = ("evaluate",)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """An operation. `roles` says of each source whether there may be several; `options` gives types by name.
+
+    Options without a default must be given.
+    """
+
+    name: str
+    function: Callable[..., Checkpoint]
+    roles: Mapping[str, bool]
+    options: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    supplied: frozenset[str]
+
+    def option(self, name: str, value: Any) -> Any:
+        """An option's value as the operation wants it; raises `UsageError` if it cannot be that."""
+        wanted = self.options[name]
+        if DType in (wanted, *get_args(wanted)):
+            if value is None or isinstance(value, DType):
+                return value
+            if not isinstance(value, str):
+                raise UsageError(f"expected the name of a dtype, found {value!r}")
+            return parse_dtype(value)
+        if isinstance(value, str) and get_origin(wanted) is Sequence:
+            value = [value]
+        try:
+            return msgspec.convert(value, wanted)
+        except msgspec.ValidationError as error:
+            raise UsageError(str(error).replace(" - at `$`", "").replace("`", "").lower()) from None
+
+
+@cache
+def find_verb(name: str) -> Verb:
+    """The operation of that name, which is imported; raises `UsageError` if there is none."""
+    if name not in VERBS:
+        raise UsageError(f"unknown operation {name!r}", hint=f"known are {', '.join(VERBS)}")
+    identifier = name.replace("-", "_")
+    function = getattr(importlib.import_module(f"weightops.operations.{identifier}"), identifier)
+    hints = get_type_hints(function)
+    roles, options, defaults = {}, {}, {}
+    parameters = inspect.signature(function).parameters
+    for parameter in parameters.values():
+        kind = hints[parameter.name]
+        if kind in (Checkpoint, Sequence[Checkpoint]):
+            roles[parameter.name] = kind is not Checkpoint
+        elif parameter.name not in _SUPPLIED:
+            options[parameter.name] = kind
+            if parameter.default is not parameter.empty:
+                defaults[parameter.name] = parameter.default
+    supplied = frozenset(_SUPPLIED) & parameters.keys()
+    return Verb(name, function, roles, options, defaults, supplied)
