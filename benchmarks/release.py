@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -25,6 +25,8 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 State = dict[str, torch.Tensor]
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+MOE = {"hidden_size": 64, "intermediate_size": 112, "num_experts_per_tok": 2, **SMALL}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,6 +50,29 @@ def llama(**changes: Any) -> PretrainedConfig:
     sizes = {"hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 2, "vocab_size": 101}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
     return AutoConfig.for_model("llama", **{**sizes, **heads, "tie_word_embeddings": False, **changes})
+
+
+def config_of(kind: str) -> PretrainedConfig:
+    """The config of a small model of this kind."""
+    match kind:
+        case "tied":
+            return llama(tie_word_embeddings=True)
+        case "biased":
+            return llama(attention_bias=True)
+        case "gpt2":
+            return AutoConfig.for_model("gpt2", n_embd=64, n_layer=1, n_head=4, vocab_size=99, n_positions=32)
+        case "phi3":
+            return AutoConfig.for_model("phi3", hidden_size=64, intermediate_size=112, pad_token_id=0, **SMALL)
+        case "gpt_neox":
+            return AutoConfig.for_model("gpt_neox", hidden_size=64, intermediate_size=112, **SMALL)
+        case "mixtral":
+            return AutoConfig.for_model("mixtral", num_local_experts=4, **MOE)
+        case "qwen3_moe":
+            return AutoConfig.for_model("qwen3_moe", num_experts=4, moe_intermediate_size=48, head_dim=16, **MOE)
+        case "gpt_oss":
+            return AutoConfig.for_model("gpt_oss", num_local_experts=4, head_dim=16, **{**MOE, "intermediate_size": 64})
+        case _:
+            return llama()
 
 
 def save_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -114,6 +139,26 @@ def merged_by_peft(
 def state(folder: Path) -> State:
     """All tensors of a folder of safetensors files."""
     return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
+
+
+class Made:
+    """Models and adapters, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Path] = {}
+
+    def _once(self, key: str, make: Any) -> Path:
+        if key not in self._known:
+            self._known[key] = make(self._folder / str(len(self._known)))
+        return self._known[key]
+
+    def base(self, kind: str = "llama", dtype: str = "fp32") -> Path:
+        return self._once(f"{kind} {dtype}", lambda path: save_model(path, config_of(kind), DTYPES[dtype]))
+
+    def adapter(self, kind: str = "llama", **settings: Any) -> Path:
+        base = self.base(kind)
+        return self._once(f"{kind} {settings}", lambda path: save_adapter(path, base, **settings))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     written, for the checks and digests in them; `documents` are files that depend on digests. `container` is what it
     has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice.
     `dropped` are tensors that were left out, each with the reason. Of one that was opened, `folder` is where it lies,
-    `origin` where it was downloaded from, and `content_id` and `digests` (by tensor) are what the manifest there says of it.
+    `origin` where it was downloaded from, and `content_id` and `digests` (by tensor) are what the manifest there says.
     """
 
     name: str

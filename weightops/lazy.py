@@ -163,10 +163,8 @@ class Evaluator:
         """What the ops that watch bytes go by (digests, CRCs) remember, by node or by op."""
         self.witnesses: dict[str, str] = {}
         """Digests of tensors that were watched to their end, by label."""
-        self.losses: dict[str, Any] = {}
-        """What casts have lost so far, by label."""
-        self.notes: dict[str, dict[str, float]] = {}
-        """What other ops have to say of a tensor, by label: numbers by name."""
+        self.notes: dict[LazyTensor, tuple[str, dict[str, float]]] = {}
+        """What ops have found out about a tensor: a label, and numbers by name."""
         self._spare: list[bytearray] = []
         self._kept: dict[LazyTensor, _Kept] = {}
 
@@ -204,6 +202,11 @@ class Evaluator:
             yield
         finally:
             self._kept = {}
+
+    def noted(self, tensors: Iterable[LazyTensor]) -> dict[str, dict[str, float]]:
+        """By label, what has been found out about these tensors and what they are made of."""
+        nodes = (node for tensor in tensors for node in tensor.walk())
+        return dict(self.notes[node] for node in nodes if node in self.notes)
 
     def whole(self, tensor: LazyTensor) -> bytes:
         """All bytes of a small tensor."""

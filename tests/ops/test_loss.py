@@ -109,13 +109,12 @@ def reference(values: torch.Tensor, new: DType, mode: Overflow | None) -> tuple[
     nan = np.isnan(x)
     assert (np.isnan(y) == nan).all() or fnuz or new is DType.F8_E4M3
     held = lost & (np.abs(y) == largest_number(new))
-    size, (least, normal) = np.abs(y), SMALLEST[new]
+    size, normal = np.abs(y), SMALLEST[new][1]
     rest = ~nan & ~lost & np.isfinite(x) & (x != 0)
     with np.errstate(all="ignore"):
         errors = (np.abs(y - x) / np.abs(x))[rest]
     if DType.F64 not in (old, new):
         errors = errors.astype(np.float32)
-    assert least > 0
     return to_bytes(result), Loss(
         elements=x.size,
         changed=int((~nan & (x != y)).sum()),
@@ -134,7 +133,7 @@ def counted(tensor: LazyTensor, block: int) -> tuple[bytes, Loss]:
     with Evaluator() as read:
         for start in range(0, tensor.nbytes, block):
             read(tensor, start, memoryview(out)[start : start + block])
-        return bytes(out), read.losses["x"]
+        return bytes(out), losses_of([tensor], read)["x"]
 
 
 @pytest.mark.parametrize(("old", "new"), PAIRS)
@@ -154,18 +153,18 @@ def test_bits_and_counts_are_those_of_the_reference(
     assert counted(tensor, block) == reference(values, new, mode)
 
 
-@pytest.mark.parametrize("new", [d for d in FLOATS if not d.name.endswith("FNUZ")])
-@pytest.mark.parametrize("old", [DType.F32, DType.F64])
+NARROWER = [
+    (old, new) for old, new in PAIRS if old in (DType.F32, DType.F64) and old.bits > new.bits and "FNUZ" not in new.name
+]
+
+
+@pytest.mark.parametrize(("old", "new"), NARROWER)
 def test_refuse_accepts_everything_up_to_the_tie_and_nothing_from_there(old: DType, new: DType) -> None:
-    if new in (old, DType.F64):
-        pytest.skip("nothing is too large")
     step = np.float32 if old is DType.F32 or new is not DType.F32 else np.float64
     first = step(TIES[new])
     if new is DType.F8_E4M3:
         first = np.nextafter(first, step(np.inf))
     last = np.nextafter(first, step(0))
-    if old is DType.F32 and new is DType.BF16:
-        assert np.isfinite(first)
     fine = torch.tensor([float(last), -float(last), 1.0], dtype=torch_dtype(old))
     if new is not DType.F8_E4M3:
         fine = torch.cat([fine, torch.tensor([math.inf, -math.inf, math.nan], dtype=torch_dtype(old))])
@@ -215,7 +214,7 @@ def test_a_block_that_is_read_twice_or_out_of_order_is_counted_once() -> None:
     with Evaluator() as read:
         for start in (half, 0, 0, half, 0):
             read(tensor, start, memoryview(out)[start : start + half])
-        assert (bytes(out), read.losses["x"]) == (expected, loss)
+        assert (bytes(out), losses_of([tensor], read)) == (expected, {"x": loss})
 
 
 def test_two_casts_of_one_tensor_are_told_apart() -> None:
@@ -229,6 +228,15 @@ def test_two_casts_of_one_tensor_are_told_apart() -> None:
         for tensor in (half, brain):
             assert losses_of([tensor, tensor], read) == {"x": reference(values, tensor.spec.dtype, None)[1]}
         assert losses_of([source], read) == {}
+
+
+def test_of_casts_in_a_row_the_last_is_told() -> None:
+    values = numbers(DType.F32, DType.BF16, "weights", 1, 4096)
+    first = counted_cast(given_tensor(values), DType.BF16, "x")
+    second = counted_cast(first, DType.F16, "x")
+    with Evaluator() as read:
+        read(second, 0, memoryview(bytearray(8192)))
+        assert losses_of([second], read) == {"x": reference(values.bfloat16(), DType.F16, None)[1]}
 
 
 def test_what_is_in_the_type_already_is_not_cast() -> None:

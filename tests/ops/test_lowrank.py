@@ -141,8 +141,9 @@ def test_what_the_factors_hold_is_noted() -> None:
     inputs = pair(with_spectrum(SPECTRA["slow"][:40], 60, 40), base)
     change = as_matrix(inputs[1]) - base
     with Evaluator() as read:
-        read.whole(low_rank(inputs, 5, "right"))
-        found = read.notes["x"]
+        factor = low_rank(inputs, 5, "right")
+        read.whole(factor)
+        found = read.noted([factor])["x"]
     residual = np.linalg.norm(change - product(inputs, 5))
     assert found["energy"] == pytest.approx(1 - (residual / np.linalg.norm(change)) ** 2, abs=1e-6)
     assert found["rank"] == 5

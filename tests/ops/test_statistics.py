@@ -29,10 +29,11 @@ SHORT = [d for d in ALL if d.itemsize <= 2]
 
 def measure(tensor: LazyTensor, block_nbytes: int = 1 << 22, *, rows: bool = False) -> TensorStatistics:
     with Evaluator() as read:
-        for _ in read.drain(statistics(tensor, "x", rows=rows), block_nbytes):
+        node = statistics(tensor, "x", rows=rows)
+        for _ in read.drain(node, block_nbytes):
             pass
         assert not read.running
-        return TensorStatistics.from_note(read.notes["x"])
+        return TensorStatistics.from_note(read.noted([node])["x"])
 
 
 def expected(tensor: torch.Tensor, dtype: DType) -> TensorStatistics:
@@ -117,7 +118,7 @@ def test_a_range_that_comes_twice_or_late_is_not_counted() -> None:
         read(node, 0, out[:20])
         read(node, 0, out[:20])
         read(node, 20, out[20:])
-        assert TensorStatistics.from_note(read.notes["x"]).elements == 10
+        assert TensorStatistics.from_note(read.noted([node])["x"]).elements == 10
 
 
 @pytest.mark.parametrize("value", [-(2**63), 2**63 - 1, 2**54 - 1, 2**53 + 1, -(2**32), 1])

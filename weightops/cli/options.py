@@ -137,9 +137,7 @@ def connected(quiet: bool, *sources: Path | str | Sequence[Path | str]) -> Itera
                 control.web.close()
 
 
-def write(
-    function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any
-) -> None:
+def write(function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any) -> None:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
     with connected(quiet, *arguments) as control:
@@ -162,6 +160,9 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         )
         if result.manifest.losses:
             click.echo(_loss_text(result.manifest.losses))
+        energies = {name: note for name, note in result.manifest.notes.items() if "energy" in note}
+        if energies:
+            click.echo(_energy_text(energies))
         click.echo(f"content {result.manifest.content_id}")
 
 
@@ -187,14 +188,26 @@ def result_document(result: Result, workers: int | None) -> dict[str, Any]:
 
 def _loss_text(losses: Mapping[str, Loss]) -> str:
     """What the casts lost: the sum, and the tensors with the gravest losses."""
-    worst = sorted(losses.items(), key=lambda item: (-item[1].overflowed, -item[1].flushed, -item[1].changed))
+    worst = sorted(losses.items(), key=lambda item: (-item[1].too_large, -item[1].flushed, -item[1].changed))
     rows: list[tuple[str, ...]] = []
     for name, loss in [("all tensors", sum(losses.values(), Loss())), *worst[:_SHOWN_LOSSES]]:
-        counts = (loss.overflowed, loss.flushed, loss.subnormal, loss.nan)
+        counts = (loss.overflowed, loss.saturated, loss.flushed, loss.subnormal, loss.nan)
         share = f"{100 * loss.changed / max(1, loss.elements):.3g} %"
         rows.append((escape(name), share, *map(str, counts), f"{loss.max_relative_error:.2g}"))
-    heads = ("cast", "changed", "to infinity", "to zero", "subnormal", "NaN before", "largest error")
-    return table([heads, *rows], right=range(1, 7))
+    heads = ("cast", "changed", "to infinity", "clamped", "to zero", "subnormal", "NaN before", "largest error")
+    return table([heads, *rows], right=range(1, 8))
+
+
+def _energy_text(notes: Mapping[str, Mapping[str, float]]) -> str:
+    """How much of each change an adapter's rank has captured: the mean, and the modules with least."""
+    least = sorted(notes.items(), key=lambda item: item[1]["energy"])
+    rows = [("module", "rank", "captured", "change")]
+    rows += [
+        (escape(n), f"{note['rank']:.0f}", f"{100 * note['energy']:.4g} %", f"{100 * note.get('change', 0):.3g} %")
+        for n, note in least[:_SHOWN_LOSSES]
+    ]
+    mean = sum(note["energy"] for note in notes.values()) / len(notes)
+    return f"{table(rows, right=(1, 2, 3))}\n{len(notes)} modules, {100 * mean:.4g} % captured on average"
 
 
 def _dry_run_text(result: Result, workers: int | None) -> str:

@@ -52,7 +52,7 @@ def watch_all(what: str, tensors: Sequence[LazyTensor], workers: int, control: C
                     control.progress.advance(nbytes)
             read.files.check_unchanged()
             found.witnesses.update(read.witnesses)
-            found.notes.update(read.notes)
+            found.notes.update(read.notes.values())
 
     control.progress.start(what, sum(tensor.nbytes for tensor in tensors))
     in_threads(workers, control, [drain] * workers)

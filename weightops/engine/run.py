@@ -20,6 +20,7 @@ from weightops.errors import Differs, UsageError, WeightopsError
 from weightops.formats import manifest
 from weightops.io.digests import hash_file
 from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.loss import losses_of
 from weightops.ops.witness import Witness
 from weightops.plan import Plan, Shard
 
@@ -231,8 +232,8 @@ def write_group(shards: Sequence[tuple[Plan, Shard, Path]], control: Control) ->
                 digests=result.digests,
                 tensors=result.tensors,
                 witnesses=read.witnesses,
-                losses=read.losses,
-                notes=read.notes,
+                losses=losses_of(shard.tensors.values(), read),
+                notes=read.noted(shard.tensors.values()),
             )
             for (_, shard, _), result in zip(shards, written, strict=True)
         ]

@@ -113,6 +113,7 @@ class Adapter:
     base: dict[str, LazyTensor] = field(default_factory=dict)
     whole: dict[str, LazyTensor] = field(default_factory=dict)
     rows: dict[str, LazyTensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"{escape(self.name)}: {CONFIG_NAME}"
@@ -171,6 +172,10 @@ def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
     adapter.factors = {key: _factors(parts, checkpoint, adapter.config) for key, parts in modules.items()}
     adapter.base, adapter.rows = tensors[Kind.BASE], tensors[Kind.ROWS]
     adapter.whole = _whole(tensors, adapter, where)
+    if tensors[Kind.ORIGINAL]:
+        adapter.notes += (f"{where}: what modules_to_save replaces is in it too, and not used",)
+    if adapter.config.trainable_token_indices and not adapter.rows:
+        raise CorruptInput(f"{where}: {CONFIG_NAME} has trainable_token_indices, and there are no rows for them")
     return adapter
 
 

@@ -144,7 +144,7 @@ def sidecars(
     It has the fields that every peft since 0.7 knows. A module is scaled by lora_alpha / r, which is 1 for all. Factors
     of experts have the rank `r`, which is how peft stacks them.
     """
-    settings = tuned.config()
+    settings, known_as = tuned.config(), base.config().get("_name_or_path")
     of_experts = [rank for module, rank in ranks.items() if is_expert(module)]
     usual = Counter(of_experts or ranks.values()).most_common(1)[0][0]
     unusual = {module: rank for module, rank in ranks.items() if rank != usual}
@@ -152,7 +152,7 @@ def sidecars(
         "peft_type": "LORA",
         "task_type": None if _headless(ranks) else "CAUSAL_LM",
         "auto_mapping": None,
-        "base_model_name_or_path": base.config().get("_name_or_path") or base.name,
+        "base_model_name_or_path": known_as if known_as and isinstance(known_as, str) else base.name,
         "revision": None,
         "inference_mode": True,
         "r": usual,

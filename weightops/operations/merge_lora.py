@@ -111,7 +111,7 @@ def _read(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> list[A
 
 def _check_values(adapters: Sequence[Adapter], evaluate: Evaluate) -> list[str]:
     """Refuse adapters that hold values that are no numbers, or nothing but zeros; says of which factors that is so."""
-    notes = []
+    notes = [note for adapter in adapters for note in adapter.notes]
     for adapter in adapters:
         vectors = [t for f in adapter.factors.values() for t in (f.bias, f.magnitude) if t is not None]
         matters = _scan(adapter, [*vectors, *adapter.rows.values()], evaluate)

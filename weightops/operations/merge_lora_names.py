@@ -14,7 +14,6 @@ from weightops.io.escape import escape
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 HEADS = ("lm_head", "embed_out")
-_GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _RENAMED = ((".mlp.", ".block_sparse_moe."), ("lm_head.", "embed_out."))
 """What transformers 5 calls a part of a model, and what files call it."""
 
@@ -140,22 +139,27 @@ def find_embeddings(base: Checkpoint) -> Embeddings:
     heads = [name for name in base if is_head(name)]
     if len(embeddings) != 1 or len(heads) > 1:
         return Embeddings(None, None, False)
-    config = base.config()
-    is_tied = tied_in_config(config)
+    is_tied = tied_in_config(base.config())
     if heads:
         return Embeddings(embeddings[0], heads[0], is_tied is True or base[embeddings[0]] == base[heads[0]])
-    architectures = config.get("architectures")
-    other = [a for a in architectures if not str(a).endswith(_GENERATE)] if isinstance(architectures, list) else []
-    return Embeddings(embeddings[0], None, is_tied is not False and not other)
+    return Embeddings(embeddings[0], None, is_tied is not False and _generates(base.config()) is not False)
 
 
-def name_head(embedding: str) -> str | None:
+def name_head(embedding: str, config: Mapping[str, Any]) -> str | None:
     """What files call the output embedding of a model with this input embedding, if that is known."""
     if embedding.startswith("language_model.model."):
         return "language_model.lm_head.weight"
     if embedding == "gpt_neox.embed_in.weight":
         return "embed_out.weight"
-    return "lm_head.weight" if embedding.startswith(("model.", "transformer.")) else None
+    return "lm_head.weight" if embedding.startswith(("model.", "transformer.")) or _generates(config) else None
+
+
+def _generates(config: Mapping[str, Any]) -> bool | None:
+    """Whether the model has an output embedding, by its class in config.json; None if that is not there."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return None
+    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def tied_in_config(config: Mapping[str, Any]) -> bool | None:

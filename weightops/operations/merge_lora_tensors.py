@@ -9,7 +9,7 @@ from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.formats.adapter import CONFIG_NAME, Adapter
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
-from weightops.operations.merge_lora_names import Names, find_embeddings, is_head, name_head, tied_in_config
+from weightops.operations.merge_lora_names import Names, find_embeddings, is_head, name_head
 from weightops.operations.merge_lora_parts import Placed, Placing
 from weightops.ops.arrange import Agreed
 from weightops.ops.dora import merge, steps
@@ -97,19 +97,18 @@ class Merging:
         touched = {self._find(path) for path in self._paths()}
         own = [path for adapter in self._adapters for path in self._own(adapter) if known.is_tied]
         if own and known.head is None and known.embedding is not None:
-            known.head = name_head(known.embedding)
+            known.head = name_head(known.embedding, self._base.config())
+        if own and known.head is None:
+            raise IncompatibleInputs(
+                f"{escape(own[0])} is no longer tied, and what the output embedding is called is not known",
+                hint="give a base in which both embeddings are written out",
+            )
         if known.head is None or known.embedding is None or not known.is_tied:
-            if own and tied_in_config(self._base.config()):
-                raise IncompatibleInputs(
-                    f"{escape(own[0])} is no longer tied, and what the output embedding is called is not known",
-                    hint="give a base in which both embeddings are written out",
-                )
-            self._is_shared = False
             return False
-        self._is_shared = not own
+        self._is_shared = not own and known.embedding in touched
         if own and known.head not in self._base:
             self._values[known.head] = self._base[known.embedding]
-        elif not own and known.head in self._base and known.embedding in touched:
+        elif self._is_shared and known.head in self._base:
             first, second = self._base[known.embedding], self._base[known.head]
             if first != second:
                 problem = f"{self._base.name}: {known.embedding} and {known.head}, which config.json ties"
@@ -146,6 +145,16 @@ class Merging:
                 self._values[name] = new
                 if is_saved:
                     self._saved.add(name)
+            self._check_saved(adapter, {name for name, (of, _) in loaded.items() if of is adapter})
+
+    def _check_saved(self, adapter: Adapter, loaded: Container[str]) -> None:
+        """Refuse an adapter that lacks a tensor of a module in its `modules_to_save`."""
+        for name in self._base:
+            if adapter.is_saved_whole(name) and self._slot(name) not in loaded:
+                raise CorruptInput(
+                    f"{escape(adapter.name)}: lacks {escape(name)}, whose module {CONFIG_NAME} has in modules_to_save",
+                    hint="fetch the adapter again",
+                )
 
     def _fitted(self, adapter: Adapter, path: str, name: str, tensor: LazyTensor) -> LazyTensor:
         """A tensor in place of one of the base: in its dtype, and its shape but for the tokens of an embedding."""

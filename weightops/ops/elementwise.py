@@ -77,10 +77,6 @@ class Cast(Op, frozen=True):
         with read.scratch(len(out) // new.itemsize * old.itemsize) as buffer:
             read(source, start // new.itemsize * old.itemsize, buffer)
             convert(out, new, buffer, old)
-            self.passed(tensor, start, buffer, out, read)
-
-    def passed(self, tensor: LazyTensor, start: int, source: memoryview, out: memoryview, read: Evaluator) -> None:
-        """Called with each block before and after; for casts that note what they lose."""
 
 
 class Xor(Op, frozen=True):

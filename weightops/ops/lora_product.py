@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_Shape = tuple[int, ...]
 _WHOLE_NBYTES = 4 << 20
 _CHUNK = 1 << 17
 _KEPT = 4
@@ -55,18 +56,21 @@ class Part(msgspec.Struct, frozen=True):
 
     def check(self, weight: TensorSpec, a: TensorSpec, b: TensorSpec, *magnitude: TensorSpec) -> None:
         """Raise `IncompatibleInputs` unless the factors fit the weight and each other."""
-        *groups, out, width = weight.shape
+        if not self._fits(weight.shape, a.shape, b.shape, [vector.shape for vector in magnitude]):
+            raise IncompatibleInputs(f"the factors {a} and {b} do not fit {weight}")
+
+    def _fits(self, weight: _Shape, a: _Shape, b: _Shape, magnitude: Sequence[_Shape]) -> bool:
+        if (len(a), len(b)) != (2, 2) or len(weight) not in (2, 3):
+            return False
+        *groups, out, width = weight
         if self.is_transposed:
             out, width = width, out
-        shapes = {len(a.shape), len(b.shape), len(weight.shape) - len(groups)}
-        fits = shapes == {2} and a.shape[0] == b.shape[1] > 0 == a.shape[0] % self.experts and a.shape[1] == width
+        if not (a[0] == b[1] > 0 == a[0] % self.experts and a[1] == width and all(m == (out,) for m in magnitude)):
+            return False
         if self.expert is None:
-            fits = fits and groups in ([], [self.experts]) and len(groups) == (self.experts > 1) and b.shape[0] == out
-        else:
-            fits = fits and not groups and not self.is_transposed and 0 <= self.expert < self.experts
-            fits = fits and 0 <= self.first_row <= b.shape[0] - out
-        if not fits or any(vector.shape != (out,) for vector in magnitude):
-            raise IncompatibleInputs(f"the factors {a} and {b} do not fit {weight}")
+            return b[0] == out and groups == ([self.experts] if self.experts > 1 or groups else [])
+        is_one = not groups and not self.is_transposed and 0 <= self.expert < self.experts
+        return is_one and 0 <= self.first_row <= b[0] - out
 
     def held_nbytes(self, weight: TensorSpec, a: TensorSpec, b: TensorSpec, wide: DType, is_whole: bool) -> int:
         """Memory for the factors and a block of their product."""

@@ -85,6 +85,11 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     infinite: int = 0
     max_relative_error: float = 0.0
 
+    @property
+    def too_large(self) -> int:
+        """Numbers that did not fit."""
+        return self.overflowed + self.saturated
+
     def __add__(self, other: Loss) -> Loss:
         counts = {name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__[:-1]}
         return Loss(**counts, max_relative_error=max(self.max_relative_error, other.max_relative_error))
@@ -121,7 +126,6 @@ class CountedCast(Cast, frozen=True):
                 loss += self._settle(before, after, loss.max_relative_error, space)
         if start == position:
             read.running[tensor] = start + len(out), loss
-            read.losses[self.label] = loss
 
     def _settle(self, before: memoryview, after: memoryview, known: float, space: _Space) -> Loss:
         """Treat what is too large among the results `after`, and count what they have lost.
@@ -324,9 +328,17 @@ def counted_cast(tensor: LazyTensor, dtype: DType, label: str, on_overflow: Over
 
 
 def losses_of(tensors: Iterable[LazyTensor], read: Evaluator) -> dict[str, Loss]:
-    """What the casts in these tensors have lost, by label; one that several of them need counts once."""
+    """What the last cast of each of these tensors has lost, by label; one that several share counts once."""
     losses: dict[str, Loss] = {}
-    for node in {node for tensor in tensors for node in tensor.walk()}:
+    for node in dict.fromkeys(node for tensor in tensors for node in _last_casts(tensor)):
         if isinstance(node.op, CountedCast) and node in read.running:
             losses[node.op.label] = losses.get(node.op.label, Loss()) + read.running[node][1]
     return losses
+
+
+def _last_casts(tensor: LazyTensor) -> Iterator[LazyTensor]:
+    if isinstance(tensor.op, CountedCast):
+        yield tensor
+    else:
+        for source in tensor.inputs:
+            yield from _last_casts(source)

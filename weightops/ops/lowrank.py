@@ -7,8 +7,8 @@ a basis V of `width` columns, drawn at random, becomes orth(D^T (D V)) `passes` 
 decomposition of the thin D V then gives that of D V V^T, the change as far as it lies in V. So D is made `passes` + 1
 times. Products are computed in the type of the inputs and added up in float64.
 
-The random matrix comes from a counter-based generator and depends on seed and shape. The last bits of the products
-depend on the BLAS and its threads: results are the same from run to run, not from machine to machine.
+The random matrix comes from a counter-based generator and depends on seed and shape. The last bits of products and
+decompositions depend on the BLAS and its threads: results are the same from run to run, not from machine to machine.
 """
 
 from __future__ import annotations
@@ -251,6 +251,6 @@ class LowRank(_Decomposition, frozen=True):
         kept = values[: self.rank]
         energy = min(1.0, float(np.dot(kept, kept)) / change) if change else 1.0
         relative = {"change": math.sqrt(change / size)} if size else {}
-        read.notes[self.label] = {"energy": energy, "rank": float(self.rank), **relative}
+        read.notes[tensor] = self.label, {"energy": energy, "rank": float(self.rank), **relative}
         root = np.sqrt(kept)
         return (left[:, : self.rank] * root).astype(np.float32), (root[:, None] * right[: self.rank]).astype(np.float32)

@@ -127,11 +127,11 @@ class Statistics(Op, frozen=True):
             state.zero_rows = (state.zero_rows or 0) + _zero_rows(out, spec)
         state.add(out, read)
         if start + len(out) == tensor.nbytes:
-            read.notes[self.label] = state.result().to_note()
+            read.notes[tensor] = self.label, state.result().to_note()
             del read.running[tensor]
 
     def skip(self, tensor: LazyTensor, read: Evaluator) -> None:
-        read.notes[self.label] = TensorStatistics(elements=0).to_note()
+        read.notes[tensor] = self.label, TensorStatistics(elements=0).to_note()
 
 
 def statistics(tensor: LazyTensor, label: str, *, rows: bool = False) -> LazyTensor:

@@ -1,0 +1,146 @@
+"""merge-lora against peft: the tensors of `merge_and_unload`, to the bit, and models that say the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import (
+    DTYPES,
+    State,
+    merged_by_peft,
+    quietly,
+    state,
+)
+from safetensors.torch import save_file
+
+import weightops
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with quietly():
+        yield
+
+
+def check(base: Path, adapters: list[Path], out: Path, rows: int | None = None, **options: Any) -> State:
+    """Merge, and hold every tensor and what config.json says of embeddings against peft."""
+    expected, settings = merged_by_peft(
+        base, adapters, out / "peft", options.get("weights", ()), options.get("two_roundings", False), rows
+    )
+    weightops.merge_lora(base, adapters, out / "ours", **options)
+    found = state(out / "ours")
+    assert found.keys() == expected.keys()
+    assert [n for n, t in expected.items() if t.dtype != found[n].dtype or not torch.equal(t, found[n])] == []
+    own = json.loads((out / "ours" / "config.json").read_text())
+    names = ("tie_word_embeddings", "vocab_size")
+    assert {n: own[n] for n in names} == {n: settings[n] for n in names}
+    changed = [n for n, t in found.items() if not torch.equal(t, state(base).get(n, torch.empty(0)))]
+    assert changed != []
+    return found
+
+
+KINDS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "all linear layers": ("llama", [{"target_modules": LINEAR}], {}),
+    "two roundings": ("llama", [{}], {"two_roundings": True}),
+    "rank-stabilised": ("llama", [{"use_rslora": True}], {}),
+    "patterns": (
+        "llama",
+        [
+            {
+                "rank_pattern": {"q_proj": 7, r"layers\.1\..*down": 2},
+                "alpha_pattern": {"0.self_attn.q_proj": 3, "q_proj": 9},
+            }
+        ],
+        {},
+    ),
+    "dora": ("llama", [{"use_dora": True}], {}),
+    "dora, two roundings": ("llama", [{"use_dora": True}], {"two_roundings": True}),
+    "bias of factors": ("biased", [{"target_modules": ["q_proj"], "lora_bias": True}], {}),
+    "biases of the base": ("biased", [{"target_modules": ["q_proj"], "bias": "all"}], {}),
+    "biases of layers": ("biased", [{"target_modules": ["q_proj"], "bias": "lora_only"}], {}),
+    "embedding": ("llama", [{"target_modules": ["q_proj", "embed_tokens"]}], {}),
+    "embedding, dora": ("llama", [{"target_modules": ["embed_tokens"], "use_dora": True}], {}),
+    "head": ("llama", [{"target_modules": ["q_proj", "lm_head"]}], {}),
+    "saved whole": ("llama", [{"modules_to_save": ["lm_head", "norm"]}], {}),
+    "rows": ("llama", [{"trainable_token_indices": [1, 5, 100]}], {}),
+    "rows of both": ("llama", [{"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}}], {}),
+    "tied": ("tied", [{"target_modules": LINEAR}], {}),
+    "tied, head": ("tied", [{"target_modules": ["q_proj", "lm_head"]}], {}),
+    "tied, both": ("tied", [{"target_modules": ["embed_tokens", "lm_head"]}], {}),
+    "tied, head saved": ("tied", [{"modules_to_save": ["lm_head"]}], {}),
+    "tied, embedding saved": ("tied", [{"modules_to_save": ["embed_tokens"]}], {}),
+    "tied, both saved": ("tied", [{"modules_to_save": ["embed_tokens", "lm_head"]}], {}),
+    "tied, saved as one": ("tied", [{"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}], {}),
+    "tied, rows": ("tied", [{"trainable_token_indices": [1, 5]}], {}),
+    "stored in float16": ("llama", [{"target_modules": [*LINEAR, "embed_tokens"], "dtype": torch.float16}], {}),
+    "stored in bfloat16": ("llama", [{"use_dora": True, "dtype": torch.bfloat16}], {}),
+    "two adapters": ("llama", [{}, {"target_modules": ["q_proj", "v_proj"], "r": 8, "seed": 2}], {}),
+    "two with weights": ("llama", [{}, {"use_rslora": True, "seed": 2}], {"weights": (0.3, 1.7)}),
+    "two with dora": ("llama", [{"use_dora": True}, {"use_dora": True, "seed": 2}], {}),
+    "dora after lora": ("llama", [{}, {"use_dora": True, "seed": 2}], {}),
+    "dora after a bias": (
+        "biased",
+        [{"target_modules": ["q_proj"], "lora_bias": True}, {"target_modules": ["q_proj"], "use_dora": True}],
+        {},
+    ),
+    "Conv1D": ("gpt2", [{"target_modules": ["c_attn", "c_proj", "c_fc", "wte"], "fan_in_fan_out": True}], {}),
+    "Conv1D, dora": ("gpt2", [{"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}], {}),
+    "fused projections": ("phi3", [{"target_modules": ["qkv_proj", "gate_up_proj"]}], {}),
+    "renamed head": ("gpt_neox", [{"target_modules": ["query_key_value", "embed_out"]}], {}),
+    "experts, renamed": ("mixtral", [{**EXPERTS, "rank_pattern": {"experts.down_proj": 3}}], {}),
+    "experts, one after the other": ("qwen3_moe", [EXPERTS, {**EXPERTS, "seed": 2}], {}),
+    "router": ("mixtral", [{"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}], {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merges_as_peft_does(made: Made, tmp_path: Path, kind: str, dtype: str) -> None:
+    model, adapters, options = KINDS[kind]
+    check(made.base(model, dtype), [made.adapter(model, **settings) for settings in adapters], tmp_path, **options)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # transformers keeps norms in float32 where the rest is float16
+def test_merges_into_stacked_experts_stored_as_they_are(made: Made, tmp_path: Path, dtype: str) -> None:
+    check(made.base("gpt_oss", dtype), [made.adapter("gpt_oss", **EXPERTS)], tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [("mixtral", ["w1", "w2", "w3"]), ("qwen3_moe", LINEAR[4:])])
+def test_merges_factors_of_single_experts(made: Made, tmp_path: Path, kind: str, leaves: list[str]) -> None:
+    base, tensors = made.base(kind, "bf16"), {}
+    torch.manual_seed(5)
+    for name, weight in state(base).items():
+        module = name.removesuffix(".weight")
+        if module.split(".")[-1] in [*leaves, "q_proj", "gate"]:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(4, weight.shape[1])
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(weight.shape[0], 4) * 0.1
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": [*leaves, "q_proj", "gate"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    check(base, [tmp_path / "a"], tmp_path)
+
+
+@pytest.mark.parametrize("model", ["llama", "tied"])
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+)
+def test_a_larger_vocabulary_is_taken_from_the_adapter(
+    made: Made, tmp_path: Path, model: str, settings: dict[str, Any]
+) -> None:
+    adapter = made.adapter(model, rows=110, **settings)
+    found = check(made.base(model, "fp16"), [adapter], tmp_path, rows=110)
+    assert found["model.embed_tokens.weight"].shape[0] == 110
