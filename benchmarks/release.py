@@ -158,7 +158,8 @@ def peer_rows(size: str, folder: Path, runs: int) -> list[str]:
         (folder / "mergekit.yaml").write_text(
             json.dumps({"merge_method": "passthrough", "dtype": "float16", "models": [{"model": f"{raw}+{adapter}"}]})
         )
-        theirs = [[str(MERGEKIT), str(folder / "mergekit.yaml"), str(out), "--lora-merge-dtype", "float32"]]
+        cache = ("--lora-merge-cache", str(out / "merged"))
+        theirs = [[str(MERGEKIT), str(folder / "mergekit.yaml"), str(out), *cache, "--lora-merge-dtype", "float32"]]
         rows.append(by_turns(f"{size}: merge-lora, against mergekit", ours, theirs, folder, [raw], runs))
     return rows
 

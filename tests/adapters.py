@@ -171,7 +171,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_tensors(folder: Path, edit: Any) -> None:
     """Change the tensors of an adapter: `edit` takes and gives a state dict."""
     path = folder / "adapter_model.safetensors"
-    save_file({n: t.contiguous() for n, t in edit(load_file(path)).items()}, path, metadata={"format": "pt"})
+    save_file({n: t.clone().contiguous() for n, t in edit(load_file(path)).items()}, path, metadata={"format": "pt"})
 
 
 evaluate: Evaluate = lambda tensors: values(tensors, Control())  # noqa: E731

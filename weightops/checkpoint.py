@@ -85,7 +85,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     `shards` gives the source file of each tensor; `watch` are tensors to be evaluated before anything is
     written, for the checks and digests in them; `documents` are files that depend on digests. `container` is what it
-    has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice.
+    has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice;
+    `in_one_file`, whatever its size, where loaders know no index.
     `dropped` are tensors that were left out, each with the reason. Of one that was opened, `folder` is where it lies,
     `origin` where it was downloaded from, and `content_id` and `digests` (by tensor) are what the manifest there says.
     """
@@ -101,6 +102,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     metadata: Mapping[str, Any] = field(default_factory=lambda: {"format": "pt"})
     prefix: str | None = None
     container: str | None = None
+    in_one_file: bool = False
     dropped: Mapping[str, str] = field(default_factory=dict)
     folder: Folder | None = None
     origin: str | None = None

@@ -26,8 +26,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    with quietly():
-        yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- spellings ----------------------------------------------------------------------------------------------------
@@ -96,9 +98,9 @@ def test_tied_embeddings_that_a_file_holds_twice_stay_one(made: Made, tmp_path: 
 def test_the_merged_model_says_what_the_adapted_one_says(made: Made, tmp_path: Path) -> None:
     base, adapter = made.base(), made.adapter(target_modules=[*LINEAR, "embed_tokens"], modules_to_save=["lm_head"])
     weightops.merge_lora(base, adapter, tmp_path / "out")
-    tuned, merged = PeftModel.from_pretrained(load_model(base), adapter), load_model(tmp_path / "out")
-    tokens = torch.arange(3, 15).reshape(1, -1)
-    with torch.no_grad():
+    merged, tokens = load_model(tmp_path / "out"), torch.arange(3, 15).reshape(1, -1)
+    with quietly(), torch.no_grad():
+        tuned = PeftModel.from_pretrained(load_model(base), adapter)
         assert torch.allclose(tuned(tokens).logits, merged(tokens).logits, atol=1e-5)
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(tuned.generate(input_ids=tokens, **options), merged.generate(input_ids=tokens, **options))

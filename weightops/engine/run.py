@@ -120,9 +120,10 @@ def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifes
             with _at_fault(job):
                 manifests.append(finish(job.plan, job.staging, job.records, digests, job.fetched))
         return manifests
-    except WeightopsError:
+    except WeightopsError as error:
+        is_source_wrong = isinstance(error, Differs) and not any(job.is_wrong for job in jobs)
         for job in jobs:
-            if job.is_wrong or not job.staging.has_shards:
+            if job.is_wrong or is_source_wrong or not job.staging.has_shards:
                 job.staging.discard()
         raise
     finally:

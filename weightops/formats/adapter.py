@@ -57,6 +57,7 @@ _REFUSED = {
     "velora_config": "VeLoRA is no plain LoRA",
 }
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "mica")
+_EDITED = "was the config edited, or taken from another adapter?"
 _OF_MODULES = {Kind.A, Kind.B, Kind.BIAS, Kind.EMBEDDING_A, Kind.EMBEDDING_B, Kind.MAGNITUDE}
 _MAX_RANK = 1 << 20
 _SUFFIX = {Kind.MAGNITUDE: "lora_magnitude_vector", Kind.BIAS: "lora_B.bias"}
@@ -134,9 +135,11 @@ class Adapter:
 
     def is_saved_whole(self, path: str) -> bool:
         """Whether the tensor at `path` is one of a module in `modules_to_save`."""
+        if not self.config.modules_to_save:
+            return False
         parts = path.split(".")
         modules = {".".join(parts[i:j]) for j in range(1, len(parts)) for i in range(j)}
-        return any(name in modules for name in self.config.modules_to_save or ())
+        return any(name in modules for name in self.config.modules_to_save)
 
     def token_rows(self, path: str) -> tuple[int, ...]:
         """The numbers of the rows that `rows` has for the module at `path`."""
@@ -159,7 +162,10 @@ def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
     for text, tensor in checkpoint.items():
         name = parse_name(text, where)
         if not tensor.spec.dtype.is_float or tensor.spec.dtype.is_packed:
-            raise IncompatibleInputs(f"{where}: {escape(text)} is {tensor.spec}, expected floating-point numbers")
+            raise IncompatibleInputs(
+                f"{where}: {escape(text)} is {tensor.spec}, expected floating-point numbers",
+                hint="a quantised adapter: fetch it as it was trained",
+            )
         if name.kind in _OF_MODULES:
             parts = modules.setdefault((name.path, name.depth), {})
             if name.kind in parts:
@@ -175,7 +181,10 @@ def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
     if tensors[Kind.ORIGINAL]:
         adapter.notes += (f"{where}: what modules_to_save replaces is in it too, and not used",)
     if adapter.config.trainable_token_indices and not adapter.rows:
-        raise CorruptInput(f"{where}: {CONFIG_NAME} has trainable_token_indices, and there are no rows for them")
+        raise CorruptInput(
+            f"{where}: {CONFIG_NAME} has trainable_token_indices, and there are no rows for them",
+            hint="fetch the adapter again",
+        )
     return adapter
 
 
@@ -197,7 +206,10 @@ def _whole(tensors: Mapping[Kind, Mapping[str, LazyTensor]], adapter: Adapter, w
 
 
 def _twice(where: str, first: str, second: str) -> CorruptInput:
-    return CorruptInput(f"{where}: {escape(first)} and {escape(second)} are the same part of a module")
+    return CorruptInput(
+        f"{where}: {escape(first)} and {escape(second)} are the same part of a module",
+        hint="save the adapter once more with peft",
+    )
 
 
 def _factors(parts: Mapping[Kind, str], checkpoint: Checkpoint, config: AdapterConfig) -> Factors:
@@ -210,7 +222,9 @@ def _factors(parts: Mapping[Kind, str], checkpoint: Checkpoint, config: AdapterC
         raise CorruptInput(f"{where}: {shown} has no lora_{missing[0]} beside it", hint="fetch the adapter again")
     odd = next((name for kind, name in parts.items() if kind not in (a, b, Kind.BIAS, Kind.MAGNITUDE)), None)
     if odd is not None:
-        raise CorruptInput(f"{where}: {shown} and {escape(odd)} cannot both be parts of one module")
+        raise CorruptInput(
+            f"{where}: {shown} and {escape(odd)} cannot both be parts of one module", hint="fetch the adapter again"
+        )
     for kind, setting, is_set in (
         (Kind.MAGNITUDE, "use_dora", config.use_dora),
         (Kind.BIAS, "lora_bias", config.lora_bias),
@@ -219,7 +233,7 @@ def _factors(parts: Mapping[Kind, str], checkpoint: Checkpoint, config: AdapterC
             what = "has no" if is_set else "has a"
             raise CorruptInput(
                 f"{where}: {CONFIG_NAME} has {setting}: {str(is_set).lower()}, but {shown} {what} {_SUFFIX[kind]}",
-                hint="was the config edited, or taken from another adapter?",
+                hint=_EDITED,
             )
     tensors = {kind: checkpoint[name] for kind, name in parts.items()}
     return Factors(tensors[a], tensors[b], tensors.get(Kind.BIAS), tensors.get(Kind.MAGNITUDE), is_embedding)
@@ -240,9 +254,9 @@ def read_config(checkpoint: Checkpoint) -> AdapterConfig:
     try:
         config = msgspec.convert(settings, AdapterConfig)
     except msgspec.ValidationError as error:
-        raise CorruptInput(f"{where}: {CONFIG_NAME}: {escape(str(error))}") from None
+        raise CorruptInput(f"{where}: {CONFIG_NAME}: {escape(str(error))}", hint=_EDITED) from None
     if config.use_dora and config.lora_bias:
-        raise CorruptInput(f"{where}: {CONFIG_NAME} has both use_dora and lora_bias, which peft has not")
+        raise CorruptInput(f"{where}: {CONFIG_NAME} has both use_dora and lora_bias, which peft has not", hint=_EDITED)
     _check_numbers(config, where)
     _check_initialisation(config, where)
     return config
@@ -275,9 +289,10 @@ def _check_numbers(config: AdapterConfig, where: str) -> None:
     ranks = [config.r, *(config.rank_pattern or {}).values()]
     alphas = [config.lora_alpha, *(config.alpha_pattern or {}).values()]
     if min(ranks) < 1 or max(ranks) > _MAX_RANK:
-        raise CorruptInput(f"{where}: {CONFIG_NAME}: a rank of {min(ranks) if min(ranks) < 1 else max(ranks)}")
+        odd = min(ranks) if min(ranks) < 1 else max(ranks)
+        raise CorruptInput(f"{where}: {CONFIG_NAME}: a rank of {odd}", hint=_EDITED)
     if not all(map(math.isfinite, alphas)):
-        raise CorruptInput(f"{where}: {CONFIG_NAME}: an alpha that is not finite")
+        raise CorruptInput(f"{where}: {CONFIG_NAME}: an alpha that is not finite", hint=_EDITED)
 
 
 def _check_initialisation(config: AdapterConfig, where: str) -> None:

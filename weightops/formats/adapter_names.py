@@ -146,4 +146,6 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise CorruptInput(f"{where}: {escape(pattern[:80])!r} is no pattern ({error})") from None
+        raise CorruptInput(
+            f"{where}: {escape(pattern[:80])!r} is no pattern ({error})", hint="name the modules one by one"
+        ) from None

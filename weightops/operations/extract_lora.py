@@ -122,6 +122,7 @@ def extract_lora(
         sidecars=adapter.sidecars(modules, kept, pairs, base, tuned),
         warnings=(*warnings, *adapter.notes(pairs, modules, kept)),
         prefix="adapter_model",
+        in_one_file=True,
     )
 
 

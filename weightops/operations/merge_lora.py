@@ -93,7 +93,7 @@ def _read(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> list[A
             hint="give one for each, in their order",
         )
     if not all(map(math.isfinite, weights)):
-        raise UsageError("a weight must be a finite number")
+        raise UsageError("a weight must be a finite number", hint="1 is what the adapter was trained with")
     found = []
     for checkpoint, weight in zip(checkpoints, weights or (1.0,) * len(checkpoints), strict=True):
         adapter = read_adapter(checkpoint, weight)

@@ -66,7 +66,7 @@ class Placing:
             else:
                 yield from self._experts(path, depth, factors)
 
-    def fail(self, path: str, problem: str, hint: str) -> IncompatibleInputs:
+    def _fail(self, path: str, problem: str, hint: str) -> IncompatibleInputs:
         """An error that names adapter and module."""
         return IncompatibleInputs(f"{self._where}: {escape(path)}: {problem}", hint=hint)
 
@@ -75,7 +75,7 @@ class Placing:
         weight = self._spec(path, name)
         if len(weight.shape) != 2:
             what = "a convolution" if len(weight.shape) > 2 else "no matrix"
-            raise self.fail(path, f"{escape(name)} is {weight}, {what}", "merge this adapter with peft itself")
+            raise self._fail(path, f"{escape(name)} is {weight}, {what}", "merge this adapter with peft itself")
         stacked = self._is_stacked(path)
         part = Part(
             self._scale(path, path if stacked is None else stacked, factors, 1),
@@ -96,7 +96,7 @@ class Placing:
             part.check(self._spec(path, name), *(t.spec for t in inputs))
         except IncompatibleInputs as error:
             hint = "is this the base that the adapter was trained on?"
-            raise self.fail(path, f"{error}, the base's {escape(name)}", hint) from None
+            raise self._fail(path, f"{error}, the base's {escape(name)}", hint) from None
         return Placed(name, f"{path}.weight", part, inputs, factors.bias)
 
     def _spec(self, path: str, name: str) -> TensorSpec:
@@ -104,7 +104,7 @@ class Placing:
         spec = self._base[name].spec
         if spec.dtype not in DTYPES:
             hint = "a quantised base: merge into the one it was made from"
-            raise self.fail(path, f"{escape(name)} is {spec}, expected float32, float16 or bfloat16", hint)
+            raise self._fail(path, f"{escape(name)} is {spec}, expected float32, float16 or bfloat16", hint)
         return spec
 
     def _scale(self, path: str, target: str, factors: Factors, experts: int) -> float:
@@ -113,7 +113,7 @@ class Placing:
         if rows != rank * experts:
             times = f" for each of {experts} experts" if experts > 1 else ""
             problem = f"lora_A is {factors.a.spec}, {CONFIG_NAME} says r = {rank}{times}"
-            raise self.fail(path, problem, "was the config edited, or taken from another adapter?")
+            raise self._fail(path, problem, "was the config edited, or taken from another adapter?")
         return self._adapter.scale(target)
 
     def _is_conv1d(self, path: str, factors: Factors, weight: TensorSpec) -> bool:
@@ -138,7 +138,7 @@ class Placing:
             return weight
         is_expert = len(parts) > 2 and parts[-3] == "experts" and parts[-2].isdigit()
         if is_expert and self._adapter.config.use_rslora:
-            raise self.fail(
+            raise self._fail(
                 path,
                 "with use_rslora, peft scales the factors of single experts by another number than in training",
                 "merge it with the version of peft that it was trained with",
@@ -174,19 +174,20 @@ class Placing:
                 scale = self._scale(path, f"{path}.{parameter}", factors, count)
                 yield from self._separate(path, [[n for n in row if n is not None] for row in names], factors, scale)
                 return
-        raise self.fail(path, f"the base has no {escape(parameter)} there", "is this the base that it was trained on?")
+        raise self._fail(path, f"the base has no {escape(parameter)} there", "is this the base that it was trained on?")
 
     def _parameter(self, path: str, depth: int) -> str:
         """The parameter whose factors lie at this depth, by the config; raises if there is no such module at all."""
         targets = [t for t in self._adapter.config.target_parameters or () if t]
-        found = {t.rpartition(".")[2] for t in targets if f"{path}.".endswith(f".{t.rpartition('.')[0]}.".lstrip("."))}
-        found = {p for p in found if self._has_parameter(path, p)}
+        modules = [t.rpartition(".") for t in targets]
+        found = {parameter for module, _, parameter in modules if not module or f".{path}".endswith(f".{module}")}
+        found = {parameter for parameter in found if self._has_parameter(path, parameter)}
         if not found:
             raise self._missing(path)
         ordered = sorted(found, key=lambda p: _ORDER.index(p) if p in _ORDER else len(_ORDER))
         if depth >= len(ordered) or (len(ordered) > 1 and not found <= set(_ORDER)):
             problem = f"which of the parameters {', '.join(map(escape, ordered))} the factors are for is not known here"
-            raise self.fail(path, problem, "merge this adapter with peft itself")
+            raise self._fail(path, problem, "merge this adapter with peft itself")
         return ordered[len(ordered) - 1 - depth]
 
     def _has_parameter(self, path: str, parameter: str) -> bool:
@@ -202,10 +203,10 @@ class Placing:
             ("weight_packed", "quantised"),
         ):
             if self._find(f"{path}.{parameter}") is not None:
-                return self.fail(path, f"is {what} in the base", "such modules are not merged here: use peft itself")
+                return self._fail(path, f"is {what} in the base", "such modules are not merged here: use peft itself")
         if is_head(f"{path}.weight"):
-            return self.fail(path, "the base has no such tensor", "a base model without its head: take the whole one")
-        return self.fail(path, "the base has no such module", "is this the base that the adapter was trained on?")
+            return self._fail(path, "the base has no such tensor", "a base model without its head: take the whole one")
+        return self._fail(path, "the base has no such module", "is this the base that the adapter was trained on?")
 
     def _stacked(self, path: str, parameter: str, name: str, factors: Factors) -> Placed:
         """A parameter as the files have it: `[experts, out, in]`, `[experts, in, out]` or a matrix."""
@@ -235,7 +236,7 @@ class Placing:
                 rows += self._base[name].spec.shape[0]
         if factors.b.spec.shape[:1] != (rows,):
             problem = f"lora_B is {factors.b.spec}, the experts of the base have {rows} rows"
-            raise self.fail(path, problem, "is this the base that the adapter was trained on?")
+            raise self._fail(path, problem, "is this the base that the adapter was trained on?")
 
 
 def _factored(factors: Factors) -> tuple[int, ...]:

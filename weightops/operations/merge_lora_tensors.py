@@ -166,7 +166,10 @@ class Merging:
                 hint=_WRONG_BASE,
             )
         if not spec.dtype.is_float or spec.dtype.is_packed:
-            raise IncompatibleInputs(f"{escape(self._base.name)}: {escape(name)} is {spec}, expected a float type")
+            raise IncompatibleInputs(
+                f"{escape(self._base.name)}: {escape(name)} is {spec}, expected floating-point numbers",
+                hint="a quantised base: merge into the one it was made from",
+            )
         return cast(tensor, spec.dtype)
 
     def _base_name(self, name: str) -> str:
@@ -183,16 +186,26 @@ class Merging:
         for adapter, placed in own:
             where = f"{escape(adapter.name)}: {escape(placed.path)}"
             if (id(adapter), is_head(placed.path)) in seen:
-                raise CorruptInput(f"{where} and another module of the adapter both are {escape(name)} of the base")
+                raise CorruptInput(
+                    f"{where} and another module of the adapter both are {escape(name)} of the base",
+                    hint="take one of them out of the adapter",
+                )
             seen.add((id(adapter), is_head(placed.path)))
             if name in self._saved:
                 raise IncompatibleInputs(
                     f"{where} has factors, and the same tensor is held whole in modules_to_save",
                     hint="merge the two adapters one at a time, or with peft itself",
                 )
-            if is_tied and (adapter.config.ensure_weight_tying or (placed.part.has_magnitude and len(sides) > 1)):
-                reason = "peft adds the change of tied embeddings twice" if len(sides) > 1 else "of tied embeddings"
-                raise IncompatibleInputs(f"{where}: {reason}", hint="merge this adapter with peft itself")
+            if is_tied and adapter.config.ensure_weight_tying:
+                raise IncompatibleInputs(
+                    f"{where}: with ensure_weight_tying peft adds the change of tied embeddings twice",
+                    hint="untie the embeddings of the base first, or merge this adapter with peft",
+                )
+            if is_tied and placed.part.has_magnitude and len(sides) > 1:
+                raise IncompatibleInputs(
+                    f"{where}: DoRA of the one, and other factors of the other of two tied embeddings",
+                    hint="untie the embeddings of the base first, or merge this adapter with peft",
+                )
         if is_tied:
             shown = " and ".join(sorted({escape(placed.path) for _, placed in own}))
             self.notes.append(f"the embeddings are tied: what changes {shown} changes both")
@@ -241,9 +254,8 @@ class Merging:
                         f"{where}: row {min(others & set(rows))} is replaced by two adapters", hint="merge one of them"
                     )
                 others.update(rows)
-                if (len(rows), *spec.shape[1:]) != tensor.spec.shape or not all(
-                    0 <= row < spec.shape[0] for row in rows
-                ):
+                fits = len(set(rows)) == len(rows) and all(0 <= row < spec.shape[0] for row in rows)
+                if not fits or (len(rows), *spec.shape[1:]) != tensor.spec.shape:
                     raise IncompatibleInputs(
                         f"{where}: {tensor.spec} for the {len(rows)} rows in {CONFIG_NAME}, the base's is {spec}",
                         hint=_WRONG_BASE,

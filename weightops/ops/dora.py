@@ -35,8 +35,11 @@ class Dora(Lora, frozen=True):
         return any(part.is_transposed for part in self.parts)
 
     def merge_rows(self, work: Work, row: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
         count = len(out) // work.columns // work.tensor.spec.dtype.itemsize
-        changes = [work.change(i, row, count) for i in range(len(self.parts))]
+        shape = (count, work.columns)
+        changes = [work.change(i, row, count, np.empty(shape, self.wide.value)) for i in range(len(self.parts))]
         own = slice(None) if self.is_whole else slice(row, row + count)
         magnitudes = {i: work.vector(i)[own] for i, part in enumerate(self.parts) if part.has_magnitude}
         if self.wide is DType.F64:

@@ -15,8 +15,8 @@ from weightops.ops.libtorch import convert
 from weightops.ops.lora_product import (
     Part,
     Work,
-    add_rounded,
     memory_of,
+    round_to,
     to_narrower,
     to_wider,
     wide_values,
@@ -90,16 +90,18 @@ class Lora(Op, frozen=True):
         import numpy as np
 
         dtype, wide = work.tensor.spec.dtype, self.wide
-        with read.scratch(len(out) // dtype.itemsize * wide.itemsize) as buffer:
-            values = out if wide is dtype else buffer
+        nbytes = len(out) // dtype.itemsize * wide.itemsize
+        with read.scratch(nbytes) as first, read.scratch(nbytes) as second:
+            values = out if wide is dtype else first
+            matrix, change = (np.frombuffer(m, dtype=wide.value).reshape(-1, work.columns) for m in (values, second))
             to_wider(values, wide, out, dtype)
-            matrix = np.frombuffer(values, dtype=wide.value).reshape(-1, work.columns)
             for i, part in enumerate(self.parts):
-                change = work.change(i, row, len(matrix))
-                if part.rounds_change and dtype is not DType.F32:
-                    add_rounded(matrix, change, dtype, read)
-                else:
-                    matrix += change
+                scaled = work.change(i, row, len(matrix), change)
+                if part.rounds_change and dtype is not wide:
+                    change[:] = scaled
+                    round_to(change, dtype, read)
+                    scaled = change
+                matrix += scaled
                 if i + 1 < len(self.parts) and wide is DType.F32:
                     to_narrower(out, dtype, values, wide, read)
                     to_wider(values, wide, out, dtype)

@@ -21,7 +21,6 @@ from weightops.ops.libtorch import convert, matmul
 from weightops.spec import DType, TensorSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 _Shape = tuple[int, ...]
@@ -109,8 +108,8 @@ class Work:
         blocks = (self._block(i, row)[1] for i in range(len(self.parts)))
         return min(row + max(1, _CHUNK // max(1, self.columns)), *blocks)
 
-    def change(self, i: int, row: int, count: int) -> NDArray[Any]:
-        """Rows of the change that part `i` makes, which lie in one block."""
+    def product(self, i: int, row: int, count: int) -> NDArray[Any]:
+        """Rows of the product of the factors of part `i`, which lie in one block."""
         first, stop = self._block(i, row)
         begin, product = self._blocks.get(i, (-1, None))
         if product is None or begin != first:
@@ -118,12 +117,19 @@ class Work:
             self._blocks[i] = (first, product)
         return product[row - first : row - first + count]
 
+    def change(self, i: int, row: int, count: int, out: NDArray[Any]) -> NDArray[Any]:
+        """Rows of the change that part `i` makes: its product times its scale, in `out` if that is not the product."""
+        import numpy as np
+
+        product, scale = self.product(i, row, count), self.parts[i].scale
+        return product if scale == 1 else np.multiply(product, product.dtype.type(scale), out=out)
+
     def vector(self, i: int) -> NDArray[Any]:
         """The magnitudes of part `i`, in float32 or float64."""
         return wide_values(self.inputs[i][2], self.wide, self._read)
 
     def _product(self, i: int, first: int, stop: int) -> NDArray[Any]:
-        """`scale * B @ A` in the rows from `first` to `stop`, in memory that is used again."""
+        """`B @ A` in the rows from `first` to `stop`, in memory that is used again."""
         import numpy as np
 
         part, (a, b) = self.parts[i], self.inputs[i][:2]
@@ -145,8 +151,6 @@ class Work:
         product, term = memory[:size].reshape(shape), memory[needed - size : needed].reshape(shape)
         factors = find_factors(a, b, part.experts, self.wide, self._read)
         factors.multiply(product, term, group if part.expert is None else part.expert, rows, columns)
-        if part.scale != 1:
-            product *= np.dtype(self.wide.value).type(part.scale)
         return product.T if part.is_transposed else product[skipped:]
 
 
@@ -267,14 +271,9 @@ def to_narrower(out: memoryview, dtype: DType, source: memoryview, wide: DType, 
         convert(out, dtype, buffer, DType.F32)
 
 
-def add_rounded(matrix: NDArray[np.floating[Any]], change: NDArray[Any], dtype: DType, read: Evaluator) -> None:
-    """`matrix += change`, the change rounded to `dtype` first."""
-    import numpy as np
-
-    wide = DType(str(matrix.dtype))
-    with read.scratch(matrix.nbytes) as buffer, read.scratch(matrix.size * dtype.itemsize) as small:
-        rounded = np.frombuffer(buffer, dtype=matrix.dtype).reshape(matrix.shape)
-        rounded[:] = change
-        to_narrower(small, dtype, buffer, wide, read)
-        convert(buffer, wide, small, dtype)
-        matrix += rounded
+def round_to(array: NDArray[Any], dtype: DType, read: Evaluator) -> None:
+    """Round the values of a contiguous array to those of a narrower type."""
+    wide, memory = DType(str(array.dtype)), memory_of(array)
+    with read.scratch(array.size * dtype.itemsize) as small:
+        to_narrower(small, dtype, memory, wide, read)
+        convert(memory, wide, small, dtype)

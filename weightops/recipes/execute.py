@@ -163,7 +163,7 @@ def _plan(wanted: Wanted, title: str) -> Plan:
         checkpoint,
         recipe,
         container=_container(checkpoint.container, files.get("format", "safetensors")),
-        max_shard_nbytes=None if size == "source" else size if isinstance(size, int) else parse_size(size),
+        max_shard_nbytes=_limit("source" if checkpoint.in_one_file else size),
         digests=tuple(files.get("digests", ())),
         expect=read_expectation(expect) if expect is not None else None,
         origins=origins,
@@ -176,6 +176,11 @@ def _plan(wanted: Wanted, title: str) -> Plan:
     names = {origin.role: origin.name for origin in origins}
     readme = card(title, recipe, names, files=plan.shard_nbytes, warnings=checkpoint.warnings)
     return replace(plan, documents=(*plan.documents, readme))
+
+
+def _limit(size: str | int) -> int | None:
+    """Bytes per file; None for the grouping that the checkpoint has."""
+    return None if size == "source" else size if isinstance(size, int) else parse_size(size)
 
 
 def _container(own: str | None, wanted: str) -> str:
