@@ -51,19 +51,41 @@ def read(tensor: LazyTensor, block: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blocks_have_the_bits_of_the_whole_product(shape: tuple[int, int, int]) -> None:
+    for dtype in DTYPES:
+        check_blocks(shape, dtype, (None, 4 << 20, 99_991))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096, 16), (11008, 4096, 64), (4096, 11008, 8), (128256, 512, 16), (50257, 768, 32)]
+)
+def test_blocks_of_real_layers_have_the_bits_of_the_whole_product(shape: tuple[int, int, int]) -> None:
+    check_blocks(shape, torch.bfloat16, (4 << 20,))
+
+
+def check_blocks(shape: tuple[int, int, int], dtype: torch.dtype, blocks: tuple[int | None, ...]) -> None:
+    """Hold every way of merging factors of this shape, read in blocks, against the product of the whole."""
     out, width, rank = shape
     a, b = normal(rank, width, seed=1), normal(out, rank, seed=2)
     delta = (b @ a) * SCALE
-    for dtype in DTYPES:
-        for is_transposed in (False, True):
-            change = delta.T if is_transposed else delta
-            weight = normal(*change.shape, seed=3, sigma=0.02).to(dtype)
-            once = (weight.float() + change).to(dtype)
-            twice = weight + change.to(dtype)
-            for rounds, expected in ((False, once), (True, twice)):
-                lazy = merged(weight, (a, b), parts=[Part(SCALE, is_transposed, rounds)])
-                for block in (None, 4 << 20, 99_991):
-                    assert torch.equal(read(lazy, block), expected), (dtype, is_transposed, rounds, block)
+    for is_transposed in (False, True):
+        change = delta.T if is_transposed else delta
+        weight = normal(*change.shape, seed=3, sigma=0.02).to(dtype)
+        once = (weight.float() + change).to(dtype)
+        twice = weight + change.to(dtype)
+        for rounds, expected in ((False, once), (True, twice)):
+            lazy = merged(weight, (a, b), parts=[Part(SCALE, is_transposed, rounds)])
+            for block in blocks:
+                assert torch.equal(read(lazy, block), expected), (dtype, is_transposed, rounds, block)
+
+
+@pytest.mark.parametrize("exponent", [-11, -1, 1, 9, 100])
+@pytest.mark.parametrize("smallest", [2.0**-40, 2.0**-140])
+def test_powers_of_two_scale_like_other_numbers(exponent: int, smallest: float) -> None:
+    a, b, scale = normal(8, 900, seed=1) * smallest, normal(1300, 8, seed=2), 2.0**exponent
+    weight = normal(1300, 900, seed=3) * smallest
+    expected = weight + (b @ a) * scale
+    assert torch.equal(read(merged(weight, (a, b), parts=[Part(scale)])), expected)
 
 
 def test_a_chain_rounds_the_weight_each_time() -> None:

@@ -8,6 +8,7 @@ order. What is left out lies below the rounding errors that float64 makes anyway
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _Shape = tuple[int, ...]
 _WHOLE_NBYTES = 4 << 20
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 _KEPT = 4
 _SLICES = 3
 
@@ -95,6 +96,7 @@ class Work:
         ]
         self._blocks: dict[int, tuple[int, NDArray[Any]]] = {}
         self._memory: dict[int, NDArray[Any]] = {}
+        self._scales = [part.scale for part in parts]
 
     def _block(self, i: int, row: int) -> tuple[int, int]:
         """From where to where the block of part `i` goes that holds `row`; the last takes in a short rest."""
@@ -109,7 +111,7 @@ class Work:
         return min(row + max(1, _CHUNK // max(1, self.columns)), *blocks)
 
     def product(self, i: int, row: int, count: int) -> NDArray[Any]:
-        """Rows of the product of the factors of part `i`, which lie in one block."""
+        """Rows of the product of the factors of part `i`, which lie in one block; it may have the scale already."""
         first, stop = self._block(i, row)
         begin, product = self._blocks.get(i, (-1, None))
         if product is None or begin != first:
@@ -121,7 +123,8 @@ class Work:
         """Rows of the change that part `i` makes: its product times its scale, in `out` if that is not the product."""
         import numpy as np
 
-        product, scale = self.product(i, row, count), self.parts[i].scale
+        product = self.product(i, row, count)
+        scale = self._scales[i]
         return product if scale == 1 else np.multiply(product, product.dtype.type(scale), out=out)
 
     def vector(self, i: int) -> NDArray[Any]:
@@ -149,16 +152,24 @@ class Work:
             rows, columns = columns, rows
         shape = (self.columns, stop - first) if part.is_transposed else (stop - first, self.columns)
         product, term = memory[:size].reshape(shape), memory[needed - size : needed].reshape(shape)
-        factors = find_factors(a, b, part.experts, self.wide, self._read)
+        factors = find_factors(a, b, part, self.wide, self._read)
+        self._scales[i] = factors.scale
         factors.multiply(product, term, group if part.expert is None else part.expert, rows, columns)
         return product.T if part.is_transposed else product[skipped:]
 
 
 class Factors:
-    """A and B of each expert: slices `[experts, r, in]` and `[experts, out, r]`, one of each in float32."""
+    """A and B of each expert: slices `[experts, r, in]` and `[experts, out, r]`, one of each in float32.
 
-    def __init__(self, a: NDArray[Any], b: NDArray[Any]) -> None:
-        self._a, self._b = [a], [b]
+    `scale` is what their products are still to be multiplied by. A power of two is put into B where that changes only
+    exponents: where no product, and no last bit of one, comes near to the ends of float32.
+    """
+
+    def __init__(self, a: NDArray[Any], b: NDArray[Any], scale: float) -> None:
+        self._a, self._b, self.scale = [a], [b], scale
+        mantissa, exponent = math.frexp(scale)
+        if a.dtype == "float32" and abs(mantissa) == 0.5 and abs(exponent) < 12 and _is_tame(a) and _is_tame(b):
+            self._b, self.scale = [b * b.dtype.type(scale)], 1.0
         if a.dtype == "float64":
             bits = (53 - (a.shape[1] - 1).bit_length()) // 2
             self._a, self._b = split(a, 1, bits), split(b, 2, bits)
@@ -212,19 +223,27 @@ def split_inputs(parts: Sequence[Part], inputs: Sequence[LazyTensor]) -> list[tu
     return found
 
 
-def find_factors(a: LazyTensor, b: LazyTensor, experts: int, wide: DType, read: Evaluator) -> Factors:
+def find_factors(a: LazyTensor, b: LazyTensor, part: Part, wide: DType, read: Evaluator) -> Factors:
     """The factors in `wide`, kept for the next tensors: those of experts serve many."""
     known: OrderedDict[object, Factors] = read.running.setdefault("lora factors", OrderedDict())
-    key = (a, b, wide)
+    key = (a, b, part.scale, wide)
     if key not in known:
         left, right = (wide_values(t, wide, read).reshape(t.spec.shape) for t in (a, b))
-        left = left.reshape(experts, -1, left.shape[1])
-        right = right.reshape(len(right), -1, experts).transpose(2, 0, 1)
-        known[key] = Factors(left, right.copy())
+        left = left.reshape(part.experts, -1, left.shape[1])
+        right = right.reshape(len(right), -1, part.experts).transpose(2, 0, 1)
+        known[key] = Factors(left, right.copy(), part.scale)
         while len(known) > _KEPT:
             known.popitem(last=False)
     known.move_to_end(key)
     return known[key]
+
+
+def _is_tame(values: NDArray[Any]) -> bool:
+    """Whether all are 0 or such that the last bits of products of two are above 2^-136, and sums of them below 2^80."""
+    import numpy as np
+
+    sizes = np.abs(values)
+    return bool(((sizes == 0) | ((sizes >= 2.0**-44) & (sizes <= 2.0**28))).all())
 
 
 def wide_values(tensor: LazyTensor, wide: DType, read: Evaluator) -> NDArray[Any]:
