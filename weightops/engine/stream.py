@@ -136,8 +136,9 @@ def write_files(files: Sequence[File], read: Evaluator, control: Control) -> lis
     digest = _Stage(lambda slot: slot.stream.digester.work(slot), failures)
     write = _Stage(put, failures)
     write.inbox = digest.outbox
-    for _ in range(slots(len(files))):
-        write.outbox.put(_Slot(memoryview(aligned_buffer(BLOCK_NBYTES))))
+    ring = [_Slot(memoryview(aligned_buffer(BLOCK_NBYTES))) for _ in range(slots(len(files)))]
+    for slot in ring:
+        write.outbox.put(slot)
     digest.start()
     write.start()
     streams: list[_Stream] = []
@@ -153,6 +154,8 @@ def write_files(files: Sequence[File], read: Evaluator, control: Control) -> lis
     digest.inbox.put(None)
     digest.join()
     write.join()
+    for slot in ring:  # which streams hold and slots hold them: their memory would wait for the garbage collector
+        vars(slot).clear()
     if failures:
         for stream in streams:
             stream.target.abandon()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from weightops.lazy import Evaluator, LazyTensor
+from weightops.lazy import LazyTensor
 from weightops.ops.libtorch import as_torch
 from weightops.ops.lora import Lora, Precision
 from weightops.ops.lora_product import Part, Work, memory_of, split_inputs, to_narrower, to_wider
@@ -34,33 +34,27 @@ class Dora(Lora, frozen=True):
     def is_whole(self) -> bool:
         return any(part.is_transposed for part in self.parts)
 
-    def merge_rows(self, work: Work, row: int, out: memoryview, read: Evaluator) -> None:
+    def merge_rows(self, work: Work, row: int, products: Sequence[NDArray[Any]], out: memoryview) -> None:
         import numpy as np
 
-        count = len(out) // work.columns // work.tensor.spec.dtype.itemsize
-        shape = (count, work.columns)
-        changes = [work.change(i, row, count, np.empty(shape, self.wide.value)) for i in range(len(self.parts))]
-        own = slice(None) if self.is_whole else slice(row, row + count)
-        magnitudes = {i: work.vector(i)[own] for i, part in enumerate(self.parts) if part.has_magnitude}
+        own = slice(None) if self.is_whole else slice(row, row + len(products[0]))
+        vectors = iter(work.vectors)
+        magnitudes = {i: next(vectors)[own] for i, part in enumerate(self.parts) if part.has_magnitude}
+        changes = [work.change(i, p, np.empty(p.shape, p.dtype)) for i, p in enumerate(products)]
+        dtype = work.tensor.spec.dtype
         if self.wide is DType.F64:
-            self._merge_exactly(work, changes, magnitudes, out, read)
+            self._merge_exactly(changes, magnitudes, out, dtype)
         else:
-            weight = as_torch(out, work.tensor.spec.dtype).reshape(count, work.columns)
+            weight = as_torch(out, dtype).reshape(changes[0].shape)
             _Merging(self.parts, weight, changes, magnitudes).run()
 
     def _merge_exactly(
-        self,
-        work: Work,
-        changes: Sequence[NDArray[Any]],
-        magnitudes: Mapping[int, NDArray[Any]],
-        out: memoryview,
-        read: Evaluator,
+        self, changes: Sequence[NDArray[Any]], magnitudes: Mapping[int, NDArray[Any]], out: memoryview, dtype: DType
     ) -> None:
         """In float64, with sums in an order of our own."""
         import numpy as np
 
-        dtype = work.tensor.spec.dtype
-        base = np.empty((len(out) // dtype.itemsize // work.columns, work.columns))
+        base = np.empty(changes[0].shape)
         to_wider(memory_of(base), DType.F64, out, dtype)
         total = base.copy()
         for i, part in enumerate(self.parts):
@@ -69,7 +63,7 @@ class Dora(Lora, frozen=True):
                 axis = 0 if part.is_transposed else 1
                 norms = np.sqrt(sum_in_order((base + changes[i]) ** 2, axis))
                 total *= np.expand_dims(magnitudes[i] / norms, axis)
-        to_narrower(out, dtype, memory_of(total), DType.F64, read)
+        to_narrower(out, dtype, memory_of(total), DType.F64)
 
 
 def steps(parts: Sequence[Part]) -> list[Step]:

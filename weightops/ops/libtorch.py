@@ -64,6 +64,11 @@ def matmul(out: NDArray[Any], left: NDArray[Any], right: NDArray[Any]) -> None:
     torch.mm(torch.from_numpy(left), torch.from_numpy(right), out=torch.from_numpy(out))
 
 
+def computes_here() -> bool:
+    """Whether every call computes in the thread that makes it alone, so that several are worth making at once."""
+    return _library() is not None
+
+
 @cache
 def _library() -> _Library | None:
     """The C interface, or None where torch is imported already, or has no such library or interface."""

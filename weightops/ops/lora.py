@@ -7,12 +7,17 @@ pair of factors is merged after the other, and the weight is rounded each time. 
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor, Op
-from weightops.ops.libtorch import convert
+from weightops.ops.libtorch import computes_here, convert
 from weightops.ops.lora_product import (
+    MAX_THREADS,
     Part,
     Work,
     memory_of,
@@ -23,10 +28,16 @@ from weightops.ops.lora_product import (
 )
 from weightops.spec import DType, TensorSpec
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 Precision = Literal["float32", "float64"]
 DTYPES = (DType.F32, DType.F16, DType.BF16)
 """The types of weights that something can be merged into."""
 _WORKS = 4
+_CHUNK = 1 << 18
+"""Elements that are worked on at once: what fits into a cache of a core."""
+_WORTH_THREADS_NBYTES = 1 << 20
 
 
 class Lora(Op, frozen=True):
@@ -67,11 +78,17 @@ class Lora(Op, frozen=True):
         read(tensor.inputs[0], start, out)
         work = self._work(tensor, read)
         width = tensor.spec.shape[-1] * tensor.spec.dtype.itemsize
-        row, last = start // width, (start + len(out)) // width
-        while row < last:
-            stop = last if self.is_whole else min(last, work.end_of_chunk(row))
-            self.merge_rows(work, row, out[row * width - start : stop * width - start], read)
-            row = stop
+        pieces = work.pieces(start // width, (start + len(out)) // width)
+        work.forget(but=pieces[0][0])
+        jobs = [partial(self._merge, work, a, out[a * width - start : b * width - start]) for a, b in pieces]
+        if len(jobs) == 1 or len(out) < _WORTH_THREADS_NBYTES or not computes_here():
+            for job in jobs:
+                job()
+        else:
+            pending = [_pool().submit(job) for job in jobs]
+            wait(pending)  # also after a failure: they write to memory that others use next
+            for future in pending:
+                future.result()
         if start + len(out) == tensor.nbytes:
             read.running["lora works"].remove(work)
 
@@ -85,27 +102,46 @@ class Lora(Op, frozen=True):
             del works[:-_WORKS]
         return work
 
-    def merge_rows(self, work: Work, row: int, out: memoryview, read: Evaluator) -> None:
-        """Merge into the rows of the weight in `out`: they begin at `row`, and lie in one block of each part."""
+    def _merge(self, work: Work, row: int, out: memoryview) -> None:
+        """Merge into the rows of the weight in `out`: they begin at `row`, and lie in one block."""
+        products = work.products(row)
+        first, stop = work.block(row)
+        width = work.columns * work.tensor.spec.dtype.itemsize
+        step = len(out) // width if self.is_whole else max(1, _CHUNK // work.columns)
+        for top in range(0, len(out) // width, step):
+            part = out[top * width : (top + step) * width]
+            low = row + top - first
+            self.merge_rows(work, row + top, [p[low : low + len(part) // width] for p in products], part)
+        work.put_back(row, products, row + len(out) // width == stop)
+
+    def merge_rows(self, work: Work, row: int, products: Sequence[NDArray[Any]], out: memoryview) -> None:
+        """Merge into rows of the weight, given those of the products."""
         import numpy as np
 
         dtype, wide = work.tensor.spec.dtype, self.wide
-        nbytes = len(out) // dtype.itemsize * wide.itemsize
-        with read.scratch(nbytes) as first, read.scratch(nbytes) as second:
-            values = out if wide is dtype else first
-            matrix, change = (np.frombuffer(m, dtype=wide.value).reshape(-1, work.columns) for m in (values, second))
-            to_wider(values, wide, out, dtype)
-            for i, part in enumerate(self.parts):
-                scaled = work.change(i, row, len(matrix), change)
-                if part.rounds_change and dtype is not wide:
-                    change[:] = scaled
-                    round_to(change, dtype, read)
-                    scaled = change
-                matrix += scaled
-                if i + 1 < len(self.parts) and wide is DType.F32:
-                    to_narrower(out, dtype, values, wide, read)
-                    to_wider(values, wide, out, dtype)
-            to_narrower(out, dtype, values, wide, read)
+        count = len(out) // dtype.itemsize
+        lent = [work.memory.take(count, wide) for _ in range(2)]
+        values = out if wide is dtype else memory_of(lent[0])
+        matrix = np.frombuffer(values, dtype=wide.value).reshape(-1, work.columns)
+        change = lent[1].reshape(matrix.shape)
+        to_wider(values, wide, out, dtype)
+        for i, part in enumerate(self.parts):
+            scaled = work.change(i, products[i], change)
+            if part.rounds_change and dtype is not wide:
+                change[:] = scaled
+                round_to(change, dtype)
+                scaled = change
+            matrix += scaled
+            if i + 1 < len(self.parts) and wide is DType.F32:
+                to_narrower(out, dtype, values, wide)
+                to_wider(values, wide, out, dtype)
+        to_narrower(out, dtype, values, wide)
+        work.memory.give(*lent)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS), "merge")
 
 
 class LoraBias(Op, frozen=True):
@@ -139,7 +175,7 @@ class LoraBias(Op, frozen=True):
             if wide is DType.F32 is not dtype:
                 convert(out, dtype, memory_of(total), wide)
                 convert(memory_of(total), wide, out, dtype)
-        to_narrower(out, dtype, memory_of(total), wide, read)
+        to_narrower(out, dtype, memory_of(total), wide)
 
 
 class ReplaceRows(Op, frozen=True):

@@ -9,6 +9,7 @@ order. What is left out lies below the rounding errors that float64 makes anyway
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 _Shape = tuple[int, ...]
 _WHOLE_NBYTES = 4 << 20
-_CHUNK = 1 << 18
 _KEPT = 4
+MAX_THREADS = 4
+"""Blocks that are computed at once at most."""
 _SLICES = 3
+_MAX_LENT_NBYTES = 64 << 20
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -73,88 +76,113 @@ class Part(msgspec.Struct, frozen=True):
         return is_one and 0 <= self.first_row <= b[0] - out
 
     def held_nbytes(self, weight: TensorSpec, a: TensorSpec, b: TensorSpec, wide: DType, is_whole: bool) -> int:
-        """Memory for the factors and a block of their product."""
+        """Memory for the factors and the blocks of their product that are in work at once."""
         *_, rows, columns = weight.shape
         height = rows if is_whole else block_height(rows, columns, a.shape[0] // self.experts, self.is_transposed)
-        products = min(rows, height + height // 2) * columns
+        products = min(rows, height + height // 2) * columns * (1 if is_whole else MAX_THREADS + 1)
         copies = 2 * _SLICES if wide is DType.F64 else 2
         return ((a.numel + b.numel) * copies + products * (2 if wide is DType.F64 else 1)) * wide.itemsize
 
 
+class Memory:
+    """Arrays that are lent, to several threads, and used again: fresh pages cost more than most passes over them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[NDArray[Any]] = []
+
+    def take(self, count: int, dtype: DType) -> NDArray[Any]:
+        """An array of so many elements, whatever their values."""
+        import numpy as np
+
+        nbytes = count * dtype.itemsize
+        with self._lock:
+            found = next((i for i, array in enumerate(self._free) if array.nbytes >= nbytes), None)
+            array = np.empty(nbytes, dtype=np.uint8) if found is None else self._free.pop(found)
+        return array[:nbytes].view(dtype.value)
+
+    def give(self, *arrays: NDArray[Any]) -> None:
+        """Take arrays back."""
+        with self._lock:
+            owners = [array.base for array in arrays if array.base is not None]
+            self._free += [owner for owner in owners if owner.nbytes <= _MAX_LENT_NBYTES]
+            self._free.sort(key=len)
+
+
 class Work:
-    """What is kept of one tensor while it is in work: its factors, and the block of each product that is in use."""
+    """What is kept of one tensor while it is in work: its factors, and the products of a block that was begun."""
 
     def __init__(self, parts: Sequence[Part], wide: DType, is_whole: bool, tensor: LazyTensor, read: Evaluator) -> None:
-        self.parts, self.wide, self.tensor, self._read = parts, wide, tensor, read
+        self.parts, self.wide, self.tensor = parts, wide, tensor
+        self.memory: Memory = read.running.setdefault("lora memory", Memory())
         *_, self.rows, self.columns = tensor.spec.shape
-        self.inputs = split_inputs(parts, tensor.inputs[1:])
-        self._heights = [
-            self.rows
-            if is_whole
-            else block_height(self.rows, self.columns, a.spec.shape[0] // part.experts, part.is_transposed)
-            for part, (a, *_) in zip(parts, self.inputs, strict=True)
-        ]
-        self._blocks: dict[int, tuple[int, NDArray[Any]]] = {}
-        self._memory: dict[int, NDArray[Any]] = {}
-        self._scales = [part.scale for part in parts]
+        inputs = split_inputs(parts, tensor.inputs[1:])
+        self.vectors = [wide_values(vector, wide, read) for _, _, *more in inputs for vector in more]
+        self._factors = [find_factors(a, b, p, wide, read) for p, (a, b, *_) in zip(parts, inputs, strict=True)]
+        heights = [block_height(self.rows, self.columns, f.rank, p.is_transposed) for p, f in self._pairs]
+        self._height = self.rows if is_whole else max(heights)
+        self._begun: dict[int, list[NDArray[Any]]] = {}
 
-    def _block(self, i: int, row: int) -> tuple[int, int]:
-        """From where to where the block of part `i` goes that holds `row`; the last takes in a short rest."""
-        height, begin = self._heights[i], row - row % self.rows
+    @property
+    def _pairs(self) -> list[tuple[Part, Factors]]:
+        return list(zip(self.parts, self._factors, strict=True))
+
+    def block(self, row: int) -> tuple[int, int]:
+        """From where to where the block goes that holds `row`; the last takes in a short rest."""
+        height, begin = self._height, row - row % self.rows
         count = max(1, (self.rows + height // 2) // height)
         number = min((row - begin) // height, count - 1)
         return begin + number * height, begin + (self.rows if number == count - 1 else (number + 1) * height)
 
-    def end_of_chunk(self, row: int) -> int:
-        """How far one may go from `row` at once: not beyond a block of any part, nor beyond the cache."""
-        blocks = (self._block(i, row)[1] for i in range(len(self.parts)))
-        return min(row + max(1, _CHUNK // max(1, self.columns)), *blocks)
+    def pieces(self, row: int, last: int) -> list[tuple[int, int]]:
+        """The rows from `row` to `last`, in parts that lie in one block each."""
+        found = []
+        while row < last:
+            stop = min(last, self.block(row)[1])
+            found.append((row, stop))
+            row = stop
+        return found
 
-    def product(self, i: int, row: int, count: int) -> NDArray[Any]:
-        """Rows of the product of the factors of part `i`, which lie in one block; it may have the scale already."""
-        first, stop = self._block(i, row)
-        begin, product = self._blocks.get(i, (-1, None))
-        if product is None or begin != first:
-            product = self._product(i, first, stop)
-            self._blocks[i] = (first, product)
-        return product[row - first : row - first + count]
+    def products(self, row: int) -> list[NDArray[Any]]:
+        """`B @ A` of each part in the block that holds `row`, which are then lent to the caller."""
+        first, stop = self.block(row)
+        known = self._begun.pop(first, None)
+        return known or [self._product(part, factors, first, stop) for part, factors in self._pairs]
 
-    def change(self, i: int, row: int, count: int, out: NDArray[Any]) -> NDArray[Any]:
-        """Rows of the change that part `i` makes: its product times its scale, in `out` if that is not the product."""
+    def put_back(self, row: int, products: Sequence[NDArray[Any]], is_done: bool) -> None:
+        """Give products back, for the rest of their block if that is still to come."""
+        if is_done:
+            self.memory.give(*products)
+        else:
+            self._begun[self.block(row)[0]] = list(products)
+
+    def forget(self, but: int) -> None:
+        """Give back all products except those of the block that holds the row `but`."""
+        kept = self.block(but)[0]
+        for first in [first for first in self._begun if first != kept]:
+            self.memory.give(*self._begun.pop(first))
+
+    def change(self, i: int, product: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
+        """The change that part `i` makes: its product times its scale, in `out` if that is not the product."""
         import numpy as np
 
-        product = self.product(i, row, count)
-        scale = self._scales[i]
+        scale = self._factors[i].scale
         return product if scale == 1 else np.multiply(product, product.dtype.type(scale), out=out)
 
-    def vector(self, i: int) -> NDArray[Any]:
-        """The magnitudes of part `i`, in float32 or float64."""
-        return wide_values(self.inputs[i][2], self.wide, self._read)
-
-    def _product(self, i: int, first: int, stop: int) -> NDArray[Any]:
-        """`B @ A` in the rows from `first` to `stop`, in memory that is used again."""
-        import numpy as np
-
-        part, (a, b) = self.parts[i], self.inputs[i][:2]
+    def _product(self, part: Part, factors: Factors, first: int, stop: int) -> NDArray[Any]:
+        """`B @ A` in the rows from `first` to `stop`."""
         group, first = divmod(first, self.rows)
         stop, skipped = stop - group * self.rows, part.first_row
-        if b.spec.shape[0] * self.columns * 4 <= _WHOLE_NBYTES and not part.is_transposed:
-            first, stop = 0, b.spec.shape[0]  # small enough to be computed whole, whatever part of it is wanted
+        if factors.height * self.columns * 4 <= _WHOLE_NBYTES and not part.is_transposed:
+            first, stop = 0, factors.height  # small enough to be computed whole, whatever part of it is wanted
         else:
             first, stop, skipped = first + skipped, stop + skipped, 0
-        size = (stop - first) * self.columns
-        needed = size * 2 if self.wide is DType.F64 else size
-        memory = self._memory.get(i)
-        if memory is None or len(memory) < needed:
-            memory = self._memory[i] = np.empty(needed, dtype=self.wide.value)
         rows, columns = slice(first, stop), slice(None)
         if part.is_transposed:
             rows, columns = columns, rows
         shape = (self.columns, stop - first) if part.is_transposed else (stop - first, self.columns)
-        product, term = memory[:size].reshape(shape), memory[needed - size : needed].reshape(shape)
-        factors = find_factors(a, b, part, self.wide, self._read)
-        self._scales[i] = factors.scale
-        factors.multiply(product, term, group if part.expert is None else part.expert, rows, columns)
+        product = self.memory.take(shape[0] * shape[1], self.wide).reshape(shape)
+        factors.multiply(product, group if part.expert is None else part.expert, rows, columns, self.memory)
         return product.T if part.is_transposed else product[skipped:]
 
 
@@ -167,6 +195,7 @@ class Factors:
 
     def __init__(self, a: NDArray[Any], b: NDArray[Any], scale: float) -> None:
         self._a, self._b, self.scale = [a], [b], scale
+        _, self.height, self.rank = b.shape
         mantissa, exponent = math.frexp(scale)
         if a.dtype == "float32" and abs(mantissa) == 0.5 and abs(exponent) < 12 and _is_tame(a) and _is_tame(b):
             self._b, self.scale = [b * b.dtype.type(scale)], 1.0
@@ -180,12 +209,16 @@ class Factors:
         pairs = [(i, j) for i in range(len(self._b)) for j in range(len(self._a)) if i + j < _SLICES]
         return sorted(pairs, key=lambda pair: (-sum(pair), pair))
 
-    def multiply(self, out: NDArray[Any], term: NDArray[Any], expert: int, rows: slice, columns: slice) -> None:
-        """`out = B[expert, rows] @ A[expert, :, columns]`; `term` is memory of the same shape."""
-        for n, (i, j) in enumerate(self._pairs):
-            matmul(term if n else out, self._b[i][expert, rows], self._a[j][expert, :, columns])
-            if n:
+    def multiply(self, out: NDArray[Any], expert: int, rows: slice, columns: slice, memory: Memory) -> None:
+        """`out = B[expert, rows] @ A[expert, :, columns]`."""
+        (i, j), *others = self._pairs
+        matmul(out, self._b[i][expert, rows], self._a[j][expert, :, columns])
+        if others:
+            term = memory.take(out.size, DType(str(out.dtype))).reshape(out.shape)
+            for i, j in others:
+                matmul(term, self._b[i][expert, rows], self._a[j][expert, :, columns])
                 out += term
+            memory.give(term)
 
 
 def split(values: NDArray[Any], axis: int, bits: int) -> list[NDArray[Any]]:
@@ -270,7 +303,7 @@ def to_wider(out: memoryview, wide: DType, source: memoryview, dtype: DType) -> 
         out[:] = source
 
 
-def to_narrower(out: memoryview, dtype: DType, source: memoryview, wide: DType, read: Evaluator) -> None:
+def to_narrower(out: memoryview, dtype: DType, source: memoryview, wide: DType) -> None:
     """`out = source` in a narrower type or the same, rounded once to the nearest; torch rounds float64 twice."""
     import numpy as np
 
@@ -278,21 +311,20 @@ def to_narrower(out: memoryview, dtype: DType, source: memoryview, wide: DType, 
         to_wider(out, dtype, source, wide)
         return
     values = np.frombuffer(source, dtype=np.float64)
-    with read.scratch(len(source) // 2) as buffer:
-        # Rounding to odd first: as there are bits to spare, the second rounding then is as if it were the only one.
-        rounded = np.frombuffer(buffer, dtype=np.float32)
-        with np.errstate(over="ignore"):
-            rounded[:] = values
-        bits = rounded.view(np.uint32)
-        is_odd = rounded != values
-        bits -= np.abs(rounded) > np.abs(values)
-        bits |= is_odd
-        convert(out, dtype, buffer, DType.F32)
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float32)
+    # Rounding to odd first: as there are bits to spare, the second rounding then is as if it were the only one.
+    bits, is_odd = rounded.view(np.uint32), rounded != values
+    bits -= np.abs(rounded) > np.abs(values)
+    bits |= is_odd
+    convert(out, dtype, memory_of(rounded), DType.F32)
 
 
-def round_to(array: NDArray[Any], dtype: DType, read: Evaluator) -> None:
+def round_to(array: NDArray[Any], dtype: DType) -> None:
     """Round the values of a contiguous array to those of a narrower type."""
+    import numpy as np
+
     wide, memory = DType(str(array.dtype)), memory_of(array)
-    with read.scratch(array.size * dtype.itemsize) as small:
-        to_narrower(small, dtype, memory, wide, read)
-        convert(memory, wide, small, dtype)
+    small = memory_of(np.empty(array.size * dtype.itemsize, dtype=np.uint8))
+    to_narrower(small, dtype, memory, wide)
+    convert(memory, wide, small, dtype)
