@@ -16,7 +16,8 @@ from support import from_bytes, given_tensor, to_bytes, torch_dtype
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops import loss as module
-from weightops.ops.loss import CountedCast, Loss, Overflow, counted_cast, largest_number, losses_of
+from weightops.ops.float_formats import largest_number
+from weightops.ops.loss import CountedCast, Loss, Overflow, counted_cast, losses_of
 from weightops.spec import DType
 
 TIES = {

@@ -12,8 +12,9 @@ from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.pairing import is_vocabulary, listed, matching, refuse_delta
+from weightops.ops.float_formats import FORMATS
 from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
-from weightops.ops.loss import FORMATS, Overflow, counted_cast
+from weightops.ops.loss import Overflow, counted_cast
 from weightops.spec import DType
 
 DTYPES = (DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2)

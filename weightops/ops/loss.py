@@ -18,7 +18,9 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.elementwise import Cast
+from weightops.ops.float_formats import FORMATS, Format, largest_number, sign_of, strip_signs
 from weightops.ops.libtorch import convert
+from weightops.ops.loss_table import SHORT, SPACE_NBYTES, WORDS, Table, convert_short, count_block, numbers_of
 from weightops.ops.numbers import values_of
 from weightops.spec import DType, TensorSpec
 
@@ -37,32 +39,6 @@ _PIECE = 1 << 17
 _SPACE_NBYTES = 26 * _PIECE
 _E4M3_TIE = 464.0
 """Half way from 448, the largest float8_e4m3fn, to the next number that there would be. It rounds to 448."""
-
-
-class _Format(NamedTuple):
-    """Numbers of a type as bits: the sign, the exponent, and the significand less its leading bit."""
-
-    precision: int
-    """Bits of the significand."""
-    largest: int
-    """The bits of the largest number; above it stand infinity and NaNs."""
-
-    @property
-    def normal(self) -> int:
-        """The bits of the smallest number of the normal range."""
-        return 1 << (self.precision - 1)
-
-
-FORMATS = {
-    DType.F8_E4M3: _Format(4, 0x7E),
-    DType.F8_E5M2: _Format(3, 0x7B),
-    DType.F8_E4M3FNUZ: _Format(4, 0x7F),
-    DType.F8_E5M2FNUZ: _Format(3, 0x7F),
-    DType.F16: _Format(11, 0x7BFF),
-    DType.BF16: _Format(8, 0x7F7F),
-    DType.F32: _Format(24, 0x7F7FFFFF),
-    DType.F64: _Format(53, 0x7FEFFFFFFFFFFFFF),
-}
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +83,7 @@ class CountedCast(Cast, frozen=True):
 
     @property
     def scratch_nbytes(self) -> int:
-        return _SPACE_NBYTES
+        return max(_SPACE_NBYTES, SPACE_NBYTES)
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         if self.dtype not in FORMATS:
@@ -117,6 +93,9 @@ class CountedCast(Cast, frozen=True):
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
         (source,) = tensor.inputs
         old, new = source.spec.dtype, self.dtype
+        if old in SHORT and new.bits <= old.bits:
+            self._fill_from_words(tensor, start, out, read)
+            return
         position, loss = read.running.get(tensor, (0, Loss()))
         with read.scratch(len(out) // new.itemsize * old.itemsize) as buffer, read.scratch(_SPACE_NBYTES) as memory:
             read(source, start // new.itemsize * old.itemsize, buffer)
@@ -126,6 +105,33 @@ class CountedCast(Cast, frozen=True):
                 loss += self._settle(before, after, loss.max_relative_error, space)
         if start == position:
             read.running[tensor] = start + len(out), loss
+
+    def _fill_from_words(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        (source,) = tensor.inputs
+        old, new = source.spec.dtype, self.dtype
+        position, _, total = read.running.get(tensor, (0, Loss(), None))
+        table = _table(old, new, self.on_overflow)
+        with read.scratch(len(out) // new.itemsize * 2) as buffer, read.scratch(SPACE_NBYTES) as memory:
+            read(source, start // new.itemsize * 2, buffer)
+            counts = np.frombuffer(memory, np.int64, WORDS)
+            counts[:] = 0
+            count_block(buffer, counts, np.frombuffer(memory, np.int32, offset=counts.nbytes))
+            if new in SHORT and not counts[table.masks["nan"]].any():
+                convert_short(out, new, buffer, old, memory[counts.nbytes :])
+            else:
+                convert(out, new, buffer, old)
+            if self.on_overflow == "refuse" and counts[table.too_large].any():
+                lost = table.too_large & (counts != 0)
+                raise self._refusal(table.values[lost], int(counts[lost].sum()))
+            if counts[table.patched].any():
+                results = np.frombuffer(out, f"<u{new.itemsize}")
+                np.take(table.results, np.frombuffer(buffer, np.uint16), out=results, mode="clip")
+            if start == position:
+                total = counts.copy() if total is None else np.add(total, counts, out=total)
+                is_last = start + len(out) == tensor.nbytes
+                read.running[tensor] = start + len(out), Loss(**table.counted(total)) if is_last else Loss(), total
 
     def _settle(self, before: memoryview, after: memoryview, known: float, space: _Space) -> Loss:
         """Treat what is too large among the results `after`, and count what they have lost.
@@ -137,7 +143,7 @@ class CountedCast(Cast, frozen=True):
         old, new = space.old, self.dtype
         form, results = FORMATS[new], np.frombuffer(after, space.unit)
         magnitudes, mask = space.magnitudes[: results.size], space.mask[: results.size]
-        _strip_signs(results, new, magnitudes)
+        strip_signs(results, new, magnitudes)
         first_odd = form.largest + (new is not DType.F8_E4M3)
         odd = _Odd()
         if magnitudes.max(initial=0) >= first_odd:
@@ -182,8 +188,8 @@ class CountedCast(Cast, frozen=True):
             lost = beyond | infinite
             bits = largest + unit(1) if self.on_overflow == "inf" else bits
         if lost.any() and self.on_overflow == "refuse":
-            raise self._refusal(values[lost])
-        sign = unit(_sign(self.dtype))
+            raise self._refusal(values[lost], int(np.count_nonzero(lost)))
+        sign = unit(sign_of(self.dtype))
         if bits is not None:
             results[at[lost]] = np.where(np.signbit(values[lost]), sign | bits, bits)
         held = results[at] & ~sign == largest
@@ -195,11 +201,11 @@ class CountedCast(Cast, frozen=True):
             places=at[nan | infinite | beyond],
         )
 
-    def _refusal(self, values: Array) -> IncompatibleInputs:
+    def _refusal(self, values: Array, number: int) -> IncompatibleInputs:
         import numpy as np
 
         name, found, largest = self.dtype.value, np.abs(values).max(), largest_number(self.dtype)
-        count = f"at least {values.size} values are" if values.size > 1 else "at least one value is"
+        count = f"at least {number} values are" if number > 1 else "at least one value is"
         return IncompatibleInputs(
             f"{escape(self.label)}: {count} too large for {name}: the largest so far is {found:.9g}, "
             f"that of {name} is {largest:.9g}",
@@ -255,14 +261,50 @@ class _Space:
         return self.widened(picked.data.cast("B"), self.old, np.empty(at.size, self.wide.value))
 
 
+@cache
+def _table(old: DType, new: DType, on_overflow: Overflow | None) -> Table:
+    """What a cast from a 16-bit type makes of each word, by the rules for pieces of any type."""
+    import numpy as np
+
+    words = np.arange(WORDS, dtype=np.uint16)
+    before, after = words.data.cast("B"), memoryview(bytearray(WORDS * new.itemsize))
+    convert(after, new, before, old)
+    unit, form = np.dtype(f"<u{new.itemsize}"), FORMATS[new]
+    results = np.frombuffer(after, unit)
+    plain, magnitudes = results.copy(), np.empty(WORDS, unit)
+    space = _Space(memoryview(bytearray(_SPACE_NBYTES)), old, new)
+    strip_signs(results, new, magnitudes)
+    places = np.flatnonzero(magnitudes >= form.largest + (new is not DType.F8_E4M3))
+    x, odd = numbers_of(old), np.isin(np.arange(WORDS), places)
+    nan, infinite = np.isnan(x), np.isinf(x)
+    beyond = odd & ~nan & ~infinite
+    if new is DType.F8_E4M3:
+        beyond &= np.abs(x) > _E4M3_TIE
+    too_large = beyond | (odd & infinite) if new is DType.F8_E4M3 else beyond
+    if on_overflow != "refuse":
+        CountedCast(new, "", on_overflow)._settle_odd(before, results, places, space)
+    strip_signs(results, new, magnitudes)
+    y = space.widened(after, new, np.empty(WORDS, np.float32))
+    changed = (x != y) & ~nan
+    held = too_large & (magnitudes == form.largest)
+    with np.errstate(all="ignore"):
+        errors = np.abs((y - x) / x)
+    errors[~changed | beyond | infinite] = 0
+    masks = {
+        "changed": changed,
+        "overflowed": beyond & ~held,
+        "saturated": held,
+        "flushed": (y == 0) & (x != 0),
+        "subnormal": (magnitudes > 0) & (magnitudes < form.normal),
+        "nan": nan,
+        "infinite": infinite,
+    }
+    return Table(x, results, results != plain, too_large, masks, errors)
+
+
 def _pieces(data: memoryview, dtype: DType) -> Iterator[memoryview]:
     step = _PIECE * dtype.itemsize
     return (data[start : start + step] for start in range(0, len(data), step))
-
-
-def _sign(dtype: DType) -> int:
-    """The bit of the sign."""
-    return 1 << (dtype.bits - 1)
 
 
 @cache
@@ -274,27 +316,7 @@ def _numbers(dtype: DType, wide: DType) -> Array:
         return values_of(dtype).astype(wide.value)
 
 
-def largest_number(dtype: DType) -> float:
-    """The largest finite number of a type."""
-    import numpy as np
-
-    number = np.empty(1, np.float64)
-    bits = bytearray(FORMATS[dtype].largest.to_bytes(dtype.itemsize, "little"))
-    convert(number.data.cast("B"), DType.F64, memoryview(bits), dtype)
-    return float(number[0])
-
-
-def _strip_signs(results: Array, dtype: DType, out: Array) -> None:
-    """The bits without the sign, in the order of the numbers' magnitudes, with infinity and NaNs above them."""
-    import numpy as np
-
-    sign = results.dtype.type(_sign(dtype))
-    np.bitwise_and(results, ~sign, out=out)
-    if dtype in (DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ):  # whose only NaN is where -0 is in others
-        out[results == sign] = sign
-
-
-def _largest_error(x: Array, y: Array, form: _Format, known: float, small: bool, space: _Space) -> float:
+def _largest_error(x: Array, y: Array, form: Format, known: float, small: bool, space: _Space) -> float:
     """The largest relative error of `y`, the rounded `x`, if it is above `known`. Overwrites `y` and the magnitudes.
 
     Within the normal range a significand from 1 to 2 loses at most `half = 2**-precision`. One that rounds to
