@@ -79,19 +79,22 @@ def _library() -> _Library | None:
         path = Path(folder) / "lib" / "libtorch_cpu.so"
         if path.exists():
             try:
-                return _Library(ctypes.CDLL(str(path)))
+                return _Library(ctypes.CDLL(str(path)), ctypes.PyDLL(str(path)))
             except (OSError, AttributeError):
                 return None
     return None
 
 
 class _Library:
-    """The few functions of the C interface that are needed. Tensors are handles on memory that others own."""
+    """The few functions of the C interface that are needed. Tensors are handles on memory that others own.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    `brief` keeps Python's lock while it is called: for what takes less time than getting the lock back.
+    """
+
+    def __init__(self, library: ctypes.CDLL, brief: ctypes.PyDLL) -> None:
         handle, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         sizes, result = ctypes.POINTER(size), ctypes.POINTER(handle)
-        self._from_blob = library.aoti_torch_create_tensor_from_blob
+        self._from_blob = brief.aoti_torch_create_tensor_from_blob
         self._from_blob.argtypes = [handle, size, sizes, sizes, size, code, code, code, result]
         self._add = library.aoti_torch_cpu_add_Tensor
         self._add.argtypes = [handle, handle, ctypes.c_double, result]
@@ -99,7 +102,7 @@ class _Library:
         self._copy.argtypes = [handle, handle, code]
         self._mm = library.aoti_torch_cpu_mm_out
         self._mm.argtypes = [handle, handle, handle]
-        self._delete = library.aoti_torch_delete_tensor_object
+        self._delete = brief.aoti_torch_delete_tensor_object
         self._delete.argtypes = [handle]
         self._dtypes: dict[DType, int] = {d: int(getattr(library, f"aoti_torch_dtype_{d.value}")()) for d in _BY_C}
         self._cpu = int(library.aoti_torch_device_type_cpu())
