@@ -27,6 +27,7 @@ transformers.logging.disable_progress_bar()
 State = dict[str, torch.Tensor]
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
 MOE = {"hidden_size": 64, "intermediate_size": 112, "num_experts_per_tok": 2, **SMALL}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -73,7 +73,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     def read_into(self: FileReader, file: object, offset: int, out: memoryview, more: int = 0) -> None:
         nonlocal total
         total += len(out)
-        original(self, file, offset, out, more)  # type: ignore[arg-type]
+        original(self, file, offset, out, more)
 
     monkeypatch.setattr(FileReader, "read_into", read_into)
     return lambda: total

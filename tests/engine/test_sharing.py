@@ -273,7 +273,7 @@ def test_a_source_that_changes_is_noticed_though_its_blocks_were_shared(
     original = disk.ioctl
 
     def ioctl(*arguments: int | bytes) -> int:
-        done = original(*arguments)  # type: ignore[arg-type]
+        done = original(*arguments)
         os.utime(source, ns=(1, 1))
         return done
 

@@ -220,7 +220,7 @@ def test_scales_and_bits_are_those_of_compressed_tensors(
         patch.setattr(fp8, "_BLOCK", block)
         patch.setattr(fp8, "_PIECE", block // 3 + 1)
         found = [from_bytes(evaluate(t, block), torch_dtype(t.spec.dtype), t.spec.shape) for t in (weight, scale)]
-    assert same_bits(dict(enumerate(found)), dict(enumerate(expected)))  # type: ignore[arg-type]
+    assert same_bits(dict(enumerate(found)), dict(enumerate(expected)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

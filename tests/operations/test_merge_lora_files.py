@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from adapters import Made, State, edit_config, edit_tensors, evaluate, load_model, quietly, state
+from adapters import LINEAR, Made, State, edit_config, edit_tensors, evaluate, load_model, quietly, state
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -16,20 +15,7 @@ import weightops
 from weightops.formats.folder import open_checkpoint
 from weightops.operations.merge_lora import merge_lora
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- spellings ----------------------------------------------------------------------------------------------------

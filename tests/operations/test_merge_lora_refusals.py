@@ -21,11 +21,6 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 EMBED = "base_model.model.model.embed_tokens"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("made"))
-
-
 def refused(base: Path, adapters: Path | list[Path], **options: Any) -> WeightopsError:
     """The error of a merge that is refused, with a hint and no traces."""
     folder = base.parent / "refused"

@@ -22,19 +22,12 @@ from weightops.ops.lora import LoraBias, ReplaceRows
 from weightops.ops.lora_product import Part, split, to_narrower
 from weightops.spec import DType
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALE = 27 / 16
 SHAPES = [(64, 64, 4), (200, 72, 5), (1100, 1000, 16), (2049, 1111, 8), (1536, 896, 16), (385, 4096, 520)]
 """Out, in, rank: whole products, blocks with rests short and long, and a rank that asks for higher blocks."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    """With more, MKL's AVX2 kernels give other bits for some shapes, peft's included."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int, sigma: float = 0.1) -> torch.Tensor:

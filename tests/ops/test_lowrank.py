@@ -127,7 +127,7 @@ def test_the_seed_draws_the_matrix() -> None:
 def test_both_factors_come_of_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     decompose = LowRank.decompose
-    monkeypatch.setattr(LowRank, "decompose", lambda *args: calls.append(1) or decompose(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(LowRank, "decompose", lambda *args: calls.append(1) or decompose(*args))
     one, two = pair(with_spectrum(np.ones(2), 9, 8)), pair(with_spectrum(np.ones(2), 9, 8, seed=1))
     with Evaluator() as read:
         for inputs in (one, two):
