@@ -113,7 +113,7 @@ class Staging:
         found = self._earlier_plan()
         if found is not None and not restart:
             if found.get("fingerprint") == plan.fingerprint:
-                return self._read_journal()
+                return _read_journal(self.folder)
             difference = first_difference(plan.identity, identity_of(found.get("plan")))
             raise PlanDiffers(
                 f"{escape(str(self.folder))} is the partial output of another plan: {difference}",
@@ -130,9 +130,6 @@ class Staging:
         except (FileNotFoundError, ValueError):
             return None
         return found if isinstance(found, dict) else None
-
-    def _read_journal(self) -> list[Record]:
-        return _read_journal(self.folder)
 
     def _clear(self) -> None:
         """Empty the folder of whatever an abandoned run left."""
@@ -191,7 +188,7 @@ class Staging:
     @property
     def has_shards(self) -> bool:
         """Whether there is work here that a later run can keep."""
-        return any(isinstance(r, ShardRecord) for r in self._read_journal())
+        return any(isinstance(r, ShardRecord) for r in _read_journal(self.folder))
 
     def discard(self) -> None:
         """Throw the partial output away."""

@@ -18,6 +18,7 @@ from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations import extract_lora_adapter as adapter
 from weightops.operations.extract_lora_adapter import Pair, Rest, is_head, is_linear, module_of
+from weightops.operations.modules import is_conv1d
 from weightops.operations.pairing import ROTARY_SUFFIX, as_loaded, is_vocabulary, listed, matching, refuse_delta
 from weightops.ops.elementwise import Reinterpret, cast
 from weightops.ops.lowrank import OVERSAMPLE, PASSES, Change, LowRank, SingularValues
@@ -113,7 +114,7 @@ def extract_lora(
     tensors: dict[str, LazyTensor] = {}
     for name, pair in wanted.items():
         path = paths[name]
-        for letter, factor in _factors(pair, sketches[name], ranks[name], adapter.is_conv1d(path, config)):
+        for letter, factor in _factors(pair, sketches[name], ranks[name], is_conv1d(path, config.get("model_type"))):
             tensors[f"{adapter.PREFIX}{path}.lora_{letter}.weight"] = cast(factor, dtype or DType.F32)
     modules = {paths[name]: ranks[name] for name in factored}
     return Checkpoint(

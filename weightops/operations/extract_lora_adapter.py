@@ -15,6 +15,7 @@ from weightops.checkpoint import Checkpoint, Sidecar, written_json
 from weightops.errors import IncompatibleInputs
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
+from weightops.operations.modules import is_conv1d, last_part
 from weightops.operations.pairing import is_vocabulary, listed
 
 CONFIG_NAME = "adapter_config.json"
@@ -25,8 +26,6 @@ _NOT_LINEAR = re.compile(r"(.*_)?embed(ding)?s?(_.*)?|w[tp]e|shared|relative_att
 
 The last part of `mlp.gate_proj` is `gate_proj`, which is one.
 """
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
-_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _RENAMED = {
     "gpt_neox": (r"^embed_out$", "lm_head"),
     "mixtral": (r"\.block_sparse_moe\.gate$", ".mlp.gate"),
@@ -83,11 +82,6 @@ def module_path(module: str, config: Mapping[str, Any]) -> str:
 def is_expert(module: str) -> bool:
     """Whether a layer is one of the experts that transformers 5 and peft stack: all need factors, of one rank."""
     return _EXPERT.fullmatch(module) is not None
-
-
-def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether a layer is transformers' Conv1D: a Linear layer that keeps its weight as [in, out]."""
-    return config.get("model_type") in _CONV1D_MODELS and last_part(module) in _CONV1D
 
 
 def keep_whole(
@@ -162,7 +156,7 @@ def sidecars(
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "lora_only" if kept.has_biases else "none",
-        "fan_in_fan_out": any(is_conv1d(module, settings) for module in ranks),
+        "fan_in_fan_out": any(is_conv1d(module, settings.get("model_type")) for module in ranks),
         "init_lora_weights": True,
         "target_modules": _shortest(ranks, (module_path(module_of(name), settings) for name in pairs)),
         "modules_to_save": kept.modules or None,
@@ -217,11 +211,6 @@ def _headless(modules: Iterable[str]) -> str | None:
 def module_of(name: str) -> str:
     """The module of a tensor: its name without the last part."""
     return name.rpartition(".")[0]
-
-
-def last_part(module: str) -> str:
-    """The name that a module has in the one that it is part of."""
-    return module.rpartition(".")[2]
 
 
 def _parents(module: str) -> Iterable[str]:

@@ -10,12 +10,11 @@ from weightops.formats.adapter import CONFIG_NAME, Adapter, Factors
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.merge_lora_names import is_head
+from weightops.operations.modules import is_conv1d
 from weightops.ops.lora import DTYPES, Precision
 from weightops.ops.lora_product import Part
 from weightops.spec import TensorSpec
 
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 _TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 """Models whose stacked experts are `[experts, in, out]`."""
 _FUSED = {
@@ -124,7 +123,7 @@ class Placing:
         factored, flag = _factored(factors), self._adapter.config.fan_in_fan_out
         if weight.shape == factored != factored[::-1]:
             return False
-        known = path.split(".")[-1] in _CONV1D and self._model in _CONV1D_MODELS
+        known = is_conv1d(path, self._model)
         return known or (flag and (self._model is None or weight.shape != factored))
 
     def _is_stacked(self, path: str) -> str | None:

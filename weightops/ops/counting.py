@@ -8,11 +8,10 @@ to load. It is called through libtorch's C interface (torch/csrc/stable/c/shim.h
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import threading
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from weightops.ops.libtorch import OneThread, check_status, open_library
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +21,16 @@ PIECE = 1 << 18
 """Words that are counted at once: as 32-bit numbers they fit into a second-level cache, beside the counts."""
 _ABI_VERSION = (2 << 56) | (10 << 48)
 """That of torch 2.10, whose `aten::bincount` is meant; later libraries translate."""
+
+
+def count_all(words: NDArray[Any], total: NDArray[np.int64], indexes: NDArray[np.int32], *, many: bool) -> None:
+    """As `count_words` for unsigned words of 8 or 16 bits, which become indexes as many at a time as there is room."""
+    import numpy as np
+
+    for start in range(0, words.size, indexes.size or 1):
+        piece = words[start : start + indexes.size]
+        np.copyto(indexes[: piece.size], piece)
+        count_words(indexes[: piece.size], total, many=many)
 
 
 def count_words(words: NDArray[np.int32], total: NDArray[np.int64], *, many: bool) -> None:
@@ -42,21 +51,13 @@ def count_words(words: NDArray[np.int32], total: NDArray[np.int64], *, many: boo
 @cache
 def _library() -> _Library | None:
     """torch's own `bincount`, or None without a library that has the C interface."""
-    spec = importlib.util.find_spec("torch")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / "lib" / "libtorch_cpu.so"
-        if path.exists():
-            try:
-                return _Library(ctypes.CDLL(str(path)))
-            except (OSError, AttributeError):
-                return None
-    return None
+    return open_library(_Library)
 
 
 class _Library:
     """`aten::bincount` by the dispatcher; it takes over the handle that it is given, and gives one back."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, _: ctypes.PyDLL) -> None:
         handle, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         sizes, result = ctypes.POINTER(size), ctypes.POINTER(handle)
         self._from_blob = library.aoti_torch_create_tensor_from_blob
@@ -70,33 +71,24 @@ class _Library:
         self._delete = library.aoti_torch_delete_tensor_object
         self._delete.argtypes = [handle]
         self._int32, self._cpu = int(library.aoti_torch_dtype_int32()), int(library.aoti_torch_device_type_cpu())
-        self._set_threads = getattr(library, "omp_set_num_threads", lambda count: None)
-        self._prepared = threading.local()
+        self._thread = OneThread(library)
 
     def count(self, words: NDArray[np.int32], total: NDArray[np.int64]) -> None:
         import numpy as np
 
-        if not hasattr(self._prepared, "done"):
-            # Pieces are too small to share; OpenMP keeps this number for each thread that calls it.
-            self._set_threads(1)
-            self._prepared.done = True
+        self._thread.prepare()
         tensor, data, numel = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64()
         size, stride = (ctypes.c_int64 * 1)(words.size), (ctypes.c_int64 * 1)(1)
         address, no_weights, at_least = words.ctypes.data, 0, 0
-        _check(self._from_blob(address, 1, size, stride, 0, self._int32, self._cpu, 0, ctypes.byref(tensor)))
+        check_status(self._from_blob(address, 1, size, stride, 0, self._int32, self._cpu, 0, ctypes.byref(tensor)))
         stack = (ctypes.c_uint64 * 3)(tensor.value or 0, no_weights, at_least)
-        _check(self._call(b"aten::bincount", b"", stack, _ABI_VERSION))
+        check_status(self._call(b"aten::bincount", b"", stack, _ABI_VERSION))
         counts = ctypes.c_void_p(stack[0])
         try:
-            _check(self._data(counts, ctypes.byref(data)))
-            _check(self._numel(counts, ctypes.byref(numel)))
+            check_status(self._data(counts, ctypes.byref(data)))
+            check_status(self._numel(counts, ctypes.byref(numel)))
             assert data.value is not None
             memory: Any = (ctypes.c_int64 * numel.value).from_address(data.value)
             total[: numel.value] += np.frombuffer(memory, dtype=np.int64)
         finally:
             self._delete(counts)
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"libtorch reports error {status}")

@@ -11,17 +11,19 @@ import ctypes
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightops.spec import DType
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 _BY_C = {d for d in DType if d.is_float and not d.is_packed and d not in (DType.F8_E8M0, DType.F6_E2M3, DType.F6_E3M2)}
 _ADDED_BY_C = {DType.F16, DType.BF16, DType.F32, DType.F64}
@@ -72,24 +74,41 @@ def computes_here() -> bool:
 @cache
 def _library() -> _Library | None:
     """The C interface, or None where torch is imported already, or has no such library or interface."""
-    if "torch" in sys.modules:
-        return None
+    return None if "torch" in sys.modules else open_library(_Library)
+
+
+def open_library(functions: Callable[[ctypes.CDLL, ctypes.PyDLL], T]) -> T | None:
+    """torch's CPU library by its C interface, or None where it is not there or lacks one of the `functions`.
+
+    The second form keeps Python's lock while it is called: for what takes less time than getting the lock back.
+    """
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / "lib" / "libtorch_cpu.so"
         if path.exists():
             try:
-                return _Library(ctypes.CDLL(str(path)), ctypes.PyDLL(str(path)))
+                return functions(ctypes.CDLL(str(path)), ctypes.PyDLL(str(path)))
             except (OSError, AttributeError):
                 return None
     return None
 
 
-class _Library:
-    """The few functions of the C interface that are needed. Tensors are handles on memory that others own.
+class OneThread:
+    """Keeps OpenMP to the calling thread, for blocks are too small to share; it remembers that for each thread."""
 
-    `brief` keeps Python's lock while it is called: for what takes less time than getting the lock back.
-    """
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._set_threads = getattr(library, "omp_set_num_threads", lambda count: None)
+        self._prepared = threading.local()
+
+    def prepare(self) -> None:
+        """To be called by every thread before it computes."""
+        if not hasattr(self._prepared, "done"):
+            self._set_threads(1)
+            self._prepared.done = True
+
+
+class _Library:
+    """The few functions of the C interface that are needed. Tensors are handles on memory that others own."""
 
     def __init__(self, library: ctypes.CDLL, brief: ctypes.PyDLL) -> None:
         handle, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -106,25 +125,24 @@ class _Library:
         self._delete.argtypes = [handle]
         self._dtypes: dict[DType, int] = {d: int(getattr(library, f"aoti_torch_dtype_{d.value}")()) for d in _BY_C}
         self._cpu = int(library.aoti_torch_device_type_cpu())
-        self._set_threads = getattr(library, "omp_set_num_threads", lambda count: None)
-        self._prepared = threading.local()
+        self._thread = OneThread(library)
 
     def accumulate(self, out: memoryview, other: memoryview, dtype: DType, sign: int) -> None:
         with self._tensor(out, dtype) as left, self._tensor(other, dtype) as right:
             total = ctypes.c_void_p()
-            _check(self._add(left, right, float(sign), ctypes.byref(total)))
+            check_status(self._add(left, right, float(sign), ctypes.byref(total)))
             try:
-                _check(self._copy(left, total, 0))
+                check_status(self._copy(left, total, 0))
             finally:
                 self._delete(total)
 
     def convert(self, out: memoryview, new: DType, source: memoryview, old: DType) -> None:
         with self._tensor(out, new) as target, self._tensor(source, old) as values:
-            _check(self._copy(target, values, 0))
+            check_status(self._copy(target, values, 0))
 
     def matmul(self, out: NDArray[Any], left: NDArray[Any], right: NDArray[Any]) -> None:
         with self._matrix(out) as total, self._matrix(left) as a, self._matrix(right) as b:
-            _check(self._mm(total, a, b))
+            check_status(self._mm(total, a, b))
 
     @contextmanager
     def _tensor(self, buffer: memoryview, dtype: DType) -> Iterator[ctypes.c_void_p]:
@@ -145,20 +163,18 @@ class _Library:
         self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType
     ) -> Iterator[ctypes.c_void_p]:
         """A tensor on memory of others."""
-        if not hasattr(self._prepared, "done"):
-            # Blocks are too small to share; OpenMP keeps this number for each thread that calls it.
-            self._set_threads(1)
-            self._prepared.done = True
+        self._thread.prepare()
         rank, code = len(shape), self._dtypes[dtype]
         sizes, steps = (ctypes.c_int64 * rank)(*shape), (ctypes.c_int64 * rank)(*strides)
         tensor = ctypes.c_void_p()
-        _check(self._from_blob(address, rank, sizes, steps, 0, code, self._cpu, 0, ctypes.byref(tensor)))
+        check_status(self._from_blob(address, rank, sizes, steps, 0, code, self._cpu, 0, ctypes.byref(tensor)))
         try:
             yield tensor
         finally:
             self._delete(tensor)
 
 
-def _check(status: int) -> None:
+def check_status(status: int) -> None:
+    """Raise `RuntimeError` for what a function of the C interface returned, unless that is success."""
     if status:
         raise RuntimeError(f"libtorch reports error {status}")

@@ -17,10 +17,11 @@ import msgspec
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.counting import PIECE, count_all
 from weightops.ops.elementwise import Cast
 from weightops.ops.float_formats import FORMATS, Format, largest_number, sign_of, strip_signs
 from weightops.ops.libtorch import convert
-from weightops.ops.loss_table import SHORT, SPACE_NBYTES, WORDS, Table, convert_short, count_block, numbers_of
+from weightops.ops.loss_table import SHORT, SPACE_NBYTES, WORDS, Table, convert_short
 from weightops.ops.numbers import values_of
 from weightops.spec import DType, TensorSpec
 
@@ -117,7 +118,8 @@ class CountedCast(Cast, frozen=True):
             read(source, start // new.itemsize * 2, buffer)
             counts = np.frombuffer(memory, np.int64, WORDS)
             counts[:] = 0
-            count_block(buffer, counts, np.frombuffer(memory, np.int32, offset=counts.nbytes))
+            words, indexes = np.frombuffer(buffer, np.uint16), np.frombuffer(memory, np.int32, offset=counts.nbytes)
+            count_all(words, counts, indexes, many=words.size > PIECE)
             if new in SHORT and not counts[table.masks["nan"]].any():
                 convert_short(out, new, buffer, old, memory[counts.nbytes :])
             else:
@@ -127,7 +129,7 @@ class CountedCast(Cast, frozen=True):
                 raise self._refusal(table.values[lost], int(counts[lost].sum()))
             if counts[table.patched].any():
                 results = np.frombuffer(out, f"<u{new.itemsize}")
-                np.take(table.results, np.frombuffer(buffer, np.uint16), out=results, mode="clip")
+                np.take(table.results, words, out=results, mode="clip")
             if start == position:
                 total = counts.copy() if total is None else np.add(total, counts, out=total)
                 is_last = start + len(out) == tensor.nbytes
@@ -275,7 +277,7 @@ def _table(old: DType, new: DType, on_overflow: Overflow | None) -> Table:
     space = _Space(memoryview(bytearray(_SPACE_NBYTES)), old, new)
     strip_signs(results, new, magnitudes)
     places = np.flatnonzero(magnitudes >= form.largest + (new is not DType.F8_E4M3))
-    x, odd = numbers_of(old), np.isin(np.arange(WORDS), places)
+    x, odd = _numbers(old, DType.F32), np.isin(np.arange(WORDS), places)
     nan, infinite = np.isnan(x), np.isinf(x)
     beyond = odd & ~nan & ~infinite
     if new is DType.F8_E4M3:
@@ -309,7 +311,7 @@ def _pieces(data: memoryview, dtype: DType) -> Iterator[memoryview]:
 
 @cache
 def _numbers(dtype: DType, wide: DType) -> Array:
-    """What each byte stands for in a type of 8 bits. Looking it up is several times as fast as torch's conversion."""
+    """What each word of 8 or 16 bits stands for. Looking bytes up is several times as fast as torch's conversion."""
     import numpy as np
 
     with np.errstate(invalid="ignore"):

@@ -6,10 +6,9 @@ Counting words is one pass, where comparing numbers before and after is several;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from weightops.ops.counting import PIECE, count_words
+from weightops.ops.counting import PIECE
 from weightops.ops.libtorch import convert
 from weightops.spec import DType
 
@@ -46,17 +45,6 @@ class Table:
         return {"elements": int(counts.sum()), **fields, "max_relative_error": float(present.max(initial=0))}
 
 
-def count_block(data: memoryview, counts: Array, indexes: Array) -> None:
-    """Add up in `counts` how often each word occurs in `data`."""
-    import numpy as np
-
-    words = np.frombuffer(data, np.uint16)
-    for start in range(0, words.size, PIECE):
-        piece = words[start : start + PIECE]
-        np.copyto(indexes[: piece.size], piece)
-        count_words(indexes[: piece.size], counts, many=words.size > PIECE)
-
-
 def convert_short(out: memoryview, new: DType, source: memoryview, old: DType, space: memoryview) -> None:
     """As `convert` between 16-bit types, for data without NaN: by way of float32, for which torch has vector code."""
     step = len(space) // 4
@@ -65,14 +53,3 @@ def convert_short(out: memoryview, new: DType, source: memoryview, old: DType, s
         wide = space[: 2 * len(part)]
         convert(wide, DType.F32, part, old)
         convert(out[start : start + len(part)], new, wide, DType.F32)
-
-
-@cache
-def numbers_of(old: DType) -> Array:
-    """Every word of a type as a float32."""
-    import numpy as np
-
-    values = np.empty(WORDS, np.float32)
-    convert(values.data.cast("B"), DType.F32, memoryview(bytearray(np.arange(WORDS, dtype=np.uint16))), old)
-    values.setflags(write=False)
-    return values

@@ -20,7 +20,7 @@ import msgspec
 from weightops.errors import UsageError
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.counting import PIECE as COUNTED_PIECE
-from weightops.ops.counting import count_words
+from weightops.ops.counting import count_all, count_words
 from weightops.ops.numbers import SMALLEST_NORMAL, values_of
 from weightops.spec import DType, TensorSpec
 
@@ -180,11 +180,7 @@ class _Narrow:
 
         words = np.frombuffer(block, dtype=f"u{self._spec.dtype.itemsize}")
         with read.scratch(min(words.size, COUNTED_PIECE) * 4) as memory:
-            numbers = np.frombuffer(memory, dtype=np.int32)
-            for piece in _cut(self.position, words.size, COUNTED_PIECE):
-                part = numbers[: piece.stop - piece.start]
-                np.copyto(part, words[piece])
-                count_words(part, self._counts, many=self._spec.numel >= _MANY)
+            count_all(words, self._counts, np.frombuffer(memory, np.int32), many=self._spec.numel >= _MANY)
         self.position += words.size
 
     def result(self) -> TensorStatistics:

@@ -21,7 +21,7 @@ from weightops.formats.manifest import Manifest
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.manifests import find_manifest
 from weightops.ops.stored import without_shared_checks
-from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Origin, Plan, make_plan, parse_size
+from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
 from weightops.recipes.observe import observe
 from weightops.recipes.recipe import Recipe, Step
 from weightops.recipes.verbs import find_verb
@@ -143,16 +143,15 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
             restart=running.get("restart", False),
             control=running.get("control"),
         )
-    return {
-        out: Result(outcome.out, plans[out], outcome.manifest, outcome.resumed, (*each.checkpoint.warnings, *more))
-        for (out, each), outcome in zip(wanted.items(), outcomes, strict=True)
-        for more in [outcome.warnings]
-    }
+    results = {}
+    for (out, each), done in zip(wanted.items(), outcomes, strict=True):
+        warnings = (*each.checkpoint.warnings, *done.warnings)
+        results[out] = Result(done.out, plans[out], done.manifest, done.resumed, warnings)
+    return results
 
 
 def _plan(wanted: Wanted, title: str) -> Plan:
     checkpoint, files = wanted.checkpoint, wanted.files
-    origins: tuple[Origin, ...] = ()
     recipe = dict(wanted.recipe)
     if checkpoint.dropped:
         recipe["dropped"] = dict(checkpoint.dropped)
