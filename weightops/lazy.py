@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
+from weightops.io.memory import copy_bytes
 from weightops.io.source import FileReader, SourceFile
 from weightops.spec import TensorSpec
 
@@ -146,17 +147,19 @@ class _Kept:
     def put(self, start: int, data: memoryview) -> None:
         if len(self.memory) < len(data):
             self.memory = bytearray(len(data))
-        self.memory[: len(data)] = data
+        copy_bytes(memoryview(self.memory)[: len(data)], data)
         self.start, self.nbytes = start, len(data)
 
 
 class Evaluator:
     """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far.
 
-    Files on servers are read through `web`; evaluators that work on one plan share `once`.
+    Files on servers are read through `web`; evaluators that work on one plan share `once`. An op may start as many as
+    `threads` of its own: more than cores wait for each other, and for Python, longer than they compute.
     """
 
-    def __init__(self, web: Web | None = None, once: Once | None = None) -> None:
+    def __init__(self, web: Web | None = None, once: Once | None = None, threads: int = 1) -> None:
+        self.threads = threads
         self.files = FileReader(web)
         self.once = once or Once()
         self.running: dict[object, Any] = {}
@@ -178,7 +181,7 @@ class Evaluator:
         if kept is None:
             self._evaluate(tensor, start, out)
         elif (kept.start, kept.nbytes) == (start, len(out)):
-            out[:] = kept.memory[: len(out)]
+            copy_bytes(out, memoryview(kept.memory)[: len(out)])
         else:
             self._evaluate(tensor, start, out)
             kept.put(start, out)
@@ -192,7 +195,7 @@ class Evaluator:
             return
         with self.scratch(whole_stop - whole_start) as whole:
             tensor.op.fill(tensor, whole_start, whole, self)
-            out[:] = whole[start - whole_start : stop - whole_start]
+            copy_bytes(out, whole[start - whole_start : stop - whole_start])
 
     @contextmanager
     def keeping(self, tensors: Iterable[LazyTensor]) -> Iterator[None]:

@@ -6,6 +6,7 @@ import itertools
 import math
 import struct
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops import loss as module
 from weightops.ops.float_formats import largest_number
 from weightops.ops.loss import CountedCast, Loss, Overflow, counted_cast, losses_of
+from weightops.ops.loss_table import SHORT, SPACE_NBYTES
 from weightops.spec import DType
 
 TIES = {
@@ -152,6 +154,24 @@ def test_bits_and_counts_are_those_of_the_reference(
     tensor = LazyTensor.make(CountedCast(new, "x", mode), given_tensor(values, old))
     block = 1024 * new.itemsize * blocks
     assert counted(tensor, block) == reference(values, new, mode)
+
+
+@pytest.mark.parametrize(("old", "new"), [pair for pair in PAIRS if pair[0] in SHORT])
+def test_words_that_are_left_out_of_the_count_are_plain(old: DType, new: DType) -> None:
+    """All in range, but for a few of every kind: after the first block most are not counted word by word."""
+    random = np.random.default_rng(5)
+    values = torch.from_numpy(random.uniform(0.5, 1.99, 1 << 15)).to(torch_dtype(old))
+    odd = torch.tensor(edges(new), dtype=torch.float64).to(torch_dtype(old))
+    values[random.permutation(values.numel())[: odd.numel()]] = odd
+    table = module._table(old, new, "inf")
+    known = float(table.errors[table.plain.start : table.plain.stop].max())
+    counts, words = np.zeros(1 << 16, np.int64), np.frombuffer(to_bytes(values), np.uint16)
+    left_out, changed = table.count(words, counts, memoryview(bytearray(SPACE_NBYTES)), known)
+    assert left_out > values.numel() / 4
+    found = Loss(elements=left_out, changed=changed) + Loss(**table.counted(counts))
+    expected = reference(values, new, "inf")[1]
+    assert max(known, found.max_relative_error) >= expected.max_relative_error
+    assert msgspec.structs.replace(found, max_relative_error=expected.max_relative_error) == expected
 
 
 NARROWER = [

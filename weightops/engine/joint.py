@@ -12,8 +12,8 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from weightops.lazy import LazyTensor
 
-_BLOCK_NBYTES = 1 << 20
-"""A block of the widest of the tensors: what they share is still in cache when the next one needs it."""
+_BLOCK_NBYTES = 1 << 22
+"""A block of the widest of the tensors: smaller ones stay in cache, but their threads wait more for each other."""
 _MAX_FILES = 8
 """Files in one group: each takes memory, and a crash loses what of them was not finished."""
 

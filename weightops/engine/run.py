@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -182,10 +183,11 @@ def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
         job.resumed = tuple(job.records)
     missing = [job.missing for job in jobs]
     groups = group([[shard.tensors.values() for shard in shards] for shards in missing])
+    threads = (os.cpu_count() or 1) // max(1, min(workers, len(groups)))
 
     def write(members: Sequence[tuple[_Job, Shard]], control: Control) -> None:
         control.check()
-        records = write_group([(job.plan, shard, _temporary(job, shard)) for job, shard in members], control)
+        records = write_group([(job.plan, shard, _temporary(job, shard)) for job, shard in members], control, threads)
         for (job, shard), record in zip(members, records, strict=True):
             with _at_fault(job):
                 check_expected(job.plan, {record.name: record.digests}, record.tensors)
@@ -219,9 +221,9 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
     return found
 
 
-def write_group(shards: Sequence[tuple[Plan, Shard, Path]], control: Control) -> list[ShardRecord]:
+def write_group(shards: Sequence[tuple[Plan, Shard, Path]], control: Control, threads: int) -> list[ShardRecord]:
     """Write shards to their paths, side by side: the unit of work, which depends on their plans alone."""
-    with Evaluator(control.web, control.once) as read:
+    with Evaluator(control.web, control.once, threads) as read:
         files = [File(path, plan.layout(shard), shard.tensors, plan.digests) for plan, shard, path in shards]
         written = write_files(files, read, control)
         _witness_rest((t for _, shard, _ in shards for t in shard.tensors.values()), read, control)

@@ -25,6 +25,7 @@ from weightops.formats.safetensors import SharingLayout
 from weightops.io.digests import new_hasher
 from weightops.io.direct import DirectFile, aligned_buffer
 from weightops.io.escape import escape
+from weightops.io.memory import copy_bytes
 from weightops.lazy import Evaluator, LazyTensor
 
 BLOCK_NBYTES = 4 << 20
@@ -278,7 +279,7 @@ class _Stream:
         done = 0
         while done < len(data):
             part = self.take(piece, start + done, len(data) - done)
-            part[:] = data[done : done + len(part)]
+            copy_bytes(part, data[done : done + len(part)])
             done += len(part)
 
 

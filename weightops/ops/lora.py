@@ -37,7 +37,6 @@ DTYPES = (DType.F32, DType.F16, DType.BF16)
 _WORKS = 4
 _CHUNK = 1 << 18
 """Elements that are worked on at once: what fits into a cache of a core."""
-_WORTH_THREADS_NBYTES = 1 << 20
 
 
 class Lora(Op, frozen=True):
@@ -81,7 +80,7 @@ class Lora(Op, frozen=True):
         pieces = work.pieces(start // width, (start + len(out)) // width)
         work.forget(but=pieces[0][0])
         jobs = [partial(self._merge, work, a, out[a * width - start : b * width - start]) for a, b in pieces]
-        if len(jobs) == 1 or len(out) < _WORTH_THREADS_NBYTES or not computes_here():
+        if min(len(jobs), read.threads) <= 1 or not computes_here():
             for job in jobs:
                 job()
         else:
