@@ -117,7 +117,7 @@ def measure(job: Job, folder: Path, runs: int, prepare: Callable[[Sequence[Path]
             for path in (out, scratch):
                 shutil.rmtree(path, ignore_errors=True)
             os.sync()
-            prepare([*job.reads, *([job.copies] if job.copies else [])])
+            prepare([*job.reads, *([job.copies] if job.copies and side == "baseline" else [])])
             if side == "job":
                 seconds, memory = timed([WEIGHTOPS, *job.arguments])
                 figures.seconds.append(seconds)

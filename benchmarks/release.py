@@ -13,11 +13,23 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from bench import SHARD, WEIGHTOPS, Figures, Job, measure, table, timed, warm_cache, weightops, write_section
+from bench import (
+    SHARD,
+    WEIGHTOPS,
+    Figures,
+    Job,
+    drop_cache,
+    measure,
+    table,
+    timed,
+    warm_cache,
+    weightops,
+    write_section,
+)
 from family import SHAPES, Shape, make
 from safetensors.numpy import save_file
 
@@ -99,6 +111,7 @@ def by_turns(
     folder: Path,
     reads: Sequence[Path],
     runs: int,
+    prepare: Callable[[Sequence[Path]], None] = warm_cache,
 ) -> str:
     """A row: commands one after another against others, by turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -106,7 +119,7 @@ def by_turns(
     for _ in range(runs):
         for side, commands in enumerate((ours, theirs)):
             shutil.rmtree(folder / "out", ignore_errors=True)
-            warm_cache(reads)
+            prepare(reads)
             figures = [timed(command) for command in commands]
             seconds[side].append(sum(elapsed_s for elapsed_s, _ in figures))
             memory_mb = max(memory_mb, *(peak for _, peak in figures)) if side == 0 else memory_mb
@@ -119,7 +132,12 @@ def check_rows(size: str, folder: Path, runs: int) -> list[str]:
     paths = sorted(map(str, raw.glob("*.safetensors")))
     read = ["sh", "-c", f"cat {' '.join(paths)} > /dev/null"]
     ours = [WEIGHTOPS, "check", str(raw), "--quiet"]
-    return [by_turns(f"{size}: check, against `cat` of the files", [ours], [read], folder, [raw], runs)]
+    return [
+        by_turns(
+            f"{size}: check, against `cat` of the files, {cache} cache", [ours], [read], folder, [raw], runs, prepare
+        )
+        for cache, prepare in (("cold", drop_cache), ("warm", warm_cache))
+    ]
 
 
 def chain_rows(size: str, folder: Path, runs: int) -> list[str]:
@@ -192,8 +210,8 @@ def main() -> None:
             *table(figures, True),
         ]
         for rows in (check_rows, chain_rows, peer_rows):
-            compared += rows(size, folder, options.runs)
-            print(compared[-1], flush=True)
+            compared += (found := rows(size, folder, options.runs))
+            print(*found, sep="\n", flush=True)
     lines += ["", "### Against reading, against single steps, against other tools", ""]
     lines += [
         "| job | seconds | the other's seconds | ratio: median (min to max) | RssAnon peak |",

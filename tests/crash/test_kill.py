@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from meta_model import make_meta
+from safetensors.torch import save_file
 from support import write_checkpoint
 
 import weightops
 
 RECIPE = """\
-sources: {raw: ./raw, delta: ./delta}
+sources: {raw: ./raw, delta: ./delta, adapter: ./adapter}
 tensors:
   tuned: {recover: {raw: raw, diff: delta}}
-  named: {shard: {source: tuned, add_prefix: model.}}
+  chat: {merge-lora: {base: tuned, adapter: adapter}}
+  named: {shard: {source: chat, add_prefix: model.}}
 outputs:
-  one: {from: tuned, format: torch-1.12}
+  one: {from: chat, format: torch-1.12, dtype: bfloat16}
   two: {from: named, max_shard_size: 9KB}
 """
 
@@ -29,11 +31,17 @@ outputs:
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     torch.manual_seed(0)
-    raw = {name: torch.randn(40, 50).half() for name in "abcd"}
+    raw = {f"{name}.weight": torch.randn(40, 50).half() for name in "abcd"}
     write_checkpoint(folder / "raw", raw, shards=2)
     write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()} | {"e": torch.ones(3)}, shards=2)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
-    write_checkpoint(folder / "published", {n: torch.randn(40, 50) for n in "abcd"})
+    write_checkpoint(folder / "published", {n: torch.randn(40, 50) for n in raw})
+    factors = {"lora_A": (2, 50), "lora_B": (40, 2)}
+    adapter = {f"base_model.model.{m}.{f}.weight": torch.randn(size) for m in "ac" for f, size in factors.items()}
+    (folder / "adapter").mkdir()
+    save_file(adapter, folder / "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a", "c"]}
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab": 48}
     make_meta(folder / "meta", **sizes, parts=2, dtype=torch.float32)
     return folder

@@ -87,7 +87,7 @@ class Staging:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise write_failure(self.folder, error) from None
-        self._lock = _take_lock(self.folder / LOCK)
+        self._lock = take_lock(self.folder / LOCK)
         try:
             self._refuse_existing()
             self.records = self._resume(plan, restart)
@@ -253,7 +253,7 @@ def already_published(plans: Mapping[Path, Plan]) -> dict[Path, Manifest]:
 def _clean_published(out: Path) -> None:
     """After a crash right after the rename the output is whole, only our own files are still in it."""
     if (out / LOCK).exists():
-        os.close(_take_lock(out / LOCK))
+        os.close(take_lock(out / LOCK))
         _remove_own(out)
 
 
@@ -263,7 +263,7 @@ def _remove_own(folder: Path) -> None:
     fsync_folder(folder)
 
 
-def _take_lock(path: Path) -> int:
+def take_lock(path: Path) -> int:
     """An exclusive lock on `path`, let go by the kernel when this process ends; raises `Locked`.
 
     Where the file system has no locks, the process named in the file is asked for instead.

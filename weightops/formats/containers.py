@@ -41,6 +41,21 @@ def find_aliases(tensors: Tensors) -> dict[str, str]:
     return {n: first[t] for n, t in tensors.items() if t.nbytes and first.setdefault(t, n) != n}
 
 
+def _units(tensors: Tensors) -> list[tuple[list[str], int]]:
+    """What stays in one file, with its bytes: each tensor, but all parts of a GPTQ module that follow each other."""
+    units: list[tuple[list[str], int]] = []
+    last = ""
+    for name, tensor in tensors.items():
+        module = name.rpartition(".")[0]
+        if module and module == last and f"{module}.qweight" in tensors:
+            names, nbytes = units.pop()
+            units.append(([*names, name], nbytes + tensor.nbytes))
+        else:
+            units.append(([name], tensor.nbytes))
+        last = module
+    return units
+
+
 def pack(tensors: Tensors, max_nbytes: int) -> Groups:
     """Greedy in order, as huggingface_hub's split_torch_state_dict_into_shards does.
 
@@ -49,15 +64,15 @@ def pack(tensors: Tensors, max_nbytes: int) -> Groups:
     shards: Groups = []
     current: list[str] = []
     current_nbytes = 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > max_nbytes:
-            shards.append([name])
+    for names, nbytes in _units(tensors):
+        if nbytes > max_nbytes:
+            shards.append(names)
             continue
-        if current_nbytes + tensor.nbytes > max_nbytes:
+        if current_nbytes + nbytes > max_nbytes:
             shards.append(current)
             current, current_nbytes = [], 0
-        current.append(name)
-        current_nbytes += tensor.nbytes
+        current += names
+        current_nbytes += nbytes
     return [*shards, current] if current or not shards else shards
 
 
@@ -74,12 +89,12 @@ def pack_2023(tensors: Tensors, max_nbytes: int) -> Groups:
     """Greedy in order, as transformers 4.28's shard_checkpoint did (but without its empty first shard)."""
     shards: Groups = [[]]
     current_nbytes = 0
-    for name, tensor in tensors.items():
-        if current_nbytes + tensor.nbytes > max_nbytes and shards[-1]:
+    for names, nbytes in _units(tensors):
+        if current_nbytes + nbytes > max_nbytes and shards[-1]:
             shards.append([])
             current_nbytes = 0
-        shards[-1].append(name)
-        current_nbytes += tensor.nbytes
+        shards[-1] += names
+        current_nbytes += nbytes
     return shards
 
 
