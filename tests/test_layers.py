@@ -19,8 +19,10 @@ LAYERS = [
     {"plan"},
     {"engine"},
     {"operations"},
+    {"inference"},
+    {"quantization"},
     {"recipes"},
-    {"api"},
+    {"api", "model_api"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,7 +1,7 @@
 """weightops: ship, recover and check large-model weights, streaming and exact.
 
-The functions below are those of the command line. Importing this module imports nothing else: each name is
-looked up in `weightops.api` when it is first used, and torch is loaded only by what computes with it.
+The functions below are those of the command line. Importing this module imports nothing else: each name is looked up
+in `weightops.api` or `weightops.model_api` when it is first used, and torch is loaded only by what computes with it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ __all__ = [
     "cast",
     "check",
     "convert",
+    "dequantize",
     "diff",
     "download",
+    "evaluate",
     "extract_lora",
+    "generate",
     "inspect",
     "manifest",
     "merge_lora",
     "open_checkpoint",
+    "pack",
+    "quantize",
     "recover",
     "run",
     "save",
@@ -29,17 +34,21 @@ __all__ = [
     "verify",
 ]
 
+_PLACES = dict.fromkeys(("evaluate", "generate", "quantize"), "weightops.model_api")
+
 if TYPE_CHECKING:
     from weightops.api import (
         cast,
         check,
         convert,
+        dequantize,
         diff,
         download,
         extract_lora,
         inspect,
         manifest,
         merge_lora,
+        pack,
         recover,
         run,
         save,
@@ -48,13 +57,14 @@ if TYPE_CHECKING:
         verify,
     )
     from weightops.formats.folder import open_checkpoint
+    from weightops.model_api import evaluate, generate, quantize
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from weightops import api
+        from importlib import import_module
 
-        return getattr(api, name)
+        return getattr(import_module(_PLACES.get(name, "weightops.api")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

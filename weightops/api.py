@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -20,7 +19,6 @@ from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
 from weightops.formats import checklist
-from weightops.formats import manifest as manifest_format
 from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place
 from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
@@ -55,7 +53,7 @@ def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]
 
 def save(checkpoint: Checkpoint, out: StrPath, **output: Unpack[Output]) -> Result:
     """Write any checkpoint, opened or derived, to a folder, with index, sidecars and manifest."""
-    files, running = _split(output)
+    files, running = split_output(output)
     return write_all({_local(out): _wanted(checkpoint, files)}, running)[_local(out)]
 
 
@@ -69,7 +67,8 @@ def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
     return Wanted(checkpoint, files, {"operation": "save", "from": checkpoint.name}, {})
 
 
-def _split(output: Output) -> tuple[Files, Running]:
+def split_output(output: Output) -> tuple[Files, Running]:
+    """What of the keywords is about files, and what about the run."""
     files = {name: value for name, value in output.items() if name in FILE_FIELDS}
     running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
     return files, running  # type: ignore[return-value]  # both are parts of `Output`
@@ -90,7 +89,7 @@ def _one(
         else tuple(Location(os.fspath(each), weights) for each in source)
         for role, source in sources.items()
     }
-    files, running = _split(output)
+    files, running = split_output(output)
     (result,) = execute(one_step(verb, given, options, str(_local(out)), files), running).values()
     return result
 
@@ -177,6 +176,36 @@ def cast(
     return _one("cast", {"source": source}, out, output, options)
 
 
+def dequantize(
+    source: StrPath,
+    out: StrPath,
+    *,
+    dtype: str = "float16",
+    checkpoint_format: Literal["gptq", "gptq_v2"] | None = None,
+    zero_overflow: Literal["wrap", "carry", "plus-one"] | None = None,
+    config: StrPath | None = None,
+    **output: Unpack[Output],
+) -> Result:
+    """Turn a GPTQ model back into a plain one; see `weightops.operations.dequantize`."""
+    options = {"dtype": dtype, "checkpoint_format": checkpoint_format, "zero_overflow": zero_overflow}
+    options["config"] = os.fspath(config) if config is not None else None
+    return _one("dequantize", {"source": source}, out, output, options)
+
+
+def pack(
+    source: StrPath,
+    out: StrPath,
+    *,
+    bits: int,
+    group_size: int,
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+    **output: Unpack[Output],
+) -> Result:
+    """Make a GPTQ model of given integers, scales and zero points; see `weightops.operations.pack`."""
+    options = {"bits": bits, "group_size": group_size, "checkpoint_format": checkpoint_format}
+    return _one("pack", {"source": source}, out, output, options)
+
+
 def shard(
     source: StrPath,
     out: StrPath,
@@ -257,33 +286,12 @@ def download(
     `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
     an earlier one began. See `weightops.operations.download`; the control's `web` knows hub, token, proxies and limits.
     """
-    from weightops.operations import download as operation
-    from weightops.operations import download_source as sources
-    from weightops.remote.web import Web
+    from weightops.operations.download_into import download_into
 
-    control, out = control or Control(), Path(out)
-    include, exclude = tuple(include), tuple(exclude)
-    target = sources.find_target(source, revision)
-    if offline:
-        found = operation.offline(out, str(target.place), sources.known_version(target) or target.revision)
-        return operation.from_manifest(out, found)
-    with ExitStack() as stack:
-        web = control.web or stack.enter_context(Web())
-        target = sources.with_digests(target, digests or {}, checksums, web)
-        version = sources.find_version(target, web)
-        request = operation.request_of(str(target.place), version, target.expected_by, include, exclude)
-        earlier = operation.recorded(out / manifest_format.NAME)
-        if version and earlier is not None and operation.is_complete(out, earlier, request):
-            done = operation.from_manifest(out, earlier)
-            if not (prune and done.stale):
-                return done
-        listing = sources.list_target(target, version, web)
-        listing = operation.with_expected(listing, target.expected, target.expected_by)
-        chosen, warnings = operation.select(listing, include, exclude)
-        planned = operation.plan_download(out, listing, chosen, warnings)
-        if dry_run or planned.manifest is not None:
-            return planned
-        return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)
+    control = control or Control()
+    return download_into(
+        source, Path(out), revision, include, exclude, digests, checksums, workers, prune, offline, dry_run, control
+    )
 
 
 def _check_list(folder: Path) -> None:

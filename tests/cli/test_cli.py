@@ -23,6 +23,7 @@ from hub import Hub
 from meta_model import meta_download
 from safetensors.torch import load_file
 from support import digests, write_checkpoint
+from tiny_models import quantize_tiny, save_tiny, text
 
 from weightops import errors
 from weightops.cli.main import COMMANDS, EXIT_CODES, run
@@ -77,6 +78,14 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         write_checkpoint(family / "trained", {"module.transformer.norm.weight": torch.ones(4)})
         layers = {f"model.layers.{i}.mlp.weight": torch.full((2,), float(i)) for i in range(32)}
         write_checkpoint(family / "llama-7b", layers, {"num_hidden_layers": 32})
+    if command in ("quantize", "eval", "generate"):
+        shutil.rmtree(family / "model")
+        sizes = {"hidden_size": 128, "intermediate_size": 128} if command == "quantize" else {}
+        save_tiny(family / "model", "llama", max_position_embeddings=2048, **sizes)
+        quantize_tiny(family / "model", family / "model-gptq")
+        (family / "text.jsonl").write_text(json.dumps(text(150)))
+        for name in ("heldout.txt", "text.txt"):
+            (family / name).write_text(text(150))
     if command == "run":
         recipe = {"sources": {"raw": "./llama-13b"}, "outputs": {"./out": {"from": "raw", "dtype": "bfloat16"}}}
         (family / "release.yaml").write_text(json.dumps(recipe))

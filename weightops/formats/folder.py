@@ -30,6 +30,7 @@ _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*|trainer_state)\.\w+")
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
+_GLOB = re.compile(r"[*?[]")
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+")
 _OTHER_WEIGHTS = (
     ".ggml",
@@ -43,7 +44,7 @@ _OTHER_WEIGHTS = (
     ".enc",
 )
 _NOT_CARRIED = {"README.md", manifest.NAME}
-_READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json")
+_READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json", "quantize_config.json")
 """Sidecars that operations read: those of a remote checkpoint are fetched when it is opened."""
 _MAX_SIDECAR_NBYTES = 100_000_000
 _REMOTE_READERS = 8
@@ -54,8 +55,9 @@ def open_checkpoint(path: str | os.PathLike[str], web: Web | None = None, weight
     """Read the headers of a weight file, or of the weight files of a folder, here or on a server.
 
     `hf://org/name[@revision]` and http(s) URLs are read through `web`; one with defaults is opened if it is None.
-    `weights` is a glob for the weight files to go by, in a folder that holds the same model twice. Meta's files that
-    hold parts of each tensor give every part a name of its own, `consolidated.01/norm.weight`.
+    `weights` is a glob for the weight files to go by, in a folder that holds the same model twice; a path may end with
+    one as well, `DIR/model-4bit-*.pt`, and then names files of any numbering. Meta's files that hold parts of each
+    tensor give every part a name of its own, `consolidated.01/norm.weight`.
     Raises `SourceMissing` when there are none, `CorruptInput` when headers, index and files disagree.
     """
     if web is None and is_remote(path):
@@ -84,9 +86,25 @@ def find_place(path: str | os.PathLike[str], web: Web | None) -> Folder | Source
     path = Path(path)
     if path.is_dir():
         return LocalFolder(path)
-    if not path.exists():
-        raise SourceMissing(f"{escape(str(path))}: no such file or folder")
-    return SourceFile.at(path)
+    if path.exists():
+        return SourceFile.at(path)
+    if _GLOB.search(path.name) and path.parent.is_dir():
+        return _Matching(path.parent, path.name)
+    raise SourceMissing(f"{escape(str(path))}: no such file or folder")
+
+
+class _Matching(LocalFolder):
+    """A folder of which only the weight files that match a pattern are looked at."""
+
+    def __init__(self, root: Path, pattern: str) -> None:
+        super().__init__(root)
+        self._pattern = pattern
+        if not any(map(_is_weights, self.names())):
+            raise SourceMissing(f"{self.shown}: no weight file matches {escape(pattern)}")
+
+    def names(self) -> list[str]:
+        """What lies in it, sorted, without weights that do not match, and without indexes, which list others."""
+        return _chosen(super().names(), self._pattern)
 
 
 def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None = None) -> Checkpoint:
@@ -101,10 +119,11 @@ def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None 
 def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkpoint:
     names = folder.names()
     if weights is not None:
-        names = [n for n in names if fnmatch(n, weights) or not (_is_weights(n) or n.endswith(".index.json"))]
+        names = _chosen(names, weights)
     index_name = find_index(names, folder.shown)
     index = parse_index(folder.read(index_name), f"{folder.shown}/{escape(index_name)}") if index_name else None
-    files = index.files if index else _weights_without_index(names, folder.shown)
+    is_named = isinstance(folder, _Matching)
+    files = index.files if index else _weights_without_index(names, folder.shown, is_named)
     present = set(names)
     missing = [name for name in files if name not in present and not folder.has(name)]
     if missing:
@@ -191,12 +210,20 @@ def find_index(names: Iterable[str], shown: str) -> str | None:
     return None
 
 
+def _chosen(names: Iterable[str], pattern: str) -> list[str]:
+    """The weight files and indexes that match a pattern, and all other files."""
+    return [n for n in names if fnmatch(n, pattern) or not (_is_weights(n) or n.endswith(".index.json"))]
+
+
 def _is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) and not name.startswith(".") and not _NOT_WEIGHTS.fullmatch(name)
 
 
-def _weights_without_index(names: Iterable[str], shown: str) -> list[str]:
-    """The weight files of a folder that has no index: one file, or one complete numbered set."""
+def _weights_without_index(names: Iterable[str], shown: str, is_named: bool = False) -> list[str]:
+    """The weight files of a folder that has no index: one file, or one complete numbered set.
+
+    Files that were named by a pattern (`is_named`) may also have no numbers.
+    """
     names = list(names)
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES, (".gguf",)):
         weights = [n for n in names if _is_weights(n) and n.endswith(suffixes)]
@@ -210,7 +237,8 @@ def _weights_without_index(names: Iterable[str], shown: str) -> list[str]:
                 _check_numbering(weights, shown)
             return [single]
         if weights:
-            _check_numbering(weights, shown)
+            if not (is_named and any(_NUMBERED.fullmatch(n) is None for n in weights)):
+                _check_numbering(weights, shown)
             return weights
     raise NoWeights(f"{shown}: holds no weights (looked for {', '.join(WEIGHT_SUFFIXES)})")
 
@@ -221,7 +249,7 @@ def _check_numbering(weights: list[str], shown: str) -> None:
     if None in matches or len({(m["stem"], m["count"]) for m in matches if m}) > 1:
         raise CorruptInput(
             f"{shown}: holds {len(weights)} weight files, {escape(weights[0])} first, and no index",
-            hint="name one file, or add the index",
+            hint="name one file or, in quotes, a pattern that all of them match, or add the index",
         )
     numbers = sorted(int(m["number"]) for m in matches if m)
     count = matches[0]["count"] if matches[0] else None

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import watch_all
+from weightops.engine.values import values as values_of
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.io.escape import escape
 from weightops.layouts.source import beside
-from weightops.lazy import LazyTensor
-from weightops.operations import check_values
+from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations import check_gptq, check_values
 from weightops.operations.check_config import config_findings, embedding_and_head, tie_findings, vocabulary_rows
 from weightops.operations.check_files import file_findings, leftover_findings, opening_findings, token_findings
 from weightops.operations.check_report import CODES, SEVERITIES, CheckReport, Finding, TensorReport
@@ -49,7 +51,8 @@ def check(
         raise UsageError("max_abs is a bound on values, which are not read", hint="leave out --no-values")
     control = control or Control()
     tensors = _examine(checkpoint, workers, control) if values else _unread(checkpoint)
-    findings = list(_findings(checkpoint, tensors, max_abs))
+    evaluate = partial(values_of, control=control) if values else None
+    findings = list(_findings(checkpoint, tensors, max_abs, evaluate))
     kept = [finding for finding in findings if finding.code not in ignore]
     return CheckReport(
         name=checkpoint.name,
@@ -94,7 +97,9 @@ def _examine(checkpoint: Checkpoint, workers: int | None, control: Control) -> d
     return {name: reports[tensor] for name, tensor in checkpoint.items()}
 
 
-def _findings(checkpoint: Checkpoint, tensors: dict[str, TensorReport], max_abs: float | None) -> Iterator[Finding]:
+def _findings(
+    checkpoint: Checkpoint, tensors: dict[str, TensorReport], max_abs: float | None, evaluate: Evaluate | None
+) -> Iterator[Finding]:
     yield from opening_findings(checkpoint)
     if checkpoint.folder is not None:
         yield from file_findings(checkpoint.folder.names())
@@ -111,7 +116,8 @@ def _findings(checkpoint: Checkpoint, tensors: dict[str, TensorReport], max_abs:
         text = f"{escape(checkpoint.name)} is {kind}, no model: its shapes are held against nothing"
         yield Finding("note", "unchecked", "config.json", text)
     else:
-        yield from config_findings(checkpoint, config)
+        yield from check_gptq.gptq_findings(checkpoint, tensors, evaluate)
+        yield from _held_against_config(checkpoint, config)
         yield from token_findings(checkpoint, config, beside(checkpoint, None), vocabulary_rows(checkpoint))
         yield from tie_findings(checkpoint, config, tensors)
     for name, report in tensors.items():
@@ -121,3 +127,11 @@ def _findings(checkpoint: Checkpoint, tensors: dict[str, TensorReport], max_abs:
     yield from check_values.shared_findings(checkpoint)
     pair = frozenset(name for name in embedding_and_head(checkpoint) if name)
     yield from check_values.duplicate_findings(checkpoint, tensors, [pair])
+
+
+def _held_against_config(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
+    """Names, shapes and dtypes; those of the plain model, if it is quantised in a way that is understood."""
+    plain = check_gptq.as_plain(checkpoint)
+    if plain is not checkpoint:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    yield from config_findings(plain, config)

@@ -43,6 +43,8 @@ CODES: Mapping[str, str] = {
     "tokenizer": "the tokenizer has more tokens than the embedding has rows, or cannot be read",
     "padding": "the embedding has more rows than the tokenizer has tokens",
     "leftover": "a tensor is left over from training, wrapping or quantising",
+    "quantization": "a module quantised by GPTQ is damaged, or not what the config says",
+    "zero-convention": "zero points are stored in another way than the config says, or one that readers differ in",
     "lora": "tensors of a LoRA lie among those of a model",
     "index": "the index is wrong about the files",
     "file": "a file is not part of the checkpoint, or not what it should be",

@@ -19,7 +19,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.spec import DType, parse_dtype
 
-VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora")
+VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack")
 _SUPPLIED = ("evaluate",)
 
 

@@ -1,0 +1,201 @@
+"""Quantising whole small models: what comes out, what is refused, and that a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import weightops
+from weightops.engine.control import Control
+from weightops.errors import IncompatibleInputs, OutputExists, PlanDiffers, SourceMissing, UsageError, WeightopsError
+from weightops.model_api import quantize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL: dict[str, Any] = {"group_size": 32, "samples": 40, "seq_len": 64}
+Models = Callable[[str], Path]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files of an output but its manifest, which tells of when and where."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "weightops-manifest.json"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"sym": False, "static_groups": True}, {"bits": 3}])
+def test_layers_are_solved_better_than_by_rounding_and_the_rest_stays(
+    model: Models, text: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    source, out = model(kind), tmp_path / "out"
+    done = quantize(source, out, calibration=[text], **SMALL, **options)
+    before, after = tensors(source), tensors(out)
+    layers = {m.module for m in done.modules}
+    assert len(layers) == (21 if kind == "llama" else 8)
+    assert sum(m.error for m in done.modules) < 0.9 * sum(m.error_rtn for m in done.modules)
+    assert all(m.tokens == 40 * 64 and m.fallback is None for m in done.modules)
+    for name, tensor in before.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in after:
+            assert name not in after
+            layers -= {module, f"transformer.{module}"}
+        else:
+            assert torch.equal(after.pop(name), tensor)
+    assert layers == set()
+    assert {name.rpartition(".")[2] for name in after} == {"qweight", "qzeros", "scales", "g_idx"}
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert json.loads((out / "quantize_config.json").read_text()) == config
+    assert (config["bits"], config["group_size"], config["sym"]) == (
+        options.get("bits", 4),
+        32,
+        options.get("sym", True),
+    )
+    assert json.loads((out / "quantize_report.json").read_text())["modules"][0]["module"] == done.modules[0].module
+
+
+def test_errors_are_those_of_the_layers_outputs(model: Models, text: Path, tmp_path: Path) -> None:
+    """The report's error of the first layer, from its own inputs, which no other layer has changed."""
+    source = model("llama")
+    done = quantize(source, tmp_path / "out", calibration=[text], **SMALL)
+    weightops.dequantize(tmp_path / "out", tmp_path / "back", dtype="float32")
+    caught: list[torch.Tensor] = []
+    net = AutoModelForCausalLM.from_pretrained(source)
+    net.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: caught.append(args[0][0]))
+    from weightops.formats.folder import open_checkpoint
+    from weightops.inference.tokens import load_tokenizer
+    from weightops.quantization.calibration import calibrate, read_texts
+
+    windows = calibrate(load_tokenizer(open_checkpoint(source)), read_texts([text]), 40, 64, 0).tokens
+    for window in windows:
+        net(window[None])
+    x = torch.cat(caught).double()
+    name = "model.layers.0.self_attn.q_proj"
+    own, back = (tensors(folder)[f"{name}.weight"].double() for folder in (source, tmp_path / "back"))
+    expected = ((x @ (back - own).T).square().sum() / (x @ own.T).square().sum()).item()
+    report = next(m for m in done.modules if m.module == name)
+    assert report.error == pytest.approx(expected, rel=1e-4)
+
+
+def test_rounding_needs_no_text(model: Models, tmp_path: Path) -> None:
+    done = quantize(model("llama"), tmp_path / "out", method="rtn", group_size=-1, bits=8)
+    assert all(m.error is None and m.tokens == 0 for m in done.modules)
+    weightops.dequantize(tmp_path / "out", tmp_path / "back", dtype="float32")
+    before, back = tensors(model("llama")), tensors(tmp_path / "back")
+    for name, tensor in before.items():
+        assert (back[name] - tensor).abs().max() <= tensor.abs().max() / 127
+
+
+class _Stop(Exception):
+    """A run that dies."""
+
+
+class _DiesIn(Control):
+    """Lets so many checks pass."""
+
+    def __init__(self, checks: int) -> None:
+        super().__init__()
+        self._left = checks
+
+    def check(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise _Stop
+
+
+@pytest.mark.parametrize("checks", [3, 20, 33, 46])
+def test_a_run_that_died_continues_at_its_block_and_ends_with_the_same_bytes(
+    model: Models, text: Path, tmp_path: Path, checks: int
+) -> None:
+    source = model("llama")
+    quantize(source, tmp_path / "whole", calibration=[text], **SMALL)
+    with pytest.raises(_Stop):
+        quantize(source, tmp_path / "out", calibration=[text], control=_DiesIn(checks), **SMALL)
+    assert not (tmp_path / "out").exists()
+    quantize(source, tmp_path / "out", calibration=[text], **SMALL)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not (tmp_path / "out.blocks").exists()
+
+
+def test_another_run_does_not_continue_it(model: Models, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(_Stop):
+        quantize(model("llama"), tmp_path / "out", calibration=[text], control=_DiesIn(30), **SMALL)
+    with pytest.raises(PlanDiffers, match=r"options.settings.bits was 4, now 3"):
+        quantize(model("llama"), tmp_path / "out", calibration=[text], bits=3, **SMALL)
+    quantize(model("llama"), tmp_path / "out", calibration=[text], bits=3, restart=True, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"group_size": 48},
+            UsageError,
+            r"layers do not fit.*inputs by 48; model.layers.0.self_attn.q_proj is 64 x 64",
+        ),
+        ({"bits": 5}, UsageError, "5 bits"),
+        ({"calibration": ()}, UsageError, "GPTQ needs text"),
+        ({"seq_len": 10**6}, UsageError, "tokens, one sample is to have"),
+        ({"skip": ["*"]}, UsageError, "no linear layer"),
+        ({"device": "cuda:99"}, UsageError, "--device"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_work_starts(
+    model: Models, text: Path, tmp_path: Path, options: dict[str, Any], kind: type[WeightopsError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        quantize(model("llama"), tmp_path / "out", **{"calibration": [text], **SMALL, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_that_cannot_be_quantised_are_refused(model: Models, text: Path, tmp_path: Path) -> None:
+    quantize(model("llama"), tmp_path / "out", method="rtn", group_size=32)
+    with pytest.raises(IncompatibleInputs, match="is quantised already"):
+        quantize(tmp_path / "out", tmp_path / "again", calibration=[text], **SMALL)
+    with pytest.raises(OutputExists):
+        quantize(model("llama"), tmp_path / "out", calibration=[text], **SMALL)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((model("llama") / name).read_bytes())
+    with pytest.raises(SourceMissing, match="has no tokenizer"):
+        quantize(bare, tmp_path / "again", calibration=[text], **SMALL)
+
+
+def test_a_model_that_gives_nan_is_refused(model: Models, text: Path, tmp_path: Path) -> None:
+    state = tensors(model("llama"))
+    state["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model("llama").glob("*.json"):
+        (broken / path.name).write_bytes(path.read_bytes())
+    from safetensors.torch import save_file
+
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightopsError, match=r"model.layers.0.mlp.down_proj.* NaN or infinity"):
+        quantize(broken, tmp_path / "out", calibration=[text], **SMALL)
+
+
+def test_fewer_tokens_than_columns_are_warned_of(model: Models, text: Path, tmp_path: Path) -> None:
+    done = quantize(model("llama"), tmp_path / "out", calibration=[text], group_size=32, samples=1, seq_len=64)
+    assert done.result is not None
+    assert any("64 calibration tokens are fewer than the 96 inputs" in warning for warning in done.result.warnings)
+
+
+def test_modules_are_never_split_over_files(model: Models, tmp_path: Path) -> None:
+    quantize(model("llama"), tmp_path / "out", method="rtn", group_size=32, max_shard_size="6KB")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    places: dict[str, set[str]] = {}
+    for name, file in index.items():
+        if "proj" in name:
+            places.setdefault(name.rpartition(".")[0], set()).add(file)
+    assert len(set().union(*places.values())) > 5
+    assert all(len(found) == 1 for found in places.values())

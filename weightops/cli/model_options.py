@@ -1,0 +1,28 @@
+"""Options of the commands that run a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def run_model_options(command: _Command) -> _Command:
+    """--dtype, --device and --max-memory."""
+    options = (
+        click.option(
+            "--dtype",
+            type=click.Choice(("float32", "bfloat16", "float16")),
+            default="float32",
+            show_default=True,
+            help="What to compute in.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option("--max-memory", metavar="SIZE", help="Take no more, as far as can be: 8GB, 500MB; default: free."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

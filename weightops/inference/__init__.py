@@ -1,0 +1,1 @@
+"""Running a model block by block: what it computes, and what it says."""

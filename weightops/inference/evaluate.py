@@ -1,0 +1,283 @@
+"""Perplexity, and how far a model's predictions are from those of a reference.
+
+The convention is that of the GPTQ paper's tables: the text is encoded whole, with the special tokens that the
+tokenizer puts around it; it is cut into windows of `seq_len` tokens that do not overlap, the last partial one is
+dropped; in each window tokens 2 to `seq_len` are predicted from those before them, and the perplexity is the
+exponential of the mean negative log-likelihood of all of these predictions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
+from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
+from weightops.inference.model import BlockModel
+from weightops.inference.module_error import ModuleErrors
+from weightops.inference.tokens import check_tokens, encode, load_tokenizer
+from weightops.inference.windows import cut, final_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCHEMA = "weightops-eval/1"
+_DEFAULT_SEQ_LEN = 2048
+_LOGITS_NBYTES = 64 << 20
+"""Logits in memory at a time: of a vocabulary of 250,000 those of a whole window take 2 GB."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model's next-token distributions are from the reference's, over all positions of all windows.
+
+    KL divergence is of the model from the reference, `sum(p_ref * log(p_ref / p))`, in nats; `top1` is the share of
+    positions where both find the same token the most probable. `modules` has the relative squared output error of
+    each quantised linear layer on the same inputs, over the first 4096 tokens.
+    """
+
+    kl_mean: float
+    kl_max: float
+    top1: float
+    modules: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model makes of a text. `nll` is in nats per predicted token."""
+
+    name: str
+    nll: float
+    tokens: int
+    windows: int
+    elapsed_s: float
+    agreement: Agreement | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll); infinite where that is more than a float holds."""
+        return math.exp(self.nll) if self.nll < 709 else math.inf
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of models on a text, by one convention; the reference's comes first if there is one."""
+
+    seq_len: int
+    begins_with_bos: bool
+    reference: str | None
+    scores: tuple[Score, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def convention(self) -> str:
+        """What was computed, in one sentence."""
+        bos = "the first window alone begins with a bos token" if self.begins_with_bos else "no bos token is added"
+        return (
+            f"windows of {self.seq_len} tokens that do not overlap, the last partial one dropped; "
+            f"{self.seq_len - 1} predictions in each; {bos}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole of it as data for JSON."""
+        scores = []
+        for score in self.scores:
+            row: dict[str, Any] = {
+                "name": score.name,
+                "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
+                "nll": score.nll,
+                "tokens": score.tokens,
+                "windows": score.windows,
+                "elapsed_s": round(score.elapsed_s, 3),
+            }
+            if score.agreement is not None:
+                found = score.agreement
+                row |= {"kl_mean": found.kl_mean, "kl_max": found.kl_max, "top1_agreement": found.top1}
+                row["module_errors"] = dict(found.modules)
+            scores.append(row)
+        return {
+            "schema": SCHEMA,
+            "seq_len": self.seq_len,
+            "convention": self.convention,
+            "reference": self.reference,
+            "models": scores,
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model with the windows of tokens that its tokenizer makes of the text."""
+
+    model: BlockModel
+    windows: torch.Tensor
+    begins_with_bos: bool
+
+
+def evaluate(
+    checkpoints: Sequence[Checkpoint],
+    text: str,
+    *,
+    seq_len: int | None = None,
+    reference: Checkpoint | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    max_nbytes: int | None = None,
+    control: Control | None = None,
+) -> Evaluation:
+    """Perplexity of each checkpoint on `text`; with `reference` also how far each is from it.
+
+    Models are run block by block, so memory holds one block (two of a quantised one beside a reference), the hidden
+    states of all windows (in a mapped file if they would take more than `max_nbytes`), and a few windows' logits.
+    `seq_len` is 2048 by default, or as much less as the model was made for. All that can be known before is checked
+    before the first block is read. Raises `SourceMissing` without config or tokenizer, `UsageError` for a text shorter
+    than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN.
+    """
+    control = control or Control()
+    given = [*([reference] if reference is not None else []), *checkpoints]
+    if not given:
+        raise UsageError("there is no model to evaluate")
+    models = [BlockModel(checkpoint, dtype=dtype, device=device, control=control) for checkpoint in given]
+    seq_len = _seq_len(models, seq_len)
+    readers = [_read(m, c, text, seq_len) for m, c in zip(models, given, strict=True)]
+    if reference is not None:
+        for reader in readers[1:]:
+            _check_comparable(reader, readers[0])
+    measured = [_module_errors(reader, readers[0], reference is not None) for reader in readers]
+    control.progress.start("evaluating", sum(m.nbytes(name) for m in models for name in ("", *m.blocks)))
+    scores = []
+    with ExitStack() as stack:
+        kept: torch.Tensor | None = None
+        for i, (reader, errors) in enumerate(zip(readers, measured, strict=True)):
+            started_s = time.monotonic()
+            with ExitStack() as own:
+                is_reference = reference is not None and i == 0
+                states = (stack if is_reference else own).enter_context(
+                    final_states(
+                        reader.model,
+                        reader.windows,
+                        control=control,
+                        max_nbytes=None if max_nbytes is None else max_nbytes - (0 if kept is None else kept.nbytes),
+                        around=errors.around if errors else None,
+                    )
+                )
+                own.enter_context(reader.model.loaded(""))
+                if kept is not None:
+                    own.enter_context(readers[0].model.loaded(""))
+                nll, agreement = _score(reader, states, readers[0].model, kept, control)
+                if is_reference:
+                    kept = states
+            if agreement is not None and errors is not None:
+                agreement = Agreement(agreement.kl_mean, agreement.kl_max, agreement.top1, errors.errors)
+            elapsed_s = time.monotonic() - started_s
+            count = reader.windows.numel()
+            scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement))
+    control.progress.stop()
+    begins = readers[0].begins_with_bos
+    warnings = tuple(dict.fromkeys(warning for model in models for warning in model.warnings))
+    return Evaluation(seq_len, begins, reference.name if reference is not None else None, tuple(scores), warnings)
+
+
+def _seq_len(models: Sequence[BlockModel], seq_len: int | None) -> int:
+    limits = [(model.max_positions, model) for model in models if model.max_positions]
+    least = min((limit for limit, _ in limits), default=_DEFAULT_SEQ_LEN)
+    if seq_len is None:
+        return min(_DEFAULT_SEQ_LEN, least)
+    if seq_len < 2:
+        raise UsageError(f"a window of {seq_len} tokens predicts nothing", hint="give --seq-len 2 or more")
+    for limit, model in limits:
+        if seq_len > limit:
+            raise UsageError(
+                f"{model.shown}: was made for {limit} positions, a window is to have {seq_len} tokens",
+                hint=f"give --seq-len {limit} or less",
+            )
+    return seq_len
+
+
+def _read(model: BlockModel, checkpoint: Checkpoint, text: str, seq_len: int) -> _Reader:
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = encode(tokenizer, text)
+    check_tokens(tokens, tokenizer, model.vocab_size, model.shown)
+    if len(tokens) < seq_len:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens for {model.shown}, one window is to have {seq_len}",
+            hint="give a longer --text or a smaller --seq-len",
+        )
+    return _Reader(model, cut(tokens, seq_len), _begins_with_bos(tokens, tokenizer))
+
+
+def _begins_with_bos(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and int(tokens[0]) == tokenizer.bos_token_id
+
+
+def _check_comparable(reader: _Reader, reference: _Reader) -> None:
+    if reader.model.vocab_size != reference.model.vocab_size:
+        raise IncompatibleInputs(
+            f"{reader.model.shown}: has a vocabulary of {reader.model.vocab_size} tokens, the reference "
+            f"{reference.model.shown} of {reference.model.vocab_size}",
+            hint="predictions can only be compared over the same tokens; leave out --reference",
+        )
+    if not torch.equal(reader.windows, reference.windows):
+        raise IncompatibleInputs(
+            f"{reader.model.shown}: its tokenizer cuts the text into other tokens than that of the reference "
+            f"{reference.model.shown}",
+            hint="predictions can only be compared over the same tokens; leave out --reference",
+        )
+
+
+def _module_errors(reader: _Reader, reference: _Reader, is_given: bool) -> ModuleErrors | None:
+    if not is_given or reader is reference or not reader.model.quantized:
+        return None
+    return ModuleErrors(reader.model, reference.model)
+
+
+def _chunks(windows: torch.Tensor, vocab_size: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of windows, or of positions of one window, whose logits fit into memory."""
+    count, seq_len = windows.shape
+    tokens = max(1, _LOGITS_NBYTES // (4 * vocab_size))
+    height = max(1, tokens // seq_len)
+    for first in range(0, count, height):
+        for start in range(0, seq_len, tokens):
+            yield slice(first, min(first + height, count)), slice(start, min(start + tokens, seq_len))
+
+
+def _score(
+    reader: _Reader, states: torch.Tensor, other: BlockModel, other_states: torch.Tensor | None, control: Control
+) -> tuple[float, Agreement | None]:
+    """The mean negative log-likelihood, and with the reference's states how far the model is from it."""
+    model, windows = reader.model, reader.windows
+    nll = kl = kl_max = 0.0
+    same = 0
+    for chosen, chunk in _chunks(windows, model.vocab_size):
+        control.check()
+        found = _log_probabilities(model, states[chosen, chunk])
+        targets = windows[chosen, chunk.start + 1 : chunk.stop + 1, None].to(found.device)
+        nll -= float(found[:, : targets.shape[1]].gather(2, targets).sum(dtype=torch.float64))
+        if other_states is not None:
+            expected = _log_probabilities(other, other_states[chosen, chunk])
+            divergence = (expected.exp() * (expected - found)).sum(-1, dtype=torch.float64)
+            kl += float(divergence.sum())
+            kl_max = max(kl_max, float(divergence.max()))
+            same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+    nll /= len(windows) * (windows.shape[1] - 1)
+    if other_states is None:
+        return nll, None
+    return nll, Agreement(kl / windows.numel(), kl_max, same / windows.numel())
+
+
+def _log_probabilities(model: BlockModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next token, `[B, T, vocab]` float32, from hidden states `[B, T, hidden]`."""
+    logits = model.logits(hidden).float()
+    if not bool(torch.isfinite(logits).all()):
+        raise CorruptInput(
+            f"{model.shown}: its logits hold NaN or infinity",
+            hint=f"`weightops check {model.shown}` finds NaN and infinity in weights",
+        )
+    return logits.log_softmax(-1)

@@ -1,0 +1,176 @@
+"""Text from a model, token by token: the whole model in memory, or layer by layer from disk for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Literal
+
+import torch
+from torch import nn
+
+from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
+from weightops.engine.limits import available_memory
+from weightops.errors import CorruptInput, NoRoom, UsageError
+from weightops.inference.model import BlockModel
+from weightops.inference.sampling import Sampling
+from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer, pieces
+
+DEFAULT_NEW_TOKENS = 128
+_WORKING_NBYTES = 64 << 20
+"""What a block's activations may take."""
+
+
+class Generation:
+    """A text that is being generated: iterate over it for its pieces, as they come.
+
+    `streams_weights` says that the model does not fit into memory, so that all of its blocks are read for every
+    token. Once the iteration is over `tokens` are the new tokens, and `finish` says why it ended: "eos", or "length".
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        chat: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        max_nbytes: int | None = None,
+        control: Control | None = None,
+    ) -> None:
+        """Check all that can be known from headers, config and tokenizer; no weights are read.
+
+        `max_new_tokens` is 128 by default, or as many as there are positions left. Raises `SourceMissing` without
+        config or tokenizer, `UsageError` for prompts that are empty or too long, `NoRoom` where not even one block
+        fits into `max_nbytes` more than the process has now (by default what memory there is).
+        """
+        self._control = control or Control()
+        self._model = BlockModel(checkpoint, dtype=dtype, device=device, control=self._control)
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._sampling = sampling or Sampling()
+        self._prompt = encode_prompt(self._tokenizer, prompt, chat=chat, shown=self._model.shown)
+        check_tokens(self._prompt, self._tokenizer, self._model.vocab_size, self._model.shown)
+        self._max_new_tokens = self._room(max_new_tokens)
+        self._end = end_tokens(checkpoint, self._tokenizer)
+        self._whole_nbytes = sum(self._model.nbytes(name) for name in ("", *self._model.blocks))
+        self.streams_weights = self._check_memory(max_nbytes)
+        self.warnings = self._model.warnings
+        self.tokens: list[int] = []
+        self.finish: Literal["eos", "length"] | None = None
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """The tokens of the prompt."""
+        return [int(token) for token in self._prompt]
+
+    @property
+    def whole_nbytes(self) -> int:
+        """Bytes of the whole model in memory."""
+        return self._whole_nbytes
+
+    def _room(self, max_new_tokens: int | None) -> int:
+        length, limit = len(self._prompt), self._model.max_positions
+        if limit is not None and length + (max_new_tokens or 1) > limit:
+            wanted = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+            raise UsageError(
+                f"{self._model.shown}: was made for {limit} positions, the prompt has {length} tokens{wanted}",
+                hint="give a shorter --prompt" + (" or fewer --max-new-tokens" if max_new_tokens else ""),
+            )
+        if max_new_tokens is not None:
+            return max_new_tokens
+        return DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - length)
+
+    def _check_memory(self, max_nbytes: int | None) -> bool:
+        """Whether weights have to be read for every token; raises `NoRoom` where that does not suffice either."""
+        model = self._model
+        room = max_nbytes if max_nbytes is not None else _room_on(model.device)
+        beside = _cache_nbytes(model, len(self._prompt) + self._max_new_tokens) + _WORKING_NBYTES
+        least = model.nbytes("") + max(map(model.nbytes, model.blocks)) + beside
+        if least > room:
+            raise NoRoom(
+                f"{model.shown}: one block with embedding, head and cache takes {least / 1e9:.2f} GB as "
+                f"{str(model.dtype).removeprefix('torch.')}, {room / 1e9:.2f} GB may be used beside the program itself",
+                hint="give a larger --max-memory, --dtype bfloat16, or fewer --max-new-tokens",
+            )
+        return self._whole_nbytes + beside > room
+
+    def __iter__(self) -> Iterator[str]:
+        return pieces(self._tokenizer, self.prompt_tokens, self._generate())
+
+    @torch.no_grad()
+    def _generate(self) -> Iterator[int]:
+        from transformers import DynamicCache
+
+        model = self._model
+        self.tokens, self.finish = [], None
+        draw = torch.Generator().manual_seed(self._sampling.seed)
+        with ExitStack() as stack:
+            if self.streams_weights:
+                stack.enter_context(model.loaded(""))
+                for name in model.blocks:
+                    _load_on_call(stack, model, name)
+            else:
+                self._load_all(stack)
+            cache = DynamicCache(config=model.config)
+            entering = self._prompt[None].to(model.device)
+            while len(self.tokens) < self._max_new_tokens:
+                self._control.check()
+                found = model.module(entering, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                logits = found.logits[0, -1]
+                if not bool(torch.isfinite(logits).all()):
+                    raise CorruptInput(
+                        f"{model.shown}: its logits hold NaN or infinity after {len(self.tokens)} new tokens",
+                        hint=f"`weightops check {model.shown}` finds NaN and infinity in weights",
+                    )
+                token = self._sampling.choose(logits, draw)
+                self.tokens.append(token)
+                yield token
+                if token in self._end:
+                    self.finish = "eos"
+                    return
+                entering = torch.tensor([[token]], device=model.device)
+            self.finish = "length"
+
+    def _load_all(self, stack: ExitStack) -> None:
+        progress = self._control.progress
+        progress.start("loading", self._whole_nbytes)
+        for name in ("", *self._model.blocks):
+            stack.callback(self._model.unload, name)
+            self._model.load(name)
+            progress.advance(self._model.nbytes(name))
+        progress.stop()
+
+
+def _load_on_call(stack: ExitStack, model: BlockModel, name: str) -> None:
+    """For as long as `stack` is open, block `name` is in memory while it runs, and not longer."""
+
+    def before(*_: object) -> None:
+        model.load(name)
+
+    def after(_: nn.Module, __: object, ___: object) -> None:
+        model.unload(name)
+
+    block = model.module.get_submodule(name)
+    stack.callback(model.unload, name)
+    stack.callback(block.register_forward_pre_hook(before).remove)
+    stack.callback(block.register_forward_hook(after).remove)
+
+
+def _room_on(device: str) -> int:
+    if device == "cpu":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def _cache_nbytes(model: BlockModel, tokens: int) -> int:
+    """What keys and values of so many tokens take, of a model that keeps those of all tokens in all blocks."""
+    config = model.config.get_text_config(decoder=True)
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * len(model.blocks) * tokens * kv_heads * head_dim * model.dtype.itemsize

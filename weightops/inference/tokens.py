@@ -1,0 +1,144 @@
+"""The checkpoint's own tokenizer, and text as its tokens."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
+from weightops.io import strict_json
+from weightops.io.escape import escape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
+_BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_CONTEXT = 5
+"""Tokens before the new ones that decide how these are written: a space before a word, say."""
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's files, as transformers reads it; no network, no code from the checkpoint.
+
+    Raises `SourceMissing` if there is none, `CorruptInput` if transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    shown = escape(checkpoint.name)
+    if not any(fnmatch(name, pattern) for name in checkpoint.sidecars for pattern in _VOCABULARIES):
+        raise SourceMissing(
+            f"{shown}: has no tokenizer (looked for {', '.join(_VOCABULARIES)})",
+            hint="put the model's tokenizer files beside its weights",
+        )
+    wanted = (*_VOCABULARIES, *_BESIDE, *_TEMPLATES)
+    with tempfile.TemporaryDirectory(prefix="weightops-") as name:
+        for file in checkpoint.sidecars:
+            if Path(file).name == file and any(fnmatch(file, pattern) for pattern in wanted):
+                data = checkpoint.sidecar(file)
+                assert data is not None
+                (Path(name) / file).write_bytes(_without_code(data, shown) if file == "config.json" else data)
+        try:
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers and tokenizers raise what they like
+            reason = str(error).splitlines()[0].replace(name, checkpoint.name) if str(error) else type(error).__name__
+            raise CorruptInput(f"{shown}: transformers cannot read its tokenizer: {escape(reason)}") from error
+    return found
+
+
+def _without_code(config: bytes, shown: str) -> bytes:
+    """config.json without what names other files or weights: a tokenizer needs its model_type at most."""
+    kept = ("model_type", "tokenizer_class")
+    document = strict_json.load_object(config, f"{shown}: config.json")
+    return json.dumps({key: document[key] for key in kept if key in document}).encode()
+
+
+def read_text(paths: Iterable[Path]) -> str:
+    """Text files, joined by blank lines. Raises `SourceMissing`, or `CorruptInput` for what is not text in UTF-8."""
+    found = []
+    for path in paths:
+        try:
+            found.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise CorruptInput(f"{escape(str(path))}: is not text in UTF-8: {error.reason}") from None
+        except OSError as error:
+            raise SourceMissing(f"{escape(str(path))}: cannot be read: {error.strerror}") from None
+    return "\n\n".join(found)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Tokens `[n]` int64 of a text, with the special tokens that the tokenizer puts around it (a bos, mostly)."""
+    found: torch.Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return found.to(torch.int64)
+
+
+def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int, shown: str) -> None:
+    """Raise `IncompatibleInputs` if a token has no row in the embedding of `vocab_size` rows."""
+    largest = int(tokens.max()) if len(tokens) else 0
+    if largest >= vocab_size:
+        raise IncompatibleInputs(
+            f"{shown}: its tokenizer has {len(tokenizer)} tokens and gives the text token {largest}, "
+            f"its embedding has {vocab_size} rows",
+            hint="the tokenizer is that of another model, or the embedding was never enlarged for added tokens",
+        )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, shown: str) -> torch.Tensor:
+    """Tokens `[n]` of a prompt; with `chat` as what a user says, by the tokenizer's chat template.
+
+    Raises `UsageError` if there is no such template, or the prompt is empty.
+    """
+    if not chat:
+        tokens = encode(tokenizer, prompt)
+    elif not tokenizer.chat_template:
+        raise UsageError(f"{shown}: its tokenizer has no chat template", hint="leave out --chat")
+    else:
+        conversation = [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
+            raise CorruptInput(f"{shown}: its chat template fails: {escape(str(error))}") from error
+        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].to(torch.int64)
+    if len(tokens) == 0:
+        raise UsageError("the prompt is empty, and the tokenizer begins with no special token", hint="give --prompt")
+    return tokens
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens as they come; a character that takes several tokens comes with the last of them."""
+    kept = list(prompt[-_CONTEXT:])
+    shown = len(kept)
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    for token in tokens:
+        kept.append(token)
+        before, now = text(kept[:shown]), text(kept)
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            yield now[len(before) :]
+            kept = kept[-_CONTEXT:]
+            shown = len(kept)
+    before, now = text(kept[:shown]), text(kept)
+    if len(now) > len(before):
+        yield now[len(before) :]
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: by generation_config.json, else config.json, else the tokenizer."""
+    data = checkpoint.sidecar("generation_config.json")
+    settings = strict_json.load_object(data, f"{checkpoint.name}: generation_config.json") if data is not None else {}
+    for found in (settings.get("eos_token_id"), checkpoint.config().get("eos_token_id"), tokenizer.eos_token_id):
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()

@@ -1,0 +1,203 @@
+"""The Python API of what runs models: quantising with calibration data, evaluating, generating."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from weightops.api import Output, split_output
+from weightops.checkpoint import Checkpoint, Copied
+from weightops.engine.control import Control
+from weightops.errors import OutputExists, UsageError
+from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.io.escape import escape
+from weightops.plan import parse_size
+from weightops.recipes.execute import Result, StrPath, Wanted, write_all
+
+if TYPE_CHECKING:
+    from weightops.inference.evaluate import Evaluation
+    from weightops.inference.generate import Generation
+    from weightops.quantization.driver import ModuleReport
+    from weightops.quantization.run import Estimate
+
+ComputeDType = Literal["float32", "bfloat16", "float16"]
+"""What a model computes in."""
+_BASE_NBYTES = 300 << 20
+"""The interpreter with torch and transformers loaded."""
+_DESCRIBING = (".json", ".model", ".jinja", ".tiktoken", "vocab.txt", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize` did, or with `dry_run` would do: then there is no `result`."""
+
+    estimate: Estimate
+    result: Result | None = None
+    modules: tuple[ModuleReport, ...] = ()
+    bits_per_weight: float = 0.0
+
+
+def quantize(
+    source: StrPath,
+    out: StrPath,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    act_order: bool = False,
+    static_groups: bool = False,
+    method: Literal["gptq", "rtn"] = "gptq",
+    calibration: Sequence[StrPath] = (),
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    damp_percent: float = 0.01,
+    mse: bool = True,
+    skip: Sequence[str] = (),
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+    device: str = "auto",
+    **output: Unpack[Output],
+) -> Quantization:
+    """Quantise the linear layers of a model's blocks; see `weightops.quantization.driver`.
+
+    `calibration`: text or JSONL files, of which `samples` windows of `seq_len` tokens are drawn with `seed`. `skip`:
+    globs of layers that stay as they are. `device`: where to compute; `auto` is a GPU if there is one. The same call
+    continues at its block what an earlier one began.
+    """
+    from weightops.inference.model import pick_device
+    from weightops.inference.tokens import load_tokenizer
+    from weightops.ops.gptq import Settings
+    from weightops.quantization.calibration import calibrate, read_texts
+    from weightops.quantization.driver import Options
+    from weightops.quantization.run import prepare, quantized
+
+    files, running = split_output(output)
+    out = Path(out)
+    checkpoint = open_checkpoint(source)
+    settings = Settings(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        desc_act=act_order,
+        static_groups=static_groups,
+        damp_percent=damp_percent,
+        mse=mse,
+        v1=checkpoint_format == "gptq",
+    )
+    options = Options(settings, method, skip=tuple(skip), checkpoint_format=checkpoint_format)
+    data = None
+    if method == "gptq" and calibration:
+        texts = read_texts(map(Path, calibration))
+        data = calibrate(load_tokenizer(checkpoint), texts, samples, seq_len, seed)
+    run = prepare(checkpoint, options, data, device=pick_device(device))
+    if running.get("dry_run"):
+        return Quantization(run.estimate())
+    if out.exists() and any(out.iterdir()) and not running.get("overwrite"):
+        raise OutputExists(
+            f"{escape(str(out))} exists", hint="choose another --out, or give --overwrite to replace it when done"
+        )
+    control = running.get("control") or Control()
+    with quantized(run, out, control, restart=running.get("restart", False)) as found:
+        recipe = {"operation": "quantize", "source": checkpoint.name, **run.identity()["options"]}
+        wanted = Wanted(found.checkpoint, files, recipe, {"source": checkpoint})
+        result = write_all({out: wanted}, running)[out]
+    return Quantization(run.estimate(), result, found.modules, found.bits_per_weight)
+
+
+def evaluate(
+    sources: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
+    text: StrPath | Sequence[StrPath],
+    *,
+    seq_len: int | None = None,
+    reference: StrPath | Checkpoint | None = None,
+    dtype: ComputeDType = "float32",
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    control: Control | None = None,
+) -> Evaluation:
+    """Perplexity of models on text files, and how far they are from a reference.
+
+    Several files are joined by blank lines. A source may also be a checkpoint that an operation has derived and nobody
+    has written. See `weightops.inference.evaluate`.
+    """
+    import torch
+
+    from weightops.inference.evaluate import evaluate as operation
+    from weightops.inference.model import pick_device
+    from weightops.inference.tokens import read_text
+
+    given = [sources] if isinstance(sources, str | os.PathLike | Checkpoint) else list(sources)
+    paths = [text] if isinstance(text, str | os.PathLike) else list(text)
+    return operation(
+        [_opened(source) for source in given],
+        read_text(map(Path, paths)),
+        seq_len=seq_len,
+        reference=_opened(reference) if reference is not None else None,
+        dtype=getattr(torch, dtype),
+        device=pick_device(device),
+        max_nbytes=_for_models(max_memory),
+        control=control,
+    )
+
+
+def generate(
+    source: StrPath | Checkpoint,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: ComputeDType = "float32",
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    control: Control | None = None,
+) -> Generation:
+    """Text that a model continues `prompt` with; iterate over it for its pieces, `"".join` them for the whole.
+
+    At temperature 0 each token is the most probable one. See `weightops.inference.generate`.
+    """
+    import torch
+
+    from weightops.inference.generate import Generation
+    from weightops.inference.model import pick_device
+    from weightops.inference.sampling import Sampling
+
+    return Generation(
+        _opened(source),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, seed),
+        chat=chat,
+        dtype=getattr(torch, dtype),
+        device=pick_device(device),
+        max_nbytes=_for_models(max_memory),
+        control=control,
+    )
+
+
+def _for_models(max_memory: str | int | None) -> int | None:
+    """What models may take of the memory that the whole process may take; None where nobody has set a limit."""
+    if max_memory is None:
+        return None
+    nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    return max(0, nbytes - _BASE_NBYTES)
+
+
+def _opened(source: StrPath | Checkpoint) -> Checkpoint:
+    """A checkpoint on this machine, or one that is opened already."""
+    if isinstance(source, Checkpoint):
+        return source
+    if is_remote(source):
+        raise UsageError(f"{escape(os.fspath(source))}: is run from this machine only", hint="weightops download")
+    found = open_checkpoint(source)
+    if found.sidecars or found.folder is None:
+        return found
+    # A weight file by itself: what lies beside it says what it is.
+    beside = [name for name in found.folder.names() if name.endswith(_DESCRIBING)]
+    return replace(found, sidecars={name: Copied(found.folder.file(name)) for name in beside})

@@ -1,0 +1,53 @@
+"""A download from its request to its report: find, list, select, plan, fetch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from weightops.engine.control import Control
+from weightops.formats import manifest as manifest_format
+from weightops.operations import download as operation
+from weightops.operations import download_source as sources
+from weightops.operations.download import Download
+from weightops.remote.web import Web
+
+
+def download_into(
+    source: str,
+    out: Path,
+    revision: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    digests: Mapping[str, str] | None,
+    checksums: str | None,
+    workers: int | None,
+    prune: bool,
+    offline: bool,
+    dry_run: bool,
+    control: Control,
+) -> Download:
+    """What `weightops.api.download` does, with all its options."""
+    include, exclude = tuple(include), tuple(exclude)
+    target = sources.find_target(source, revision)
+    if offline:
+        found = operation.offline(out, str(target.place), sources.known_version(target) or target.revision)
+        return operation.from_manifest(out, found)
+    with ExitStack() as stack:
+        web = control.web or stack.enter_context(Web())
+        target = sources.with_digests(target, digests or {}, checksums, web)
+        version = sources.find_version(target, web)
+        request = operation.request_of(str(target.place), version, target.expected_by, include, exclude)
+        earlier = operation.recorded(out / manifest_format.NAME)
+        if version and earlier is not None and operation.is_complete(out, earlier, request):
+            done = operation.from_manifest(out, earlier)
+            if not (prune and done.stale):
+                return done
+        listing = sources.list_target(target, version, web)
+        listing = operation.with_expected(listing, target.expected, target.expected_by)
+        chosen, warnings = operation.select(listing, include, exclude)
+        planned = operation.plan_download(out, listing, chosen, warnings)
+        if dry_run or planned.manifest is not None:
+            return planned
+        return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)

@@ -1,0 +1,1 @@
+"""Quantising a model block by block, with calibration data."""

@@ -1,0 +1,197 @@
+"""A quantise run from a checkpoint to a checkpoint: what is refused first, what it will take, and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from weightops.checkpoint import Checkpoint, written_json
+from weightops.engine.control import Control
+from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.gptq import QuantizeConfig
+from weightops.inference.model import BlockModel
+from weightops.io.escape import escape
+from weightops.lazy import LazyTensor
+from weightops.operations.pairing import refuse_delta
+from weightops.plan import identity_of
+from weightops.quantization.calibration import Calibration
+from weightops.quantization.driver import ModuleReport, Options, find_modules, quantize_blocks
+from weightops.quantization.work import Work, check_room
+from weightops.versions import library_versions
+
+REPORT = "quantize_report.json"
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take: layers, bytes of their packed tensors, of hidden states, and of memory at most."""
+
+    n_modules: int
+    n_blocks: int
+    packed_nbytes: int
+    hidden_nbytes: int
+    memory_nbytes: int
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised checkpoint, not yet written, and what became of each layer."""
+
+    checkpoint: Checkpoint
+    modules: tuple[ModuleReport, ...]
+    bits_per_weight: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is known before work starts."""
+
+    source: Checkpoint
+    model: BlockModel
+    modules: Sequence[Sequence[str]]
+    options: Options
+    calibration: Calibration | None
+
+    def estimate(self) -> Estimate:
+        """What it will take."""
+        bits, size = self.options.settings.bits, self.options.settings.group_size
+        packed = widest = largest = 0
+        for block, names in zip(self.model.blocks, self.modules, strict=True):
+            module = self.model.module.get_submodule(block)
+            largest = max(largest, sum(p.numel() for p in module.parameters()) * 4)
+            for name in names:
+                n, k = module.get_parameter(f"{name}.weight").shape
+                groups = 1 if size < 0 else k // size
+                packed += (k * n + groups * n) * bits // 8 + groups * n * 2 + k * 4
+                widest = max(widest, k)
+        hidden = self.calibration.tokens.numel() * self.model.hidden_size * 4 if self.calibration else 0
+        memory = largest + 3 * widest * widest * 4 + (1 << 30)
+        return Estimate(sum(map(len, self.modules)), len(self.model.blocks), packed, hidden, memory)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this run from another: source, settings, data, and versions that could change bits."""
+        tensors = json.dumps(identity_of({n: t.to_json() for n, t in self.source.items()}), sort_keys=True)
+        return {
+            "source": hashlib.sha256(tensors.encode()).hexdigest(),
+            "options": msgspec.to_builtins(self.options),
+            "calibration": self.calibration.digest if self.calibration else None,
+            "versions": {n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
+        }
+
+
+def prepare(source: Checkpoint, options: Options, calibration: Calibration | None, *, device: str = "cpu") -> Run:
+    """Look at everything that can be known before work starts.
+
+    Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for layers that do not fit or a
+    method without data.
+    """
+    refuse_delta(source, "the source")
+    if "quantization_config" in source.config() or any(name.endswith(".qweight") for name in source):
+        raise IncompatibleInputs(
+            f"{escape(source.name)} is quantised already",
+            hint="quantise the original; or `weightops dequantize` it first, which does not bring back what was lost",
+        )
+    if options.method == "gptq" and calibration is None:
+        raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
+    model = BlockModel(source, dtype=torch.float32 if device == "cpu" else torch.float16, device=device)
+    modules = find_modules(model, options)
+    warnings = list(calibration.warnings) if calibration is not None else []
+    if calibration is not None:
+        vocabulary, largest = model.vocab_size, int(calibration.tokens.max())
+        if largest >= vocabulary:
+            raise IncompatibleInputs(
+                f"{escape(source.name)}: the tokenizer gives token {largest}, the embedding has {vocabulary} rows",
+                hint="the tokenizer beside the model is another one's",
+            )
+        widest = max(
+            model.module.get_parameter(f"{block}.{name}.weight").shape[1]
+            for block, names in zip(model.blocks, modules, strict=True)
+            for name in names
+        )
+        if calibration.tokens.numel() < widest:
+            warnings.append(
+                f"{calibration.tokens.numel()} calibration tokens are fewer than the {widest} inputs of the widest "
+                "layer: its Hessian is singular, and damping decides"
+            )
+        calibration = replace(calibration, warnings=tuple(warnings))
+    return Run(source, model, modules, options, calibration)
+
+
+@contextmanager
+def quantized(run: Run, out: Path, control: Control, *, restart: bool = False) -> Iterator[Quantized]:
+    """Quantise, continuing what an earlier run of the same began, and lend the result to be written.
+
+    When the `with` block ends well, what was kept beside the output is thrown away.
+    Raises `NoRoom`, `Locked`, `PlanDiffers`, or what `quantize_blocks` raises.
+    """
+    estimate = run.estimate()
+    with Work(out, run.identity(), restart=restart) as work:
+        if work.n_done < len(run.modules):
+            check_room(out, estimate.packed_nbytes, estimate.hidden_nbytes)
+            tokens = run.calibration.tokens if run.calibration else torch.empty((0, 0), dtype=torch.int64)
+            quantize_blocks(run.model, run.modules, run.options, tokens, work, control)
+        yield _collect(run, work)
+        work.remove()
+
+
+def _collect(run: Run, work: Work) -> Quantized:
+    """The source with the packed tensors in the places of the weights they stand for."""
+    packed: dict[str, LazyTensor] = {}
+    reports: list[ModuleReport] = []
+    names: dict[str, str] = {}
+    for i, block in enumerate(run.model.blocks):
+        tensors, found = work.read(i)
+        packed |= tensors
+        reports += msgspec.convert(found, list[ModuleReport])
+        names |= run.model.tensor_names(block)
+    modules = {names[f"{report.module}.weight"]: report.module for report in reports}
+    tensors = {}
+    for name, tensor in run.source.items():
+        module = modules.get(name)
+        if module is None:
+            tensors[name] = tensor
+        else:
+            own = name.removesuffix(".weight")
+            tensors |= {f"{own}.{part}": packed[f"{module}.{part}"] for part in _PARTS}
+    weights = sum(run.source[name].spec.numel for name in modules)
+    bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / weights
+    return Quantized(_described(run, tensors, reports), tuple(reports), bits)
+
+
+def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[ModuleReport]) -> Checkpoint:
+    """The checkpoint with what loaders need to know: in config.json, and in quantize_config.json for older ones."""
+    settings, options = run.options.settings, run.options
+    config = QuantizeConfig(
+        bits=settings.bits,
+        group_size=settings.group_size,
+        desc_act=settings.desc_act,
+        sym=settings.sym,
+        checkpoint_format=options.checkpoint_format,
+        damp_percent=settings.damp_percent,
+        true_sequential=options.true_sequential,
+        static_groups=settings.static_groups,
+        meta={"quantizer": [f"weightops:{library_versions()['weightops']}"]},
+        dynamic={f"-:{glob}": {} for glob in options.skip} or None,
+    ).to_json()
+    own = replace(
+        run.source,
+        tensors=tensors,
+        total_size=None,
+        content_id=None,
+        digests={n: d for n, d in run.source.digests.items() if n in tensors},
+        warnings=(*run.source.warnings, *(run.calibration.warnings if run.calibration else ())),
+        folder=None,
+    ).with_config(lambda known: {**known, "quantization_config": config})
+    report = {"modules": msgspec.to_builtins(reports), "options": msgspec.to_builtins(options)}
+    files = {"quantize_config.json": written_json(config), REPORT: written_json(report)}
+    return replace(own, sidecars={**own.sidecars, **files})
