@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 REFERENCE := .venv-reference
 MERGEKIT := .venv-mergekit
+GPTQMODEL := .venv-gptqmodel
+AUTOGPTQ := .venv-autogptq
 
-.PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release reference mergekit clean
+.PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize reference \
+  mergekit gptqmodel autogptq clean
 
 help:
 	@echo "make demo      recover a small model from a delta, start to verified result"
@@ -17,6 +20,10 @@ help:
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
+	@echo "make bench-quantize  quantize beside gptqmodel"
+	@echo "make bench-quality   what quantising costs the small model in perplexity"
+	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
+	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
@@ -50,7 +57,7 @@ $(REFERENCE)/.ready:
 
 reference: $(REFERENCE)/.ready
 
-test-all: lint reference
+test-all: lint reference gptqmodel autogptq
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 $(MERGEKIT)/.ready:
@@ -60,6 +67,27 @@ $(MERGEKIT)/.ready:
 	touch $@
 
 mergekit: $(MERGEKIT)/.ready
+
+$(GPTQMODEL)/.ready:
+	$(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/python -m pip install --quiet torch==2.13.0
+	$(GPTQMODEL)/bin/python -m pip install --quiet numpy==2.4.6 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 \
+	  'threadpoolctl>=3.7' packaging device-smi==0.5.7 protobuf pillow requests pypcre==0.6.4 tokenicer==0.0.14 \
+	  logbar==0.4.15 jinja2 ninja dill defuser==0.0.28 sentencepiece
+	$(GPTQMODEL)/bin/python -m pip install --quiet --no-deps torchao==0.18.0 optimum==2.3.0 gptqmodel==7.7.0
+	touch $@
+
+gptqmodel: $(GPTQMODEL)/.ready
+
+$(AUTOGPTQ)/.ready:
+	$(PYTHON) -m venv $(AUTOGPTQ)
+	$(AUTOGPTQ)/bin/python -m pip install --quiet torch==2.13.0
+	$(AUTOGPTQ)/bin/python -m pip install --quiet transformers==4.40.2 peft==0.10.0 accelerate==0.30.1 gekko rouge pandas \
+	  sentencepiece 'setuptools<81' datasets
+	$(AUTOGPTQ)/bin/python -m pip install --quiet --no-deps auto-gptq==0.7.1
+	touch $@
+
+autogptq: $(AUTOGPTQ)/.ready
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep
@@ -77,5 +105,11 @@ bench-convert: $(READY) reference
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
 
+bench-quantize: $(READY) gptqmodel
+	$(BIN)/python benchmarks/quantize.py
+
+bench-quality: $(READY)
+	$(BIN)/python benchmarks/quality.py
+
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) build dist
+	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) build dist

@@ -104,6 +104,8 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    # OpenMP's threads wait for each other in a loop; beside other work that takes several times as long as computing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(sys.argv[1:] if args is None else list(args)))
 
 

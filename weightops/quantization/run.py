@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -181,7 +182,7 @@ def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[Modul
         true_sequential=options.true_sequential,
         static_groups=settings.static_groups,
         meta={"quantizer": [f"weightops:{library_versions()['weightops']}"]},
-        dynamic={f"-:{glob}": {} for glob in options.skip} or None,
+        dynamic={f"-:{_pattern(glob)}": {} for glob in options.skip} or None,
     ).to_json()
     own = replace(
         run.source,
@@ -195,3 +196,9 @@ def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[Modul
     report = {"modules": msgspec.to_builtins(reports), "options": msgspec.to_builtins(options)}
     files = {"quantize_config.json": written_json(config), REPORT: written_json(report)}
     return replace(own, sidecars={**own.sidecars, **files})
+
+
+def _pattern(glob: str) -> str:
+    """A glob as a regular expression, which is what GPTQModel has in `dynamic`."""
+    parts = {"*": ".*", "?": "."}
+    return "^" + "".join(parts.get(c, re.escape(c)) for c in glob) + "$"

@@ -1,0 +1,145 @@
+"""Speed of quantize against gptqmodel on the same data, and its memory: `make bench-quantize`.
+
+Whole processes, imports included, by turns, on the trained small model and on one of 1.1B parameters' shape. Memory on
+one of 3.0B parameters' shape, against what one block, its Hessians and 1 GiB take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+from bench import WEIGHTOPS, timed, write_section
+from family import SHAPES, make
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/data/tiny-llama"
+PEER = ROOT / ".venv-gptqmodel/bin/python"
+SAMPLES, SEQ_LEN = 16, 256
+SCRIPT = """
+import sys
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+
+source, out, windows = sys.argv[1:]
+config = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, damp_percent=0.01, device="cpu",
+                        offload_to_disk=False)
+model = GPTQModel.load(source, config)
+examples = [{"input_ids": w[None], "attention_mask": torch.ones_like(w[None])} for w in torch.load(windows)]
+model.quantize(examples, batch_size=8)
+model.save(out)
+"""
+
+
+def model_of(size: str, folder: Path) -> Path:
+    """The folder of a model, with the small model's tokenizer."""
+    if size == "tiny":
+        return DATA
+    raw = folder / size / "raw"
+    if not (raw / "config.json").exists():
+        make(SHAPES[size], folder / size)
+        shutil.rmtree(folder / size / "tuned", ignore_errors=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DATA / name, raw / name)
+    return raw
+
+
+def ours(source: Path, out: Path, *more: str) -> list[str]:
+    data = ("--calibration", str(DATA / "calibration.txt"), "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
+    return [WEIGHTOPS, "quantize", str(source), "--out", str(out), *data, "--device", "cpu", "--quiet", *more]
+
+
+def save_windows(source: Path, path: Path) -> Path:
+    import torch
+
+    from weightops import open_checkpoint
+    from weightops.inference.tokens import load_tokenizer
+    from weightops.quantization.calibration import calibrate, read_texts
+
+    tokenizer = load_tokenizer(open_checkpoint(source))
+    torch.save(calibrate(tokenizer, read_texts([DATA / "calibration.txt"]), SAMPLES, SEQ_LEN, 0).tokens, path)
+    return path
+
+
+def against_gptqmodel(size: str, folder: Path, runs: int) -> str:
+    source, out = model_of(size, folder), folder / "out"
+    windows = save_windows(source, folder / "windows.pt")
+    seconds: tuple[list[float], list[float]] = ([], [])
+    theirs = [
+        "env",
+        "-C",
+        str(folder),
+        "GPTQMODEL_CPU_WORKERS=2",
+        str(PEER),
+        "-c",
+        SCRIPT,
+        str(source),
+        str(out),
+        str(windows),
+    ]
+    for _ in range(runs):
+        for side, command in enumerate((ours(source, out, "--no-mse"), theirs)):
+            shutil.rmtree(out, ignore_errors=True)
+            seconds[side].append(timed(command)[0])
+    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    return (
+        f"| {size} | {statistics.median(seconds[0]):.1f} | {statistics.median(seconds[1]):.1f} "
+        f"| **{statistics.median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f}) |"
+    )
+
+
+def memory(size: str, folder: Path) -> list[str]:
+    source, out = model_of(size, folder), folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    elapsed_s, peak_mb = timed(ours(source, out))
+    shape = SHAPES[size]
+    block = sum(a * b for name, (a, b) in _matrices(size) if name.startswith("model.layers.0.")) * 4 / 1e6
+    hessians = 3 * shape.ffn**2 * 4 / 1e6
+    limit = block + hessians + (1 << 30) / 1e6 + SAMPLES * SEQ_LEN * shape.hidden * 4 / 1e6
+    return [
+        f"Memory, {size} shape, {SAMPLES} samples of {SEQ_LEN} tokens, {elapsed_s:.0f} s: **{peak_mb:.0f} MB** "
+        f"RssAnon. One block in float32 ({block:.0f} MB), three Hessians of the widest layer ({hessians:.0f} MB), hidden "
+        f"states and 1 GiB would be {limit:.0f} MB.",
+    ]
+
+
+def _matrices(size: str) -> list[tuple[str, tuple[int, int]]]:
+    return [(name, (s[0], s[1])) for name, s in SHAPES[size].tensors() if len(s) == 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="tiny,1b")
+    parser.add_argument("--memory", default="3b")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    parser.add_argument("--report", type=Path, default=Path("docs/benchmarks.md"))
+    options = parser.parse_args()
+    options.folder = options.folder.resolve()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "## Quantising",
+        "",
+        f"Written by `make bench-quantize`: 4 bits, groups of 128, symmetric, {SAMPLES} samples of {SEQ_LEN} tokens, "
+        f"no search for clipping on either side, {options.runs} runs of each by turns, CPU.",
+        "",
+        "| model | seconds | gptqmodel 7.7, seconds | times as fast: median (min to max) |",
+        "|---|---|---|---|",
+    ]
+    if not PEER.exists():
+        sys.exit("`make gptqmodel` first")
+    for size in filter(None, options.sizes.split(",")):
+        lines.append(against_gptqmodel(size, options.folder, options.runs))
+        print(lines[-1], flush=True)
+    for size in filter(None, options.memory.split(",")):
+        lines += ["", *memory(size, options.folder)]
+        print(lines[-1], flush=True)
+    shutil.rmtree(options.folder / "out", ignore_errors=True)
+    write_section(options.report, "quantize", lines)
+
+
+if __name__ == "__main__":
+    main()
