@@ -101,8 +101,8 @@ def memory(size: str, folder: Path) -> list[str]:
     limit = block + hessians + (1 << 30) / 1e6 + SAMPLES * SEQ_LEN * shape.hidden * 4 / 1e6
     return [
         f"Memory, {size} shape, {SAMPLES} samples of {SEQ_LEN} tokens, {elapsed_s:.0f} s: **{peak_mb:.0f} MB** "
-        f"RssAnon. One block in float32 ({block:.0f} MB), three Hessians of the widest layer ({hessians:.0f} MB), hidden "
-        f"states and 1 GiB would be {limit:.0f} MB.",
+        f"RssAnon. One block in float32 ({block:.0f} MB), three Hessians of the widest layer ({hessians:.0f} MB), "
+        f"hidden states and 1 GiB would be {limit:.0f} MB.",
     ]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 # Before torch: two processes with as many OpenMP threads as cores would wait for each other in loops.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture

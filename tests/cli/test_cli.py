@@ -86,6 +86,14 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         (family / "text.jsonl").write_text(json.dumps(text(150)))
         for name in ("heldout.txt", "text.txt"):
             (family / name).write_text(text(150))
+    if command == "dequantize":
+        save_tiny(family / "tiny", "llama")
+        quantize_tiny(family / "tiny", family / "model-4bit")
+        shutil.copytree(family / "model-4bit", family / "tigerbot", ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(load_file(family / "model-4bit/model.safetensors"), family / "tigerbot/tigerbot-4bit-128g-0.pt")
+    if command == "pack":
+        integers = torch.randint(1, 15, (256, 64), dtype=torch.uint8)
+        write_checkpoint(family / "integers", {"fc.q": integers, "fc.scales": torch.full((2, 64), 0.1).half()})
     if command == "run":
         recipe = {"sources": {"raw": "./llama-13b"}, "outputs": {"./out": {"from": "raw", "dtype": "bfloat16"}}}
         (family / "release.yaml").write_text(json.dumps(recipe))
