@@ -10,10 +10,11 @@ import argparse
 import shutil
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from bench import WEIGHTOPS, timed, write_section
-from family import SHAPES, make
+from family import SHAPES, Shape, make
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/tiny-llama"
@@ -34,14 +35,27 @@ model.save(out)
 """
 
 
+def shape_of(size: str) -> Shape:
+    """`1b` is the whole shape, `1b:4` four of its blocks."""
+    name, _, layers = size.partition(":")
+    return replace(SHAPES[name], layers=int(layers)) if layers else SHAPES[name]
+
+
+def shown(size: str) -> str:
+    if size == "tiny":
+        return "the small LLaMA"
+    name = size.partition(":")[0]
+    return f"{name} shape, {shape_of(size).layers} of {SHAPES[name].layers} blocks"
+
+
 def model_of(size: str, folder: Path) -> Path:
     """The folder of a model, with the small model's tokenizer."""
     if size == "tiny":
         return DATA
-    raw = folder / size / "raw"
+    raw = folder / size.replace(":", "-") / "raw"
     if not (raw / "config.json").exists():
-        make(SHAPES[size], folder / size)
-        shutil.rmtree(folder / size / "tuned", ignore_errors=True)
+        make(shape_of(size), raw.parent)
+        shutil.rmtree(raw.parent / "tuned", ignore_errors=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DATA / name, raw / name)
     return raw
@@ -86,7 +100,7 @@ def against_gptqmodel(size: str, folder: Path, runs: int) -> str:
             seconds[side].append(timed(command)[0])
     ratios = [b / a for a, b in zip(*seconds, strict=True)]
     return (
-        f"| {size} | {statistics.median(seconds[0]):.1f} | {statistics.median(seconds[1]):.1f} "
+        f"| {shown(size)} | {statistics.median(seconds[0]):.1f} | {statistics.median(seconds[1]):.1f} "
         f"| **{statistics.median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f}) |"
     )
 
@@ -95,25 +109,25 @@ def memory(size: str, folder: Path) -> list[str]:
     source, out = model_of(size, folder), folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     elapsed_s, peak_mb = timed(ours(source, out))
-    shape = SHAPES[size]
+    shape = shape_of(size)
     block = sum(a * b for name, (a, b) in _matrices(size) if name.startswith("model.layers.0.")) * 4 / 1e6
     hessians = 3 * shape.ffn**2 * 4 / 1e6
     limit = block + hessians + (1 << 30) / 1e6 + SAMPLES * SEQ_LEN * shape.hidden * 4 / 1e6
     return [
-        f"Memory, {size} shape, {SAMPLES} samples of {SEQ_LEN} tokens, {elapsed_s:.0f} s: **{peak_mb:.0f} MB** "
+        f"Memory, {shown(size)}, {SAMPLES} samples of {SEQ_LEN} tokens, {elapsed_s:.0f} s: **{peak_mb:.0f} MB** "
         f"RssAnon. One block in float32 ({block:.0f} MB), three Hessians of the widest layer ({hessians:.0f} MB), "
         f"hidden states and 1 GiB would be {limit:.0f} MB.",
     ]
 
 
 def _matrices(size: str) -> list[tuple[str, tuple[int, int]]]:
-    return [(name, (s[0], s[1])) for name, s in SHAPES[size].tensors() if len(s) == 2]
+    return [(name, (s[0], s[1])) for name, s in shape_of(size).tensors() if len(s) == 2]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="tiny,1b")
-    parser.add_argument("--memory", default="3b")
+    parser.add_argument("--sizes", default="tiny,1b:4")
+    parser.add_argument("--memory", default="3b:2")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     parser.add_argument("--report", type=Path, default=Path("docs/benchmarks.md"))

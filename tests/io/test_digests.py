@@ -209,7 +209,7 @@ def test_ctrl_c_stops_within_a_block(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=20)
+        printed, _ = process.communicate(timeout=60)
     assert printed.splitlines()[-1] == b"stopped"
 
 
