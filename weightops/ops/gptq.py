@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _STRIP = 16
-_MEASURED = 1024
+_MEASURED = 512
 """Of how many outputs, evenly spaced, errors are measured: that of all is within a few percent of it."""
 _OUTPUTS = 256
 
@@ -49,7 +49,7 @@ class Solved:
     of each column.
 
     `loss` is the mean over the calibration tokens of the squared change of the outputs, summed over outputs (of more
-    than 1024, no more than that are measured, and the sum is in proportion); `error_rtn` what rounding to nearest would
+    than 512, no more than that are measured, and the sum is in proportion); `error_rtn` what rounding to nearest would
     give. Both are NaN where no Hessian could be used. `damp` is the share of the Hessian's mean diagonal that was added
     to it, `floor` that of its greatest diagonal below which none was left. `dead_columns` counts inputs that were
     always 0, `floored_scales` scales raised to the least normal float16. `fallback` says why weights were rounded to

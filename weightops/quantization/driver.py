@@ -153,9 +153,9 @@ class _Walk:
         self.batches = list(_batches(samples, max(1, _BATCH_TOKENS // length)))
         model.load("")
         # What blocks need beside hidden states depends on the shape of a batch alone: there is no padding.
-        self.kwargs = {b - a: model.embed(tokens[a:b])[1] for a, b in (self.batches[0], self.batches[-1])}
-        first, _ = model.embed(tokens[:1])
-        self._shape = (samples, length, first.shape[-1])
+        sizes = {1, *(b - a for a, b in (self.batches[0], self.batches[-1]))}
+        self.kwargs = {size: model.embed(tokens[:size])[1] for size in sizes}
+        self._shape = (samples, length, model.hidden_size)
         if work.n_done == 0:
             with work.hidden(0, self._shape) as states:
                 for a, b in self.batches:
@@ -241,7 +241,7 @@ class _Block:
 
         handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in self._layers.items()]
         try:
-            walk.run(self._i, inputs, *walk.batches[0])
+            walk.run(self._i, inputs, 0, 1)
         finally:
             for handle in handles:
                 handle.remove()
