@@ -68,7 +68,7 @@ def quantize(
     continues at its block what an earlier one began.
     """
     from weightops.inference.model import pick_device
-    from weightops.inference.tokens import load_tokenizer
+    from weightops.inference.tokens import check_tokens, load_tokenizer
     from weightops.ops.gptq import Settings
     from weightops.quantization.calibration import calibrate, read_texts
     from weightops.quantization.driver import Options
@@ -88,11 +88,13 @@ def quantize(
         v1=checkpoint_format == "gptq",
     )
     options = Options(settings, method, skip=tuple(skip), checkpoint_format=checkpoint_format)
-    data = None
+    tokenizer = data = None
     if method == "gptq" and calibration:
-        texts = read_texts(map(Path, calibration))
-        data = calibrate(load_tokenizer(checkpoint), texts, samples, seq_len, seed)
+        tokenizer = load_tokenizer(checkpoint)
+        data = calibrate(tokenizer, read_texts(map(Path, calibration)), samples, seq_len, seed)
     run = prepare(checkpoint, options, data, device=pick_device(device))
+    if tokenizer is not None and data is not None:
+        check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
     if running.get("dry_run"):
         return Quantization(run.estimate())
     if out.exists() and any(out.iterdir()) and not running.get("overwrite"):

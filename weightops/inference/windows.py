@@ -58,7 +58,7 @@ def final_states(
                 hidden, given = model.embed(chosen)
                 arguments.setdefault(len(chosen), given)
                 states[start : start + batch].copy_(hidden)
-        _check_finite(model, states, "the embedding")
+        check_finite(model, states, "the embedding")
         control.progress.advance(model.nbytes(""))
         for i, name in enumerate(model.blocks):
             left = nbytes = model.nbytes(name)
@@ -72,12 +72,13 @@ def final_states(
                     done = nbytes * len(chosen_states) // len(windows)
                     control.progress.advance(done)
                     left -= done
-                    _check_finite(model, chosen_states, name)
+                    check_finite(model, chosen_states, name)
             control.progress.advance(left)
         yield states
 
 
-def _check_finite(model: BlockModel, states: torch.Tensor, where: str) -> None:
+def check_finite(model: BlockModel, states: torch.Tensor, where: str) -> None:
+    """Raise `CorruptInput` for NaN or infinity in what leaves `where`."""
     if not all(bool(torch.isfinite(window).all()) for window in states):
         hint = f"`weightops check {model.shown}` finds NaN and infinity in weights"
         if model.dtype != torch.float32:

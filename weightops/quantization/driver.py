@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from weightops.engine.control import Control
-from weightops.errors import IncompatibleInputs, UsageError
+from weightops.errors import UsageError
 from weightops.formats.gptq import CheckpointFormat, write_module
 from weightops.inference.model import BlockModel
+from weightops.inference.windows import check_finite
 from weightops.io.escape import escape
 from weightops.ops.gptq import (
     Factor,
@@ -107,7 +108,8 @@ def quantize_blocks(
 ) -> None:
     """Quantise all blocks that `work` does not have yet, with calibration `tokens` `[samples, tokens]`.
 
-    Raises `IncompatibleInputs` for hidden states that are not finite.
+    Raises `CorruptInput` for hidden states that are not finite, and `UsageError` for a model whose blocks are given
+    something that depends on the tokens.
     """
     control.progress.start("quantising", sum(_nbytes(model, i, names) for i, names in enumerate(modules)))
     done = work.n_done
@@ -172,11 +174,7 @@ class _Walk:
             for a, b in self.batches:
                 control.check()
                 states = self.run(i, inputs, a, b)
-                if not states.isfinite().all():
-                    raise IncompatibleInputs(
-                        f"{escape(self.model.blocks[i])}: what leaves it is not finite for the calibration data",
-                        hint="`weightops check` looks for NaN and Inf in the weights",
-                    )
+                check_finite(self.model, states, self.model.blocks[i])
                 outputs.write(a, states)
             outputs.flush()
 

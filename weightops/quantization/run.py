@@ -108,12 +108,6 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     modules = find_modules(model, options)
     warnings = list(calibration.warnings) if calibration is not None else []
     if calibration is not None:
-        vocabulary, largest = model.vocab_size, int(calibration.tokens.max())
-        if largest >= vocabulary:
-            raise IncompatibleInputs(
-                f"{escape(source.name)}: the tokenizer gives token {largest}, the embedding has {vocabulary} rows",
-                hint="the tokenizer beside the model is another one's",
-            )
         widest = max(
             model.module.get_parameter(f"{block}.{name}.weight").shape[1]
             for block, names in zip(model.blocks, modules, strict=True)
