@@ -63,7 +63,8 @@ def model_of(size: str, folder: Path) -> Path:
 
 def ours(source: Path, out: Path, *more: str) -> list[str]:
     data = ("--calibration", str(DATA / "calibration.txt"), "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
-    return [WEIGHTOPS, "quantize", str(source), "--out", str(out), *data, "--device", "cpu", "--quiet", *more]
+    fixed = ("--device", "cpu", "--quiet", "--restart")
+    return [WEIGHTOPS, "quantize", str(source), "--out", str(out), *data, *fixed, *more]
 
 
 def save_windows(source: Path, path: Path) -> Path:
