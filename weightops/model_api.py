@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+import msgspec
+
 from weightops.api import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
-from weightops.errors import OutputExists, UsageError
+from weightops.engine.staging import refuse_existing
+from weightops.errors import UsageError
 from weightops.formats.folder import is_remote, open_checkpoint
 from weightops.io.escape import escape
 from weightops.plan import parse_size
@@ -95,18 +98,16 @@ def quantize(
     run = prepare(checkpoint, options, data, device=pick_device(device))
     if tokenizer is not None and data is not None:
         check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
+    estimate = run.estimate()
     if running.get("dry_run"):
-        return Quantization(run.estimate())
-    if out.exists() and any(out.iterdir()) and not running.get("overwrite"):
-        raise OutputExists(
-            f"{escape(str(out))} exists", hint="choose another --out, or give --overwrite to replace it when done"
-        )
+        return Quantization(estimate)
+    refuse_existing(out, overwrite=running.get("overwrite", False))
     control = running.get("control") or Control()
     with quantized(run, out, control, restart=running.get("restart", False)) as found:
-        recipe = {"operation": "quantize", "source": checkpoint.name, **run.identity()["options"]}
+        recipe = {"operation": "quantize", "source": checkpoint.name, **msgspec.to_builtins(options)}
         wanted = Wanted(found.checkpoint, files, recipe, {"source": checkpoint})
         result = write_all({out: wanted}, running)[out]
-    return Quantization(run.estimate(), result, found.modules, found.bits_per_weight)
+    return Quantization(estimate, result, found.modules, found.bits_per_weight)
 
 
 def evaluate(

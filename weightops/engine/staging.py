@@ -102,11 +102,7 @@ class Staging:
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise OutputExists(f"{escape(str(self.out))} exists and is not a folder")
         _clean_published(self.out)
-        if self.out.exists() and not self._overwrite and any(self.out.iterdir()):
-            raise OutputExists(
-                f"{escape(str(self.out))} exists",
-                hint="choose another --out, or give --overwrite to replace it when done",
-            )
+        refuse_existing(self.out, overwrite=self._overwrite)
 
     def _resume(self, plan: Plan, restart: bool) -> list[Record]:
         """The journal of an earlier run of the same plan; an empty one after clearing the folder otherwise."""
@@ -211,6 +207,14 @@ class Staging:
         if self._journal >= 0:
             os.close(self._journal)
         self._release()
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raise `OutputExists` for a folder that holds something and is not to be replaced."""
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise OutputExists(
+            f"{escape(str(out))} exists", hint="choose another --out, or give --overwrite to replace it when done"
+        )
 
 
 def _partial(out: Path) -> Path:

@@ -8,12 +8,12 @@ For a module `P` of K inputs, N outputs and G groups of columns see `ops.gptq_te
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from weightops.checkpoint import Checkpoint
+from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.io import strict_json
 from weightops.io.escape import escape
@@ -164,6 +164,13 @@ def read_config(checkpoint: Checkpoint) -> QuantizeConfig | None:
                     hint="correct the one that is wrong",
                 )
     return next(iter(found.values()), None)
+
+
+def with_config(checkpoint: Checkpoint, config: QuantizeConfig) -> Checkpoint:
+    """`checkpoint` with both files that say how it is quantised: older loaders look for quantize_config.json alone."""
+    document = config.to_json()
+    described = replace(checkpoint, sidecars={**checkpoint.sidecars, CONFIG_NAME: written_json(document)})
+    return described.with_config(lambda known: {**known, CONFIG_KEY: document})
 
 
 def prefixes(checkpoint: Mapping[str, LazyTensor]) -> list[str]:

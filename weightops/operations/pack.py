@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from weightops import __version__
-from weightops.checkpoint import Checkpoint, written_json
+from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.folder import refuse_parts
 from weightops.formats.gptq import (
-    CONFIG_KEY,
-    CONFIG_NAME,
     CheckpointFormat,
     QuantizeConfig,
     check_groups,
@@ -22,6 +20,7 @@ from weightops.formats.gptq import (
     check_sizes,
     is_act_order,
     prefixes,
+    with_config,
 )
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
@@ -112,12 +111,10 @@ def pack(
         notes.append("asymmetric in checkpoint_format gptq: GPTQModel and transformers want gptq_v2 for that")
     if not source.config():
         notes.append(f"{where}: has no config.json, without which models do not load")
-    document = settings.to_json()
     result = replace(
         source,
         tensors=tensors,
         shards=shards if source.shards else {},
-        sidecars={**source.sidecars, CONFIG_NAME: written_json(document)},
         warnings=(*source.warnings, *notes),
         total_size=None,
         content_id=None,
@@ -125,7 +122,7 @@ def pack(
         metadata={"format": "pt"},
         prefix=None,
     )
-    return result.with_config(lambda config: {**config, CONFIG_KEY: document})
+    return with_config(result, settings)
 
 
 def _pack_module(

@@ -111,11 +111,12 @@ def quantize_blocks(
     Raises `CorruptInput` for hidden states that are not finite, and `UsageError` for a model whose blocks are given
     something that depends on the tokens.
     """
-    control.progress.start("quantising", sum(_nbytes(model, i, names) for i, names in enumerate(modules)))
+    nbytes = [_nbytes(model, i, names) for i, names in enumerate(modules)]
+    control.progress.start("quantising", sum(nbytes))
     done = work.n_done
     for i in range(done):
-        control.progress.advance(_nbytes(model, i, modules[i]))
-        control.progress.finish_file(model.blocks[i], _nbytes(model, i, modules[i]), resumed=True)
+        control.progress.advance(nbytes[i])
+        control.progress.finish_file(model.blocks[i], nbytes[i], resumed=True)
     walk = _Walk(model, tokens, work) if options.method == "gptq" and done < len(modules) else None
     for i in range(done, len(modules)):
         model.load(model.blocks[i])
@@ -126,7 +127,7 @@ def quantize_blocks(
         tensors = {n: t for name, (found, _) in solved.items() for n, t in _packed(name, found, options).items()}
         work.commit(i, tensors, msgspec.to_builtins(reports))
         model.unload(model.blocks[i])
-        control.progress.finish_file(model.blocks[i], _nbytes(model, i, modules[i]), resumed=False)
+        control.progress.finish_file(model.blocks[i], nbytes[i], resumed=False)
     control.progress.stop()
 
 

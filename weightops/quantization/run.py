@@ -17,7 +17,7 @@ import torch
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.formats.gptq import QuantizeConfig
+from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.model import BlockModel
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
@@ -29,7 +29,6 @@ from weightops.quantization.work import Work, check_room
 from weightops.versions import library_versions
 
 REPORT = "quantize_report.json"
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class Quantized:
     checkpoint: Checkpoint
     modules: tuple[ModuleReport, ...]
     bits_per_weight: float
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     method without data.
     """
     refuse_delta(source, "the source")
-    if "quantization_config" in source.config() or any(name.endswith(".qweight") for name in source):
+    if CONFIG_KEY in source.config() or prefixes(source):
         raise IncompatibleInputs(
             f"{escape(source.name)} is quantised already",
             hint="quantise the original; or `weightops dequantize` it first, which does not bring back what was lost",
@@ -157,7 +155,7 @@ def _collect(run: Run, work: Work) -> Quantized:
             tensors[name] = tensor
         else:
             own = name.removesuffix(".weight")
-            tensors |= {f"{own}.{part}": packed[f"{module}.{part}"] for part in _PARTS}
+            tensors |= {f"{own}.{part}": packed[f"{module}.{part}"] for part in PARTS}
     weights = sum(run.source[name].spec.numel for name in modules)
     bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / weights
     return Quantized(_described(run, tensors, reports), tuple(reports), bits)
@@ -177,7 +175,7 @@ def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[Modul
         static_groups=settings.static_groups,
         meta={"quantizer": [f"weightops:{library_versions()['weightops']}"]},
         dynamic={f"-:{_pattern(glob)}": {} for glob in options.skip} or None,
-    ).to_json()
+    )
     own = replace(
         run.source,
         tensors=tensors,
@@ -186,10 +184,9 @@ def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[Modul
         digests={n: d for n, d in run.source.digests.items() if n in tensors},
         warnings=(*run.source.warnings, *(run.calibration.warnings if run.calibration else ())),
         folder=None,
-    ).with_config(lambda known: {**known, "quantization_config": config})
+    )
     report = {"modules": msgspec.to_builtins(reports), "options": msgspec.to_builtins(options)}
-    files = {"quantize_config.json": written_json(config), REPORT: written_json(report)}
-    return replace(own, sidecars={**own.sidecars, **files})
+    return with_config(replace(own, sidecars={**own.sidecars, REPORT: written_json(report)}), config)
 
 
 def _pattern(glob: str) -> str:
