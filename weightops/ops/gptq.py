@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _STRIP = 16
-_MEASURED = 512
+_MEASURED = 256
 """Of how many outputs, evenly spaced, errors are measured: that of all is within a few percent of it."""
 _OUTPUTS = 256
 
@@ -49,7 +49,7 @@ class Solved:
     of each column.
 
     `loss` is the mean over the calibration tokens of the squared change of the outputs, summed over outputs (of more
-    than 512, no more than that are measured, and the sum is in proportion); `error_rtn` what rounding to nearest would
+    than 256, no more than that are measured, and the sum is in proportion); `error_rtn` what rounding to nearest would
     give. Both are NaN where no Hessian could be used. `damp` is the share of the Hessian's mean diagonal that was added
     to it, `floor` that of its greatest diagonal below which none was left. `dead_columns` counts inputs that were
     always 0, `floored_scales` scales raised to the least normal float16. `fallback` says why weights were rounded to
@@ -163,7 +163,7 @@ def _loop(weight: Tensor, factor: Factor, settings: Settings) -> Solved:
     rest = torch.empty(columns, outputs, dtype=torch.float32, device=device)
     for start in range(0, columns, settings.block_size):
         part = slice(start, start + settings.block_size)
-        rest[part] = weight.index_select(1, order[part]).T
+        rest[part] = _columns(weight, order[part])
     if settings.reference_order:
         rest[factor.dead] = 0
     taken = torch.arange(columns, device=device) if settings.desc_act and not settings.static_groups else order
@@ -176,28 +176,53 @@ def _loop(weight: Tensor, factor: Factor, settings: Settings) -> Solved:
     q = torch.empty(columns, outputs, dtype=torch.uint8, device=device)
     near = torch.empty(outputs, dtype=torch.float32, device=device)
     strip = settings.block_size if settings.reference_order else min(_STRIP, width)
-    numbers, natural = groups.tolist(), order.tolist()
+    numbers, natural, sign = groups.tolist(), order.tolist(), -1 if factor.is_inverse else 1
+    # Rows are taken apart once: making a view takes as long as the arithmetic of a thousand weights.
+    integers, scale_of, zero_of = q.unbind(), scales.unbind(), zeros.unbind()
     for start, stop in spans(0, columns, width, settings.block_size):
         upper, block = factor.rows(start, stop), rest[start:stop]
         errors = torch.empty(stop - start, outputs, dtype=torch.float32, device=device)
+        values, missed = block.unbind(), errors.unbind()
+        # U tells what follows from the error of a weight that was changed before, R from that of the weight itself.
+        wanted = values if factor.is_inverse else _columns(weight, order[start:stop]).unbind()
         for first, last in spans(start, stop, width, strip):
             a, b = first - start, last - start
             for i in range(a, b):
                 k = start + i
                 group = numbers[k]
                 if not settings.static_groups and k % width == 0:
-                    scales[group], zeros[group] = find(rest[k : k + width], settings)
-                scale, zero = scales[group], zeros[group]
-                levels(block[i], scale, zero, maxq, out=near)
-                q[natural[k]] = near
-                torch.sub(block[i], near.sub_(zero).mul_(scale), out=errors[i]).div_(upper[i, i])
-                if i + 1 < b:
-                    block[i + 1 : b] -= upper[i, i + 1 : b, None] * errors[i]
+                    part = slice(k, k + width)
+                    scales[group], zeros[group] = find(_corrected(rest[part], weight, factor, part), settings)
+                scale, zero = scale_of[group], zero_of[group]
+                levels(values[i], scale, zero, maxq, out=near)
+                integers[natural[k]].copy_(near)
+                torch.sub(wanted[i], near.sub_(zero).mul_(scale), out=missed[i])
+                if factor.is_inverse:
+                    missed[i].div_(upper[i, i])
+                    block[i + 1 : b] -= upper[i, i + 1 : b, None] * missed[i]
+                elif i + 1 < b:
+                    block[i + 1 : b].addr_(upper[i, i + 1 : b], missed[i])
             if b < stop - start:
-                block[b:].addmm_(upper[a:b, b : stop - start].T, errors[a:b], alpha=-1)
+                block[b:].addmm_(upper[a:b, b : stop - start].T, errors[a:b], alpha=sign)
         if stop < columns:
-            rest[stop:].addmm_(upper[:, stop - start :].T, errors, alpha=-1)
+            rest[stop:].addmm_(upper[:, stop - start :].T, errors, alpha=sign)
     return _solved(q, scales, zeros, groups[torch.argsort(order)].int(), factor)
+
+
+def _columns(weight: Tensor, order: Tensor) -> Tensor:
+    """Some columns of the weight, transposed: [columns, outputs] in float32."""
+    return weight.index_select(1, order).T.float().contiguous()
+
+
+def _corrected(rest: Tensor, weight: Tensor, factor: Factor, part: slice) -> Tensor:
+    """A group of columns [columns, outputs] as it is best after the errors before it, from what `_loop` has of it."""
+    if factor.is_inverse or not part.start:
+        return rest
+    # From R each column is corrected for all columns before it, of which those in the group are still to come.
+    before = _columns(weight, factor.order[part])
+    corner = factor.rows(part.start, part.stop, part.stop)
+    change = torch.linalg.solve_triangular(corner.T, rest - before, upper=False, unitriangular=True)
+    return change.add_(before)
 
 
 def _solved(

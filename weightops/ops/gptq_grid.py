@@ -25,7 +25,7 @@ CEILING = 65504.0
 """The greatest float16."""
 SHRINK_STEPS = 80
 NORM = 2.4
-_SEARCH_ELEMENTS = 1 << 17
+_SEARCH_ELEMENTS = 1 << 18
 _BOUND_STEPS = 4
 
 

@@ -1,10 +1,11 @@
-"""The Hessian of a layer's squared output error, and its inverse factor, in little more memory than one matrix.
+"""The Hessian of a layer's squared output error, and its factor, in little more memory than one matrix.
 
 With X the inputs that a linear layer sees, [tokens, columns], the error of changed weights is quadratic, with
-H = 2/n X^T X. GPTQ (Frantar et al., arXiv 2210.17323) needs U, upper triangular, with (H + damping)^-1 = U^T U. With
-everything in reverse order, U is the inverse of H's Cholesky factor (H = L L^T, U = L^-1): one factorisation and one
-triangular inverse, where the usual way takes three steps. Both are done in place in the lower half of H. The upper half
-stays as it was, for measuring errors, and for another try where H is singular.
+H = 2/n X^T X. GPTQ (Frantar et al., arXiv 2210.17323) takes the Cholesky factor of the inverse of H + damping, three
+steps of columns^3. But its result is also that of rounding with feedback from H = R R^T itself, R upper triangular
+(LDLQ: Chee et al., QuIP, arXiv 2307.13304, theorem 6), which is one Cholesky factorisation of the reversed matrix, and
+is done in place in the lower half of it. The upper half stays as it was, for measuring errors, and for another try
+where H is singular.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ class Factor:
     """A Hessian made ready for any number of layers that see the same inputs.
 
     `order` [columns] holds the columns as they will be taken. `matrix` [columns, columns] is in the reverse of that
-    order: up to the diagonal the inverse factor, above it the Hessian; `diagonal` [columns] is the Hessian's own, in
-    the order. `damp` is the share of the mean diagonal that was added; `floor` tells of a diagonal that had to be
-    raised further. `dead` [columns] marks, in the order, columns whose inputs were always 0.
+    order: up to the diagonal the factor, above it the Hessian; `diagonal` [columns] is the Hessian's own, in the order.
+    `damp` is the share of the mean diagonal that was added; `floor` tells of a diagonal that had to be raised further.
+    `dead` [columns] marks, in the order, columns whose inputs were always 0. `is_inverse`: the factor is GPTQ's own, U
+    with (H + damping)^-1 = U^T U, not R.
     """
 
     order: Tensor
@@ -68,11 +70,14 @@ class Factor:
     dead: Tensor
     damp: float
     floor: float = 0.0
+    is_inverse: bool = False
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """U[start:stop, start:], from the diagonal on."""
+    def rows(self, start: int, stop: int, end: int | None = None) -> Tensor:
+        """U[start:stop, start:end], from the diagonal on; of R with columns divided by their diagonal elements."""
         total = len(self.order)
-        return self.matrix[total - stop : total - start, : total - start].flip(0, 1)
+        columns = slice(0 if end is None else total - end, total - start)
+        rows = self.matrix[total - stop : total - start, columns].flip(0, 1)
+        return rows if self.is_inverse else rows.div_(self.matrix.diagonal()[columns].flip(0))
 
     def error(self, change: Tensor) -> Tensor:
         """The mean over tokens of the squared change of the outputs, summed over outputs; float64, no dimensions.
@@ -112,8 +117,8 @@ def factorise(hessian: Tensor, settings: Settings) -> Factor | str:
     for damp, floor in [(damp, 0.0) for damp in damps] + [(damps[-1], floor) for floor in floors]:
         damped = (filled + damp * mean).clamp_(min=float(floor * greatest))
         hessian.diagonal().copy_(damped.flip(0))
-        if _inverse_factor_(hessian, settings):
-            return Factor(order, hessian, diagonal, dead, damp, floor)
+        if _factor_(hessian, settings):
+            return Factor(order, hessian, diagonal, dead, damp, floor, settings.reference_order)
         _mirror_(hessian, upper=True)
     return "the Hessian is singular, and damping does not help"
 
@@ -132,19 +137,18 @@ def column_order(diagonal: Tensor, settings: Settings) -> Tensor:
     return (inside + torch.arange(0, columns, width, device=diagonal.device)[:, None])[groups].reshape(-1)
 
 
-def _inverse_factor_(matrix: Tensor, settings: Settings) -> bool:
-    """Replace the lower half of a reversed Hessian by its inverse Cholesky factor; False if it has none."""
+def _factor_(matrix: Tensor, settings: Settings) -> bool:
+    """Replace the lower half of a reversed Hessian by its Cholesky factor; False if it has none."""
     if settings.reference_order:
         return _in_three_steps_(matrix)
     if not _cholesky_(matrix):
         return False
-    _invert_lower_(matrix)
     diagonal = matrix.diagonal()
     return bool((torch.isfinite(diagonal) & (diagonal > 0)).all())
 
 
 def _in_three_steps_(matrix: Tensor) -> bool:
-    """The same in the order in which gptqmodel does it: factor, inverse, factor of the inverse."""
+    """The factor of the inverse instead, as gptqmodel makes it: factor, inverse, factor of the inverse."""
     factor, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info):
         return False
@@ -172,25 +176,6 @@ def _cholesky_(matrix: Tensor) -> bool:
             matrix[left:right, left:right] -= (tile @ tile.mT).tril_()
             matrix[right:, left:right].addmm_(panel[right - stop :], tile.mT, alpha=-1)
     return True
-
-
-def _invert_lower_(matrix: Tensor) -> None:
-    """Replace the lower half by its inverse as a triangular matrix; nothing above the diagonal changes.
-
-    The inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
-    """
-    size = len(matrix)
-    if size <= _TILE:
-        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        _set_lower_(matrix, torch.linalg.solve_triangular(matrix.tril(), identity, upper=False))
-        return
-    half = (size // 2 + _TILE - 1) // _TILE * _TILE
-    upper, lower, corner = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
-    solved = torch.linalg.solve_triangular(upper, corner, upper=False, left=False)
-    corner.copy_(torch.linalg.solve_triangular(lower, solved, upper=False)).neg_()
-    del solved
-    _invert_lower_(upper)
-    _invert_lower_(lower)
 
 
 def _set_lower_(tile: Tensor, lower: Tensor) -> None:
