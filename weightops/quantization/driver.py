@@ -8,7 +8,8 @@ already quantised layers before them give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,11 +36,13 @@ from weightops.ops.gptq import (
     round_to_nearest,
     solve,
 )
+from weightops.quantization.kept import Kept
 from weightops.quantization.work import Hidden, Work
 
 Method = Literal["gptq", "rtn"]
 _BATCH_TOKENS = 2048
 """Tokens that go through a block together."""
+_EXPERT = re.compile(r"experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class Options:
 
     settings: Settings
     method: Method = "gptq"
-    true_sequential: bool = True
     skip: tuple[str, ...] = ()
     checkpoint_format: CheckpointFormat = "gptq"
 
@@ -104,12 +106,20 @@ def find_modules(model: BlockModel, options: Options) -> list[list[str]]:
 
 
 def quantize_blocks(
-    model: BlockModel, modules: Sequence[Sequence[str]], options: Options, tokens: Tensor, work: Work, control: Control
+    model: BlockModel,
+    modules: Sequence[Sequence[str]],
+    options: Options,
+    tokens: Tensor,
+    work: Work,
+    control: Control,
+    *,
+    spare_nbytes: int = 0,
 ) -> None:
     """Quantise all blocks that `work` does not have yet, with calibration `tokens` `[samples, tokens]`.
 
-    Raises `CorruptInput` for hidden states that are not finite, and `UsageError` for a model whose blocks are given
-    something that depends on the tokens.
+    Beside a block and what solving one layer takes, `spare_nbytes` of memory are used to run blocks less often; the
+    result does not depend on it. Raises `CorruptInput` for hidden states that are not finite, and `UsageError` for a
+    model whose blocks are given something that depends on the tokens.
     """
     nbytes = [_nbytes(model, i, names) for i, names in enumerate(modules)]
     control.progress.start("quantising", sum(nbytes))
@@ -120,9 +130,8 @@ def quantize_blocks(
     walk = _Walk(model, tokens, work) if options.method == "gptq" and done < len(modules) else None
     for i in range(done, len(modules)):
         model.load(model.blocks[i])
-        solved = _Block(model, i, modules[i], options, control).solve(walk)
-        if walk is not None and i + 1 < len(modules):
-            walk.leave(i, control)
+        block = _Block(model, i, modules[i], options, control)
+        solved = block.solve(walk, spare_nbytes) if walk is not None else block.round()
         reports = [report for _, report in solved.values()]
         tensors = {n: t for name, (found, _) in solved.items() for n, t in _packed(name, found, options).items()}
         work.commit(i, tensors, msgspec.to_builtins(reports))
@@ -169,16 +178,6 @@ class _Walk:
     def inputs(self, i: int) -> Hidden:
         return self._work.hidden(i, self._shape)
 
-    def leave(self, i: int, control: Control) -> None:
-        """Write what leaves block `i`."""
-        with self.inputs(i) as inputs, self.inputs(i + 1) as outputs:
-            for a, b in self.batches:
-                control.check()
-                states = self.run(i, inputs, a, b)
-                check_finite(self.model, states, self.model.blocks[i])
-                outputs.write(a, states)
-            outputs.flush()
-
     def run(self, i: int, inputs: Hidden, first: int, stop: int) -> Tensor:
         states = inputs.read(first, stop).to(self.model.device, self.model.dtype)
         return self.model.run(i, states, self.kwargs[stop - first])
@@ -186,6 +185,17 @@ class _Walk:
 
 def _batches(samples: int, size: int) -> Iterator[tuple[int, int]]:
     return ((a, min(a + size, samples)) for a in range(0, samples, size))
+
+
+def _filled(groups: Sequence[list[str]], nbytes: Callable[[list[str]], int], room: int) -> Iterator[list[list[str]]]:
+    """Groups, as many together as there is room for; at least one."""
+    chosen: list[list[str]] = []
+    for group in groups:
+        if chosen and sum(map(nbytes, chosen)) + nbytes(group) > room:
+            yield chosen
+            chosen = []
+        chosen.append(group)
+    yield chosen
 
 
 class _Seen(Exception):
@@ -200,36 +210,77 @@ class _Block:
         block = model.module.get_submodule(self._name)
         self._layers = {name: _linear(block, name) for name in names}
 
-    def solve(self, walk: _Walk | None) -> dict[str, tuple[Solved, ModuleReport]]:
-        """Solve each layer, and leave its weights as they will be read; results by full name, in the model's order."""
+    def round(self) -> dict[str, tuple[Solved, ModuleReport]]:
+        """Round each layer to nearest, and leave its weights as they will be read; results by full name."""
+        found = {}
+        for name, layer in self._layers.items():
+            solved = round_to_nearest(layer.weight, self._options.settings, label=self._full(name))
+            found[self._full(name)] = self._settle(name, solved, 0, None)
+        return found
+
+    @torch.no_grad()
+    def solve(self, walk: _Walk, spare_nbytes: int) -> dict[str, tuple[Solved, ModuleReport]]:
+        """Solve each layer with what those before it give, and write what leaves the block; results as of `round`."""
         found: dict[str, tuple[Solved, ModuleReport]] = {}
-        with torch.no_grad():
-            if walk is None:
-                for name, layer in self._layers.items():
-                    solved = round_to_nearest(layer.weight, self._options.settings, label=self._full(name))
-                    found[name] = self._settle(name, solved, 0, None)
-            else:
-                with walk.inputs(self._i) as inputs:
-                    self._solve_in_turn(walk, inputs, found)
+        with walk.inputs(self._i) as inputs:
+            turns = self._turns(walk, inputs)
+            together = max(sum(map(self._hessian_nbytes, turn)) for turn in turns)
+            with Kept(max(0, spare_nbytes - together)) as kept:
+                for turn in turns:
+                    for groups in _filled(turn, self._hessian_nbytes, spare_nbytes):
+                        self._solve_groups(groups, walk, inputs, kept, found)
+                if self._i + 1 < len(walk.model.blocks):
+                    self._leave(walk, inputs, kept)
         return {self._full(name): found[name] for name in self._layers}
 
     def _full(self, name: str) -> str:
         return f"{self._name}.{name}"
 
-    def _solve_in_turn(self, walk: _Walk, inputs: Hidden, found: dict[str, tuple[Solved, ModuleReport]]) -> None:
-        settings, groups = self._options.settings, self._groups(walk, inputs)
-        turns = [[group] for group in groups] if self._options.true_sequential else [groups]
-        for turn in turns:
-            hessians = self._hessians(walk, inputs, [group[0] for group in turn])
-            for group in turn:
-                hessian = hessians.pop(group[0])
-                tokens = hessian.tokens
-                factor = factorise(hessian.matrix(), settings) if tokens else "no calibration token came to it"
-                del hessian
-                for name in group:
-                    self._control.check()
-                    solved = solve(self._layers[name].weight, factor, settings, label=self._full(name))
-                    found[name] = self._settle(name, solved, tokens, factor)
+    def _hessian_nbytes(self, group: Sequence[str]) -> int:
+        return 4 * self._layers[group[0]].in_features ** 2
+
+    def _solve_groups(
+        self,
+        groups: Sequence[Sequence[str]],
+        walk: _Walk,
+        inputs: Hidden,
+        kept: Kept,
+        found: dict[str, tuple[Solved, ModuleReport]],
+    ) -> None:
+        settings = self._options.settings
+        hessians = self._hessians(walk, inputs, kept, [group[0] for group in groups])
+        for group in groups:
+            hessian = hessians.pop(group[0])
+            tokens = hessian.tokens
+            factor = factorise(hessian.matrix(), settings) if tokens else "no calibration token came to it"
+            del hessian
+            for name in group:
+                self._control.check()
+                layer = self._layers[name]
+                solved = solve(layer.weight, factor, settings, label=self._full(name))
+                found[name] = self._settle(name, solved, tokens, factor)
+                kept.add(name, layer)
+
+    def _leave(self, walk: _Walk, inputs: Hidden, kept: Kept) -> None:
+        """Write what leaves the block."""
+        with walk.inputs(self._i + 1) as outputs:
+            for a, b in walk.batches:
+                self._control.check()
+                kept.begin(a, is_last=True)
+                states = walk.run(self._i, inputs, a, b)
+                check_finite(walk.model, states, self._name)
+                outputs.write(a, states)
+            outputs.flush()
+
+    def _turns(self, walk: _Walk, inputs: Hidden) -> list[list[list[str]]]:
+        """Groups of layers that are given the same input, and have one Hessian, in the order in which they run.
+
+        The same layers of a mixture's experts do not hear of each other: their groups have one turn.
+        """
+        turns: dict[str, list[list[str]]] = {}
+        for group in self._groups(walk, inputs):
+            turns.setdefault(_EXPERT.sub("experts.*.", group[0]), []).append(group)
+        return list(turns.values())
 
     def _groups(self, walk: _Walk, inputs: Hidden) -> list[list[str]]:
         """Layers that are given the same input, which have one Hessian, in the order in which they run."""
@@ -255,7 +306,7 @@ class _Block:
         called = {name for name, _ in seen}
         return [*groups, *([name] for name in self._layers if name not in called)]
 
-    def _hessians(self, walk: _Walk, inputs: Hidden, leaders: Sequence[str]) -> dict[str, Hessian]:
+    def _hessians(self, walk: _Walk, inputs: Hidden, kept: Kept, leaders: Sequence[str]) -> dict[str, Hessian]:
         """The Hessians of the inputs of some layers, over all calibration data."""
         hessians = {name: Hessian(self._layers[name].in_features, walk.model.device) for name in leaders}
 
@@ -271,6 +322,7 @@ class _Block:
         try:
             for a, b in walk.batches:
                 self._control.check()
+                kept.begin(a)
                 with suppress(_Seen):
                     walk.run(self._i, inputs, a, b)
         finally:

@@ -16,6 +16,7 @@ import torch
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
+from weightops.engine.limits import available_memory
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.model import BlockModel
@@ -33,13 +34,17 @@ REPORT = "quantize_report.json"
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take: layers, bytes of their packed tensors, of hidden states, and of memory at most."""
+    """What a run will take: layers, bytes of their packed tensors, of hidden states, and of memory.
+
+    `kept_nbytes` is memory that would be used beside that, if there is room, to run blocks less often.
+    """
 
     n_modules: int
     n_blocks: int
     packed_nbytes: int
     hidden_nbytes: int
     memory_nbytes: int
+    kept_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,27 @@ class Run:
     def estimate(self) -> Estimate:
         """What it will take."""
         bits, size = self.options.settings.bits, self.options.settings.group_size
-        packed = widest = largest = 0
+        packed = widest = largest = outputs = 0
         for block, names in zip(self.model.blocks, self.modules, strict=True):
             module = self.model.module.get_submodule(block)
             largest = max(largest, sum(p.numel() for p in module.parameters()) * 4)
-            for name in names:
-                n, k = module.get_parameter(f"{name}.weight").shape
+            shapes = [module.get_parameter(f"{name}.weight").shape for name in names]
+            outputs = max(outputs, sum(n for n, _ in shapes))
+            for n, k in shapes:
                 groups = 1 if size < 0 else k // size
                 packed += (k * n + groups * n) * bits // 8 + groups * n * 2 + k * 4
                 widest = max(widest, k)
-        hidden = self.calibration.tokens.numel() * self.model.hidden_size * 4 if self.calibration else 0
+        tokens = self.calibration.tokens.numel() if self.calibration else 0
         memory = largest + 3 * widest * widest * 4 + (1 << 30)
-        return Estimate(sum(map(len, self.modules)), len(self.model.blocks), packed, hidden, memory)
+        hidden = tokens * self.model.hidden_size * 4
+        return Estimate(
+            n_modules=sum(map(len, self.modules)),
+            n_blocks=len(self.model.blocks),
+            packed_nbytes=packed,
+            hidden_nbytes=hidden,
+            memory_nbytes=memory,
+            kept_nbytes=tokens * outputs * 4,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What tells this run from another: source, settings, data, and versions that could change bits."""
@@ -121,9 +135,12 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
 
 
 @contextmanager
-def quantized(run: Run, out: Path, control: Control, *, restart: bool = False) -> Iterator[Quantized]:
+def quantized(
+    run: Run, out: Path, control: Control, *, restart: bool = False, max_nbytes: int | None = None
+) -> Iterator[Quantized]:
     """Quantise, continuing what an earlier run of the same began, and lend the result to be written.
 
+    Memory that is left of `max_nbytes`, or of half of what is free, is used to run blocks less often.
     When the `with` block ends well, what was kept beside the output is thrown away.
     Raises `NoRoom`, `Locked`, `PlanDiffers`, or what `quantize_blocks` raises.
     """
@@ -132,7 +149,9 @@ def quantized(run: Run, out: Path, control: Control, *, restart: bool = False) -
         if work.n_done < len(run.modules):
             check_room(out, estimate.packed_nbytes, estimate.hidden_nbytes)
             tokens = run.calibration.tokens if run.calibration else torch.empty((0, 0), dtype=torch.int64)
-            quantize_blocks(run.model, run.modules, run.options, tokens, work, control)
+            room = available_memory() // 2 if max_nbytes is None else max_nbytes
+            spare = max(0, room - estimate.memory_nbytes)
+            quantize_blocks(run.model, run.modules, run.options, tokens, work, control, spare_nbytes=spare)
         yield _collect(run, work)
         work.remove()
 
@@ -171,7 +190,6 @@ def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[Modul
         sym=settings.sym,
         checkpoint_format=options.checkpoint_format,
         damp_percent=settings.damp_percent,
-        true_sequential=options.true_sequential,
         static_groups=settings.static_groups,
         meta={"quantizer": [f"weightops:{library_versions()['weightops']}"]},
         dynamic={f"-:{_pattern(glob)}": {} for glob in options.skip} or None,
