@@ -1,77 +1,16 @@
-"""The main job from start to verified result, with a model that is really trained: run it by `make demo`.
+"""The two main jobs from start to verified result, with models that are really trained: run it by `make demo`.
 
-A small LLaMA is trained a few steps (raw), then a few more on another text (tuned). Then the two sides of a
-release: the publisher makes a delta; the user recovers the tuned weights, is killed half-way, goes on, verifies.
+First tuned weights are recovered from raw ones and a delta (`demo_recover`); then a model is quantised, and what that
+costs is measured (`demo_quantize`). Both are killed half-way, and go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
-
-WEIGHTOPS = Path(sys.executable).with_name("weightops")
-RAW_TEXT = (Path(__file__).parent.parent / "README.md").read_bytes()
-TUNED_TEXT = (Path(__file__).parent.parent / "weightops" / "errors.py").read_bytes()
-
-
-def say(text: str) -> None:
-    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}", flush=True)
-
-
-def weightops(*arguments: str) -> None:
-    """Run a command as a user would, showing it."""
-    print("$ weightops " + " ".join(arguments), flush=True)
-    subprocess.run([str(WEIGHTOPS), *arguments], check=True)
-
-
-def train(model: LlamaForCausalLM, text: bytes, steps: int) -> None:
-    """Next-byte prediction on random windows of `text`."""
-    data = torch.tensor(list(text))
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model.train()
-    for step in range(1, steps + 1):
-        starts = torch.randint(0, len(data) - 129, (4,), generator=generator)
-        batch = torch.stack([data[int(s) : int(s) + 128] for s in starts])
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step in (1, steps):
-            print(f"  step {step:2}: loss {loss.item():.3f}", flush=True)
-    model.eval()
-
-
-def save(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
-    """Write the model in float16, as it is published, and read it back."""
-    model.half().save_pretrained(folder, max_shard_size="20MB")
-    model.float()
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
-
-
-def recover_killed_half_way(folder: Path, arguments: list[str]) -> None:
-    """Start a recovery and kill it without warning once half of the shards are there."""
-    partial = folder / "recovered.partial"
-    print("$ weightops " + " ".join(arguments) + " &", flush=True)
-    process = subprocess.Popen([str(WEIGHTOPS), *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(list(partial.glob("model-*"))) < 8:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    there = sorted(path.name for path in partial.glob("model-*"))
-    print(f"$ kill -9: {len(there)} shards are committed, {folder / 'recovered'} does not exist")
-    if not there or (folder / "recovered").exists():
-        raise SystemExit("the run was over before it could be killed: try again")
 
 
 def main() -> None:
@@ -80,58 +19,20 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="weightops-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
-    raw, tuned, recovered = (folder / name for name in ("raw", "tuned", "recovered"))
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
+    # As the program itself does, before torch is loaded: threads that wait in a loop stand in the way of other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from demo_quantize import quantise
+    from demo_recover import recover
+    from demo_steps import say
 
-    say("1. Train a small LLaMA (raw), then train it on (tuned)")
-    config = LlamaConfig(
-        hidden_size=512, num_hidden_layers=8, intermediate_size=1376, num_attention_heads=8, vocab_size=4096
-    )
-    model = LlamaForCausalLM(config)
-    print(f"  {model.num_parameters():,} parameters")
-    train(model, RAW_TEXT, 12)
-    save(model, raw)
-    train(model, TUNED_TEXT, 8)
-    reference = save(model, tuned)
-
-    say("2. The publisher makes a delta: useless without raw, exact with it")
-    weightops("diff", "--raw", str(raw), "--tuned", str(tuned), "--out", str(folder / "delta"))
-
-    say("3. The user asks what recovering would take, starts it, and the machine dies half-way")
-    command = ["recover", "--raw", str(raw), "--diff", str(folder / "delta"), "--out", str(recovered)]
-    command += ["--max-shard-size", "4MB"]
-    weightops(*command, "--dry-run")
-    recover_killed_half_way(folder, command)
-
-    say("4. The same command again continues")
-    weightops(*command)
-    weightops("inspect", str(recovered))
-
-    say("5. Is it right?")
-    weightops("verify", str(recovered))
-    found = LlamaForCausalLM.from_pretrained(recovered, dtype=torch.float16).eval()
-    prompt = torch.tensor([list(b"class WeightopsError")])
-    with torch.no_grad():
-        same = torch.equal(found(prompt).logits, reference(prompt).logits)
-    state, expected = found.state_dict(), reference.state_dict()
-    bits = all(torch.equal(state[n].view(torch.int16), t.view(torch.int16)) for n, t in expected.items())
-    print(f"transformers loads it; logits equal to the tuned model's: {same}; every weight to the bit: {bits}")
-
-    say("6. What 2023 published: tuned - raw in float16, and what that loses")
-    weightops("diff", "--raw", str(raw), "--tuned", str(tuned), "--out", str(folder / "published"), "--method",
-              "subtract", "--dtype", "float16", "--quiet")  # fmt: skip
-    weightops("recover", "--raw", str(raw), "--diff", str(folder / "published"), "--out", str(folder / "rounded"),
-              "--format", "torch-1.12", "--quiet")  # fmt: skip
-    rounded = torch.load(folder / "rounded" / "pytorch_model.bin", weights_only=True)
-    wrong = sum(int((rounded[n] != t).sum()) for n, t in expected.items() if n in rounded)
-    print(f"{wrong / sum(t.numel() for t in expected.values()):.2%} of the weights are not what was trained")
-
-    if options.folder is None:
-        shutil.rmtree(folder)
-    if not (same and bits):
-        raise SystemExit("the recovered model is not the tuned one")
-    say("Done: diffed, recovered, killed, resumed, verified, loaded.")
+    try:
+        recover(folder)
+        quantise(folder)
+    finally:
+        if options.folder is None:
+            shutil.rmtree(folder)
+    say("Done: diffed, recovered, killed, resumed, verified, loaded; quantised, killed, resumed, measured, read back.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""A page of what check found: findings, and heat maps of the layers. It needs no network and runs no script."""
+"""A page of what check found: findings, and heat maps of the layers."""
 
 from __future__ import annotations
 
-import html
+from collections import Counter
 from collections.abc import Callable, Mapping
 
-from weightops.cli.heat_map import heat_map
-from weightops.cli.heat_map import page as heat_page
+from weightops.cli import html_page
+from weightops.cli.heat_map import Cell, Scale, heat_map
+from weightops.cli.html_page import long_text
+from weightops.cli.progress import human
 from weightops.operations.check_layers import NUMBERED
 from weightops.operations.check_report import CheckReport
 from weightops.ops.statistics import TensorStatistics
@@ -22,22 +24,42 @@ _MEASURES: Mapping[str, _Measure] = {
 
 def page(report: CheckReport) -> bytes:
     """The page, in UTF-8."""
+    parts = [html_page.facts(_facts(report)), _findings(report)]
+    stacks = _stacks(report)
+    if stacks and any(tensor.statistics and not tensor.spec.dtype.is_float for tensor in report.tensors.values()):
+        parts.append('<p class="faint">Tensors of integers, such as packed weights, are not in the maps.</p>')
+    for stack, columns in stacks.items():
+        maps = (_map(f"{stack}: {title}", measure, columns) for title, measure in _MEASURES.items())
+        parts.append(html_page.side_by_side(maps))
+    return html_page.page("weightops check", report.name, parts)
+
+
+def _facts(report: CheckReport) -> dict[str, str]:
     counts = ", ".join(f"{n} {severity}" + "s" * (n != 1) for severity, n in report.counts.items() if n)
-    parts = [
-        f"<p>{len(report.tensors)} tensors, {report.nbytes:,} bytes: {counts or 'nothing found'}</p>",
-        _findings(report),
-        *(_map(title, measure, stack) for stack in _stacks(report).values() for title, measure in _MEASURES.items()),
-    ]
-    return heat_page(f"weightops check: {report.name}", report.name, parts)
+    dtypes = Counter(tensor.spec.dtype.value for tensor in report.tensors.values())
+    found = {
+        "found": counts or "nothing",
+        "tensors": f"{len(report.tensors):,}",
+        "size": f"{human(report.nbytes)} ({report.nbytes:,} bytes)",
+        "dtypes": ", ".join(f"{name} ({n})" for name, n in dtypes.most_common()),
+        "values": "all read" if report.examined else "not read",
+    }
+    if report.ignored_count:
+        found["ignored"] = f"{report.ignored_count} ({', '.join(report.ignored)})"
+    return {name: value for name, value in found.items() if value}
 
 
 def _findings(report: CheckReport) -> str:
-    rows = (
-        f'<tr class="{f.severity}"><td>{f.severity}<td>{f.code}<td>{html.escape(f.message)}'
-        + (f'<div class="hint">{html.escape(f.hint)}</div>' if f.hint else "")
+    rows = [
+        f'<tr class="{f.severity}"><td>{f.severity}</td><td>{f.code}</td><td>{long_text(f.message)}'
+        + (f'<div class="hint">{long_text(f.hint)}</div>' if f.hint else "")
+        + "</td></tr>"
         for f in report.findings
-    )
-    return f"<table>{''.join(rows)}</table>" if report.findings else ""
+    ]
+    if not rows:
+        return ""
+    table = html_page.listing(("severity", "code", "what was found"), rows)
+    return f"<h2>Findings</h2>{html_page.scrolled('findings', table)}"
 
 
 _Stack = dict[str, dict[int, TensorStatistics]]
@@ -45,17 +67,24 @@ _Stack = dict[str, dict[int, TensorStatistics]]
 
 
 def _stacks(report: CheckReport) -> dict[str, _Stack]:
-    """Every stack of layers, by what stands before the number, its matrices and vectors as columns."""
+    """Every stack of layers, by what stands before the number, its matrices and vectors of floats as columns."""
     stacks: dict[str, _Stack] = {}
     for name, tensor in report.tensors.items():
         matched = NUMBERED.fullmatch(name)
-        if matched and tensor.statistics is not None and int(matched[2]) < _MAX_LAYERS:
+        if matched and tensor.statistics and tensor.spec.dtype.is_float and int(matched[2]) < _MAX_LAYERS:
             module = stacks.setdefault(matched[1], {}).setdefault(matched[3], {})
             module[int(matched[2])] = tensor.statistics
     return {prefix: stack for prefix, stack in stacks.items() if max(map(len, stack.values())) > 1}
 
 
 def _map(title: str, measure: _Measure, stack: _Stack) -> str:
-    return heat_map(
-        title, {suffix: {n: measure(found) for n, found in column.items()} for suffix, column in stack.items()}
-    )
+    columns = {
+        suffix: {n: Cell(measure(found), _note(found)) for n, found in column.items()}
+        for suffix, column in stack.items()
+    }
+    return heat_map(title, columns, Scale(), marked="holds NaN or infinities, left out of the number")
+
+
+def _note(found: TensorStatistics) -> str:
+    counts = {"NaN": found.nan, "infinite": found.infinite}
+    return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n)

@@ -1,57 +1,140 @@
-"""Pages of HTML with heat maps of layers. They need no network and run no script."""
+"""Heat maps of layers, as HTML: layers down, modules across, numbers in the cells."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import median
 
+from weightops.cli.html_page import dotted, long_text, scrolled, text
 from weightops.io.escape import escape
 
-_STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 80em; color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; } td, th { padding: .2em .6em; text-align: left; vertical-align: top; }
-.error td:first-child { color: #b3261e; } .warning td:first-child { color: #8a5a00; } .hint, caption { color: #5f5f5f; }
-.map { overflow-x: auto; } .map td { min-width: 4.2em; text-align: right; font-variant-numeric: tabular-nums; }
-.map th { font-weight: normal; white-space: nowrap; } .map thead th { writing-mode: vertical-rl; }
-.map table { font-size: 12px; } caption { text-align: left; padding-bottom: .5em; }
-"""
-_FULL = 2.0
-"""Powers of two from the median at which a colour is at its strongest."""
-
-Column = Mapping[int, float | None]
-"""Values by number of the layer."""
+_STEPS = 4
+"""Steps of colour to either side of the middle."""
+_NARROW = 12
+"""Characters that fit in a column without making it wider."""
+_MINUS = "\N{MINUS SIGN}"
+_MARK = "\N{DAGGER}"
 
 
-def page(title: str, name: str, parts: Iterable[str]) -> bytes:
-    """A page, in UTF-8, whose heading is `name`, made of pieces of HTML."""
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text(title)}</title>'
-    return "\n".join([head, f"<style>{_STYLE}</style><h1>{text(name)}</h1>", *parts, "</html>"]).encode()
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value, or None where nothing was measured; `note` says what else is to be known, and marks the cell."""
+
+    value: float | None
+    note: str = ""
 
 
-def text(value: str) -> str:
-    """Text from anywhere, as HTML."""
-    return html.escape(escape(value))
+Column = Mapping[int, Cell]
+"""Cells by number of the layer; there is none where a layer has no such module."""
 
 
-def heat_map(title: str, columns: Mapping[str, Column]) -> str:
-    """Layers down, modules across; a colour says by how much a value is above or below the median of its column."""
-    middles = {name: median([v for v in column.values() if v] or [0.0]) for name, column in columns.items()}
-    head = "".join(f"<th>{text(name)}" for name in columns)
-    rows = (
-        f"<tr><th>{number}" + "".join(_cell(column.get(number), middles[name]) for name, column in columns.items())
-        for number in sorted({number for column in columns.values() for number in column})
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What colours say: how many times `middle` a value is; without one, the median of its column.
+
+    `step` is the power of two between one colour and the next; `of` names the middle in the legend.
+    """
+
+    of: str = "the median of its column"
+    middle: float | None = None
+    step: float = 0.5
+
+    def colour(self, value: float, middle: float) -> str:
+        """The class of a cell, `n4` to `p4`, or `odd` for what is not finite."""
+        if not math.isfinite(value):
+            return "odd"
+        if value <= 0 or middle <= 0:
+            return "m" if value == middle else "n4" if value < middle else "p4"
+        steps = round(math.log2(value / middle) / self.step)
+        steps = max(-_STEPS, min(_STEPS, steps))
+        return f"{'n' if steps < 0 else 'p'}{abs(steps)}" if steps else "m"
+
+
+def heat_map(
+    title: str,
+    columns: Mapping[str, Column],
+    scale: Scale,
+    *,
+    unit: str = "",
+    show: Callable[[float], str] = "{:.3g}".format,
+    row: str = "layer",
+    marked: str = "",
+) -> str:
+    """A heat map under a heading and a legend.
+
+    `show` writes a value, without its `unit`; `row` is what a number on the left is of; `marked` explains the dagger
+    of cells with a note.
+    """
+    middles = {name: _middle(column, scale) for name, column in columns.items()}
+    numbers = sorted({number for column in columns.values() for number in column})
+    head = "".join(f'<th scope="col">{_column_head(name)}</th>' for name in columns)
+    lines = [f'<tr><th scope="col">{text(row)}</th>{head}</tr>']
+    if scale.middle is None:
+        cells = "".join(f"<td>{show(middle)}</td>" if middle else "<td></td>" for middle in middles.values())
+        lines.append(f'<tr class="middle"><th scope="row">median</th>{cells}</tr>')
+    rows = []
+    for number in numbers:
+        cells = "".join(
+            _cell(column.get(number), f"{row} {number}, {escape(name)}", middles[name], scale, show, unit)
+            for name, column in columns.items()
+        )
+        rows.append(f'<tr><th scope="row">{number}</th>{cells}</tr>')
+    caption = f"<caption>{text(row)}s down, modules across{text(f', in {unit}' if unit else '')}</caption>"
+    table = f'<table class="map">{caption}<thead>{"".join(lines)}</thead><tbody>{"".join(rows)}</tbody></table>'
+    legend = _legend(columns, numbers, scale, row, marked)
+    return f"<section><h2>{text(title)}</h2>{legend}{scrolled(title, table)}</section>"
+
+
+def _middle(column: Column, scale: Scale) -> float:
+    if scale.middle is not None:
+        return scale.middle
+    return median([cell.value for cell in column.values() if cell.value and math.isfinite(cell.value)] or [0.0])
+
+
+def _cell(cell: Cell | None, place: str, middle: float, scale: Scale, show: Callable[[float], str], unit: str) -> str:
+    if cell is None:
+        return "<td></td>"
+    mark = f"{_MARK} " if cell.note else ""
+    note = f"; {cell.note}" if cell.note else ""
+    if cell.value is None:
+        return f'<td class="none" title="{long_text(f"{place}: not measured{note}")}">{mark}{_MINUS}</td>'
+    shown = show(cell.value)
+    said = f"{shown} {unit}".rstrip()
+    if middle == 1 and not unit:
+        said += f" times {scale.of}"
+    elif middle > 0 and math.isfinite(cell.value):
+        said += f", {cell.value / middle:.2g} times {scale.of}"
+    return (
+        f'<td class="{scale.colour(cell.value, middle)}" title="{long_text(f"{place}: {said}{note}")}">'
+        f"{mark}{text(shown)}</td>"
     )
-    caption = f"{text(title)}: red above the median of its column, blue below, full at {2**_FULL:g} times"
-    table = f"<table><caption>{caption}</caption><thead><tr><th>{head}</thead>{''.join(rows)}</table>"
-    return f'<h2>{text(title)}</h2><div class="map">{table}</div>'
 
 
-def _cell(value: float | None, middle: float) -> str:
-    if value is None:
-        return "<td>"
-    distance = math.log2(value / middle) / _FULL if value > 0 and middle > 0 else -1.0 if middle > 0 else 0.0
-    strength = round(45 * min(1.0, abs(distance)))
-    hue = 10 if distance > 0 else 215
-    return f'<td style="background:hsl({hue} 85% {100 - strength}%)">{value:.3g}'
+def _legend(columns: Mapping[str, Column], numbers: list[int], scale: Scale, row: str, marked: str) -> str:
+    """What colours say, and of the other kinds of cells those that there are."""
+    strip = []
+    for steps in range(-_STEPS, _STEPS + 1):
+        times = 2 ** (steps * scale.step)
+        end = "\N{LESS-THAN OR EQUAL TO}" if steps == -_STEPS else "\N{GREATER-THAN OR EQUAL TO}" * (steps == _STEPS)
+        strip.append(f'<li class="{scale.colour(times, 1.0)}">{end}{times:.2g}</li>')
+    cells = [cell for column in columns.values() for cell in column.values()]
+    others = []
+    if any(cell.value is None for cell in cells):
+        others.append(f'<span class="none">{_MINUS}</span> not measured')
+    if any(cell.value is not None and not math.isfinite(cell.value) for cell in cells):
+        others.append('<span class="odd">nan</span> not a finite number')
+    if any(number not in column for column in columns.values() for number in numbers):
+        others.append(f"blank: the {text(row)} has no such module")
+    if any(cell.note for cell in cells):
+        others.append(f"{_MARK} {text(marked)}")
+    return (
+        f'<div class="legend">Colour: times {text(scale.of)}<ul class="strip">{"".join(strip)}</ul>'
+        f"{'; '.join(others)}</div>"
+    )
+
+
+def _column_head(name: str) -> str:
+    """A name in lines, so that its column is narrow: a line for each part, and long parts broken where they may be."""
+    return ".<br>".join(text(part) if len(part) <= _NARROW else dotted(part) for part in escape(name).split("."))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ _SHOWN = 5
     help="v1 is read by everything; v2 allows zero points of 0.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--max-memory", metavar="SIZE", help="What is left of it saves time: 8GB; default: half of what is free.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map of errors.")
 @write_options
 def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -75,7 +76,10 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
         _show_estimate(done, as_json)
         return
     if html is not None:
-        write_whole(html, page(out.name, modules))
+        # Imported here because few want a page.
+        from weightops.cli.quantize_html import facts_of, page
+
+        write_whole(html, page(out.name, modules, facts_of(done)))
     if as_json:
         document = result_document(done.result, workers)
         warn(done.result.warnings)
@@ -93,13 +97,13 @@ def _show_estimate(done: model_api.Quantization, as_json: bool) -> None:
         return
     rows = [
         f"layers   {found.n_modules} in {found.n_blocks} blocks, {human(found.packed_nbytes)} when packed",
-        f"memory   at most {human(found.memory_nbytes)}",
+        f"memory   at most {human(found.memory_nbytes)}, and up to {human(found.kept_nbytes)} more to save time",
         f"disk     {human(2 * found.packed_nbytes + 2 * found.hidden_nbytes)} beside the output while it runs",
     ]
     click.echo("\n".join(rows))
 
 
-def _kind(module: str) -> tuple[int, str]:
+def block_and_kind(module: str) -> tuple[int, str]:
     """The number of a layer's block, and what it is called in it."""
     matched = NUMBERED.fullmatch(module)
     return (int(matched[2]), matched[3]) if matched else (0, module)
@@ -109,17 +113,17 @@ def _text(modules: Sequence[ModuleReport], bits: float) -> str:
     """By kind of layer: the error of the output, against rounding; then what was not as it should be."""
     kinds: dict[str, list[ModuleReport]] = defaultdict(list)
     for module in modules:
-        kinds[_kind(module.module)[1]].append(module)
+        kinds[block_and_kind(module.module)[1]].append(module)
     rows = [("layers", "number", "error", "worst", "of rounding", "damping")]
     for kind, found in kinds.items():
         errors = [m.error for m in found if m.error is not None]
-        ratios = [ratio for m in found if (ratio := _ratio(m)) is not None]
+        ratios = [ratio for m in found if (ratio := error_ratio(m)) is not None]
         rows.append(
             (
                 escape(kind),
                 str(len(found)),
-                _share(sum(errors) / len(errors)) if errors else "",
-                _share(max(errors)) if errors else "",
+                percent(sum(errors) / len(errors)) if errors else "",
+                percent(max(errors)) if errors else "",
                 f"{sum(ratios) / len(ratios):.2f}" if ratios else "",
                 f"{max(m.damp for m in found):.3g}",
             )
@@ -131,27 +135,11 @@ def _text(modules: Sequence[ModuleReport], bits: float) -> str:
     return "\n".join(lines)
 
 
-def _ratio(module: ModuleReport) -> float | None:
+def error_ratio(module: ModuleReport) -> float | None:
     """The error over that of rounding to nearest."""
     return module.error / module.error_rtn if module.error is not None and module.error_rtn else None
 
 
-def _share(error: float) -> str:
+def percent(error: float) -> str:
+    """A share of one, for reading."""
     return f"{100 * error:.3g} %"
-
-
-def page(name: str, modules: Iterable[ModuleReport]) -> bytes:
-    """A page with the errors of all layers, block by block."""
-    from weightops.cli import heat_map  # imported here because few want a page
-
-    errors: dict[str, dict[int, float | None]] = defaultdict(dict)
-    ratios: dict[str, dict[int, float | None]] = defaultdict(dict)
-    for module in modules:
-        number, kind = _kind(module.module)
-        errors[kind][number] = module.error
-        ratios[kind][number] = (
-            module.error / module.error_rtn if module.error is not None and module.error_rtn else None
-        )
-    parts = [heat_map.heat_map("squared error of the output, over its square", errors)]
-    parts.append(heat_map.heat_map("the same over that of rounding to nearest", ratios))
-    return heat_map.page(f"weightops quantize: {name}", name, parts)
