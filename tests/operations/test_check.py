@@ -523,7 +523,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     row, _, hint, _, summary = shown.stdout.splitlines()
     assert row.split(maxsplit=3)[:2] == ["error", "nan"]
-    assert row.endswith("holds 1 of 256 elements (0.39 %) NaN, expected none")
+    assert row.endswith("holds 1 of 256 elements (0.391 %) NaN, expected none")
     assert hint.startswith("Hint: nan: ")
     assert summary.startswith(f"{tmp_path.name}: 1 error (30 tensors, ")
     assert run(tmp_path, "--strict").exit_code == 3

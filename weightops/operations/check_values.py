@@ -72,7 +72,7 @@ def _constant(name: str, spec: TensorSpec, found: TensorStatistics) -> Iterator[
 
 
 def _share(count: int, elements: int) -> str:
-    return f"{count} of {elements} elements ({100 * count / elements:.2g} %)"
+    return f"{count} of {elements} elements ({100 * count / elements:.3g} %)"
 
 
 def empty_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
