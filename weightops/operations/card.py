@@ -18,7 +18,8 @@ from weightops.spec import TensorSpec
 
 NAME = "README.md"
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
-_HUB_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
+_PART = r"[A-Za-z0-9_][\w.-]{0,95}(?<![.-])"
+_HUB_ID = re.compile(rf"(?!.*(--|\.\.))(?!.*\.git$){_PART}/{_PART}", re.ASCII)
 _BASE_ROLES = {"recover": "raw", "diff": "raw", "merge-lora": "base", "extract-lora": "base"}
 """The source of each operation that the result is a version of; of others it is `source`."""
 _SPECIAL = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
