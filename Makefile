@@ -8,11 +8,11 @@ MERGEKIT := .venv-mergekit
 GPTQMODEL := .venv-gptqmodel
 AUTOGPTQ := .venv-autogptq
 
-.PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize reference \
+.PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq clean
 
 help:
-	@echo "make demo      recover a small model from a delta, start to verified result"
+	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
 	@echo "make test      lint, types and the test suite (under 10 minutes)"
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
@@ -21,6 +21,7 @@ help:
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
 	@echo "make bench-quantize  quantize beside gptqmodel"
+	@echo "make bench-inference  tokens per second and memory of quantised models, dequantised and packed"
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
@@ -107,6 +108,9 @@ bench-release: $(READY) mergekit
 
 bench-quantize: $(READY) gptqmodel
 	$(BIN)/python benchmarks/quantize.py
+
+bench-inference: $(READY)
+	$(BIN)/python benchmarks/inference.py
 
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py

@@ -23,7 +23,8 @@ from weightops.recipes.execute import Result, StrPath, Wanted, write_all
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
     from weightops.inference.generate import Generation
-    from weightops.quantization.driver import ModuleReport
+    from weightops.inference.packed import Engine
+    from weightops.quantization.options import ModuleReport
     from weightops.quantization.run import Estimate
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
@@ -62,19 +63,21 @@ def quantize(
     skip: Sequence[str] = (),
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
     device: str = "auto",
+    max_memory: str | int | None = None,
     **output: Unpack[Output],
 ) -> Quantization:
     """Quantise the linear layers of a model's blocks; see `weightops.quantization.driver`.
 
     `calibration`: text or JSONL files, of which `samples` windows of `seq_len` tokens are drawn with `seed`. `skip`:
-    globs of layers that stay as they are. `device`: where to compute; `auto` is a GPU if there is one. The same call
-    continues at its block what an earlier one began.
+    globs of layers that stay as they are. `device`: where to compute; `auto` is a GPU if there is one. Of `max_memory`,
+    or half of what is free, what a block does not need saves time. The same call continues at its block what an earlier
+    one began.
     """
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import check_tokens, load_tokenizer
     from weightops.ops.gptq import Settings
     from weightops.quantization.calibration import calibrate, read_texts
-    from weightops.quantization.driver import Options
+    from weightops.quantization.options import Options
     from weightops.quantization.run import prepare, quantized
 
     files, running = split_output(output)
@@ -103,7 +106,8 @@ def quantize(
         return Quantization(estimate)
     refuse_existing(out, overwrite=running.get("overwrite", False))
     control = running.get("control") or Control()
-    with quantized(run, out, control, restart=running.get("restart", False)) as found:
+    max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
         recipe = {"operation": "quantize", "source": checkpoint.name, **msgspec.to_builtins(options)}
         wanted = Wanted(found.checkpoint, files, recipe, {"source": checkpoint})
         result = write_all({out: wanted}, running)[out]
@@ -118,6 +122,7 @@ def evaluate(
     reference: StrPath | Checkpoint | None = None,
     dtype: ComputeDType = "float32",
     device: str = "auto",
+    engine: Engine = "auto",
     max_memory: str | int | None = None,
     control: Control | None = None,
 ) -> Evaluation:
@@ -141,6 +146,7 @@ def evaluate(
         reference=_opened(reference) if reference is not None else None,
         dtype=getattr(torch, dtype),
         device=pick_device(device),
+        engine=engine,
         max_nbytes=_for_models(max_memory),
         control=control,
     )
@@ -158,6 +164,7 @@ def generate(
     chat: bool = False,
     dtype: ComputeDType = "float32",
     device: str = "auto",
+    engine: Engine = "auto",
     max_memory: str | int | None = None,
     control: Control | None = None,
 ) -> Generation:
@@ -179,6 +186,7 @@ def generate(
         chat=chat,
         dtype=getattr(torch, dtype),
         device=pick_device(device),
+        engine=engine,
         max_nbytes=_for_models(max_memory),
         control=control,
     )

@@ -1,8 +1,8 @@
-"""Multiplication on the CPU: dequantise a layer and multiply, or torch's four-bit operator for few rows of bfloat16.
+"""Multiplication on the CPU: dequantise a layer and multiply, or torch's four-bit operator for bfloat16.
 
-torch's operator keeps the weight at four bits and is faster than dequantising first up to some 256 rows; it takes
-bfloat16 seriously only (its other types are scalar code), groups of 32, 64, 128 or 256 and no `g_idx`, so rows are
-sorted by group first.
+torch's operator keeps the weight at four bits and is faster than dequantising first up to some 64 rows, and not much
+slower beyond; it takes bfloat16 seriously only (its other types are scalar code), groups of 32, 64, 128 or 256 and no
+`g_idx`, so rows are sorted by group first. `planes` is the way to dequantise that prepared layers take.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightops_kernels import reference
+from weightops_kernels.planes import turned
 
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_MAX_ROWS = 256
-"""Rows of `x` up to which the four-bit operator is the faster form."""
+"""Rows of `x` up to which the four-bit operator is the faster form, or not much slower."""
+_INT4_BLOCK = 512
+"""Outputs that are rearranged at a time, a multiple of those that the operator keeps together."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,22 @@ def prepare_int4(
         raise ValueError(f"torch's four-bit operator cannot hold this layer: {reason}.")
     k, (groups, n) = g_idx.shape[0], scales.shape
     order = torch.argsort(g_idx, stable=True)
-    q = reference.integers(qweight, bits, k)[order]
+    is_plain = torch.equal(order, torch.arange(k))
     zeros = reference.zero_points(qzeros, bits, n, checkpoint_format)
     scale = scales.float()
     pairs = torch.stack([scale, (8.0 - zeros.float()) * scale], -1).to(torch.bfloat16)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.t().to(torch.int32).contiguous(), 2)
-    return Int4(packed, pairs, None if torch.equal(order, torch.arange(k)) else order, k // groups)
+    packed = torch.empty(n, k // 2, dtype=torch.uint8)
+    for start in range(0, n, _INT4_BLOCK):
+        q = turned(qweight[:, start : start + _INT4_BLOCK], bits, k)
+        q = (q if is_plain else q[:, order]).to(torch.int32)
+        some = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.contiguous(), 2)
+        packed[start : start + _INT4_BLOCK] = some
+    return Int4(packed, pairs, None if is_plain else order, k // groups)
+
+
+def has_fast_int4() -> bool:
+    """Whether torch's four-bit operator is more than scalar code on this machine, as far as we have measured."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def matmul_int4(x: Tensor, weight: Int4) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightops_kernels import cpu, launch, reference
+from weightops_kernels import cpu, launch, planes, reference
 from weightops_kernels.layout import Repacked
+from weightops_kernels.planes import Planes
 
 
 @torch.library.custom_op("weightops_kernels::dequantize_matmul", mutates_args=())
@@ -36,6 +37,35 @@ def reference_matmul(
 
 
 reference_matmul.register_fake(lambda x, qweight, qzeros, scales, *_: x.new_empty(x.shape[0], scales.shape[1]))
+
+
+@torch.library.custom_op("weightops_kernels::planes_matmul", mutates_args=())
+def planes_matmul(
+    x: Tensor,
+    folded: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    rows: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """`planes.matmul` for `x [M, K]`; the tensors are those of `planes.Planes`."""
+    return planes.matmul(x, Planes(folded, zeros, scales, rows, bits, group_size, in_features))
+
+
+@planes_matmul.register_fake
+def _(
+    x: Tensor,
+    folded: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    rows: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], folded.shape[0])
 
 
 @torch.library.custom_op("weightops_kernels::int4_matmul", mutates_args=())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from weightops_kernels import cpu, launch, layout, library, reference
+from weightops_kernels import cpu, launch, layout, library, planes, reference
 
 ENGINES = ("auto", "reference", "cpu", "cpu-int4", "triton")
 
@@ -76,9 +76,10 @@ class QuantLinear(nn.Module):
     def choose(self, dtype: torch.dtype) -> str:
         """The engine that `auto` stands for, for inputs of `dtype` on the device where the layer lies."""
         if self.qweight.is_cuda:
-            return "triton" if dtype in launch.FLOATS and not launch.available() else "cpu"
-        if dtype == torch.bfloat16 and not cpu.why_not_int4(self.qweight, self.scales, self.g_idx, self.bits):
-            return "cpu-int4"
+            suits = dtype in launch.FLOATS and self.scales.dtype in launch.FLOATS and not launch.available()
+            return "triton" if suits else "cpu"
+        if dtype == torch.bfloat16 and cpu.has_fast_int4():
+            return "cpu" if cpu.why_not_int4(self.qweight, self.scales, self.g_idx, self.bits) else "cpu-int4"
         return "cpu"
 
     def prepare(
@@ -91,7 +92,8 @@ class QuantLinear(nn.Module):
         """Rearrange the layer for `engine`, for inputs of `dtype`; returns the layer.
 
         `release` gives back the tensors of the checkpoint where the engine does not need them: the layer can then
-        be neither saved nor prepared again. `cpu-int4` needs them for more than 256 rows and keeps them regardless.
+        be neither saved nor prepared again, and `cpu-int4` takes its operator for any number of rows. `cpu` needs them
+        where groups are of unequal lengths.
         Raises ValueError for an unknown engine, or one that cannot hold the layer; RuntimeError without Triton.
         """
         if engine not in ENGINES:
@@ -101,20 +103,36 @@ class QuantLinear(nn.Module):
         reference.check(*self._tensors(), self.bits, self.checkpoint_format)
         engine = self.choose(dtype) if engine == "auto" else engine
         self.deterministic = deterministic
-        if engine == "cpu-int4":
+        is_held = False
+        if engine == "cpu":
+            is_held = self._hold_planes()
+        elif engine == "cpu-int4":
             int4 = cpu.prepare_int4(*self._tensors(), self.bits, self.checkpoint_format)
             self._hold(packed=int4.packed, scales_and_zeros=int4.scales_and_zeros, rows=int4.rows)
             self._group_size = int4.group_size
+            is_held = True
         elif engine == "triton":
             if reason := launch.available():
                 raise RuntimeError(reason)
             found = layout.repack(*self._tensors(), self.bits, self.checkpoint_format)
             self._hold(words=found.words, steps=found.steps, rows=found.rows, chunk_group=found.chunk_group)
             self._group_size = found.group_size
-            if release:
-                self.qweight, self.qzeros = self.qweight.new_empty(0), self.qzeros.new_empty(0)
+            is_held = True
+        if release and is_held:
+            for name in ("qweight", "qzeros", "scales", "g_idx"):
+                setattr(self, name, getattr(self, name).new_empty(0))
         self.engine = engine
         return self
+
+    def _hold_planes(self) -> bool:
+        """Whether the layer can be held as `planes`; it is then."""
+        found = planes.arrange(*self._tensors(), self.bits, self.checkpoint_format)
+        if found is None:
+            self._hold(planes=None)
+            return False
+        self._hold(planes=found.planes, zeros=found.zeros, steps=found.scales, rows=found.rows)
+        self._group_size = found.group_size
+        return True
 
     def _hold(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -145,13 +163,25 @@ class QuantLinear(nn.Module):
                 x, self.words, self.steps, self.rows, self.chunk_group,
                 self.bits, self._group_size, self.in_features, self.scales.dtype, self.deterministic,
             )  # fmt: skip
-        elif self.engine == "cpu-int4" and x.dtype == torch.bfloat16 and x.shape[0] <= cpu.INT4_MAX_ROWS:
+        elif self._takes_int4(x):
             y = library.int4_matmul(x, self.packed, self.scales_and_zeros, self.rows, self._group_size)
+        elif self.engine == "cpu" and self.planes is not None:
+            y = library.planes_matmul(
+                x, self.planes, self.zeros, self.steps, self.rows, self.bits, self._group_size, self.in_features
+            )
         elif self.engine == "reference":
             y = library.reference_matmul(x, *self._tensors(), self.bits, self.checkpoint_format)
         else:
             y = library.dequantize_matmul(x, *self._tensors(), self.bits, self.checkpoint_format)
         return y
+
+    def _takes_int4(self, x: Tensor) -> bool:
+        if self.engine != "cpu-int4":
+            return False
+        is_released = not self.qweight.numel()
+        if x.dtype != torch.bfloat16 and is_released:
+            raise ValueError(f"The layer is kept for bfloat16 alone; found {str(x.dtype).removeprefix('torch.')}.")
+        return x.dtype == torch.bfloat16 and (is_released or x.shape[0] <= cpu.INT4_MAX_ROWS)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, engine={self.engine}"

@@ -52,6 +52,25 @@ def test_text_goes_to_stdout_and_notes_to_stderr(models: Path, capsys: pytest.Ca
     assert "read from disk for every token, which is slow" in streamed.err
 
 
+def test_a_quantised_model_stays_packed_where_it_does_not_fit_otherwise(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["generate", "model-gptq", "--prompt", "Streaming", "--max-new-tokens", "9"]
+    assert run([*line, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["engine"] == "dequantized"
+    assert run([*line, "--json", "--engine", "packed"]) == 0
+    packed = json.loads(capsys.readouterr().out)
+    assert (packed["engine"], packed["text"]) == ("packed", plain["text"])
+    assert run([*line, "--max-memory", "382100KB"]) == 0
+    saving = capsys.readouterr()
+    assert saving.out == plain["text"] + "\n"
+    assert "dequantised to float32 the model would take" in saving.err
+    assert "its weights stay packed" in saving.err
+    assert run(["generate", "model", "--prompt", "Streaming", "--engine", "packed"]) == 2
+    assert "holds no quantised layer" in capsys.readouterr().err
+
+
 def test_exit_codes(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "model", "--text", "nowhere.txt"]) == 10
     assert run(["eval", "model", "--text", "model/model.safetensors"]) == 13

@@ -21,7 +21,7 @@ from weightops import api
 from weightops.cli import check_html, html_page, quantize_html
 from weightops.cli.heat_map import Cell, Scale, heat_map
 from weightops.cli.main import run
-from weightops.quantization.driver import ModuleReport
+from weightops.quantization.options import ModuleReport
 
 COLOURS = ["n4", "n3", "n2", "n1", "m", "p1", "p2", "p3", "p4"]
 HOSTILE = 'x\x1b[31m"><script>alert(1)</script><img src="//x">&'

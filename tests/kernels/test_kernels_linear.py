@@ -6,7 +6,7 @@ import pytest
 import torch
 from gptq_layers import random_layer, random_x, relative_error
 from torch import nn
-from weightops_kernels import cpu, launch, reference
+from weightops_kernels import cpu, launch, planes, reference
 from weightops_kernels.linear import QuantLinear
 
 needs_triton = pytest.mark.skipif(launch.available() is not None, reason=str(launch.available()))
@@ -25,6 +25,7 @@ def test_engines_give_the_product(engine: str, bits: int) -> None:
     assert relative_error(found, x.double() @ layer.weight() + bias.double()) < 2e-3
 
 
+@pytest.mark.skipif(not cpu.has_fast_int4(), reason="torch has no vectorised four-bit operator here")
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("rows", [1, 256, 257])
 def test_bfloat16_takes_the_four_bit_operator_for_few_rows(rows: int, act_order: bool) -> None:
@@ -107,6 +108,10 @@ def test_the_operators_are_what_torch_expects_of_them() -> None:
     layer, x = random_layer(64, 32, 32), random_x(2, 64)
     for name in ("reference_matmul", "dequantize_matmul"):
         torch.library.opcheck(getattr(torch.ops.weightops_kernels, name).default, (x, *layer.tensors, 4, "gptq"))
+    held = planes.arrange(*layer.tensors, 4)
+    assert held is not None
+    arranged = (held.planes, held.zeros, held.scales, held.rows, 4, held.group_size, held.in_features)
+    torch.library.opcheck(torch.ops.weightops_kernels.planes_matmul.default, (x, *arranged))
     int4 = cpu.prepare_int4(*layer.tensors, 4)
     arguments = (x.bfloat16(), int4.packed, int4.scales_and_zeros, int4.rows, int4.group_size)
     torch.library.opcheck(torch.ops.weightops_kernels.int4_matmul.default, arguments)

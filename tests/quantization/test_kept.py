@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from weightops.model_api import quantize
-from weightops.quantization import driver
+from weightops.quantization import block
 from weightops.quantization.kept import Kept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,7 +105,7 @@ def test_the_bytes_do_not_depend_on_the_memory(
 @given(st.lists(st.integers(1, 9), min_size=1), st.integers(0, 30))
 def test_hessians_that_fit_are_filled_in_one_run(sizes: Sequence[int], room: int) -> None:
     groups = [[str(size)] for size in sizes]
-    chosen = list(driver._filled(groups, lambda group: int(group[0]), room))
+    chosen = list(block._filled(groups, lambda group: int(group[0]), room))
     assert [group for part in chosen for group in part] == groups
     for part, following in zip(chosen, [*chosen[1:], None], strict=True):
         total = sum(int(group[0]) for group in part)

@@ -16,6 +16,9 @@ import weightops
 from weightops.engine.control import Control
 from weightops.errors import IncompatibleInputs, OutputExists, PlanDiffers, SourceMissing, UsageError, WeightopsError
 from weightops.model_api import quantize
+from weightops.operations.cast import cast
+from weightops.quantization.run import compute_dtype
+from weightops.spec import DType
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {"group_size": 32, "samples": 40, "seq_len": 64}
@@ -190,6 +193,13 @@ def test_fewer_tokens_than_columns_are_warned_of(model: Models, text: Path, tmp_
     assert any("64 calibration tokens are fewer than the 96 inputs" in warning for warning in done.result.warnings)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_gpu_computes_in_the_type_of_the_weights(model: Models, dtype: str) -> None:
+    source = cast(weightops.open_checkpoint(model("llama")), dtype=DType(dtype))
+    assert compute_dtype(source, "cuda") == getattr(torch, dtype)
+    assert compute_dtype(source, "cpu") == torch.float32
+
+
 def test_modules_are_never_split_over_files(model: Models, tmp_path: Path) -> None:
     quantize(model("llama"), tmp_path / "out", method="rtn", group_size=32, max_shard_size="6KB")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
@@ -199,3 +209,17 @@ def test_modules_are_never_split_over_files(model: Models, tmp_path: Path) -> No
             places.setdefault(name.rpartition(".")[0], set()).add(file)
     assert len(set().union(*places.values())) > 5
     assert all(len(found) == 1 for found in places.values())
+
+
+def test_packed_tensors_stay_in_the_shards_of_their_weights(model: Models, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    weightops.shard(model("llama"), source, max_shard_size="100KB")
+    quantize(source, out, method="rtn", group_size=32, max_shard_size="source")
+    before = {path.name: set(load_file(path)) for path in source.glob("*.safetensors")}
+    assert len(before) > 2
+    for path in out.glob("*.safetensors"):
+        weights = {
+            name if name in before[path.name] else f"{name.rpartition('.')[0]}.weight" for name in load_file(path)
+        }
+        assert weights == before.pop(path.name)
+    assert before == {}

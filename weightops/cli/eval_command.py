@@ -15,6 +15,7 @@ from weightops.io.escape import escape
 
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation, Score
+    from weightops.inference.packed import Engine
 
 _SHOWN_MODULES = 8
 """Modules with the largest errors that the text shows; --json has all."""
@@ -41,6 +42,7 @@ def command(
     reference: Path | None,
     dtype: model_api.ComputeDType,
     device: str,
+    engine: Engine,
     max_memory: str | None,
     as_json: bool,
     quiet: bool,
@@ -50,7 +52,8 @@ def command(
     DIR are folders of decoder-only models that transformers knows, GPTQ-quantised ones too, each with its tokenizer.
     They run block by block, so that each needs memory for one block and the hidden states of the text. Perplexity is
     over windows that do not overlap, the last partial one dropped. With --reference: KL divergence and top-1 agreement
-    of the predictions, and of quantised models the output error of each linear layer.
+    of the predictions, and of quantised models the output error of each linear layer. Quantised models are dequantised
+    block by block; --engine packed runs the kernels that multiply with their integers.
 
     \b
     Example:
@@ -65,6 +68,7 @@ def command(
             reference=reference,
             dtype=dtype,
             device=device,
+            engine=engine,
             max_memory=max_memory,
             control=control,
         )

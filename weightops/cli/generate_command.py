@@ -18,6 +18,7 @@ from weightops.cli.progress import human
 
 if TYPE_CHECKING:
     from weightops.inference.generate import Generation
+    from weightops.inference.packed import Engine
 
 _SCHEMA = "weightops-generate/1"
 
@@ -44,6 +45,7 @@ def command(
     chat: bool,
     dtype: model_api.ComputeDType,
     device: str,
+    engine: Engine,
     max_memory: str | None,
     as_json: bool,
     quiet: bool,
@@ -52,7 +54,8 @@ def command(
 
     DIR is a folder of a decoder-only model that transformers knows: full, sharded, GPTQ-quantised, safetensors or torch
     files, with its tokenizer. The model is loaded layer by layer. One that does not fit into memory runs all the same:
-    its layers are read from disk for every token, which is slow.
+    its layers are read from disk for every token, which is slow. One that is quantised stays packed where that is
+    faster or where it does not fit otherwise (--engine).
 
     \b
     Example:
@@ -73,28 +76,40 @@ def command(
             chat=chat,
             dtype=dtype,
             device=device,
+            engine=engine,
             max_memory=max_memory,
             control=control,
         )
         warn(found.warnings)
         if found.streams_weights:
             control.progress.note(_slow(found, dtype))
+        elif found.saves_memory:
+            control.progress.note(_packed(found, dtype))
         started_s = time.monotonic()
         text = _show(found, as_json)
         elapsed_s = time.monotonic() - started_s
     if as_json:
         document = {"schema": _SCHEMA, "text": text, "prompt_tokens": len(found.prompt_tokens), "tokens": found.tokens}
         document |= {"warnings": list(found.warnings), "finish": found.finish, "streams_weights": found.streams_weights}
+        document |= {"engine": found.engine} if found.engine else {}
         print_json(
             document | {"elapsed_s": round(elapsed_s, 3), "tokens_per_s": round(len(found.tokens) / elapsed_s, 3)}
         )
 
 
 def _slow(found: Generation, dtype: str) -> str:
-    half = "; --dtype bfloat16 takes half of that" if dtype == "float32" else ""
+    form = "packed" if found.engine == "packed" else f"as {dtype}"
+    half = "; --dtype bfloat16 takes half of that" if form == "as float32" else ""
     return (
-        f"the model takes {human(found.whole_nbytes)} as {dtype}, more than there is memory for: its layers are read "
-        f"from disk for every token, which is slow{half}"
+        f"the model takes {human(found.whole_nbytes)} {form}, more than there is memory for: its layers are read from "
+        f"disk for every token, which is slow{half}"
+    )
+
+
+def _packed(found: Generation, dtype: str) -> str:
+    return (
+        f"dequantised to {dtype} the model would take {human(found.dequantized_nbytes)}, more than there is memory "
+        f"for: its weights stay packed, {human(found.whole_nbytes)}, so that a token takes longer"
     )
 
 

@@ -11,7 +11,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def run_model_options(command: _Command) -> _Command:
-    """--dtype, --device and --max-memory."""
+    """--dtype, --device, --engine and --max-memory."""
     options = (
         click.option(
             "--dtype",
@@ -21,6 +21,14 @@ def run_model_options(command: _Command) -> _Command:
             help="What to compute in.",
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--engine",
+            type=click.Choice(("auto", "dequantized", "packed")),
+            default="auto",
+            show_default=True,
+            help="Of quantised models: make full weights as they are loaded, or keep integers and multiply with them. "
+            "auto: packed where that is faster, or nothing else fits.",
+        ),
         click.option("--max-memory", metavar="SIZE", help="Take no more, as far as can be: 8GB, 500MB; default: free."),
     )
     for option in reversed(options):

@@ -20,7 +20,7 @@ from weightops.io.escape import escape
 from weightops.operations.check_layers import NUMBERED
 
 if TYPE_CHECKING:
-    from weightops.quantization.driver import ModuleReport
+    from weightops.quantization.options import ModuleReport
 
 _SHOWN = 5
 

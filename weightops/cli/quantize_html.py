@@ -15,7 +15,7 @@ from weightops.cli.quantize_command import block_and_kind, error_ratio, percent
 
 if TYPE_CHECKING:
     from weightops.model_api import Quantization
-    from weightops.quantization.driver import ModuleReport
+    from weightops.quantization.options import ModuleReport
 
 _LARGEST = 8
 """Layers with the largest errors that are listed above the maps."""

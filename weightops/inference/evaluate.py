@@ -22,6 +22,7 @@ from weightops.engine.control import Control
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.inference.model import BlockModel
 from weightops.inference.module_error import ModuleErrors
+from weightops.inference.packed import Engine, refuse_unquantized
 from weightops.inference.tokens import check_tokens, encode, load_tokenizer
 from weightops.inference.windows import cut, final_states
 
@@ -59,6 +60,8 @@ class Score:
     windows: int
     elapsed_s: float
     agreement: Agreement | None = None
+    engine: Engine | None = None
+    """How layers multiplied that are quantised; None if none is."""
 
     @property
     def perplexity(self) -> float:
@@ -97,6 +100,8 @@ class Evaluation:
                 "windows": score.windows,
                 "elapsed_s": round(score.elapsed_s, 3),
             }
+            if score.engine is not None:
+                row["engine"] = score.engine
             if score.agreement is not None:
                 found = score.agreement
                 row |= {"kl_mean": found.kl_mean, "kl_max": found.kl_max, "top1_agreement": found.top1}
@@ -129,6 +134,7 @@ def evaluate(
     reference: Checkpoint | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    engine: Engine = "auto",
     max_nbytes: int | None = None,
     control: Control | None = None,
 ) -> Evaluation:
@@ -136,6 +142,7 @@ def evaluate(
 
     Models are run block by block, so memory holds one block (two of a quantised one beside a reference), the hidden
     states of all windows (in a mapped file if they would take more than `max_nbytes`), and a few windows' logits.
+    Quantised models are dequantised, a block at a time, unless `engine` is "packed": kernels then multiply.
     `seq_len` is 2048 by default, or as much less as the model was made for. All that can be known before is checked
     before the first block is read. Raises `SourceMissing` without config or tokenizer, `UsageError` for a text shorter
     than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN.
@@ -145,6 +152,11 @@ def evaluate(
     if not given:
         raise UsageError("there is no model to evaluate")
     models = [BlockModel(checkpoint, dtype=dtype, device=device, control=control) for checkpoint in given]
+    refuse_unquantized(engine, [model.shown for model in models], is_any=any(model.packable for model in models))
+    for model in models:
+        # A block is dequantised once, for all windows: nothing is faster, so that is what `auto` means.
+        if engine == "packed":
+            model.keep_packed()
     seq_len = _seq_len(models, seq_len)
     readers = [_read(m, c, text, seq_len) for m, c in zip(models, given, strict=True)]
     if reference is not None:
@@ -178,7 +190,8 @@ def evaluate(
                 agreement = Agreement(agreement.kl_mean, agreement.kl_max, agreement.top1, errors.errors)
             elapsed_s = time.monotonic() - started_s
             count = reader.windows.numel()
-            scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement))
+            model = reader.model
+            scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
     control.progress.stop()
     begins = readers[0].begins_with_bos
     warnings = tuple(dict.fromkeys(warning for model in models for warning in model.warnings))

@@ -14,6 +14,7 @@ from weightops.engine.control import Control
 from weightops.engine.limits import available_memory
 from weightops.errors import CorruptInput, NoRoom, UsageError
 from weightops.inference.model import BlockModel
+from weightops.inference.packed import Engine, are_faster, refuse_unquantized
 from weightops.inference.sampling import Sampling
 from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer, pieces
 
@@ -26,7 +27,8 @@ class Generation:
     """A text that is being generated: iterate over it for its pieces, as they come.
 
     `streams_weights` says that the model does not fit into memory, so that all of its blocks are read for every
-    token. Once the iteration is over `tokens` are the new tokens, and `finish` says why it ended: "eos", or "length".
+    token; `saves_memory` that the weights of a quantised one stay packed because dequantised they would not fit. Once
+    the iteration is over `tokens` are the new tokens, and `finish` says why it ended: "eos", or "length".
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Generation:
         chat: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        engine: Engine = "auto",
         max_nbytes: int | None = None,
         control: Control | None = None,
     ) -> None:
@@ -56,8 +59,17 @@ class Generation:
         check_tokens(self._prompt, self._tokenizer, self._model.vocab_size, self._model.shown)
         self._max_new_tokens = self._room(max_new_tokens)
         self._end = end_tokens(checkpoint, self._tokenizer)
-        self._whole_nbytes = sum(self._model.nbytes(name) for name in ("", *self._model.blocks))
-        self.streams_weights = self._check_memory(max_nbytes)
+        refuse_unquantized(engine, [self._model.shown], is_any=bool(self._model.packable))
+        room = max_nbytes if max_nbytes is not None else _room_on(device)
+        self.dequantized_nbytes = _whole_nbytes(self._model)
+        """Bytes of the whole model in memory, if it is dequantised."""
+        is_faster = are_faster(list(self._model.packable.values()), dtype, device)
+        fits = self.dequantized_nbytes + self._beside_nbytes <= room
+        self.saves_memory = engine == "auto" and bool(self._model.packable) and not is_faster and not fits
+        if engine == "packed" or (engine == "auto" and is_faster) or self.saves_memory:
+            self._model.keep_packed()
+        self._whole_nbytes = _whole_nbytes(self._model)
+        self.streams_weights = self._check_memory(room)
         self.warnings = self._model.warnings
         self.tokens: list[int] = []
         self.finish: Literal["eos", "length"] | None = None
@@ -72,6 +84,11 @@ class Generation:
         """Bytes of the whole model in memory."""
         return self._whole_nbytes
 
+    @property
+    def engine(self) -> Engine | None:
+        """How layers multiply that are quantised; None if none is."""
+        return self._model.engine
+
     def _room(self, max_new_tokens: int | None) -> int:
         length, limit = len(self._prompt), self._model.max_positions
         if limit is not None and length + (max_new_tokens or 1) > limit:
@@ -84,17 +101,23 @@ class Generation:
             return max_new_tokens
         return DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - length)
 
-    def _check_memory(self, max_nbytes: int | None) -> bool:
-        """Whether weights have to be read for every token; raises `NoRoom` where that does not suffice either."""
+    @property
+    def _beside_nbytes(self) -> int:
+        """Memory beside weights."""
         model = self._model
-        room = max_nbytes if max_nbytes is not None else _room_on(model.device)
-        beside = _cache_nbytes(model, len(self._prompt) + self._max_new_tokens) + _WORKING_NBYTES
+        cache = _cache_nbytes(model, len(self._prompt) + self._max_new_tokens)
+        return cache + _WORKING_NBYTES + model.loading_nbytes
+
+    def _check_memory(self, room: int) -> bool:
+        """Whether weights have to be read for every token; raises `NoRoom` where that does not suffice either."""
+        model, beside = self._model, self._beside_nbytes
         least = model.nbytes("") + max(map(model.nbytes, model.blocks)) + beside
         if least > room:
+            smaller = "--engine packed" if model.packable and not model.is_packed else "--dtype bfloat16"
             raise NoRoom(
                 f"{model.shown}: one block with embedding, head and cache takes {least / 1e9:.2f} GB as "
                 f"{str(model.dtype).removeprefix('torch.')}, {room / 1e9:.2f} GB may be used beside the program itself",
-                hint="give a larger --max-memory, --dtype bfloat16, or fewer --max-new-tokens",
+                hint=f"give a larger --max-memory, {smaller}, or fewer --max-new-tokens",
             )
         return self._whole_nbytes + beside > room
 
@@ -158,6 +181,10 @@ def _load_on_call(stack: ExitStack, model: BlockModel, name: str) -> None:
     stack.callback(model.unload, name)
     stack.callback(block.register_forward_pre_hook(before).remove)
     stack.callback(block.register_forward_hook(after).remove)
+
+
+def _whole_nbytes(model: BlockModel) -> int:
+    return sum(model.nbytes(name) for name in ("", *model.blocks))
 
 
 def _room_on(device: str) -> int:

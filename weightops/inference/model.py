@@ -15,7 +15,8 @@ from weightops.engine.control import Control
 from weightops.errors import UsageError
 from weightops.inference import skeleton
 from weightops.inference.arguments import BlockArguments
-from weightops.inference.names import Part, match
+from weightops.inference.names import Part, match, split_experts
+from weightops.inference.packed import Engine, PackedWeight, find_packed, release_freed
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
 from weightops.spec import DType
@@ -42,7 +43,8 @@ class BlockModel:
 
     A part is one of `blocks`, any module below one, or "", which is all that is outside the blocks: embeddings, final
     norm and head. Parameters that are not loaded are on meta; buffers that transformers computes (`inv_freq`) are
-    real from the start. A GPTQ-quantised checkpoint is dequantised as it is read.
+    real from the start. A GPTQ-quantised checkpoint is dequantised as it is read, or after `keep_packed` its linear
+    layers give way to kernels' while they are loaded, which multiply with the integers.
     """
 
     def __init__(
@@ -68,8 +70,14 @@ class BlockModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.config: PretrainedConfig = skeleton.read_config(checkpoint)
         self.module: PreTrainedModel = skeleton.build(self.config, self.shown, dtype)
+        self.checkpoint = checkpoint = split_experts(self.module, checkpoint)
         self.blocks: list[str] = skeleton.find_blocks(self.module, self.shown)
         self._parts = match(self.module, checkpoint, self.shown)
+        self.packable: dict[str, PackedWeight] = find_packed(self.module, self._parts) if self.quantized else {}
+        """By the names of their parameters, weights that `keep_packed` keeps as integers."""
+        self.is_packed = False
+        self._linears: dict[str, nn.Linear] = {}
+        """Linears whose places kernels have, by name."""
         for name, buffer in list(self.module.named_buffers()):
             if buffer.device.type != "meta":
                 skeleton.place(self.module, name, buffer.to(device))
@@ -90,7 +98,11 @@ class BlockModel:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What there is to say about the checkpoint's files."""
-        return self.checkpoint.warnings
+        rest = len(self.quantized) - len(self.packable)
+        if not self.is_packed or rest <= 0:
+            return self.checkpoint.warnings
+        left = f"{rest} of {len(self.quantized)} quantised layers are dequantised, because {type(self.module).__name__}"
+        return (*self.checkpoint.warnings, f"{self.shown}: {left} has no plain linear layers for them")
 
     @property
     def max_positions(self) -> int | None:
@@ -104,9 +116,26 @@ class BlockModel:
         inside = self.blocks[0].rpartition(".")[0] + "."
         return [part for part in self._parts if not part.names[0].startswith(inside)]
 
+    def keep_packed(self) -> None:
+        """Keep quantised weights as integers from the next `load` on. Nothing may be loaded yet."""
+        self.is_packed = True
+
+    def _packed(self, part: Part) -> PackedWeight | None:
+        return self.packable.get(part.names[0]) if self.is_packed else None
+
     def nbytes(self, name: str) -> int:
         """Memory of a part, loaded."""
-        return sum(part.nbytes for part in self.parts_of(name))
+        return sum((self._packed(part) or part).nbytes for part in self.parts_of(name))
+
+    @property
+    def engine(self) -> Engine | None:
+        """How layers multiply that are quantised; None if none is."""
+        return ("packed" if self.is_packed else "dequantized") if self.quantized else None
+
+    @property
+    def loading_nbytes(self) -> int:
+        """Memory that loading takes beside that, at most: packed tensors as they are stored are rearranged."""
+        return 2 * max((weight.nbytes for weight in self.packable.values()), default=0) if self.is_packed else 0
 
     def tensor_names(self, name: str) -> dict[str, str]:
         """Name in the module -> name in the checkpoint, of what lies below module `name` (or outside the blocks).
@@ -117,13 +146,26 @@ class BlockModel:
 
     def load(self, name: str) -> None:
         """Fill every parameter and persistent buffer below module `name`; "" is what is outside the blocks."""
-        parts = self.parts_of(name)
+        parts = [part for part in self.parts_of(name) if self._packed(part) is None]
         tensors = read_all([(part.tensor, part.dtype) for part in parts], self.device, self._control)
         for part, tensor in zip(parts, tensors, strict=True):
             self._place(part, tensor)
+        # After their biases.
+        for weight in filter(None, map(self._packed, self.parts_of(name))):
+            linear = self.module.get_submodule(weight.module)
+            assert isinstance(linear, nn.Linear)
+            kernel = weight.load(linear, self.dtype, self.device, self._control)
+            self._linears[weight.module] = linear
+            self.module.set_submodule(weight.module, kernel)
+        if self.is_packed:
+            release_freed()
 
     def unload(self, name: str) -> None:
         """Give the memory of `load` back."""
+        for weight in filter(None, map(self._packed, self.parts_of(name))):
+            linear = self._linears.pop(weight.module, None)
+            if linear is not None:
+                self.module.set_submodule(weight.module, linear)
         for part in self.parts_of(name):
             self._place(part, torch.empty(part.tensor.spec.shape, dtype=part.dtype, device="meta"))
 

@@ -64,13 +64,10 @@ class ModuleErrors:
         with ExitStack() as stack:
             stack.enter_context(self._reference.loaded(block))
             for name in names:
-                other = self._reference.module.get_submodule(name)
 
-                def measure(
-                    module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name, other: nn.Module = other
-                ) -> None:
+                def measure(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
                     if is_measured:
-                        self._add(name, output, other(*inputs))
+                        self._add(name, output, self._reference.module.get_submodule(name)(*inputs))
 
                 stack.callback(self._model.module.get_submodule(name).register_forward_hook(measure).remove)
             yield start

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
+from weightops.inference.linears import TransposedLinear, expert_weights
 from weightops.inference.skeleton import is_persistent
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
-from weightops.ops.arrange import concat
+from weightops.ops.arrange import cut
 from weightops.ops.elementwise import Reinterpret
+from weightops.ops.gptq_tensors import Dequantize
+from weightops.ops.transpose import transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NOT_LOADED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Tensors that old checkpoints hold and transformers computes for itself."""
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.weight")
-_JOINED = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-"""Of a mixture of experts transformers 5 keeps one parameter, where files have these of each expert."""
+_EXPERT = re.compile(r"(?<=\.experts\.)(?P<number>\d+)\.(?P<layer>w1|w2|w3|fc1|fc2|fc3)(?=\.)")
+_LAYERS = {"1": "gate_proj", "2": "down_proj", "3": "up_proj"}
+"""What files call the layers of an expert by number, under the names that transformers has for them."""
 _SHOWN = 3
 
 
@@ -56,7 +56,6 @@ def match(module: PreTrainedModel, checkpoint: Checkpoint, shown: str) -> list[P
     found = _Found(module, checkpoint, {name for names in groups.values() for name in names} | set(buffers))
     if not all(any(name in found for name in names) for names in groups.values()):
         found.rename(module)
-        found.join_experts(groups.values())
     parts: list[Part] = []
     missing: list[str] = []
     for names in groups.values():
@@ -78,15 +77,7 @@ def match(module: PreTrainedModel, checkpoint: Checkpoint, shown: str) -> list[P
             missing.append(name)
     _refuse_missing(missing, module, shown)
     _refuse_unexpected(found.left, module, shown)
-    for part in parts:
-        like = module.get_buffer(part.names[0]) if part.is_buffer else module.get_parameter(part.names[0])
-        if part.tensor.spec.shape != tuple(like.shape):
-            raise IncompatibleInputs(
-                f"{shown}: {escape(part.source)} has the shape {list(part.tensor.spec.shape)}, "
-                f"expected {list(like.shape)} by config.json",
-                hint="config.json and weights are of different models",
-            )
-    return parts
+    return [replace(part, tensor=_as_in_module(module, part, shown)) for part in parts]
 
 
 class _Found:
@@ -96,7 +87,6 @@ class _Found:
         self._checkpoint, self._wanted = checkpoint, wanted
         self._prefix = f"{module.base_model_prefix}."
         self._tensors: dict[str, tuple[str, LazyTensor]] = {}
-        self._renamed: dict[str, str] = {}
         self.left = set(checkpoint)
         """Names in the checkpoint that nothing has asked for."""
         for name in checkpoint:
@@ -109,7 +99,7 @@ class _Found:
         return self._tensors[name][1]
 
     def source(self, name: str) -> str:
-        """The name in the checkpoint; of experts that were joined, that of the first."""
+        """The name in the checkpoint."""
         return self._tensors[name][0]
 
     def _take(self, source: str, name: str) -> None:
@@ -121,39 +111,82 @@ class _Found:
 
     def rename(self, module: PreTrainedModel) -> None:
         """Look once more for what is left, under the names that transformers gives to those of older files."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        renamings = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
+        renamed = _renaming(module)
         for source in sorted(self.left):
-            name = source
-            for renaming in renamings:
-                name, _ = renaming.rename_source_key(name)
-            self._renamed[name] = source
-            self._take(source, name)
+            self._take(source, _EXPERT.sub(_named_layer, renamed(source)))
 
-    def join_experts(self, groups: Iterable[list[str]]) -> None:
-        """Make one tensor of those of many experts, for the parameters that are wanted so."""
-        experts: dict[str, dict[int, dict[str, str]]] = {}
-        for name, source in self._renamed.items():
-            matched = _EXPERT.fullmatch(name)
-            if matched:
-                numbered = experts.setdefault(matched["experts"], {})
-                numbered.setdefault(int(matched["number"]), {})[matched["name"]] = source
-        for target in (name for names in groups for name in names if name not in self._tensors):
-            owner, _, leaf = target.rpartition(".")
-            numbered = experts.get(owner) or experts.get(owner.removeprefix(self._prefix)) or {}
-            for names in _JOINED.get(leaf, ()):
-                if numbered and all(set(names) <= set(numbered.get(i, ())) for i in range(len(numbered))):
-                    sources = [numbered[i][name] for i in range(len(numbered)) for name in names]
-                    self._tensors[target] = (sources[0], self._stacked(sources, len(numbered)))
-                    self.left -= set(sources)
 
-    def _stacked(self, sources: list[str], count: int) -> LazyTensor:
-        """`[experts, rows, columns]` from matrices that stand in this order."""
-        joined = concat([self._checkpoint[source] for source in sources], 0)
-        rows, *rest = joined.spec.shape
-        return LazyTensor.make(Reinterpret(joined.spec.dtype, (count, rows // count, *rest)), joined)
+def _renaming(module: PreTrainedModel) -> Callable[[str], str]:
+    """From names in older files to those that transformers has for them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    return renamed
+
+
+def _named_layer(found: re.Match[str]) -> str:
+    return f"{found['number']}.{_LAYERS[found['layer'][-1]]}"
+
+
+def split_experts(module: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a tensor for each matrix of an expert, where it holds those of all experts in one.
+
+    Raises `IncompatibleInputs` for such a tensor of another shape than config.json says.
+    """
+    wanted = expert_weights(module)
+    if not wanted:
+        return checkpoint
+    renamed, prefix = _renaming(module), f"{module.base_model_prefix}."
+    tensors: dict[str, LazyTensor] = {}
+    shards: dict[str, str] = {}
+    for source, tensor in checkpoint.items():
+        known = renamed(source) if len(tensor.spec.shape) == 3 else source
+        name = known if known in wanted else f"{prefix}{known}"
+        parts = {source: tensor}
+        if name in wanted:
+            shape, weights = wanted[name]
+            _refuse_shape(escape(checkpoint.name), source, tensor, shape)
+            # Names as in the file, if it has the model's own names.
+            left = name.removesuffix(source) if name.endswith(source) else ""
+            flat = LazyTensor.make(Reinterpret(tensor.spec.dtype, (shape[0] * shape[1], shape[2])), tensor)
+            rows = shape[0] * shape[1] // len(weights)
+            parts = {w.removeprefix(left): cut(flat, 0, i * rows, (i + 1) * rows) for i, w in enumerate(weights)}
+        tensors |= parts
+        shards |= dict.fromkeys(parts, checkpoint.shards[source]) if source in checkpoint.shards else {}
+    if tensors.keys() == checkpoint.keys():
+        return checkpoint
+    digests = {name: digest for name, digest in checkpoint.digests.items() if name in tensors}
+    return replace(checkpoint, tensors=tensors, shards=shards, total_size=None, content_id=None, digests=digests)
+
+
+def _as_in_module(module: PreTrainedModel, part: Part, shown: str) -> LazyTensor:
+    """A part's tensor in the form that the module has it in; refuses other shapes."""
+    name = part.names[0]
+    like = module.get_buffer(name) if part.is_buffer else module.get_parameter(name)
+    # Weights that are computed from integers come as [out, in], however plain checkpoints keep them.
+    is_turned = (
+        isinstance(module.get_submodule(name.rpartition(".")[0]), TransposedLinear)
+        and like.ndim == 2
+        and not isinstance(part.tensor.op, Dequantize)
+    )
+    _refuse_shape(shown, part.source, part.tensor, tuple(like.shape[::-1] if is_turned else like.shape))
+    return transposed(part.tensor) if is_turned else part.tensor
+
+
+def _refuse_shape(shown: str, source: str, tensor: LazyTensor, expected: tuple[int, ...]) -> None:
+    found = tensor.spec.shape
+    if found != expected:
+        raise IncompatibleInputs(
+            f"{shown}: {escape(source)} has the shape {list(found)}, expected {list(expected)} by config.json",
+            hint="config.json and weights are of different models",
+        )
 
 
 def _refuse_missing(missing: list[str], module: PreTrainedModel, shown: str) -> None:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+from weightops.inference.linears import make_linears
 from weightops.io.escape import escape
 from weightops.operations.modules import last_part
 
@@ -64,7 +65,10 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def build(config: PretrainedConfig, shown: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on meta, and buffers as they are computed when it is made."""
+    """The model with its parameters on meta, and buffers as they are computed when it is made.
+
+    Its matrices are those of linear layers wherever that is known (`make_linears`).
+    """
     from transformers import AutoModelForCausalLM
 
     if config.is_encoder_decoder:
@@ -82,6 +86,7 @@ def build(config: PretrainedConfig, shown: str, dtype: torch.dtype) -> PreTraine
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if parameter.device != _META:
             place(module, name, made.setdefault(id(parameter), nn.Parameter(parameter.to(_META), requires_grad=False)))
+    make_linears(module)
     for name, buffer in module.named_buffers():
         if buffer.device == _META and not is_persistent(module, name):
             raise UsageError(f"{shown}: {type(module).__name__} cannot be made without weights ({name})")

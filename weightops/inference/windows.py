@@ -44,7 +44,7 @@ def final_states(
     infinity.
     """
     shape = (*windows.shape, model.hidden_size)
-    parts = max(model.nbytes(name) for name in ("", *model.blocks))
+    parts = max(model.nbytes(name) for name in ("", *model.blocks)) + model.loading_nbytes
     states_nbytes = windows.numel() * model.hidden_size * model.dtype.itemsize
     in_memory = states_nbytes + parts <= (available_memory() if max_nbytes is None else max_nbytes)
     batch = max(1, _BATCH_TOKENS // windows.shape[1])

@@ -25,8 +25,10 @@ from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.source import read_source
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.modules import is_conv1d
 from weightops.operations.pairing import listed, refuse_delta
 from weightops.ops.gptq_tensors import dequantized
+from weightops.ops.transpose import transposed
 from weightops.spec import DType
 
 DTYPES = (DType.F16, DType.BF16, DType.F32)
@@ -43,6 +45,8 @@ def dequantize(
     evaluate: Evaluate,
 ) -> Checkpoint:
     """`source` with a weight `[N, K]` in `dtype` for every quantised module; other tensors stay as they are.
+
+    Of transformers' `Conv1D` (GPT-2) it is `[K, N]`, as its checkpoints have it.
 
     Each weight is `scale * (q - zero)`, exact and then rounded once. config.json loses its quantization_config and
     names `dtype`. `checkpoint_format` is what to go by instead of the config, `zero_overflow` what stored zero points
@@ -70,6 +74,7 @@ def dequantize(
     if zero_overflow is not None and checkpoint_format == "gptq_v2":
         raise UsageError("zero points of gptq_v2 do not overflow", hint="leave out --zero-overflow")
     zeros, notes = find_zeros(where, found.values(), settings, checkpoint_format, zero_overflow, evaluate)
+    model_type = source.config().get("model_type")
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in source.items():
@@ -85,7 +90,8 @@ def dequantize(
                     f"{where}: {escape(prefix)} has a weight and a qweight",
                     hint="it was saved in two forms; drop one of them with `weightops shard --drop`",
                 )
-            tensors[f"{prefix}.weight"] = dequantized(prefix, parts, module.bits, zeros, size, dtype)
+            weight = dequantized(prefix, parts, module.bits, zeros, size, dtype)
+            tensors[f"{prefix}.weight"] = transposed(weight) if is_conv1d(prefix, model_type) else weight
             shards[f"{prefix}.weight"] = source.shards.get(name, "")
         if module is None and name in source.shards:
             shards[name] = source.shards[name]

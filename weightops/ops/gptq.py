@@ -221,7 +221,7 @@ def _corrected(rest: Tensor, weight: Tensor, factor: Factor, part: slice) -> Ten
     # From R each column is corrected for all columns before it, of which those in the group are still to come.
     before = _columns(weight, factor.order[part])
     corner = factor.rows(part.start, part.stop, part.stop)
-    change = torch.linalg.solve_triangular(corner.T, rest - before, upper=False, unitriangular=True)
+    change: Tensor = torch.linalg.solve_triangular(corner.T, rest - before, upper=False, unitriangular=True)
     return change.add_(before)
 
 

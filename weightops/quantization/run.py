@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +20,17 @@ from weightops.engine.control import Control
 from weightops.engine.limits import available_memory
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
+from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.pairing import refuse_delta
 from weightops.plan import identity_of
 from weightops.quantization.calibration import Calibration
-from weightops.quantization.driver import ModuleReport, Options, find_modules, quantize_blocks
+from weightops.quantization.driver import find_modules, quantize_blocks
+from weightops.quantization.options import ModuleReport, Options
 from weightops.quantization.work import Work, check_room
+from weightops.spec import DType
 from weightops.versions import library_versions
 
 REPORT = "quantize_report.json"
@@ -65,6 +69,7 @@ class Run:
     modules: Sequence[Sequence[str]]
     options: Options
     calibration: Calibration | None
+    warnings: tuple[str, ...] = ()
 
     def estimate(self) -> Estimate:
         """What it will take."""
@@ -116,22 +121,37 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
         )
     if options.method == "gptq" and calibration is None:
         raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
-    model = BlockModel(source, dtype=torch.float32 if device == "cpu" else torch.float16, device=device)
+    model = BlockModel(source, dtype=compute_dtype(source, device), device=device)
     modules = find_modules(model, options)
-    warnings = list(calibration.warnings) if calibration is not None else []
-    if calibration is not None:
-        widest = max(
-            model.module.get_parameter(f"{block}.{name}.weight").shape[1]
-            for block, names in zip(model.blocks, modules, strict=True)
-            for name in names
+    # The model's checkpoint, in which experts that were stored in one tensor have one each.
+    return Run(model.checkpoint, model, modules, options, calibration, tuple(_warnings(model, modules, calibration)))
+
+
+def _warnings(model: BlockModel, modules: Sequence[Sequence[str]], calibration: Calibration | None) -> Iterator[str]:
+    yield from left_as_they_are(model.module, model.blocks, model.shown)
+    if calibration is None:
+        return
+    yield from calibration.warnings
+    shapes = (
+        model.module.get_parameter(f"{block}.{name}.weight").shape
+        for block, names in zip(model.blocks, modules, strict=True)
+        for name in names
+    )
+    tokens, widest = calibration.tokens.numel(), max(columns for _, columns in shapes)
+    if tokens < widest:
+        yield (
+            f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: its Hessian is "
+            "singular, and damping decides"
         )
-        if calibration.tokens.numel() < widest:
-            warnings.append(
-                f"{calibration.tokens.numel()} calibration tokens are fewer than the {widest} inputs of the widest "
-                "layer: its Hessian is singular, and damping decides"
-            )
-        calibration = replace(calibration, warnings=tuple(warnings))
-    return Run(source, model, modules, options, calibration)
+
+
+def compute_dtype(source: Checkpoint, device: str) -> torch.dtype:
+    """What blocks run in: float32 on a CPU; on a GPU the type of most of the weights, whose range activations have."""
+    nbytes: Counter[DType] = Counter()
+    for tensor in source.values():
+        nbytes[tensor.spec.dtype] += tensor.nbytes
+    halves = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
+    return torch.float32 if device == "cpu" else halves.get(max(nbytes, key=nbytes.__getitem__), torch.float32)
 
 
 @contextmanager
@@ -168,19 +188,25 @@ def _collect(run: Run, work: Work) -> Quantized:
         names |= run.model.tensor_names(block)
     modules = {names[f"{report.module}.weight"]: report.module for report in reports}
     tensors = {}
+    shards = dict(run.source.shards)
     for name, tensor in run.source.items():
         module = modules.get(name)
         if module is None:
             tensors[name] = tensor
         else:
             own = name.removesuffix(".weight")
-            tensors |= {f"{own}.{part}": packed[f"{module}.{part}"] for part in PARTS}
+            parts = {f"{own}.{part}": packed[f"{module}.{part}"] for part in PARTS}
+            tensors |= parts
+            if name in shards:
+                shards |= dict.fromkeys(parts, shards.pop(name))
     weights = sum(run.source[name].spec.numel for name in modules)
     bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / weights
-    return Quantized(_described(run, tensors, reports), tuple(reports), bits)
+    return Quantized(_described(run, tensors, shards, reports), tuple(reports), bits)
 
 
-def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[ModuleReport]) -> Checkpoint:
+def _described(
+    run: Run, tensors: dict[str, LazyTensor], shards: dict[str, str], reports: Sequence[ModuleReport]
+) -> Checkpoint:
     """The checkpoint with what loaders need to know: in config.json, and in quantize_config.json for older ones."""
     settings, options = run.options.settings, run.options
     config = QuantizeConfig(
@@ -197,10 +223,11 @@ def _described(run: Run, tensors: dict[str, LazyTensor], reports: Sequence[Modul
     own = replace(
         run.source,
         tensors=tensors,
+        shards=shards,
         total_size=None,
         content_id=None,
         digests={n: d for n, d in run.source.digests.items() if n in tensors},
-        warnings=(*run.source.warnings, *(run.calibration.warnings if run.calibration else ())),
+        warnings=(*run.source.warnings, *run.warnings),
         folder=None,
     )
     report = {"modules": msgspec.to_builtins(reports), "options": msgspec.to_builtins(options)}

@@ -1,0 +1,42 @@
+"""A matrix with its rows as columns."""
+
+from __future__ import annotations
+
+from weightops.errors import IncompatibleInputs
+from weightops.lazy import Evaluator, LazyTensor, Op
+from weightops.spec import TensorSpec
+
+_READ_NBYTES = 4 << 20
+
+
+class Transpose(Op, frozen=True):
+    """`[n, k]` from `[k, n]`. Every row of the one lies across all of the other, so it is computed in one piece."""
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if len(source.shape) != 2 or source.dtype.is_packed:
+            raise IncompatibleInputs(f"{source} has no rows and columns to exchange")
+        return TensorSpec(source.dtype, source.shape[::-1])
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return max(1, tensor.nbytes)
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        (source,) = tensor.inputs
+        rows, columns = source.spec.shape
+        size, row = source.spec.dtype.itemsize, source.spec.row_nbytes
+        unit = np.dtype(f"u{size}" if size <= 8 else f"V{size}")
+        target = np.frombuffer(out, unit).reshape(columns, rows)
+        height = min(rows, max(1, _READ_NBYTES // row))
+        with read.scratch(height * row) as buffer:
+            for top in range(0, rows, height):
+                part = buffer[: min(height, rows - top) * row]
+                read(source, top * row, part)
+                target[:, top : top + height] = np.frombuffer(part, unit).reshape(-1, columns).T
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """A matrix with its rows as columns; what was transposed before is as it was."""
+    return tensor.inputs[0] if isinstance(tensor.op, Transpose) else LazyTensor.make(Transpose(), tensor)

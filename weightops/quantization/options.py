@@ -1,0 +1,44 @@
+"""How a model is quantised, and what is told of each layer afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from weightops.formats.gptq import CheckpointFormat
+from weightops.ops.gptq_grid import Settings
+
+Method = Literal["gptq", "rtn"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is done to which layers. `skip`: globs of modules that stay as they are."""
+
+    settings: Settings
+    method: Method = "gptq"
+    skip: tuple[str, ...] = ()
+    checkpoint_format: CheckpointFormat = "gptq"
+
+
+class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a linear layer.
+
+    `error` and `error_rtn` are the squared error of its output over the calibration data, over the square of the
+    output itself: of this layer as written, and of one rounded to nearest. `tokens` that were seen; `damp`, what share
+    of the Hessian's mean diagonal was added to it; `floored_scales` that were too small for float16; `fallback`, why
+    the layer was rounded to nearest after all.
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    tokens: int = 0
+    error: float | None = None
+    error_rtn: float | None = None
+    damp: float = 0.0
+    dead_columns: int = 0
+    floored_scales: int = 0
+    fallback: str | None = None
