@@ -7,14 +7,20 @@ one of 3.0B parameters' shape, against what one block, its Hessians and 1 GiB ta
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+# As on the command line, before torch is imported.
+os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+
 from bench import WEIGHTOPS, timed, write_section
 from family import SHAPES, Shape, make
+from packing import AS_IT_IS, packing
+from packing import PEER as PACKING_PEER
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/tiny-llama"
@@ -84,7 +90,7 @@ def against_gptqmodel(size: str, folder: Path, runs: int) -> str:
     windows = save_windows(source, folder / "windows.pt")
     seconds: tuple[list[float], list[float]] = ([], [])
     theirs = [
-        "env",
+        *AS_IT_IS,
         "-C",
         str(folder),
         "GPTQMODEL_CPU_WORKERS=2",
@@ -149,6 +155,10 @@ def main() -> None:
     for size in filter(None, options.sizes.split(",")):
         lines.append(against_gptqmodel(size, options.folder, options.runs))
         print(lines[-1], flush=True)
+    if PACKING_PEER.exists():
+        lines += ["", "Packing integers of 4 bits, from weights on their grids to `qweight` and `qzeros`:", ""]
+        lines += packing([(4096, 4096), (4096, 11008)], options.runs)
+        print("\n".join(lines[-4:]), flush=True)
     for size in filter(None, options.memory.split(",")):
         lines += ["", *memory(size, options.folder)]
         print(lines[-1], flush=True)
