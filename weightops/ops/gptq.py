@@ -13,6 +13,7 @@ changes a few integers in a hundred, but not the error in its first three digits
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "output_power",
     "round_to_nearest",
     "solve",
+    "solve_together",
 ]
 
 _STRIP = 16
@@ -52,8 +54,7 @@ class Solved:
     than 256, no more than that are measured, and the sum is in proportion); `error_rtn` what rounding to nearest would
     give. Both are NaN where no Hessian could be used. `damp` is the share of the Hessian's mean diagonal that was added
     to it, `floor` that of its greatest diagonal below which none was left. `dead_columns` counts inputs that were
-    always 0, `floored_scales` scales raised to the least normal float16. `fallback` says why weights were rounded to
-    nearest; None where GPTQ was used.
+    always 0. `fallback` says why weights were rounded to nearest; None where GPTQ was used.
     """
 
     q: Tensor
@@ -65,30 +66,50 @@ class Solved:
     damp: float = 0.0
     floor: float = 0.0
     dead_columns: int = 0
-    floored_scales: int = 0
     fallback: str | None = None
+
+    @property
+    def floored_scales(self) -> int:
+        """Scales that were raised to the least normal float16."""
+        return int((self.scales <= FLOOR).sum())
 
 
 def solve(weight: Tensor, hessian: Tensor | Factor | str, settings: Settings, *, label: str = "the weight") -> Solved:
     """Quantise `weight` [outputs, columns] of any float type by GPTQ, or to nearest where GPTQ cannot be used.
 
-    `hessian` [columns, columns] in float32 is overwritten. Layers that see the same inputs share what `factorise` made
-    of it instead, which may be the reason for having no factor. GPTQ's result is given up for rounding to nearest if
-    that has the smaller error. Raises CorruptInput for NaN or infinite weights, IncompatibleInputs for weights too
-    large for float16 scales or a Hessian of another size, and UsageError for columns that do not divide into groups;
-    `label` is what messages call the weight.
+    `hessian` [columns, columns] in float32 is overwritten. What `factorise` made of it may be given instead, which may
+    be the reason for having no factor. GPTQ's result is given up for rounding to nearest if that has the smaller error.
+    Raises CorruptInput for NaN or infinite weights, IncompatibleInputs for weights too large for float16 scales or a
+    Hessian of another size, and UsageError for columns that do not divide into groups; `label` is what messages call
+    the weight.
     """
-    _check(weight, settings, label)
-    columns = weight.shape[1]
-    size = hessian.matrix.shape if isinstance(hessian, Factor) else getattr(hessian, "shape", (columns, columns))
-    if tuple(size) != (columns, columns):
-        raise IncompatibleInputs(f"{escape(label)} has {columns} columns, and its Hessian is {list(size)}")
+    return solve_together({label: weight}, hessian, settings)[label]
+
+
+def solve_together(
+    weights: Mapping[str, Tensor], hessian: Tensor | Factor | str, settings: Settings
+) -> dict[str, Solved]:
+    """`solve` for layers that see the same inputs, by their labels: one loop over their columns is enough."""
+    for label, weight in weights.items():
+        _check(weight, settings, label)
+        columns = weight.shape[1]
+        size = hessian.matrix.shape if isinstance(hessian, Factor) else getattr(hessian, "shape", (columns, columns))
+        if tuple(size) != (columns, columns):
+            raise IncompatibleInputs(f"{escape(label)} has {columns} columns, and its Hessian is {list(size)}")
     factor = factorise(hessian, settings) if isinstance(hessian, Tensor) else hessian
     if isinstance(factor, str):
-        return _rounded(weight, settings, None, fallback=factor)
+        return {label: _rounded(weight, settings, None, fallback=factor) for label, weight in weights.items()}
+    whole, start, found = _loop(list(weights.values()), factor, settings), 0, {}
+    for label, weight in weights.items():
+        found[label] = _compared(weight, _at(whole, slice(start, start + len(weight))), factor, settings)
+        start += len(weight)
+    return found
+
+
+def _compared(weight: Tensor, solved: Solved, factor: Factor, settings: Settings) -> Solved:
+    """With its errors; or the weight rounded to nearest, if that is better."""
     rows = _measured(weight)
     error_rtn = _error(weight[rows], _rounded(weight[rows], settings, None), factor) * len(weight) / len(rows)
-    solved = _loop(weight, factor, settings)
     loss = _error(weight[rows], _at(solved, rows), factor) * len(weight) / len(rows)
     if loss <= error_rtn or settings.reference_order:
         return replace(solved, loss=loss, error_rtn=error_rtn)
@@ -155,24 +176,26 @@ def _rounded(weight: Tensor, settings: Settings, factor: Factor | None, fallback
     return replace(rounded, loss=error, error_rtn=error)
 
 
-def _loop(weight: Tensor, factor: Factor, settings: Settings) -> Solved:
-    """GPTQ proper, without a look at the errors."""
-    outputs, columns = weight.shape
-    width, maxq, device = settings.width(columns), settings.maxq, weight.device
-    order = factor.order
-    rest = torch.empty(columns, outputs, dtype=torch.float32, device=device)
+def _loop(weights: Sequence[Tensor], factor: Factor, settings: Settings) -> Solved:
+    """GPTQ proper, of weights one below the other, without a look at the errors."""
+    order, columns, outputs = factor.order, len(factor.order), sum(map(len, weights))
+    width, maxq, device = settings.width(columns), settings.maxq, weights[0].device
+    given = torch.empty(columns, outputs, dtype=torch.float32, device=device)
     for start in range(0, columns, settings.block_size):
         part = slice(start, start + settings.block_size)
-        rest[part] = _columns(weight, order[part])
-    if settings.reference_order:
-        rest[factor.dead] = 0
+        torch.cat([weight.index_select(1, order[part]).T for weight in weights], 1, out=given[part])
     taken = torch.arange(columns, device=device) if settings.desc_act and not settings.static_groups else order
     groups = taken // width
     scales = torch.empty(columns // width, outputs, dtype=torch.float32, device=device)
     zeros = torch.empty_like(scales)
     if settings.static_groups:
+        back = torch.argsort(order)
         for group, start in enumerate(range(0, columns, width)):
-            scales[group], zeros[group] = find(weight[:, start : start + width].T.float().contiguous(), settings)
+            scales[group], zeros[group] = find(given[back[start : start + width]], settings)
+    # U tells what follows from the error of a weight that was changed before, R from that of the weight itself.
+    rest = given if factor.is_inverse else given.clone()
+    if settings.reference_order:
+        rest[factor.dead] = 0
     q = torch.empty(columns, outputs, dtype=torch.uint8, device=device)
     near = torch.empty(outputs, dtype=torch.float32, device=device)
     strip = settings.block_size if settings.reference_order else min(_STRIP, width)
@@ -182,9 +205,7 @@ def _loop(weight: Tensor, factor: Factor, settings: Settings) -> Solved:
     for start, stop in spans(0, columns, width, settings.block_size):
         upper, block = factor.rows(start, stop), rest[start:stop]
         errors = torch.empty(stop - start, outputs, dtype=torch.float32, device=device)
-        values, missed = block.unbind(), errors.unbind()
-        # U tells what follows from the error of a weight that was changed before, R from that of the weight itself.
-        wanted = values if factor.is_inverse else _columns(weight, order[start:stop]).unbind()
+        values, wanted, missed = block.unbind(), given[start:stop].unbind(), errors.unbind()
         for first, last in spans(start, stop, width, strip):
             a, b = first - start, last - start
             for i in range(a, b):
@@ -192,7 +213,7 @@ def _loop(weight: Tensor, factor: Factor, settings: Settings) -> Solved:
                 group = numbers[k]
                 if not settings.static_groups and k % width == 0:
                     part = slice(k, k + width)
-                    scales[group], zeros[group] = find(_corrected(rest[part], weight, factor, part), settings)
+                    scales[group], zeros[group] = find(_corrected(rest[part], given[part], factor, k), settings)
                 scale, zero = scale_of[group], zero_of[group]
                 levels(values[i], scale, zero, maxq, out=near)
                 integers[natural[k]].copy_(near)
@@ -209,30 +230,23 @@ def _loop(weight: Tensor, factor: Factor, settings: Settings) -> Solved:
     return _solved(q, scales, zeros, groups[torch.argsort(order)].int(), factor)
 
 
-def _columns(weight: Tensor, order: Tensor) -> Tensor:
-    """Some columns of the weight, transposed: [columns, outputs] in float32."""
-    return weight.index_select(1, order).T.float().contiguous()
-
-
-def _corrected(rest: Tensor, weight: Tensor, factor: Factor, part: slice) -> Tensor:
-    """A group of columns [columns, outputs] as it is best after the errors before it, from what `_loop` has of it."""
-    if factor.is_inverse or not part.start:
+def _corrected(rest: Tensor, given: Tensor, factor: Factor, start: int) -> Tensor:
+    """The group of columns [columns, outputs] from `start` on, as it is best after the errors before it."""
+    if factor.is_inverse or not start:
         return rest
     # From R each column is corrected for all columns before it, of which those in the group are still to come.
-    before = _columns(weight, factor.order[part])
-    corner = factor.rows(part.start, part.stop, part.stop)
-    change: Tensor = torch.linalg.solve_triangular(corner.T, rest - before, upper=False, unitriangular=True)
-    return change.add_(before)
+    stop = start + len(rest)
+    corner = factor.rows(start, stop, stop)
+    change: Tensor = torch.linalg.solve_triangular(corner.T, rest - given, upper=False, unitriangular=True)
+    return change.add_(given)
 
 
 def _solved(
     q: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, factor: Factor | None, fallback: str | None = None
 ) -> Solved:
     """What was found, in the types of the file."""
-    halves = stored(scales)
-    floored = int((halves <= FLOOR).sum())
     nan = float("nan")
-    solved = Solved(q, halves, zeros.byte(), g_idx, nan, nan, floored_scales=floored, fallback=fallback)
+    solved = Solved(q, stored(scales), zeros.byte(), g_idx, nan, nan, fallback=fallback)
     if factor is None:
         return solved
     return replace(solved, damp=factor.damp, floor=factor.floor, dead_columns=int(factor.dead.sum()))
@@ -251,8 +265,9 @@ def _measured(weight: Tensor) -> Tensor:
     return torch.arange(0, len(weight), step, device=weight.device)
 
 
-def _at(solved: Solved, outputs: Tensor) -> Solved:
-    return replace(solved, q=solved.q[:, outputs], scales=solved.scales[:, outputs], zeros=solved.zeros[:, outputs])
+def _at(solved: Solved, outputs: Tensor | slice) -> Solved:
+    q, scales, zeros = (part[:, outputs].contiguous() for part in (solved.q, solved.scales, solved.zeros))
+    return replace(solved, q=q, scales=scales, zeros=zeros)
 
 
 def _error(weight: Tensor, solved: Solved, factor: Factor) -> float:

@@ -25,7 +25,7 @@ from weightops.ops.gptq import (
     factorise,
     output_power,
     round_to_nearest,
-    solve,
+    solve_together,
 )
 from weightops.quantization.kept import Kept
 from weightops.quantization.options import ModuleReport, Options
@@ -66,8 +66,8 @@ class Block:
                 for turn in turns:
                     for groups in _filled(turn, self._hessian_nbytes, spare_nbytes):
                         self._solve_groups(groups, walk, inputs, kept, found)
-                for name in self._layers.keys() - found.keys():
-                    self._solve_layer(name, 0, "no calibration token came to it", found)
+                left = [name for name in self._layers if name not in found]
+                self._solve_group(left, 0, "no calibration token came to it", found)
                 if self._i + 1 < len(walk.model.blocks):
                     self._leave(walk, inputs, kept)
         return {self._full(name): found[name] for name in self._layers}
@@ -92,16 +92,22 @@ class Block:
             tokens = hessian.tokens
             factor = factorise(hessian.matrix(), self._options.settings)
             del hessian
+            self._solve_group(group, tokens, factor, found)
             for name in group:
-                self._solve_layer(name, tokens, factor, found)
                 kept.add(name, self._layers[name])
 
-    def _solve_layer(
-        self, name: str, tokens: int, factor: Factor | str, found: dict[str, tuple[Solved, ModuleReport]]
+    def _solve_group(
+        self,
+        names: Sequence[str],
+        tokens: int,
+        factor: Factor | str,
+        found: dict[str, tuple[Solved, ModuleReport]],
     ) -> None:
         self._control.check()
-        solved = solve(self._layers[name].weight, factor, self._options.settings, label=self._full(name))
-        found[name] = self._settle(name, solved, tokens, factor)
+        weights = {self._full(name): self._layers[name].weight for name in names}
+        solved = solve_together(weights, factor, self._options.settings)
+        for name in names:
+            found[name] = self._settle(name, solved[self._full(name)], tokens, factor)
 
     def _leave(self, walk: Walk, inputs: Hidden, kept: Kept) -> None:
         """Write what leaves the block."""
