@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 8)
 _WORD = 32
-_PIECE = 1 << 16
+_PIECE = 1 << 15
 """Words that are worked on at once: few enough to stay in a core's cache during all passes."""
 
 
@@ -115,9 +115,22 @@ def _table(bits: int) -> NDArray[Any]:
 
 
 def _pack_piece(values: NDArray[Any], out: NDArray[np.uint32], bits: int) -> None:
-    """Or `[B, values, N]` into the words `[B, words, N]`."""
+    """Or `[B, values, N]` into the words `[B, words, N]`, which are 0."""
     import numpy as np
 
+    if bits != 3:
+        # Neighbours in twos, fours and eights, in types no wider than they need: vector units take more at once. NumPy
+        # multiplies with them, but shifts bytes one by one, and mixes types through a buffer.
+        width = bits
+        while width < _WORD:
+            dtype = np.dtype(f"u{max(1, width // 4)}")
+            even, odd = values[:, 0::2], values[:, 1::2]
+            joined = out if 2 * width == _WORD else np.empty(odd.shape, dtype)
+            joined[:] = odd
+            joined *= dtype.type(1 << width)
+            joined |= even.astype(dtype, copy=False)
+            values, width = joined, 2 * width
+        return
     for i in range(values.shape[1]):
         word, shift = divmod(i * bits, _WORD)
         wide = values[:, i].astype(np.uint32)

@@ -306,8 +306,9 @@ def as_codes(values: Array, bits: int, label: str) -> NDArray[np.uint8]:
     import numpy as np
 
     largest = (1 << bits) - 1
-    if values.size and (values.max() > largest or values.min() < 0):
-        odd = int(values.min() if values.min() < 0 else values.max())
+    least = values.min() if values.size and values.dtype.kind != "u" else 0
+    if values.size and (values.max() > largest or least < 0):
+        odd = int(least if least < 0 else values.max())
         raise IncompatibleInputs(
             f"{escape(label)} holds {odd}, expected 0 to {largest} for {bits} bits",
             hint="signed integers are stored with 2**(bits-1) added to them and to their zero points",
