@@ -20,7 +20,7 @@ help:
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
-	@echo "make bench-quantize  quantize beside gptqmodel"
+	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
 	@echo "make bench-inference  tokens per second and memory of quantised models, dequantised and packed"
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
@@ -106,8 +106,9 @@ bench-convert: $(READY) reference
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
 
-bench-quantize: $(READY) gptqmodel
+bench-quantize: $(READY) gptqmodel autogptq
 	$(BIN)/python benchmarks/quantize.py
+	$(BIN)/python benchmarks/packing.py
 
 bench-inference: $(READY)
 	$(BIN)/python benchmarks/inference.py

@@ -12,11 +12,12 @@ from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
+from weightops.engine.limits import release_freed
 from weightops.errors import UsageError
 from weightops.inference import skeleton
 from weightops.inference.arguments import BlockArguments
 from weightops.inference.names import Part, match, split_experts
-from weightops.inference.packed import Engine, PackedWeight, find_packed, release_freed
+from weightops.inference.packed import Engine, PackedWeight, find_packed
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
 from weightops.spec import DType

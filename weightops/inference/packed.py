@@ -6,7 +6,6 @@ takes the tensors and settings of `ops.gptq_tensors.Dequantize` apart, so it kno
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -90,16 +89,6 @@ def find_packed(module: PreTrainedModel, parts: Iterable[Part]) -> dict[str, Pac
         if isinstance(op, Dequantize) and is_linear and leaf == "weight" and not others and not part.is_buffer:
             found[name] = PackedWeight(owner, part.tensor, op)
     return found
-
-
-def release_freed() -> None:
-    """Give memory that is free in between back to the system, where the C library is glibc.
-
-    What a layer is rearranged from is freed between what is kept of it and of the next, up to a third of a model.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def are_faster(weights: Sequence[PackedWeight], dtype: torch.dtype, device: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightops.engine.control import Control
+from weightops.engine.limits import release_freed
 from weightops.inference.model import BlockModel
 from weightops.inference.windows import check_finite
 from weightops.ops.gptq import (
@@ -87,6 +88,7 @@ class Block:
         found: dict[str, tuple[Solved, ModuleReport]],
     ) -> None:
         hessians = self._hessians(walk, inputs, kept, [group[0] for group in groups])
+        release_freed()
         for group in groups:
             hessian = hessians.pop(group[0])
             tokens = hessian.tokens
