@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightops_kernels import reference
+from weightops_kernels import planes, reference
 
 CHUNK = 32
 BLOCK_K = 128
@@ -107,9 +107,8 @@ def regular_group_size(counts: list[int]) -> int:
     """The rows of every group but the last if that is a multiple of 32; 0 for one group, -1 if groups differ."""
     if len(counts) == 1:
         return 0
-    size = counts[0]
-    regular = size % CHUNK == 0 and all(n == size for n in counts[:-1]) and 0 < counts[-1] <= size
-    return size if regular else -1
+    size = planes.group_size(counts)
+    return size if size is not None and size % CHUNK == 0 else -1
 
 
 def repack(

@@ -21,11 +21,7 @@ def dequantize_matmul(
     return cpu.matmul(x, qweight, qzeros, scales, g_idx, bits, checkpoint_format)
 
 
-@dequantize_matmul.register_fake
-def _(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str
-) -> Tensor:
-    return x.new_empty(x.shape[0], scales.shape[1])
+dequantize_matmul.register_fake(lambda x, qweight, qzeros, scales, *_: x.new_empty(x.shape[0], scales.shape[1]))
 
 
 @torch.library.custom_op("weightops_kernels::reference_matmul", mutates_args=())
@@ -54,18 +50,7 @@ def planes_matmul(
     return planes.matmul(x, Planes(folded, zeros, scales, rows, bits, group_size, in_features))
 
 
-@planes_matmul.register_fake
-def _(
-    x: Tensor,
-    folded: Tensor,
-    zeros: Tensor,
-    scales: Tensor,
-    rows: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-) -> Tensor:
-    return x.new_empty(x.shape[0], folded.shape[0])
+planes_matmul.register_fake(lambda x, folded, *_: x.new_empty(x.shape[0], folded.shape[0]))
 
 
 @torch.library.custom_op("weightops_kernels::int4_matmul", mutates_args=())
@@ -74,9 +59,7 @@ def int4_matmul(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, rows: Tenso
     return cpu.matmul_int4(x, cpu.Int4(packed, scales_and_zeros, rows, group_size))
 
 
-@int4_matmul.register_fake
-def _(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, rows: Tensor | None, group_size: int) -> Tensor:
-    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
+int4_matmul.register_fake(lambda x, packed, scales_and_zeros, *_: x.new_empty(x.shape[0], scales_and_zeros.shape[1]))
 
 
 @torch.library.custom_op("weightops_kernels::triton_matmul", mutates_args=())
@@ -97,17 +80,4 @@ def triton_matmul(
     return launch.matmul(x, weight, deterministic=deterministic)
 
 
-@triton_matmul.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    steps: Tensor,
-    rows: Tensor | None,
-    chunk_group: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    scale_dtype: torch.dtype,
-    deterministic: bool,
-) -> Tensor:
-    return x.new_empty(x.shape[0], steps.shape[1])
+triton_matmul.register_fake(lambda x, words, steps, *_: x.new_empty(x.shape[0], steps.shape[1]))

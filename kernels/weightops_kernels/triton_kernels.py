@@ -5,7 +5,7 @@ exact integer in float16 and bfloat16; the sum over a block of K is then multipl
 weight is ever rounded, and float16 scales keep their bits beside bfloat16 inputs.
 
 Only builtins of the language are called: `tl.zeros`, `tl.cdiv` and other functions that are themselves compiled cannot
-run in the interpreter beside compiled kernels.
+run in the interpreter beside compiled kernels. That is why the two kernels begin and end with the same lines.
 
 MODE says where a sum goes: 0 to the output, 1 added to a float32 output by atomics, 2 to `[split, M, N]` partial sums.
 """
