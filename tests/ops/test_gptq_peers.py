@@ -49,6 +49,7 @@ def test_gptqmodel_finds_the_same_integers(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=600,
+        cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
     for one, theirs in zip(chosen, torch.load(tmp_path / "out", weights_only=True), strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,11 @@ def run_script(environment: Path, script: str, *arguments: object) -> None:
         pytest.skip(f"{environment.name} is missing: `make {environment.name.removeprefix('.venv-')}` makes it")
     command = [environment / "bin/python", HERE / script, *map(str, arguments)]
     settings = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
+    # In a folder of its own: gptqmodel leaves logs where it runs.
+    with tempfile.TemporaryDirectory() as cwd:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **settings}
+        )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
