@@ -44,7 +44,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
 
 def recover_killed_half_way(folder: Path, arguments: list[str]) -> None:
     """Start a recovery and kill it without warning once half of the shards are there."""
-    partial = folder / "recovered.partial"
+    partial = folder / "recovered.partial/output"
     kill_when(lambda: len(list(partial.glob("model-*"))) >= 8, arguments)
     there = sorted(path.name for path in partial.glob("model-*"))
     print(f"$ kill -9: {len(there)} shards are committed, {folder / 'recovered'} does not exist")

@@ -13,11 +13,13 @@ import msgspec
 from weightops.api import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
-from weightops.engine.staging import refuse_existing
+from weightops.engine.preflight import refuse_among
+from weightops.engine.staging import refuse_target
+from weightops.engine.work_folder import refuse_others
 from weightops.errors import UsageError
 from weightops.formats.folder import is_remote, open_checkpoint
 from weightops.io.escape import escape
-from weightops.plan import parse_size
+from weightops.plan import parse_size, sources_of
 from weightops.recipes.execute import Result, StrPath, Wanted, write_all
 
 if TYPE_CHECKING:
@@ -79,10 +81,15 @@ def quantize(
     from weightops.quantization.calibration import calibrate, read_texts
     from weightops.quantization.options import Options
     from weightops.quantization.run import prepare, quantized
+    from weightops.quantization.work import SCHEMA, blocks_of
 
     files, running = split_output(output)
     out = Path(out)
     checkpoint = open_checkpoint(source)
+    if not running.get("dry_run"):
+        refuse_among(out, sources_of(checkpoint.values()))
+        refuse_target(out, overwrite=running.get("overwrite", False))
+        refuse_others(blocks_of(out), SCHEMA)
     settings = Settings(
         bits=bits,
         group_size=group_size,
@@ -104,7 +111,6 @@ def quantize(
     estimate = run.estimate()
     if running.get("dry_run"):
         return Quantization(estimate)
-    refuse_existing(out, overwrite=running.get("overwrite", False))
     control = running.get("control") or Control()
     max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:

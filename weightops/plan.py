@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,10 @@ import msgspec
 
 from weightops.checkpoint import Checkpoint, Copied, Document, Sidecar
 from weightops.errors import UsageError
+from weightops.formats import manifest
 from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
-from weightops.formats.manifest import content_id
 from weightops.io.escape import escape
 from weightops.io.source import SourceFile
 from weightops.lazy import LazyTensor
@@ -93,7 +93,7 @@ class Origin(msgspec.Struct, frozen=True):
             return self.content_id
         found = {n: (TensorSpec(t.dtype, t.shape), digests.get(t.label)) for n, t in self.tensors.items()}
         known = {name: (spec, digest) for name, (spec, digest) in found.items() if digest is not None}
-        return content_id(known) if len(known) == len(found) else None
+        return manifest.content_id(known) if len(known) == len(found) else None
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Plan:
     origins: tuple[Origin, ...] = ()
     digests: tuple[str, ...] = ()
     expect: Expectation | None = None
+    is_file: bool = False
+    """Whether the output is its one shard alone, and no folder."""
     reflink: bool = False
     """Whether shards are laid out to share blocks with the sources, and then do where the file system can."""
 
@@ -132,18 +134,20 @@ class Plan:
     @cached_property
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file that will be read, in order of first use."""
-        found: dict[SourceFile, None] = {}
-        for tensor in (*self.watch, *(t for _, t in self.tensors)):
-            for node in tensor.walk():
-                if node.op.source is not None:
-                    found[node.op.source] = None
-        return tuple(found)
+        return sources_of((*self.watch, *(t for _, t in self.tensors)))
 
     @cached_property
     def is_remote(self) -> bool:
         """Whether anything comes from a server."""
         copied = (sidecar.file for sidecar in self.sidecars.values() if isinstance(sidecar, Copied))
         return any(file.is_remote for file in (*self.sources, *copied))
+
+    @cached_property
+    def file_names(self) -> frozenset[str]:
+        """All files of the output."""
+        index = {self.index_name} if self.index_name is not None else set()
+        documents = {document.name for document in self.documents}
+        return frozenset({s.name for s in self.shards} | self.sidecars.keys() | documents | index | {manifest.NAME})
 
     @property
     def total_nbytes(self) -> int:
@@ -171,6 +175,7 @@ class Plan:
             "index_name": self.index_name,
             "digests": list(self.digests),
             "expect": msgspec.to_builtins(self.expect),
+            "is_file": self.is_file,
             "reflink": self.reflink,
             "sidecars": {n: msgspec.to_builtins(s) for n, s in self.sidecars.items()},
             "documents": [msgspec.to_builtins(d) for d in self.documents],
@@ -191,6 +196,7 @@ class Plan:
             index_name=document["index_name"],
             digests=tuple(document["digests"]),
             expect=msgspec.convert(document["expect"], Expectation | None),
+            is_file=document["is_file"],
             reflink=document["reflink"],
             sidecars=msgspec.convert(document["sidecars"], dict[str, Sidecar]),
             documents=tuple(msgspec.convert(d, Document.registry[d["document"]]) for d in document["documents"]),
@@ -210,6 +216,12 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 of the identity: equal plans write equal files."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def sources_of(tensors: Iterable[LazyTensor]) -> tuple[SourceFile, ...]:
+    """Every file that the tensors are read from, in order of first use."""
+    found = (node.op.source for tensor in tensors for node in tensor.walk())
+    return tuple(dict.fromkeys(source for source in found if source is not None))
 
 
 def identity_of(plan: Any) -> Any:

@@ -253,7 +253,7 @@ def test_signals_stop_the_run_and_it_continues(tmp_path: Path, number: signal.Si
     arguments = ("shard", "model", "--out", "out", "--max-shard-size", "1100KB")
     process = weightops(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
-    while len(list((tmp_path / "out.partial").glob("model-*"))) < 3 and time.monotonic() < deadline:
+    while len(list((tmp_path / "out.partial/output").glob("model-*"))) < 3 and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(number)

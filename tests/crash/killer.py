@@ -27,11 +27,12 @@ def state(outs: list[Path]) -> dict[str, str]:
 
 
 def remove(outs: list[Path]) -> list[str]:
-    """Remove the outputs and whatever else is there of them; the names of that."""
-    left = [path for out in outs for path in out.parent.glob(f"{out.name}.*")]
-    for path in (*outs, *left):
+    """Remove the outputs and whatever else is there of them; the names of that, unless it is an empty folder."""
+    beside = [path for out in outs for path in out.parent.glob(f"{out.name}.*")]
+    left = [path.name for path in beside if any(path.iterdir())]
+    for path in (*outs, *beside):
         shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in left]
+    return left
 
 
 def main() -> None:
@@ -50,11 +51,11 @@ def main() -> None:
         if forked(arguments, kills + 1) != -signal.SIGKILL:
             break
         kills += 1
-        lost = [o.name for o in outs if not (o.exists() or any(o.parent.glob(f"{o.name}.*replaced")))]
+        lost = [o.name for o in outs if not (o.exists() or (o.parent / f"{o.name}.partial/replaced").exists())]
         again = forked(arguments, None)
         whole = state(outs) == reference
         left = remove(outs)
-        # A run killed after the output got its name is finished: the next one says that the output exists.
+        # A run killed when it had all but cleaned up is finished: the next one says that the output exists.
         if again not in (0, 11) or not whole or left or (lost and "--overwrite" in arguments):
             wrong.append([kills, again, lost, left])
     print(json.dumps({"kills": kills, "wrong": wrong, "files": len(reference)}))

@@ -225,7 +225,7 @@ def test_an_interrupted_run_is_continued(pair: Path) -> None:
 def test_a_damaged_committed_shard_is_written_again(pair: Path) -> None:
     recover(pair, "reference")
     interrupt(pair, 4)
-    shard = min((pair / "out.partial").glob("*.safetensors"))
+    shard = min((pair / "out.partial/output").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from weightops.checkpoint import Sidecar, Written
 from weightops.engine.staging import ShardRecord, Staging
 from weightops.errors import CorruptInput, Differs
 from weightops.formats import manifest
-from weightops.io.atomic import write_whole
-from weightops.io.digests import hash_bytes
+from weightops.io.atomic import make_folder, write_whole, writing_whole
+from weightops.io.digests import FileDigests, hash_bytes, new_hasher
 from weightops.io.escape import escape
-from weightops.io.source import read_source
+from weightops.io.source import FileReader
 from weightops.ops.loss import Loss
 from weightops.plan import Plan
 from weightops.spec import TensorSpec
 from weightops.versions import library_versions
+
+_PIECE_NBYTES = 1 << 20
 
 
 def finish(
@@ -24,12 +26,12 @@ def finish(
     staging: Staging,
     records: Mapping[str, ShardRecord],
     watched: Mapping[str, str],
-    fetched: Mapping[str, bytes],
+    fetched: Mapping[str, FileDigests],
 ) -> manifest.Manifest:
     """Write everything but the shards, the manifest last.
 
-    `watched` are digests by label, also those that other outputs of the run have seen; `fetched` sidecars that came
-    from servers.
+    `watched` are digests by label, also those that other outputs of the run have seen; `fetched` are the sidecars from
+    servers, which are there already.
     """
     specs = {name: tensor.spec for name, tensor in plan.tensors}
     digests = {name: digest for record in records.values() for name, digest in record.tensors.items()}
@@ -41,27 +43,25 @@ def finish(
         witnesses |= record.witnesses
         losses |= {label: losses.get(label, Loss()) + loss for label, loss in record.losses.items()}
         notes |= record.notes
-    small: dict[str, bytes] = {}
+    small = dict(fetched)
+    for name, sidecar in plan.sidecars.items():
+        if name not in fetched:
+            small[name] = _write_sidecar(sidecar, staging.folder / name, plan.digests)
     index = plan.index()
     if index is not None and plan.index_name is not None:
-        small[plan.index_name] = index
-    for name, sidecar in plan.sidecars.items():
-        small[name] = fetched[name] if name in fetched else _sidecar_bytes(sidecar)
-    small_digests = {name: hash_bytes(data, plan.digests) for name, data in small.items()}
-    file_digests = {record.name: record.digests for record in records.values()} | small_digests
+        small[plan.index_name] = _write(staging.folder / plan.index_name, index, plan.digests)
     for document in plan.documents:
-        small[document.name] = document.render(tensors, witnesses, file_digests)
-        small_digests[document.name] = hash_bytes(small[document.name], plan.digests)
+        so_far = {r.name: r.digests for r in records.values()} | {n: f.digests for n, f in small.items()}
+        data = document.render(tensors, witnesses, so_far)
+        small[document.name] = _write(staging.folder / document.name, data, plan.digests)
     loose = {document.name for document in plan.documents if not document.is_listed}
-    for name, data in sorted(small.items()):
-        write_whole(staging.folder / name, data)
-    check_expected(plan, small_digests, {})
+    check_expected(plan, {name: file.digests for name, file in small.items()}, {})
     finished = manifest.Manifest(
         schema=manifest.SCHEMA,
         content_id=manifest.content_id(tensors),
         files={
             **{r.name: manifest.FileEntry(nbytes=r.nbytes, digests=r.digests) for r in records.values()},
-            **{n: manifest.FileEntry(nbytes=len(small[n]), digests=small_digests[n]) for n in small if n not in loose},
+            **{n: manifest.FileEntry(nbytes=f.nbytes, digests=f.digests) for n, f in small.items() if n not in loose},
         },
         tensors={
             name: manifest.TensorEntry(dtype=spec.dtype, shape=spec.shape, xxh3_128=digests[name], file=shard.name)
@@ -121,10 +121,21 @@ def seen(plan: Plan, records: Iterable[ShardRecord]) -> dict[str, str]:
     return found
 
 
-def _sidecar_bytes(sidecar: Sidecar) -> bytes:
+def _write(path: Path, data: bytes, algorithms: Collection[str]) -> FileDigests:
+    write_whole(path, data)
+    return FileDigests(len(data), hash_bytes(data, algorithms))
+
+
+def _write_sidecar(sidecar: Sidecar, path: Path, algorithms: Collection[str]) -> FileDigests:
+    make_folder(path.parent)
     if isinstance(sidecar, Written):
-        return sidecar.data
-    file, data = read_source(Path(sidecar.file.path))
-    if file != sidecar.file:
-        raise CorruptInput(f"{file.shown}: changed since the plan was made")
-    return data
+        return _write(path, sidecar.data, algorithms)
+    file, hashers = sidecar.file, {name: new_hasher(name) for name in algorithms}
+    with FileReader() as reader, writing_whole(path) as write:
+        for start in range(0, file.nbytes, _PIECE_NBYTES):
+            piece = reader.read(file, start, min(_PIECE_NBYTES, file.nbytes - start))
+            for hasher in hashers.values():
+                hasher.update(memoryview(piece))
+            write(piece)
+        reader.check_unchanged()
+    return FileDigests(file.nbytes, {name: hasher.hexdigest() for name, hasher in hashers.items()})

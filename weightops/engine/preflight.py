@@ -9,9 +9,12 @@ from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
+from weightops.checkpoint import Copied
 from weightops.engine.limits import available_memory, peak_memory
+from weightops.engine.staging import OUTPUT, partial
 from weightops.errors import NoRoom, UsageError
 from weightops.io.escape import escape
+from weightops.io.source import SourceFile
 from weightops.plan import Plan
 
 _SPARE_NBYTES = 16 << 20
@@ -30,8 +33,7 @@ def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
     """Refuse outputs that lie inside one another or among the inputs; too little disk; too little memory."""
     targets = {out.resolve(): out for out in plans}
     for out, plan in plans.items():
-        folders = {Path(f.path).resolve().parent for f in plan.sources if not f.is_remote}
-        _refuse_nested(out, folders, "the input")
+        refuse_among(out, plan.sources)
         _refuse_nested(out, (other for other in targets if other != out.resolve()), "another output")
     if len(targets) < len(plans):
         raise UsageError("two outputs are the same folder", hint="choose another --out")
@@ -41,6 +43,11 @@ def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
         raise NoRoom(
             f"{workers} workers need {memory} bytes of memory, {available} are available", hint="give fewer --workers"
         )
+
+
+def refuse_among(out: Path, sources: Iterable[SourceFile]) -> None:
+    """Raise `UsageError` for an output in the folder of a source, or around it."""
+    _refuse_nested(out, {Path(f.path).resolve().parent for f in sources if not f.is_remote}, "the input")
 
 
 def _refuse_nested(out: Path, folders: Iterable[Path], what: str) -> None:
@@ -59,8 +66,9 @@ def _check_disk(plans: Mapping[Path, Plan]) -> None:
     for out, plan in plans.items():
         target = out.resolve()
         disk = next(p for p in target.parents if p.exists()).stat().st_dev
-        there = taken_disk(target.with_name(target.name + ".partial"), "*")
-        needed[disk] = needed.get(disk, 0) + plan.total_nbytes + _SPARE_NBYTES - there
+        there = taken_disk(partial(target) / OUTPUT, "*")
+        sidecars = sum(s.file.nbytes for s in plan.sidecars.values() if isinstance(s, Copied))
+        needed[disk] = needed.get(disk, 0) + plan.total_nbytes + sidecars + _SPARE_NBYTES - there
         free = free_disk(out)
         if needed[disk] > free:
             raise NoRoom(f"{escape(str(out))}: the output needs {needed[disk]} bytes of disk, {free} are free")

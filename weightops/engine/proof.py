@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightops.checkpoint import Copied
@@ -12,6 +13,8 @@ from weightops.engine.staging import ProofRecord, Staging
 from weightops.engine.stream import BLOCK_NBYTES
 from weightops.formats.layout import Data
 from weightops.formats.sniff import check_head
+from weightops.io.atomic import make_folder, write_whole
+from weightops.io.digests import FileDigests, hash_bytes
 from weightops.io.source import SKIPPED_NBYTES, FileReader, SourceFile
 from weightops.lazy import LazyTensor, Op
 from weightops.ops.stored import Checked
@@ -103,17 +106,20 @@ def fetched_nbytes(plan: Plan) -> int:
     return nbytes + sum(file.nbytes - reading.passed for file, reading in readings.items() if reading.must_prove(file))
 
 
-def fetch_sidecars(plan: Plan, control: Control) -> dict[str, bytes]:
-    """The small files that are taken over from servers, held against their digests; raises as `read_source` does."""
+def fetch_sidecars(plan: Plan, folder: Path, control: Control) -> dict[str, FileDigests]:
+    """Write the small files that come from servers; raises as `read_source` does if one is not as expected."""
     found = {}
     for name, sidecar in plan.sidecars.items():
         if isinstance(sidecar, Copied) and sidecar.file.is_remote and control.web is not None:
             from weightops.remote.folder import read_source
 
             control.check()
-            found[name] = read_source(sidecar.file, control.web)
+            data = read_source(sidecar.file, control.web)
             if not sidecar.file.digest:
-                check_head(found[name], sidecar.file.shown)
+                check_head(data, sidecar.file.shown)
+            make_folder((folder / name).parent)
+            write_whole(folder / name, data)
+            found[name] = FileDigests(len(data), hash_bytes(data, plan.digests))
     return found
 
 

@@ -15,11 +15,14 @@ from weightops.engine.finish import check_expected, finish, seen
 from weightops.engine.joint import group
 from weightops.engine.preflight import default_workers, preflight
 from weightops.engine.proof import fetch_sidecars, note_proven, prove
-from weightops.engine.staging import FinishedRecord, Record, ShardRecord, Staging, WatchRecord, already_published
+from weightops.engine.sample import sample
+from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord, published
 from weightops.engine.stream import BLOCK_NBYTES, File, write_files
-from weightops.errors import Differs, UsageError, WeightopsError
+from weightops.errors import Differs, OutputExists, UsageError, WeightopsError
 from weightops.formats import manifest
-from weightops.io.digests import hash_file
+from weightops.io.atomic import temporary_of
+from weightops.io.digests import FileDigests, hash_file
+from weightops.io.source import FileReader
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.loss import losses_of
 from weightops.ops.witness import Witness
@@ -45,8 +48,8 @@ class _Job:
         self.records: dict[str, ShardRecord] = {}
         self.resumed: tuple[str, ...] = ()
         self.watched: dict[str, str] = {}
-        self.fetched: dict[str, bytes] = {}
-        self.warnings: tuple[str, ...] = ()
+        self.fetched: dict[str, FileDigests] = {}
+        self.warnings = staging.warnings
         self.is_wrong = False
 
     @property
@@ -87,34 +90,46 @@ def run_all(
     workers = workers or default_workers(list(plans.values()))
     if any(plan.is_remote for plan in plans.values()) and control.web is None:
         raise UsageError("a source is on a server", hint="give the control a Web to read it through")
-    published = already_published(plans)
-    outcomes = {out: Outcome(out, found, tuple(s.name for s in plans[out].shards)) for out, found in published.items()}
-    rest = {out: plan for out, plan in plans.items() if out not in published}
-    preflight(rest, workers)
+    preflight({out: plan for out, plan in plans.items() if published(out, plan) is None}, workers)
     with ExitStack() as stack:
-        jobs = []
-        for out, plan in rest.items():
-            jobs.append(_Job(plan, stack.enter_context(Staging(out, plan, overwrite=overwrite, restart=restart))))
-        manifests = _write(jobs, workers, control)
-        if len(jobs) > 1:
-            _note_finished(jobs)
-        for job, out, finished in zip(jobs, rest, manifests, strict=True):
+        try:
+            stagings = {
+                out: stack.enter_context(Staging(out, plan, overwrite=overwrite, restart=restart))
+                for out, plan in plans.items()
+            }
+        except OutputExists:
+            for out in plans:
+                Staging.clean_up_after(out)
+            raise
+        jobs = {out: _Job(plans[out], each) for out, each in stagings.items() if each.published is None}
+        manifests = dict(zip(jobs, _write(list(jobs.values()), workers, control), strict=True))
+        # Once the first has its name, the others are known to be whole.
+        for job in jobs.values():
+            job.staging.finish()
+        for job in jobs.values():
             job.staging.publish()
-            outcomes[out] = Outcome(out, finished, job.resumed, job.warnings)
-    return [outcomes[out] for out in plans]
+        for staging in stagings.values():
+            staging.clean()
+        outcomes = []
+        for out, staging in stagings.items():
+            if staging.published is not None:
+                outcomes.append(Outcome(out, staging.published, tuple(s.name for s in plans[out].shards)))
+            else:
+                outcomes.append(Outcome(out, manifests[out], jobs[out].resumed, jobs[out].warnings))
+    return outcomes
 
 
 def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifest.Manifest]:
     """Write everything into the partial folders; where nothing in one is worth keeping, a failure leaves none."""
     try:
         for job in jobs:
-            job.fetched = fetch_sidecars(job.plan, control)
+            job.fetched = fetch_sidecars(job.plan, job.staging.folder, control)
         _watch(jobs, workers, control)
         _write_shards(jobs, workers, control)
         digests: dict[str, str] = {}
         for job in jobs:
             with _at_fault(job):
-                job.warnings = prove(job.plan, job.staging, control)
+                job.warnings += prove(job.plan, job.staging, control)
                 digests |= job.watched | seen(job.plan, job.records.values())
         manifests = []
         for job in jobs:
@@ -142,13 +157,6 @@ def _at_fault(job: _Job) -> Iterator[None]:
         raise
 
 
-def _note_finished(jobs: Sequence[_Job]) -> None:
-    """Note in each folder what all of them hold: once the first has its name, the others tell that it is whole."""
-    finished = {j.plan.fingerprint: hash_file(j.staging.folder / manifest.NAME, ("xxh3_128",))[1] for j in jobs}
-    for job in jobs:
-        job.staging.note(FinishedRecord(manifests={k: v["xxh3_128"] for k, v in finished.items()}))
-
-
 def _forget(plan: Plan, control: Control) -> None:
     """The next run reads the files anew, and has to prove them anew."""
     if control.web is not None:
@@ -171,7 +179,9 @@ def _watch(jobs: Sequence[_Job], workers: int, control: Control) -> None:
     for job in jobs:
         if job.plan.watch and not job.watched:
             job.watched = witnesses
-            job.staging.note(WatchRecord(witnesses=witnesses))
+            with FileReader() as files:
+                made_of = sample(job.plan.watch, files)
+            job.staging.note(WatchRecord(sample=made_of, witnesses=witnesses))
             note_proven(job.plan, job.staging, control.web)
 
 
@@ -201,7 +211,7 @@ def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
 
 
 def _temporary(job: _Job, shard: Shard) -> Path:
-    return job.staging.folder / f".{shard.name}.tmp"
+    return job.staging.folder / temporary_of(shard.name)
 
 
 def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Control) -> dict[str, ShardRecord]:
@@ -232,6 +242,7 @@ def write_group(shards: Sequence[tuple[Plan, Shard, Path]], control: Control, th
             ShardRecord(
                 name=shard.name,
                 nbytes=result.nbytes,
+                sample=sample(shard.tensors.values(), read.files),
                 digests=result.digests,
                 tensors=result.tensors,
                 witnesses=read.witnesses,

@@ -1,45 +1,49 @@
-"""The partial output beside the final one: lock, plan, journal, and the rename that publishes it.
+"""The partial output beside the final one: what is done, noted, and the rename that publishes it.
 
-    OUT.partial/.lock            held by the run that writes; says who that is
-    OUT.partial/.plan.json       the plan, written before any shard
-    OUT.partial/.journal.jsonl   one flushed line per thing done
-    OUT.partial/<shards, ...>    each under its final name only once it is whole and on disk
+    OUT.partial/weightops.lock   held by the run that writes; says who that is
+    OUT.partial/run.json         the plan, its fingerprint and the names of its files; at the end also what OUT will be
+    OUT.partial/journal.jsonl    one flushed line per thing done
+    OUT.partial/output/          what becomes OUT: each shard under its final name only once it is whole and on disk
+    OUT.partial/replaced/        with --overwrite what was OUT, until the new one is durable
 
 If OUT exists it is whole: it appears by one rename, after everything in it has been flushed.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
-import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from weightops.engine.sample import sample
+from weightops.engine.targets import FileTarget, FolderTarget, Target
+from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.formats import manifest
 from weightops.formats.manifest import Manifest
-from weightops.io.atomic import exchange, fsync_folder, publish, write_all, write_whole
-from weightops.io.digests import hash_file
+from weightops.io.atomic import fsync_folder, publish, temporary_of, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.source import FileReader
+from weightops.lazy import LazyTensor
 from weightops.ops.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
 
-LOCK, PLAN, JOURNAL = ".lock", ".plan.json", ".journal.jsonl"
+SCHEMA = "weightops-partial/1"
+JOURNAL, OUTPUT, REPLACED = "journal.jsonl", "output", "replaced"
 
 
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="shard"):
-    """A committed shard."""
+    """A committed shard; `sample` is of all that it was made of."""
 
     name: str
     nbytes: int
+    sample: str
     digests: dict[str, str]
     tensors: dict[str, str]
     witnesses: dict[str, str]
@@ -48,8 +52,9 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
 
 
 class WatchRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="watch"):
-    """The tensors to be watched first have been, and were as expected."""
+    """The tensors to be watched first have been, and were as expected; `sample` is of what they are made of."""
 
+    sample: str
     witnesses: dict[str, str]
 
 
@@ -59,17 +64,15 @@ class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
     digests: list[str]
 
 
-class FinishedRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="finished"):
-    """All outputs of the run are whole and about to get their names: xxh3_128 of each manifest by fingerprint."""
-
-    manifests: dict[str, str]
-
-
-Record = ShardRecord | WatchRecord | ProofRecord | FinishedRecord
+Record = ShardRecord | WatchRecord | ProofRecord
 
 
 class Staging:
-    """Exclusive hold on the partial output of one run; a context manager."""
+    """Exclusive hold on the partial output of one run; a context manager.
+
+    `folder` takes the files. `published` is the manifest of an output that an earlier run of this plan had finished
+    when it was killed; there is nothing left to do then but `clean`. `warnings` tell why work was not kept.
+    """
 
     def __init__(self, out: Path, plan: Plan, *, overwrite: bool, restart: bool) -> None:
         """Take the lock and find what an earlier run of this plan has done.
@@ -77,65 +80,84 @@ class Staging:
         Raises `OutputExists`, `Locked`, or `PlanDiffers` naming the field in which the plans differ.
         """
         self.out = out = Path(os.path.abspath(out))
-        if not out.name:
-            raise UsageError(f"{out} cannot be an output")
-        self.folder = _partial(out)
-        self._overwrite = overwrite
-        self._refuse_existing()
+        self._plan = plan
+        self._target = _target(out, plan, overwrite=overwrite)
+        self.warnings: tuple[str, ...] = ()
+        self.records: list[Record] = []
+        self._journal = -1
+        if published(out, plan) is None:
+            self._target.refuse_existing()
+        self._work = WorkFolder(partial(out), SCHEMA)
+        self.folder = self._work.path / OUTPUT
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise write_failure(self.folder, error) from None
-        self._lock = take_lock(self.folder / LOCK)
-        try:
-            self._refuse_existing()
-            self.records = self._resume(plan, restart)
-            self._journal = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self.published = published(out, plan)
+            if self.published is None:
+                self._restore_replaced()
+                self._target.refuse_existing()
+                self._begin(restart)
         except BaseException:
-            self._release()
+            self._work.close()
             raise
 
-    def _refuse_existing(self) -> None:
-        if self.folder.is_symlink():
-            raise OutputExists(f"{escape(str(self.folder))} is a link; the partial output must be a folder here")
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise OutputExists(f"{escape(str(self.out))} exists and is not a folder")
-        _clean_published(self.out)
-        refuse_existing(self.out, overwrite=self._overwrite)
+    @staticmethod
+    def clean_up_after(out: Path) -> None:
+        """Remove what a run left beside its finished output that was killed when it had all but done so."""
+        out = Path(os.path.abspath(out))
+        folder = partial(out)
+        if folder.is_symlink() or not folder.is_dir():
+            return
+        document = read_document(folder, SCHEMA)
+        is_over = document is not None and _is_published(out, document)
+        if is_over or [entry.name for entry in folder.iterdir()] == [LOCK]:
+            with suppress(Locked, OutputExists), WorkFolder(folder, SCHEMA) as work:
+                _remove_published(work)
 
-    def _resume(self, plan: Plan, restart: bool) -> list[Record]:
-        """The journal of an earlier run of the same plan; an empty one after clearing the folder otherwise."""
-        found = self._earlier_plan()
-        if found is not None and not restart:
-            if found.get("fingerprint") == plan.fingerprint:
-                return _read_journal(self.folder)
-            difference = first_difference(plan.identity, identity_of(found.get("plan")))
-            raise PlanDiffers(
-                f"{escape(str(self.folder))} is the partial output of another plan: {difference}",
-                hint="run the earlier command again to finish it, or give --restart to throw it away",
-            )
-        self._clear()
-        document = {"fingerprint": plan.fingerprint, "plan": plan.to_json()}
-        write_whole(self.folder / PLAN, json.dumps(document).encode())
-        return []
+    def _restore_replaced(self) -> None:
+        """Put back what a run that was killed between two renames had moved aside."""
+        aside = self._work.path / REPLACED
+        if not os.path.lexists(self.out) and _is_replaced(aside, self._work):
+            os.rename(aside, self.out)
 
-    def _earlier_plan(self) -> Mapping[str, Any] | None:
+    def _begin(self, restart: bool) -> None:
+        """Go on where an earlier run of the same plan stopped, or anew."""
+        document, plan = self._work.document, self._plan
+        records: list[Record] = []
+        nbytes = 0
+        if document is not None and _is_published(self.out, document):
+            _remove_replaced(self._work)
+        elif document is not None and not restart:
+            if document.get("fingerprint") != plan.fingerprint:
+                difference = first_difference(plan.identity, identity_of(document.get("plan")))
+                raise PlanDiffers(
+                    f"{escape(str(self._work.path))} is the partial output of another plan: {difference}",
+                    hint="run the earlier command again to finish it, or give --restart to throw it away",
+                )
+            records, nbytes = read_journal(self._work.path)
+            if not is_made_of(records, plan):
+                records, nbytes = [], 0
+                self.warnings = (
+                    f"{escape(str(self._work.path))} was begun with source files of the same names, sizes and dates, "
+                    "but other contents: begun anew",
+                )
+        kept = {self.folder / record.name for record in records if isinstance(record, ShardRecord)}
+        kept |= {self._work.path / JOURNAL} if records else set()
         try:
-            found = json.loads((self.folder / PLAN).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+            for path in self._own_files():
+                if path not in kept:
+                    path.unlink()
+            if not records:
+                names = sorted(plan.file_names)
+                self._work.begin({"fingerprint": plan.fingerprint, "files": names, "plan": plan.to_json()})
+            self.folder.mkdir(exist_ok=True)
+            self._journal = os.open(self._work.path / JOURNAL, _APPEND, 0o666)
+            os.ftruncate(self._journal, nbytes)
+        except OSError as error:
+            raise write_failure(self._work.path, error) from None
+        self.records = records
 
-    def _clear(self) -> None:
-        """Empty the folder of whatever an abandoned run left."""
-        for entry in self.folder.iterdir():
-            if entry.name == LOCK:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+    def _own_files(self) -> list[Path]:
+        """The files of this run or the earlier one; raises `OutputExists` for anything that neither makes."""
+        return self._work.own_files(_own_names(self._work).__contains__)
 
     def commit(self, temporary: Path, record: ShardRecord) -> None:
         """Give a finished, flushed shard its name, then note it."""
@@ -148,189 +170,160 @@ class Staging:
             write_all(self._journal, msgspec.json.encode(record) + b"\n")
             os.fsync(self._journal)
         except OSError as error:
-            raise write_failure(self.folder / JOURNAL, error) from None
+            raise write_failure(self._work.path / JOURNAL, error) from None
         self.records.append(record)
 
-    def publish(self) -> None:
-        """Rename the folder, which must be complete, to the output's name."""
-        os.close(self._journal)
-        self._journal = -1
+    def finish(self) -> None:
+        """Note that everything is there, and what will be `out`; raises `OutputExists` if anything else is there."""
+        self._own_files()
         try:
-            fsync_folder(self.folder)
-            self._swap()
+            for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
+                fsync_folder(folder)
+            staged = self.folder / self.out.name if self._plan.is_file else self.folder
+            inodes = {"finished": _inode(staged), "replaces": _inode(self.out)}
+            self._work.begin({**(self._work.document or {}), **inodes})
+        except OSError as error:
+            raise write_failure(self.folder, error) from None
+
+    def publish(self) -> None:
+        """Give the output, which must be finished, its name."""
+        if self.published is not None:
+            return
+        try:
+            self._target.publish(self.folder, self._work.path / REPLACED)
             fsync_folder(self.out.parent)
-            _remove_own(self.out)
-            if self._replaced.exists():
-                shutil.rmtree(self._replaced)
         except OSError as error:
             raise write_failure(self.out, error) from None
 
-    def _swap(self) -> None:
-        """The folder becomes the output; an output that stood there moves aside until that is durable."""
-        if self.out.exists() and self._replaced.exists():
-            shutil.rmtree(self._replaced)
-        if not self.out.exists() or not any(self.out.iterdir()):
-            os.rename(self.folder, self.out)
-        elif exchange(self.folder, self.out):
-            os.rename(self.folder, self._replaced)
-        else:
-            os.rename(self.out, self._replaced)
-            os.rename(self.folder, self.out)
-
-    @property
-    def _replaced(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.partial.replaced")
+    def clean(self) -> None:
+        """Remove what is left beside an output that has its name, and what that took the place of."""
+        self._close_journal()
+        _remove_published(self._work)
 
     @property
     def has_shards(self) -> bool:
         """Whether there is work here that a later run can keep."""
-        return any(isinstance(r, ShardRecord) for r in _read_journal(self.folder))
+        return any(isinstance(r, ShardRecord) for r in self.records)
 
     def discard(self) -> None:
-        """Throw the partial output away."""
-        self._clear()
-        (self.folder / LOCK).unlink(missing_ok=True)
-        try:
-            self.folder.rmdir()
-        except OSError:
-            return  # another run has just taken the folder over
+        """Throw the partial output away, unless anything else is in it."""
+        if self.published is None:
+            self._close_journal()
+            with suppress(OutputExists):
+                self._work.remove(_own_names(self._work).__contains__)
 
-    def _release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+    def _close_journal(self) -> None:
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
 
     def __enter__(self) -> Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._journal >= 0:
-            os.close(self._journal)
-        self._release()
+        self._close_journal()
+        self._work.close()
 
 
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise `OutputExists` for a folder that holds something and is not to be replaced."""
-    if out.exists() and not overwrite and any(out.iterdir()):
-        raise OutputExists(
-            f"{escape(str(out))} exists", hint="choose another --out, or give --overwrite to replace it when done"
-        )
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+def _own_names(work: WorkFolder) -> set[str]:
+    """The files that the run of this folder makes in it."""
+    files = (work.document or {}).get("files")
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    return {f"{OUTPUT}/{name}" for file in names for name in (file, temporary_of(file))} | {JOURNAL}
 
 
-def _read_journal(folder: Path) -> list[Record]:
-    """The records up to the first line that a crash cut short."""
+def _remove_published(work: WorkFolder) -> None:
+    with suppress(OutputExists):
+        _remove_replaced(work)
+        work.remove(_own_names(work).__contains__)
+
+
+def _remove_replaced(work: WorkFolder) -> None:
+    """Remove what a published output took the place of; after an exchange of names it may be in the output's own."""
+    for folder in (work.path / REPLACED, work.path / OUTPUT):
+        if _is_replaced(folder, work):
+            shutil.rmtree(folder)
+
+
+def _is_replaced(folder: Path, work: WorkFolder) -> bool:
+    """Whether this is the folder that the run was about to replace when it had all."""
+    return folder.is_dir() and _inode(folder) == (work.document or {}).get("replaces")
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
+
+
+def _target(out: Path, plan: Plan, *, overwrite: bool) -> Target:
+    return (FileTarget if plan.is_file else FolderTarget)(out, overwrite=overwrite)
+
+
+def partial(out: Path) -> Path:
+    """Where the run that makes `out` works; raises `UsageError` for what can be no output."""
+    if not out.name:
+        raise UsageError(f"{out} cannot be an output", hint="name a folder to be made: --out DIR")
+    return out.with_name(f"{out.name}.partial")
+
+
+def refuse_target(out: Path, *, overwrite: bool) -> None:
+    """Raise `OutputExists` for what is in the way of a run that makes a folder, before it works."""
+    out = Path(os.path.abspath(out))
+    FolderTarget(out, overwrite=overwrite).refuse_existing()
+    refuse_others(partial(out), SCHEMA)
+
+
+def read_journal(folder: Path) -> tuple[list[Record], int]:
+    """The records up to the first line that is none, as a crash may leave it; and the bytes of their lines."""
     records: list[Record] = []
+    nbytes = 0
     try:
         lines = (folder / JOURNAL).read_bytes().split(b"\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return records
+    except OSError:
+        return records, nbytes
     for line in lines[:-1]:
         try:
             records.append(msgspec.json.decode(line, type=Record))
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             break
-    return records
+        nbytes += len(line) + 1
+    return records, nbytes
 
 
-def already_published(plans: Mapping[Path, Plan]) -> dict[Path, Manifest]:
-    """The outputs that an earlier run gave their names before it was killed, while others still waited for theirs."""
-    finished: dict[str, str] = {}
-    for out in plans if len(plans) > 1 else ():
-        for record in (*_read_journal(_partial(Path(os.path.abspath(out)))), *_read_journal(out)):
-            if isinstance(record, FinishedRecord):
-                finished |= record.manifests
-    found = {}
-    for out, plan in plans.items():
-        path = out / manifest.NAME
-        _clean_published(out)
-        if plan.fingerprint not in finished or not path.is_file():
-            continue
-        if hash_file(path, ("xxh3_128",))[1]["xxh3_128"] == finished[plan.fingerprint]:
-            found[out] = manifest.read_manifest(path)
-    return found
-
-
-def _clean_published(out: Path) -> None:
-    """After a crash right after the rename the output is whole, only our own files are still in it."""
-    if (out / LOCK).exists():
-        os.close(take_lock(out / LOCK))
-        _remove_own(out)
-
-
-def _remove_own(folder: Path) -> None:
-    for name in (JOURNAL, PLAN, LOCK):
-        (folder / name).unlink(missing_ok=True)
-    fsync_folder(folder)
-
-
-def take_lock(path: Path) -> int:
-    """An exclusive lock on `path`, let go by the kernel when this process ends; raises `Locked`.
-
-    Where the file system has no locks, the process named in the file is asked for instead.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise write_failure(path, error) from None
-    holder = os.pread(fd, 4096, 0)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = False
-    except OSError as error:
-        no_locks = error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
-        held = not no_locks or _is_alive(holder)
-    if held or not _is_linked(fd, path):
-        os.close(fd)
-        raise Locked(
-            f"{escape(str(path.parent))} is being written by {_describe(holder)}",
-            hint="wait for it, or stop it; the same command continues where it stops",
-        )
-    try:
-        os.ftruncate(fd, 0)
-        write_all(fd, json.dumps({"pid": os.getpid(), "host": platform.node(), "boot": _boot_id()}).encode())
-    except OSError as error:
-        os.close(fd)
-        raise write_failure(path, error) from None
-    return fd
-
-
-def _is_linked(fd: int, path: Path) -> bool:
-    """Whether the locked file still is the one at `path`, not one that a finished run has moved away."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _is_alive(holder: bytes) -> bool:
-    try:
-        found = json.loads(holder)
-        if found["host"] != platform.node():
-            return True
-        if found["boot"] != _boot_id():
-            return False
-        os.kill(int(found["pid"]), 0)
-    except (ValueError, KeyError, TypeError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
+def is_made_of(records: Iterable[Record], plan: Plan) -> bool:
+    """Whether the plan's sources hold what earlier runs of it read; raises as `FileReader.read_into`."""
+    shards = {shard.name: shard.tensors.values() for shard in plan.shards}
+    with FileReader() as files:
+        for record in records:
+            tensors: Iterable[LazyTensor]
+            match record:
+                case ShardRecord(name=name):
+                    tensors = shards.get(name, ())
+                case WatchRecord():
+                    tensors = plan.watch
+                case _:
+                    continue
+            if sample(tensors, files) != record.sample:
+                return False
     return True
 
 
-def _describe(holder: bytes) -> str:
-    try:
-        found = json.loads(holder)
-        return f"process {int(found['pid'])} on {escape(str(found['host']))}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+def published(out: Path, plan: Plan) -> Manifest | None:
+    """The manifest of an output that an earlier run of this plan gave its name, if it was killed before it ended."""
+    out = Path(os.path.abspath(out))
+    document = read_document(partial(out), SCHEMA)
+    if document is None or document.get("fingerprint") != plan.fingerprint or not _is_published(out, document):
+        return None
+    if not is_made_of(read_journal(partial(out))[0], plan):
+        return None
+    return manifest.read_manifest(_target(out, plan, overwrite=False).manifest)
+
+
+def _is_published(out: Path, document: Mapping[str, Any]) -> bool:
+    """Whether what is at `out` is the very folder or file that the run has made."""
+    return document.get("finished") is not None and _inode(out) == document["finished"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightops.io.direct import write_failure
@@ -32,19 +35,67 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
+def temporary_of(name: str) -> str:
+    """What a file is called while it is written."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}.{last}.tmp"
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file: temporary name, flush, rename, flush the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    with writing_whole(path) as write:
+        write(data)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Lend a function that writes a file piece by piece; it gets its name, durably, when all is well at the end."""
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            write_all(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        temporary, fd = _create(path.with_name(temporary_of(path.name)))
     except OSError as error:
         raise write_failure(path, error) from None
+
+    def write(data: bytes) -> None:
+        try:
+            write_all(fd, data)
+        except OSError as error:
+            raise write_failure(path, error) from None
+
+    try:
+        try:
+            yield write
+            os.fsync(fd)
+        except OSError as error:
+            raise write_failure(path, error) from None
+        finally:
+            os.close(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
     publish(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in, unless they are there; durably."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_failure(path, error) from None
+    fsync_folder(path.parent)
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """A new file, open for writing, of this name; of one like it if that is taken, by whomever."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return path, os.open(path, flags, 0o666)
+    except FileExistsError:
+        path = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
+        return path, os.open(path, flags, 0o666)
 
 
 def write_all(fd: int, data: bytes) -> None:

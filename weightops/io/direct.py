@@ -48,7 +48,7 @@ class DirectFile:
         self._path = path
         self._nbytes = nbytes
         self._shared: list[tuple[int, int]] = []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if resume else os.O_TRUNC)
         try:
             self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
             self._direct = True

@@ -18,11 +18,13 @@ import torch
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
 from weightops.engine.limits import available_memory
+from weightops.engine.sample import sample
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel
 from weightops.io.escape import escape
+from weightops.io.source import FileReader
 from weightops.lazy import LazyTensor
 from weightops.operations.pairing import refuse_delta
 from weightops.plan import identity_of
@@ -99,8 +101,11 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What tells this run from another: source, settings, data, and versions that could change bits."""
         tensors = json.dumps(identity_of({n: t.to_json() for n, t in self.source.items()}), sort_keys=True)
+        with FileReader() as files:
+            contents = sample(self.source.values(), files)
         return {
             "source": hashlib.sha256(tensors.encode()).hexdigest(),
+            "source contents": contents,
             "options": msgspec.to_builtins(self.options),
             "calibration": self.calibration.digest if self.calibration else None,
             "versions": {n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},

@@ -1,6 +1,6 @@
 """What a quantise run has done so far, in a folder beside its output.
 
-    OUT.blocks/.lock                    held by the run that writes
+    OUT.blocks/weightops.lock           held by the run that writes
     OUT.blocks/run.json                 what the run is: source, settings, calibration
     OUT.blocks/block-00007.safetensors  the packed tensors of block 7; in its header the report on its modules
     OUT.blocks/hidden-00008.bin         what enters block 8, float32 [samples, tokens, hidden]
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightops.engine.preflight import free_disk
-from weightops.engine.staging import LOCK, take_lock
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import CorruptInput, NoRoom, PlanDiffers
 from weightops.formats.safetensors import read_safetensors
-from weightops.io import strict_json
 from weightops.io.atomic import fsync_folder, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
@@ -36,8 +35,18 @@ from weightops.plan import first_difference
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_RUN = "run.json"
+SCHEMA = "weightops-blocks/1"
 _REPORT = "report"
+_NAME = re.compile(r"block-\d{5,}\.safetensors|hidden-\d{5,}\.bin")
+
+
+def blocks_of(out: Path) -> Path:
+    """Where the run that makes `out` works."""
+    return out.with_name(f"{out.name}.blocks")
+
+
+def _is_own(name: str) -> bool:
+    return any(_NAME.fullmatch(known) for known in (name, name.removeprefix(".").removesuffix(".tmp")))
 
 
 class Work:
@@ -46,14 +55,11 @@ class Work:
     def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
         """Take the lock, and find what an earlier run of the same identity has done.
 
-        Raises `Locked`, or `PlanDiffers` naming the field in which the runs differ.
+        Raises `Locked`, `OutputExists` for a folder that is not ours, or `PlanDiffers` naming the field in which the
+        runs differ.
         """
-        self.folder = out.with_name(f"{out.name}.blocks")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_failure(self.folder, error) from None
-        self._lock = take_lock(self.folder / LOCK)
+        self._work = WorkFolder(blocks_of(out), SCHEMA)
+        self.folder = self._work.path
         try:
             self._resume(json.loads(json.dumps(identity)), restart)
         except BaseException:
@@ -61,20 +67,18 @@ class Work:
             raise
 
     def _resume(self, identity: dict[str, Any], restart: bool) -> None:
-        path = self.folder / _RUN
-        earlier = strict_json.load_object(path.read_bytes(), str(path)) if path.exists() and not restart else None
-        if earlier is None:
-            for entry in self.folder.iterdir():
-                if entry.name != LOCK:
-                    entry.unlink()
-            write_whole(path, json.dumps(identity, indent=2).encode())
+        if self._work.document is not None and not restart:
+            earlier = {key: value for key, value in self._work.document.items() if key != "schema"}
+            difference = first_difference(identity, earlier)
+            if difference is not None:
+                raise PlanDiffers(
+                    f"{escape(str(self.folder))} is of another run: {difference}",
+                    hint="run the earlier command again to finish it, or give --restart to throw it away",
+                )
+            self._work.own_files(_is_own)
             return
-        difference = first_difference(identity, earlier)
-        if difference is not None:
-            raise PlanDiffers(
-                f"{escape(str(self.folder))} is of another run: {difference}",
-                hint="run the earlier command again to finish it, or give --restart to throw it away",
-            )
+        self._work.clear(_is_own)
+        self._work.begin(identity)
 
     def _block(self, i: int) -> Path:
         return self.folder / f"block-{i:05d}.safetensors"
@@ -116,10 +120,10 @@ class Work:
 
     def remove(self) -> None:
         """Throw everything away."""
-        shutil.rmtree(self.folder)
+        self._work.remove(_is_own)
 
     def close(self) -> None:
-        os.close(self._lock)
+        self._work.close()
 
     def __enter__(self) -> Work:
         return self
@@ -133,7 +137,7 @@ class Hidden:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self._path, self.shape = path, shape
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     @property
     def sample_nbytes(self) -> int:

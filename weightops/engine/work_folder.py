@@ -1,0 +1,148 @@
+"""A folder beside an output in which one run works, `OUT.partial` or `OUT.blocks`.
+
+    FOLDER/weightops.lock    held by the run that works here; says who that is
+    FOLDER/run.json          what the run is; written before anything else
+    FOLDER/...               what the run makes, under names that can be told from run.json
+
+Whose a folder is is shown before anything in it is touched: it holds a run.json of this kind and nothing that such a
+run does not make. Any other is somebody else's, whatever it is called, and refused. Links are never followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from weightops.engine.lock import take_lock
+from weightops.errors import OutputExists
+from weightops.io.atomic import temporary_of, write_whole
+from weightops.io.direct import write_failure
+from weightops.io.escape import escape
+
+LOCK, RUN = "weightops.lock", "run.json"
+_OWN = {LOCK, RUN, temporary_of(RUN)}
+
+IsOwn = Callable[[str], bool]
+"""Whether a run makes a file of this name, relative to its folder."""
+
+
+class WorkFolder:
+    """Exclusive hold on a folder; a context manager.
+
+    `document` is the run.json that an earlier run left there, None if there is none.
+    """
+
+    def __init__(self, path: Path, schema: str) -> None:
+        """Make the folder, or take over what a run that ended has left.
+
+        Raises `OutputExists` for a folder that is not ours, `Locked`.
+        """
+        self.path, self._schema = path, schema
+        refuse_others(path, schema)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failure(path, error) from None
+        self._lock = take_lock(path / LOCK)
+        self.document = read_document(path, schema)
+
+    def begin(self, document: Mapping[str, Any]) -> None:
+        """Say what the run is."""
+        self.document = {"schema": self._schema, **document}
+        write_whole(self.path / RUN, json.dumps(self.document).encode())
+
+    def own_files(self, is_own: IsOwn) -> list[Path]:
+        """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""
+        found = []
+        for name, path in _walk(self.path):
+            if name in _OWN:
+                continue
+            if not is_own(name):
+                raise OutputExists(
+                    f"{escape(str(self.path))} holds {escape(name)}, which weightops did not make",
+                    hint="move it away, and run the same command again",
+                )
+            found.append(path)
+        return found
+
+    def clear(self, is_own: IsOwn) -> None:
+        """Remove what the run has made; raises as `own_files` does, with nothing removed."""
+        found = self.own_files(is_own)
+        try:
+            for path in found:
+                path.unlink()
+            _remove_empty_folders(self.path)
+        except OSError as error:
+            raise write_failure(self.path, error) from None
+
+    def remove(self, is_own: IsOwn) -> None:
+        """Clear and remove the folder itself; run.json last, which shows whose it is."""
+        self.clear(is_own)
+        try:
+            for name in (temporary_of(RUN), RUN, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+        except OSError:
+            return  # another run has just taken the folder over
+
+    def close(self) -> None:
+        """Let go."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def refuse_others(path: Path, schema: str) -> None:
+    """Raise `OutputExists` unless a run can work at `path`: nothing is there, or what such a run has left."""
+    shown = escape(str(path))
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        what = "a link" if path.is_symlink() else "no folder"
+        raise OutputExists(
+            f"{shown} is {what}, and weightops works in a folder of that name",
+            hint="move it away, or choose another --out",
+        )
+    if not path.exists():
+        return
+    names = {entry.name for entry in path.iterdir()}
+    # A run that was killed right away has left no more than its lock.
+    if not names <= {LOCK, temporary_of(RUN)} and read_document(path, schema) is None:
+        raise OutputExists(
+            f"{shown} is there, and weightops cannot tell that it made it", hint="move it away, or choose another --out"
+        )
+
+
+def read_document(path: Path, schema: str) -> dict[str, Any] | None:
+    """The run.json in a folder, None if there is none of this schema."""
+    try:
+        found = json.loads((path / RUN).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("schema") == schema else None
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Whatever is in a folder but folders, by its name from there; links are not followed."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name, f"{name}/")
+        else:
+            yield name, folder / entry.name
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            _remove_empty_folders(entry)
+            entry.rmdir()
