@@ -262,6 +262,7 @@ def make_plan(
     expect: Expectation | None = None,
     origins: Sequence[Origin] = (),
     reflink: bool = False,
+    is_file: bool = False,
 ) -> Plan:
     """Pack `checkpoint` into files. `max_shard_nbytes=None` keeps the grouping of the source's files.
 
@@ -286,6 +287,7 @@ def make_plan(
         origins=tuple(origins),
         digests=tuple(sorted({"xxh3_128", *digests, *expected_algorithms(expect), *needed})),
         expect=expect,
+        is_file=is_file,
         reflink=reflink,
     )
     if reflink:

@@ -162,6 +162,7 @@ def test_oddities_are_warned_of(folder: Path) -> None:
     edit_index(folder, lambda index: index["metadata"].update(total_size=1))
     save_file({"x": torch.ones(1)}, folder / "model-00003-of-00002.safetensors")
     (folder / "modeling_x.py").write_text("raise SystemExit")
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.X"}}')
     warnings = " ".join(weightops.inspect(folder).warnings)
     assert "total_size is 1, the tensors have 64 bytes" in warnings
     assert "model-00003-of-00002.safetensors holds weights but is not part" in warnings

@@ -10,6 +10,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.formats.layout import Layout
 from weightops.formats.safetensors import safetensors_layout, sharing_layout
 from weightops.formats.torch_writer import Flavour, torch_layout
+from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
@@ -22,13 +23,16 @@ Files = list[tuple[str, list[str]]]
 class Container:
     """A file format. `layout` gives a file's bytes from its name, its tensors and the checkpoint's metadata.
 
-    `files` groups tensors by bytes per file, or as they come if that is None. `shares`: bytes that several names
-    share are stored once. `counts`: its index names the number of parameters. `sharing`: the layout of a file that
+    `files` groups tensors by bytes per file, or as they come if that is None. `suffix` ends a file's name.
+    `has_metadata`: there is room for what safetensors has as `__metadata__`. `shares`: bytes that several names share
+    are stored once. `counts`: its index names the number of parameters. `sharing`: the layout of a file that
     shares blocks with its sources, where the format leaves room for that.
     """
 
     layout: Callable[[str, Tensors, Mapping[str, Any]], Layout]
     files: Callable[[Checkpoint, int | None], Files]
+    suffix: str
+    has_metadata: bool = False
     shares: bool = False
     counts: bool = True
     has_index: bool = True
@@ -144,23 +148,38 @@ def _gguf(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
 
 
 CONTAINERS: Mapping[str, Container] = {
-    "safetensors": Container(_safetensors, _numbered(pack, "model", ".safetensors"), sharing=sharing_layout),
-    "torch": Container(_torch("torch"), _numbered(pack_shared, "pytorch_model", ".bin"), shares=True),
-    "torch-1.12": Container(_torch("torch-1.12"), _numbered(pack_2023, "pytorch_model", ".bin"), counts=False),
+    "safetensors": Container(
+        _safetensors, _numbered(pack, "model", ".safetensors"), ".safetensors", True, sharing=sharing_layout
+    ),
+    "torch": Container(_torch("torch"), _numbered(pack_shared, "pytorch_model", ".bin"), ".bin", shares=True),
+    "torch-1.12": Container(_torch("torch-1.12"), _numbered(pack_2023, "pytorch_model", ".bin"), ".bin", counts=False),
     "tencentpretrain": Container(
         _torch("torch"),
         _numbered(pack_shared, "tencentpretrain_model", ".bin", "-{}", first=0),
+        ".bin",
         shares=True,
         counts=False,
     ),
     "meta": Container(
-        _torch("torch"), lambda checkpoint, _: _by_shard(checkpoint.shards, checkpoint.tensors), has_index=False
+        _torch("torch"),
+        lambda checkpoint, _: _by_shard(checkpoint.shards, checkpoint.tensors),
+        ".pth",
+        has_index=False,
     ),
     "gguf": Container(
         _gguf,
         lambda checkpoint, _: [(f"{checkpoint.prefix or 'model'}.gguf", list(checkpoint))],
+        ".gguf",
+        has_metadata=True,
         has_index=False,
     ),
 }
 FORMATS = ("safetensors", "torch", "torch-1.12")
 """Containers that hold any checkpoint; the others belong to a layout."""
+
+
+def without_place(metadata: Mapping[str, Any], container: str) -> tuple[str, ...]:
+    """What of a checkpoint's metadata a container has no place for, in words."""
+    lost = [] if CONTAINERS[container].has_metadata else sorted(metadata.keys() - {"format"})
+    named = ", ".join(escape(key) for key in lost[:10])
+    return (f"{container} files have no place for the __metadata__ of the source: {named} left out",) if lost else ()

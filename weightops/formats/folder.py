@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from weightops.checkpoint import Checkpoint, Copied, Sidecar, Written
+from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, NoWeights, SourceMissing, UsageError
-from weightops.formats import checksums, manifest
+from weightops.formats import manifest
 from weightops.formats.index import ShardIndex, parse_index
 from weightops.formats.manifest import Manifest
 from weightops.formats.safetensors import read_safetensors
-from weightops.formats.sniff import LFS_MAGIC
+from weightops.formats.sidecars import find_sidecars
 from weightops.formats.torch_legacy import read_torch
 from weightops.io.escape import escape
 from weightops.io.folder import Folder, LocalFolder
@@ -32,21 +32,6 @@ _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _GLOB = re.compile(r"[*?[]")
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+")
-_OTHER_WEIGHTS = (
-    ".ggml",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".ckpt",
-    ".npz",
-    ".ot",
-    ".tflite",
-    ".enc",
-)
-_NOT_CARRIED = {"README.md", manifest.NAME}
-_READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json", "quantize_config.json")
-"""Sidecars that operations read: those of a remote checkpoint are fetched when it is opened."""
-_MAX_SIDECAR_NBYTES = 100_000_000
 _REMOTE_READERS = 8
 """Headers that are fetched at once: nearly all of the time is waiting for a server."""
 
@@ -111,9 +96,17 @@ def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None 
     """The checkpoint in a folder or weight file; raises as `open_checkpoint` does."""
     if not isinstance(place, SourceFile):
         return _read_folder(place, web, weights)
-    ((tensors, warnings),) = _read_weights([place], web)
+    (read,) = _read_weights([place], web)
     beside = None if place.is_remote else LocalFolder(Path(place.path).parent)
-    return Checkpoint(place.name, tensors, shards=dict.fromkeys(tensors, place.name), warnings=warnings, folder=beside)
+    metadata, said = _joined([read.metadata])
+    return Checkpoint(
+        place.name,
+        read.tensors,
+        shards=dict.fromkeys(read.tensors, place.name),
+        warnings=(*read.warnings, *said),
+        metadata=metadata,
+        folder=beside,
+    )
 
 
 def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkpoint:
@@ -135,8 +128,10 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     warnings: list[str] = []
-    for name, (found, said) in zip(files, _read_weights([folder.file(name) for name in files], web), strict=True):
-        warnings += said
+    read = _read_weights([folder.file(name) for name in files], web)
+    for name, weights_in_it in zip(files, read, strict=True):
+        found = weights_in_it.tensors
+        warnings += weights_in_it.warnings
         if len(files) > 1 and _PART.fullmatch(name):
             found = {f"{Path(name).stem}/{tensor}": lazy for tensor, lazy in found.items()}
         twice = next((t for t in found if t in tensors), None)
@@ -147,9 +142,11 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
     if index and index_name:
         _check_index(index, shards, f"{folder.shown}/{escape(index_name)}")
         warnings += _index_warnings(index, index_name, tensors)
+    metadata, said = _joined([each.metadata for each in read])
+    warnings += said
     stray = [n for n in names if n not in files and _is_weights(n) and Path(n).suffix == Path(files[0]).suffix]
     warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
-    sidecars, notes = _sidecars(folder, names, files)
+    sidecars, notes = find_sidecars(folder, names, files, stray)
     told = _manifest(folder, names)
     origin = downloaded_from(told) if told else None
     if told is not None and {n: t.spec for n, t in told.tensors.items()} != {n: t.spec for n, t in tensors.items()}:
@@ -161,11 +158,27 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
         shards,
         index.total_size if index else None,
         (*warnings, *notes),
+        metadata=metadata,
         folder=folder,
         origin=origin,
         content_id=told.content_id if told else None,
         digests={n: t.xxh3_128 for n, t in told.tensors.items()} if told else {},
     )
+
+
+def _joined(found: Iterable[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
+    """The `__metadata__` of all files, which every file of an output gets; and what they do not agree on.
+
+    `format` says to loaders which library's tensors these are; transformers reads no file without it.
+    """
+    joined: dict[str, str] = {}
+    differ = set()
+    for metadata in found:
+        differ |= {key for key, value in metadata.items() if joined.setdefault(key, value) != value}
+    said = (
+        [f"the files' __metadata__ disagrees on {', '.join(map(escape, sorted(differ)))}: left out"] if differ else []
+    )
+    return {"format": "pt"} | {key: value for key, value in joined.items() if key not in differ}, said
 
 
 def downloaded_from(found: Manifest) -> str | None:
@@ -275,8 +288,12 @@ def _check_parts(weights: list[str], shown: str) -> list[str]:
     return weights
 
 
-_Weights = tuple[dict[str, LazyTensor], tuple[str, ...]]
-"""The tensors of a file, and what there is to say about it."""
+class _Weights(NamedTuple):
+    """The tensors of a file, what there is to say about it, and a safetensors file's `__metadata__`."""
+
+    tensors: dict[str, LazyTensor]
+    warnings: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = {}
 
 
 def _read_weights(files: Sequence[SourceFile], web: Web | None) -> list[_Weights]:
@@ -294,20 +311,21 @@ def _read_weights(files: Sequence[SourceFile], web: Web | None) -> list[_Weights
 
 def _read_file(file: SourceFile, files: FileReader) -> _Weights:
     if file.name.endswith(".safetensors"):
-        return read_safetensors(file, files).tensors, ()
+        found = read_safetensors(file, files)
+        return _Weights(found.tensors, metadata=found.metadata)
     if file.name.endswith(".gguf"):
         from weightops.formats.gguf import read_gguf  # imported here because few folders hold one
 
-        return read_gguf(file, files).tensors, ()
-    found = read_torch(file, files)
-    written_as = _PART.fullmatch(f"{found.root}.pth")
+        return _Weights(read_gguf(file, files).tensors)
+    read = read_torch(file, files)
+    written_as = _PART.fullmatch(f"{read.root}.pth")
     if written_as and _PART.fullmatch(file.name) and file.name != written_as[0]:
         raise CorruptInput(
             f"{file.shown}: was written as {escape(written_as[0])}, so the parts of this model were renamed",
             hint="give each part its own name again",
         )
-    skipped = f"{escape(file.name)}: not tensors, left out: {', '.join(map(escape, found.extras[:10]))}"
-    return found.tensors, (skipped,) if found.extras else ()
+    skipped = f"{escape(file.name)}: not tensors, left out: {', '.join(map(escape, read.extras[:10]))}"
+    return _Weights(read.tensors, (skipped,) if read.extras else ())
 
 
 def _check_index(index: ShardIndex, shards: Mapping[str, str], shown: str) -> None:
@@ -328,31 +346,3 @@ def _index_warnings(index: ShardIndex, name: str, tensors: Mapping[str, LazyTens
     if index.total_size in (None, total, unshared):
         return []
     return [f"{escape(name)}: total_size is {index.total_size}, the tensors have {total} bytes"]
-
-
-def _sidecars(folder: Folder, names: list[str], weights: list[str]) -> tuple[dict[str, Sidecar], list[str]]:
-    """The folder's other files, as far as they describe the model rather than these very files."""
-    sidecars: dict[str, Sidecar] = {}
-    notes = []
-    for name in names:
-        if (
-            name in weights
-            or name in _NOT_CARRIED
-            or name.startswith(".")
-            or name.endswith((".index.json", *_OTHER_WEIGHTS))
-            or checksums.is_checksum_list(name)
-            or _is_weights(name)
-            or _NOT_WEIGHTS.fullmatch(name)
-            or not folder.has(name)
-        ):
-            continue
-        file = folder.file(name)
-        if file.nbytes < 1024 and not file.is_remote and folder.read(name).startswith(LFS_MAGIC):
-            notes.append(f"{escape(name)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
-        if file.nbytes > _MAX_SIDECAR_NBYTES:
-            notes.append(f"{escape(name)}: {file.nbytes} bytes, not a config or tokenizer file: not carried along")
-            continue
-        if name.endswith(".py"):
-            notes.append(f"{escape(name)}: code, carried along as data and never run")
-        sidecars[name] = Written(folder.read(name)) if file.is_remote and name in _READ_EARLY else Copied(file)
-    return sidecars, notes

@@ -24,6 +24,9 @@ class Folder(Protocol):
     def names(self) -> list[str]:
         """What lies directly in it, sorted."""
 
+    def below(self, pattern: str) -> list[str]:
+        """The files directly in subfolders whose name matches a glob, as `folder/file`, sorted."""
+
     def has(self, name: str) -> bool:
         """Whether there is a file of that name, which may be that of one in a subfolder."""
 
@@ -44,6 +47,10 @@ class LocalFolder:
 
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self.root.iterdir())
+
+    def below(self, pattern: str) -> list[str]:
+        folders = [f for f in self.root.glob(pattern) if f.is_dir() and not f.is_symlink()]
+        return sorted(f"{folder.name}/{file.name}" for folder in folders for file in folder.iterdir())
 
     def has(self, name: str) -> bool:
         return (self.root / name).is_file()

@@ -105,7 +105,6 @@ def dequantize(
         total_size=None,
         content_id=None,
         digests={name: digest for name, digest in source.digests.items() if name in tensors},
-        metadata={"format": "pt"},
         prefix=None,
     )
     return result.with_config(_without_quantization).with_dtype(dtype)

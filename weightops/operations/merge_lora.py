@@ -61,7 +61,6 @@ def merge_lora(
         content_id=None,
         digests={name: digest for name, digest in base.digests.items() if tensors.get(name) == base.get(name)},
         warnings=(*base.warnings, *(w for a in adapter for w in a.warnings), *notes, *merging.notes, *files),
-        metadata={"format": "pt"},
         prefix=None,
     )
     return with_settings(merged, merging.vocab_size, merging.is_untied)

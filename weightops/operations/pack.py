@@ -119,7 +119,6 @@ def pack(
         total_size=None,
         content_id=None,
         digests={n: d for n, d in source.digests.items() if tensors.get(n) == source.get(n)},
-        metadata={"format": "pt"},
         prefix=None,
     )
     return with_config(result, settings)

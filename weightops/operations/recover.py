@@ -9,6 +9,7 @@ from weightops.checkpoint import Checkpoint, Sidecar
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.formats.delta import Delta, DeltaTensor, find_delta, label
+from weightops.formats.sidecars import Kind, is_tokenizer_file, kind_of
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.diff import resizable
@@ -27,8 +28,6 @@ from weightops.ops.witness import Witness
 from weightops.spec import DType
 
 VOCAB_POLICIES = ("refuse", "mean", "zero", "stored")
-_FROM_RAW = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-_FROM_RAW_PREFIXES = ("tokenizer", "vocab.", "chat_template", "sentencepiece", "spiece")
 
 
 def recover(
@@ -65,7 +64,9 @@ def recover(
             recovered = replace(recovered, tensors=tensors)
     else:
         recovered = _recover_published(raw, diff, vocab, dtype, tuple(carry), tuple(drop))
-    recovered = replace(recovered, sidecars=_sidecars(raw, diff), metadata={"format": "pt"}, prefix=None)
+    recovered = replace(
+        recovered, sidecars=_sidecars(raw, diff), metadata={**diff.metadata, "format": "pt"}, prefix=None
+    )
     return recovered.with_dtype(dtype) if dtype else recovered
 
 
@@ -75,7 +76,9 @@ def _sidecars(raw: Checkpoint, diff: Checkpoint) -> dict[str, Sidecar]:
     from_raw = {
         n: s
         for n, s in raw.sidecars.items()
-        if n in _FROM_RAW[:2] or (not has_tokenizer and (n in _FROM_RAW or n.startswith(_FROM_RAW_PREFIXES)))
+        if n == "config.json"
+        or kind_of(n) in (Kind.GENERATION, Kind.NOTICE)
+        or (is_tokenizer_file(n) and not has_tokenizer)
     }
     return {**from_raw, **{n: s for n, s in diff.sidecars.items() if n != DELTA_NAME}}
 

@@ -16,8 +16,11 @@ from weightops.engine.values import values
 from weightops.errors import UsageError
 from weightops.formats import checksums
 from weightops.formats import manifest as manifest_format
+from weightops.formats.containers import CONTAINERS, without_place
+from weightops.formats.folder import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.folder import is_remote, open_checkpoint
 from weightops.formats.manifest import Manifest
+from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.manifests import find_manifest
 from weightops.ops.stored import without_shared_checks
@@ -29,6 +32,7 @@ from weightops.recipes.verbs import find_verb
 if TYPE_CHECKING:
     from weightops.remote.web import Web
 
+CARD = "README.md"
 StrPath = str | os.PathLike[str]
 
 
@@ -79,12 +83,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A checkpoint to be written, the sources it comes from by role, and how it was made."""
+    """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made."""
 
     checkpoint: Checkpoint
     files: Files
     recipe: Mapping[str, Any]
     sources: Mapping[str, Checkpoint]
+    is_file: bool = False
 
 
 def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
@@ -132,9 +137,11 @@ def _evaluate(control: Control) -> Evaluate:
 
 def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Result]:
     """Plan all outputs, and unless it is a dry run write them."""
-    plans = {out: _plan(each, out.name) for out, each in wanted.items()}
+    wanted = {out: _as_file(each, out) if out.suffix in _FILES else each for out, each in wanted.items()}
+    plans = {out: _plan(each, out) for out, each in wanted.items()}
+    said = {out: (*each.checkpoint.warnings, *_without_place(each, plans[out])) for out, each in wanted.items()}
     if running.get("dry_run"):
-        return {out: Result(out, plans[out], None, (), each.checkpoint.warnings) for out, each in wanted.items()}
+        return {out: Result(out, plan, None, (), said[out]) for out, plan in plans.items()}
     with connected(running, any(plan.is_remote for plan in plans.values())):
         outcomes = run_all(
             plans,
@@ -144,13 +151,37 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
             control=running.get("control"),
         )
     results = {}
-    for (out, each), done in zip(wanted.items(), outcomes, strict=True):
-        warnings = (*each.checkpoint.warnings, *done.warnings)
-        results[out] = Result(done.out, plans[out], done.manifest, done.resumed, warnings)
+    for (out, plan), done in zip(plans.items(), outcomes, strict=True):
+        results[out] = Result(done.out, plan, done.manifest, done.resumed, (*said[out], *done.warnings))
     return results
 
 
-def _plan(wanted: Wanted, title: str) -> Plan:
+def _without_place(wanted: Wanted, plan: Plan) -> tuple[str, ...]:
+    """What the checkpoint holds and the output cannot."""
+    return without_place(wanted.checkpoint.metadata, plan.container)
+
+
+def _as_file(wanted: Wanted, out: Path) -> Wanted:
+    """The same, to be written as the single file `out`; raises `UsageError` for what needs a folder."""
+    checkpoint = wanted.checkpoint
+    made = CONTAINERS[_container(checkpoint.container, wanted.files.get("format", "safetensors"))].suffix
+    if out.suffix != ".gguf" or made != ".gguf":
+        raise UsageError(
+            f"{escape(str(out))} is the name of a file, and this writes a folder of {made} files with what goes along",
+            hint=f"name a folder: --out {escape(str(out.with_suffix('')))}",
+        )
+    if wanted.files.get("card"):
+        raise UsageError("a model card needs a folder", hint="leave out --card, or name a folder: --out DIR")
+    left = ", ".join(map(escape, checkpoint.sidecars))
+    said = (f"a single file has no place for {left}: left out; --out DIR takes them along",) if left else ()
+    return replace(
+        wanted,
+        checkpoint=replace(checkpoint, prefix=out.stem, sidecars={}, warnings=(*checkpoint.warnings, *said)),
+        is_file=True,
+    )
+
+
+def _plan(wanted: Wanted, out: Path) -> Plan:
     checkpoint, files = wanted.checkpoint, wanted.files
     recipe = dict(wanted.recipe)
     if checkpoint.dropped:
@@ -158,6 +189,8 @@ def _plan(wanted: Wanted, title: str) -> Plan:
     checkpoint, origins = observe(checkpoint, wanted.sources)
     size = files.get("max_shard_size", DEFAULT_SHARD_NBYTES)
     expect = files.get("expect")
+    if files.get("card"):
+        checkpoint = replace(checkpoint, sidecars={n: s for n, s in checkpoint.sidecars.items() if n != CARD})
     plan = make_plan(
         checkpoint,
         recipe,
@@ -167,13 +200,14 @@ def _plan(wanted: Wanted, title: str) -> Plan:
         expect=read_expectation(expect) if expect is not None else None,
         origins=origins,
         reflink=files.get("reflink", False),
+        is_file=wanted.is_file,
     )
     if not files.get("card"):
         return plan
     from weightops.operations.card import card  # imported here because few runs write one
 
     names = {origin.role: origin.name for origin in origins}
-    readme = card(title, recipe, names, files=plan.shard_nbytes, warnings=checkpoint.warnings)
+    readme = card(out.name, recipe, names, files=plan.shard_nbytes, warnings=checkpoint.warnings)
     return replace(plan, documents=(*plan.documents, readme))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from weightops.errors import CorruptInput, SourceMissing, UsageError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
@@ -24,6 +26,9 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         return sorted(name for name in self._files if "/" not in name)
+
+    def below(self, pattern: str) -> list[str]:
+        return sorted(n for n in self._files if n.count("/") == 1 and fnmatchcase(n.partition("/")[0], pattern))
 
     def has(self, name: str) -> bool:
         return name in self._files
