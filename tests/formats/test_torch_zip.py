@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_state_dict_of_a_module_has_metadata_that_is_ignored(tmp_path: Path) -> 
     assert_equal(read_torch(path), dict(module.state_dict()))
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module", "net"])
 def test_a_wrapper_is_taken_off(tmp_path: Path, wrapper: str) -> None:
     path = tmp_path / "model.bin"
     torch.save(
@@ -134,11 +135,82 @@ def test_a_wrapper_is_taken_off(tmp_path: Path, wrapper: str) -> None:
     assert found.extras == ("epoch", "args", "note")
 
 
+def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_the_model_is_taken_out_of_a_training_checkpoint(tmp_path: Path) -> None:
+    """As PyTorch's tutorials, Lightning, DeepSpeed and nested scripts save it, with tensors beside the model."""
+    path = tmp_path / "model.bin"
+    model, optimizer = trained()
+    state, moments = dict(model.state_dict()), optimizer.state_dict()
+    for beside in (
+        {"epoch": 1, "model_state_dict": state, "optimizer_state_dict": moments, "loss": torch.ones(())},
+        {"state_dict": state, "optimizer_states": [moments], "lr_schedulers": [], "callbacks": {"x": {"best": None}}},
+        {"module": state, "optimizer": moments, "cuda_rng_state": torch.ones(4, dtype=torch.uint8), "ds_version": "1"},
+        {"model": {"state_dict": state, "step": 3}, "best_loss": torch.ones(())},
+    ):
+        torch.save(beside, path)
+        found = read_torch(path)
+        assert_equal(found, state)
+        assert {*beside} - {"model_state_dict", "state_dict", "module", "model"} <= {*found.extras}
+
+
+def test_a_checkpoint_that_holds_itself_ends(tmp_path: Path) -> None:
+    value: dict[str, Any] = {"epoch": torch.ones(1)}
+    value["model"] = value
+    torch.save(value, tmp_path / "model.bin")
+    with pytest.raises(CorruptInput, match="nested under 'model'"):
+        read_torch(tmp_path / "model.bin")
+
+
+ATTRIBUTES: list[dict[str, Any]] = [
+    {"partition_dim": 0},
+    {"label": "w", "shape_was": torch.Size([2, 3]), "tags": ["a", ("b", 1.5)]},
+    {"main_grad": torch.ones(5)},
+]
+"""What people hang onto tensors: Megatron's partitions, a name, a second tensor."""
+
+
+@pytest.mark.parametrize("attributes", ATTRIBUTES, ids=["plain", "several", "tensor"])
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.nn.Parameter], ids=["tensor", "parameter"])
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_attributes_of_tensors_are_passed_over(
+    tmp_path: Path, attributes: dict[str, Any], kind: Callable[[torch.Tensor], torch.Tensor], is_zip: bool
+) -> None:
+    path = tmp_path / "model.bin"
+    tensor = kind(torch.arange(6.0).reshape(2, 3))
+    for name, value in attributes.items():
+        setattr(tensor, name, value)
+    torch.save({"w": tensor, "v": torch.ones(2)}, path, _use_new_zipfile_serialization=is_zip)
+    assert torch.equal(torch.load(path, weights_only=True)["w"], tensor)
+    assert_equal(read_torch(path), {"w": tensor.detach(), "v": torch.ones(2)})
+
+
+class Sub(torch.Tensor):
+    """A class of somebody's own."""
+
+
+def test_tensors_of_other_classes_are_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2).as_subclass(Sub)}, tmp_path / "model.bin")
+    with pytest.raises(CorruptInput, match=r"asks to run `test_torch_zip\.Sub`"):
+        read_torch(tmp_path / "model.bin")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"model": {"w": torch.ones(1)}, "optimizer": {"state": [{"m": torch.ones(1)}]}}, "nested under 'optimizer'"),
-        ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "nested under 'model'"),
+        (
+            {"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}, "optimizer": [torch.ones(1)]},
+            "nested under 'ema'",
+        ),
+        ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "several models: state_dict and model"),
+        ({"generator": {"w": torch.ones(1)}, "discriminator": {"w": torch.ones(1)}}, "nested under 'generator'"),
+        ({"w": torch.ones(1), "optimizer": {"m": torch.ones(1)}}, "nested under 'optimizer'"),
         ({"w": torch.ones(1), "model": {"v": torch.ones(1)}}, "nested under 'model'"),
         ({"model": {"a": {"w": torch.ones(1)}}}, "nested under 'a'"),
         ({"generator": (1, [torch.ones(1)])}, "nested under 'generator'"),

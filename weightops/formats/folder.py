@@ -324,7 +324,7 @@ def _read_file(file: SourceFile, files: FileReader) -> _Weights:
             f"{file.shown}: was written as {escape(written_as[0])}, so the parts of this model were renamed",
             hint="give each part its own name again",
         )
-    skipped = f"{escape(file.name)}: not tensors, left out: {', '.join(map(escape, read.extras[:10]))}"
+    skipped = f"{escape(file.name)}: no weights, left out: {', '.join(map(escape, read.extras[:10]))}"
     return _Weights(read.tensors, (skipped,) if read.extras else ())
 
 

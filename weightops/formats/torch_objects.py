@@ -5,6 +5,7 @@ Source: torch/_utils.py (`_rebuild_*`) and torch/serialization.py (`persistent_i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,16 @@ from weightops.spec import DType, TensorSpec
 
 _MAX_RANK = 64
 _MAX_COUNT = 1 << 48
-_WRAPPERS = ("state_dict", "model", "module")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+"""Where training checkpoints keep the model: Lightning, PyTorch's own tutorials, DeepSpeed, and many scripts."""
+_MAX_WRAPPERS = 3
+_TRAINING = re.compile(r"optim|sched|scaler|rng|random|loss|callbacks|loops|metric|step|epoch|best", re.IGNORECASE)
+"""Names of what is beside the model there, tensors or not."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """One file: its tensors in state-dict order, the names of entries that are no tensors and were left out, and the
+    """One file: its tensors in state-dict order, the names of entries that are no weights and were left out, and the
     folder in the archive."""
 
     file: SourceFile
@@ -140,6 +145,17 @@ def _unsupported(what: str) -> Refuse:
 _OPAQUE = object()
 """Stands for values that do not matter."""
 
+_PLAIN = object()
+"""Stands for the classes of plain tensors."""
+
+
+def _with_attributes(rebuild: object, kind: object, arguments: object, state: object) -> Any:
+    """A tensor with Python attributes, which are about how it was trained; `torch._tensor._rebuild_from_type_v2`."""
+    if not isinstance(rebuild, Call) or kind is not _PLAIN or type(arguments) is not tuple:
+        raise ValueError("a tensor of a class that is not torch's own")
+    return rebuild.build(*arguments)
+
+
 _OTHER_TENSORS = {
     "qtensor": "a quantized tensor",
     "sparse_tensor": "a sparse tensor",
@@ -168,13 +184,14 @@ ALLOWED: Mapping[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_tensor_v3"): Call(
         lambda s, o, size, stride, grad, hooks, dtype, metadata=None: TensorCall(s, o, size, stride, dtype, metadata)
     ),
+    ("torch._tensor", "_rebuild_from_type_v2"): Call(_with_attributes),
+    **dict.fromkeys([("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn", "Parameter")], _PLAIN),
     ("torch._utils", "_rebuild_parameter"): Call(lambda data, grad, hooks: data),
     ("torch._utils", "_rebuild_parameter_with_state"): Call(lambda data, grad, hooks, state: data),
     **{("torch", d.value): d for d in DType if not d.is_packed},
     **{(m, name): StorageClass(d) for d, name in STORAGE_CLASSES.items() for m in ("torch", "torch.cuda")},
     **{(m, n): StorageClass(None) for n in ("UntypedStorage", "_UntypedStorage") for m in ("torch", "torch.storage")},
     ("torch.storage", "TypedStorage"): _OPAQUE,
-    ("torch._tensor", "_rebuild_from_type_v2"): _unsupported("a tensor subclass"),
     **{("torch._utils", f"_rebuild_{name}"): _unsupported(what) for name, what in _OTHER_TENSORS.items()},
     **{("torch", name): _unsupported("an unusual dtype") for name in _OTHER_DTYPES},
 }
@@ -184,20 +201,39 @@ ALLOWED: Mapping[tuple[str, str], object] = {
 def find_tensors(root: Any, what: str) -> tuple[dict[str, TensorCall], tuple[str, ...]]:
     """The tensors of a state dict, and the names of its other entries.
 
-    A state dict under one of the usual names, in a dict without tensors of its own, is taken out of that wrapper.
-    Raises `CorruptInput`, beginning with `what`, if there are tensors in any other place.
+    A state dict under one of the usual names is taken out of that wrapper, if what is beside it is plainly the state of
+    a training run. Raises `CorruptInput`, beginning with `what`, if there are tensors in any other place.
     """
     if type(root) is not dict:
         kind = "a single tensor" if isinstance(root, TensorCall) else f"a {type(root).__name__}"
         raise CorruptInput(f"{what}: holds {kind}, expected a state dict")
     barren: set[int] = set()
-    wrapped = [k for k in _WRAPPERS if type(root.get(k)) is dict and _holds_tensors(root[k], barren)]
-    if len(wrapped) != 1 or any(isinstance(value, TensorCall) for value in root.values()):
-        return _split(root, barren, what)
-    (name,) = wrapped
-    _, outside = _split({key: value for key, value in root.items() if key != name}, barren, what)
-    tensors, inside = _split(root[name], barren, what)
-    return tensors, outside + inside
+    beside: tuple[str, ...] = ()
+    for _ in range(_MAX_WRAPPERS):
+        if _is_flat(root):
+            break
+        models = [k for k in _WRAPPERS if type(root.get(k)) is dict and _holds_tensors(root[k], barren)]
+        if len(models) > 1:
+            raise CorruptInput(
+                f"{what}: holds several models: {' and '.join(models)}", hint="save the one that you want by itself"
+            )
+        if not models:
+            break
+        others = {key: value for key, value in root.items() if key != models[0]}
+        _split({key: value for key, value in others.items() if not _is_training(key)}, barren, what)
+        beside += tuple(others)
+        root = root[models[0]]
+    tensors, inside = _split(root, barren, what)
+    return tensors, beside + inside
+
+
+def _is_flat(root: dict[Any, Any]) -> bool:
+    """Whether a dict is a state dict itself: it has tensors, more than the loss of a training run."""
+    return any(isinstance(value, TensorCall) and not _is_training(key) for key, value in root.items())
+
+
+def _is_training(key: object) -> bool:
+    return type(key) is str and _TRAINING.search(key) is not None and key not in _WRAPPERS
 
 
 def _split(entries: dict[Any, Any], barren: set[int], what: str) -> tuple[dict[str, TensorCall], tuple[str, ...]]:
