@@ -24,7 +24,7 @@ from weightops.formats.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
 from weightops.recipes.document import Document
-from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, connected, execute, write_all
+from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, connected, execute, several, write_all
 from weightops.recipes.recipe import FILE_FIELDS, Location, Recipe, one_step, parse_recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
 
 def split_output(output: Output) -> tuple[Files, Running]:
     """What of the keywords is about files, and what about the run."""
-    files = {name: value for name, value in output.items() if name in FILE_FIELDS}
+    files = {name: value for name, value in output.items() if name in FILE_FIELDS and value is not None}
     running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
     return files, running  # type: ignore[return-value]  # both are parts of `Output`
 
@@ -101,12 +101,12 @@ def recover(
     *,
     vocab: str = "refuse",
     dtype: str | None = None,
-    carry: Iterable[str] = (),
-    drop: Iterable[str] = (),
+    carry: str | Iterable[str] = (),
+    drop: str | Iterable[str] = (),
     **output: Unpack[Output],
 ) -> Result:
     """Recover the tuned checkpoint from `raw` and a delta of either kind; see `weightops.operations.recover`."""
-    options = {"vocab": vocab, "dtype": dtype, "carry": tuple(carry), "drop": tuple(drop)}
+    options = {"vocab": vocab, "dtype": dtype, "carry": several(carry), "drop": several(drop)}
     return _one("recover", {"raw": raw, "diff": diff}, out, output, options)
 
 
@@ -120,7 +120,7 @@ def diff(
     **output: Unpack[Output],
 ) -> Result:
     """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
-    if method == "exact" and output.get("format", "safetensors") != "safetensors":
+    if method == "exact" and output.get("format") not in (None, "safetensors"):
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
     return _one("diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype})
 
@@ -130,13 +130,13 @@ def merge_lora(
     adapters: StrPath | Sequence[StrPath],
     out: StrPath,
     *,
-    weights: Sequence[float] = (),
+    weights: float | Sequence[float] = (),
     precision: Literal["float32", "float64"] = "float32",
     two_roundings: bool = False,
     **output: Unpack[Output],
 ) -> Result:
     """Merge LoRA adapters into `base`, one after the other; see `weightops.operations.merge_lora`."""
-    options = {"weights": tuple(weights), "precision": precision, "two_roundings": two_roundings}
+    options = {"weights": several(weights), "precision": precision, "two_roundings": two_roundings}
     return _one("merge-lora", {"base": base, "adapter": adapters}, out, output, options)
 
 
@@ -150,13 +150,13 @@ def extract_lora(
     max_rank: int = 256,
     seed: int = 0,
     dtype: str | None = None,
-    targets: Sequence[str] = (),
+    targets: str | Sequence[str] = (),
     rest: Literal["save", "refuse", "drop"] = "save",
     **output: Unpack[Output],
 ) -> Result:
     """Make the LoRA adapter that takes `base` to `tuned`, or near it; see `weightops.operations.extract_lora`."""
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed, "dtype": dtype}
-    options |= {"targets": tuple(targets), "rest": rest}
+    options |= {"targets": several(targets), "rest": rest}
     return _one("extract-lora", {"base": base, "tuned": tuned}, out, output, options)
 
 
@@ -165,14 +165,20 @@ def cast(
     out: StrPath,
     *,
     dtype: str | None = None,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     on_overflow: Literal["refuse", "saturate", "inf"] = "refuse",
     scheme: Literal["fp8"] | None = None,
     strategy: Literal["tensor", "channel"] = "channel",
     **output: Unpack[Output],
 ) -> Result:
     """Convert weights to another dtype and count what is lost; see `weightops.operations.cast`."""
-    options = {"dtype": dtype, "keep": tuple(keep), "on_overflow": on_overflow, "scheme": scheme, "strategy": strategy}
+    options = {
+        "dtype": dtype,
+        "keep": several(keep),
+        "on_overflow": on_overflow,
+        "scheme": scheme,
+        "strategy": strategy,
+    }
     return _one("cast", {"source": source}, out, output, options)
 
 
@@ -213,7 +219,7 @@ def shard(
     rename: Mapping[str, str] | None = None,
     drop_prefix: str | None = None,
     add_prefix: str | None = None,
-    drop: Sequence[str] = (),
+    drop: str | Sequence[str] = (),
     tie: bool = False,
     untie: bool = False,
     layers: str | None = None,
@@ -223,7 +229,12 @@ def shard(
 
     See `weightops.operations.shard`.
     """
-    options = {"rename": dict(rename or {}), "drop_prefix": drop_prefix, "add_prefix": add_prefix, "drop": tuple(drop)}
+    options = {
+        "rename": dict(rename or {}),
+        "drop_prefix": drop_prefix,
+        "add_prefix": add_prefix,
+        "drop": several(drop),
+    }
     return _one("shard", {"source": source}, out, output, {**options, "tie": tie, "untie": untie, "layers": layers})
 
 
@@ -249,10 +260,7 @@ def convert(
     """
     if check:
         _check_list(_local(source))
-    if to in ("safetensors", "torch"):
-        chosen: Output = {**output, "format": to}
-        return shard(source, out, **chosen)
-    options = {
+    options: dict[str, Any] = {
         "to": to,
         "layout": layout,
         "model_parallel": model_parallel,
@@ -262,6 +270,18 @@ def convert(
         "no_tokenizer": tokenizer is False,
         "as_in_2023": output.get("format") == "torch-1.12",
     }
+    if to in ("safetensors", "torch"):
+        unused = [name for name, value in options.items() if value and name not in ("to", "as_in_2023")]
+        if unused:
+            raise UsageError(
+                f"to {to} changes the container alone, of any model, and has no use for {unused[0]}",
+                hint="leave it out, or give the layout to write: hf, meta, tencentpretrain, llama_inference or gguf",
+            )
+        wanted = output.get("format") or to
+        if wanted.removesuffix("-1.12") != to:
+            raise UsageError(f"to {to} and format {wanted} contradict each other", hint="leave out one of the two")
+        chosen: Output = {**output, "format": wanted}
+        return shard(source, out, **chosen)
     weights = "consolidated.*" if layout == "meta" else None  # beside files of another layout that hold the same
     return _one("convert", {"source": source}, out, output, options, weights)
 
@@ -271,8 +291,8 @@ def download(
     out: StrPath,
     *,
     revision: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     digests: Mapping[str, str] | None = None,
     checksums: str | None = None,
     workers: int | None = None,
@@ -290,7 +310,18 @@ def download(
 
     control = control or Control()
     return download_into(
-        source, Path(out), revision, include, exclude, digests, checksums, workers, prune, offline, dry_run, control
+        source,
+        Path(out),
+        revision,
+        several(include),
+        several(exclude),
+        digests,
+        checksums,
+        workers,
+        prune,
+        offline,
+        dry_run,
+        control,
     )
 
 
@@ -317,7 +348,7 @@ def check(
     *,
     values: bool = True,
     max_abs: float | None = None,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     workers: int | None = None,
     control: Control | None = None,
 ) -> CheckReport:
@@ -327,7 +358,9 @@ def check(
     control = control or Control()
     with connected({"control": control}, is_remote(source)) as web:
         checkpoint = open_checkpoint(source, web)
-        return operation(checkpoint, values=values, max_abs=max_abs, ignore=ignore, workers=workers, control=control)
+        return operation(
+            checkpoint, values=values, max_abs=max_abs, ignore=several(ignore), workers=workers, control=control
+        )
 
 
 def verify(
@@ -363,7 +396,7 @@ def verify(
 
 
 def manifest(
-    folder: StrPath, *, digests: Sequence[str] = (), workers: int | None = None, control: Control | None = None
+    folder: StrPath, *, digests: str | Sequence[str] = (), workers: int | None = None, control: Control | None = None
 ) -> Manifest:
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     from weightops.operations.manifest import make_manifest
@@ -375,7 +408,9 @@ def manifest(
         checkpoint = open_checkpoint(folder)
     except NoWeights:
         checkpoint = Checkpoint(folder.name, {})
-    return make_manifest(folder, checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control)
+    return make_manifest(
+        folder, checkpoint, digest_tensors(checkpoint, workers, control), several(digests), workers, control
+    )
 
 
 def _local(path: StrPath) -> Path:

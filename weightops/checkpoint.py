@@ -16,6 +16,7 @@ import msgspec
 
 from weightops.errors import UsageError
 from weightops.io import strict_json
+from weightops.io.brief import brief
 from weightops.io.folder import Folder
 from weightops.io.source import SourceFile, read_source
 from weightops.lazy import LazyTensor
@@ -108,6 +109,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     origin: str | None = None
     content_id: str | None = None
     digests: Digests = field(default_factory=dict)
+
+    __repr__ = brief
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

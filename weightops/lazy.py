@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
+from weightops.io.brief import brief
 from weightops.io.memory import copy_bytes
 from weightops.io.source import FileReader, SourceFile
 from weightops.spec import TensorSpec
@@ -76,6 +77,8 @@ class LazyTensor:
     op: Op
     inputs: tuple[LazyTensor, ...]
     spec: TensorSpec
+
+    __repr__ = brief
 
     @property
     def grain(self) -> int:

@@ -23,6 +23,7 @@ from weightops.formats import manifest
 from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
+from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.io.source import SourceFile
 from weightops.lazy import LazyTensor
@@ -52,6 +53,8 @@ class Shard:
 
     name: str
     tensors: Mapping[str, LazyTensor]
+
+    __repr__ = brief
 
 
 class Expectation(msgspec.Struct, frozen=True):
@@ -115,6 +118,8 @@ class Plan:
     """Whether the output is its one shard alone, and no folder."""
     reflink: bool = False
     """Whether shards are laid out to share blocks with the sources, and then do where the file system can."""
+
+    __repr__ = brief
 
     def layout(self, shard: Shard) -> Layout:
         """The bytes of one shard, up to the values of its tensors."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from meta_model import make_meta, meta_forward
+from meta_model import make_meta, meta_download, meta_forward
 from safetensors.torch import load_file
 
 from weightops import api
@@ -391,8 +391,37 @@ def test_a_damaged_flat_storage_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["safetensors", "torch"])
 def test_containers_change_alone_but_not_of_parts(tmp_path: Path, to: str) -> None:
     whole = meta(tmp_path / "one", parts=1)
-    convert(tmp_path / "one", tmp_path / to, to)
+    api.convert(tmp_path / "one", tmp_path / to, to=to)
     assert same(load(tmp_path / to), whole)
     meta(tmp_path / "two")
     with pytest.raises(UsageError, match="each file holds a part of every tensor"):
-        convert(tmp_path / "two", tmp_path / "out", to)
+        api.convert(tmp_path / "two", tmp_path / "out", to=to)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("safetensors", {"format": "torch"}, "to safetensors and format torch contradict"),
+        ("torch", {"format": "safetensors"}, "to torch and format safetensors contradict"),
+        ("safetensors", {"layout": "hf"}, "has no use for layout"),
+        ("safetensors", {"dtype": "float16"}, "has no use for dtype"),
+        ("torch", {"model_parallel": 2}, "has no use for model_parallel"),
+        ("torch", {"settings": CONTEXT}, "has no use for settings"),
+        ("torch", {"tokenizer": False}, "has no use for no_tokenizer"),
+        ("meta", {"settings": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
+        ("meta", {"settings": CONTEXT, "format": "safetensors"}, "always written as meta files, not safetensors"),
+        ("gguf", {"settings": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
+        ("gguf", {"settings": CONTEXT, "format": "torch"}, "always written as gguf files, not torch"),
+    ],
+)
+def test_options_without_a_use_are_refused(tmp_path: Path, to: str, options: dict[str, Any], message: str) -> None:
+    meta_download(tmp_path / "one")
+    with pytest.raises(UsageError, match=message):
+        api.convert(tmp_path / "one", tmp_path / "out", to=to, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_torch_files_may_be_those_of_2022(tmp_path: Path) -> None:
+    whole = meta(tmp_path / "one", parts=1)
+    api.convert(tmp_path / "one", tmp_path / "out", to="torch", format="torch-1.12")
+    assert same(load(tmp_path / "out"), whole)

@@ -65,5 +65,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
       weightops convert ./llama-2-7b-hf --to gguf --dtype q8_0 --out ./llama-2-7b-gguf
     """
     if options.pop("no_tokenizer"):
+        if options["tokenizer"] is not None:
+            raise click.UsageError("--tokenizer names one and --no-tokenizer does without: give one of the two.")
         options["tokenizer"] = False
     write(api.convert, source, out, **options)

@@ -41,6 +41,9 @@ def command(
       weightops manifest ./model
       weightops manifest ./model --sha256sums > SHA256SUMS
     """
+    unused = [name for name, given in (("--json", as_json), ("--overwrite", overwrite), ("--digest", digests)) if given]
+    if lists and unused:
+        raise click.UsageError(f"a checksum list is printed as it is read by others: {unused[0]} has no use there.")
     target = folder / NAME
     if lists is None and target.exists() and not overwrite:
         raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")

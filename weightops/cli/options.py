@@ -87,12 +87,11 @@ def write_options(command: Command) -> Command:
             click.option(
                 "--format",
                 type=click.Choice(FORMATS),
-                default="safetensors",
-                show_default=True,
-                help="Container; torch files are byte-identical to torch.save, torch-1.12 to that of 2022-23.",
+                help="Container; torch files are byte-identical to torch.save, torch-1.12 to that of 2022-23. "
+                "Default: safetensors.",
             ),
             click.option(
-                "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="5GB, 2GiB, or `source`."
+                "--max-shard-size", metavar="SIZE", help="5GB, 2GiB, or `source` for its own files; default: 5GB."
             ),
             click.option("--expect", metavar="MANIFEST", help="Publish only what matches this manifest, list or name."),
             click.option("--digest", "digests", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well."),

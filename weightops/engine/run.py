@@ -21,6 +21,7 @@ from weightops.engine.stream import BLOCK_NBYTES, File, write_files
 from weightops.errors import Differs, OutputExists, UsageError, WeightopsError
 from weightops.formats import manifest
 from weightops.io.atomic import temporary_of
+from weightops.io.brief import brief
 from weightops.io.digests import FileDigests, hash_file
 from weightops.io.source import FileReader
 from weightops.lazy import Evaluator, LazyTensor
@@ -38,6 +39,8 @@ class Outcome:
     resumed: tuple[str, ...]
     """Shards that an earlier run had committed."""
     warnings: tuple[str, ...] = ()
+
+    __repr__ = brief
 
 
 class _Job:

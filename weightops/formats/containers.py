@@ -25,8 +25,8 @@ class Container:
 
     `files` groups tensors by bytes per file, or as they come if that is None. `suffix` ends a file's name.
     `has_metadata`: there is room for what safetensors has as `__metadata__`. `shares`: bytes that several names share
-    are stored once. `counts`: its index names the number of parameters. `sharing`: the layout of a file that
-    shares blocks with its sources, where the format leaves room for that.
+    are stored once. `counts`: its index names the number of parameters. `is_divided`: files have a largest size.
+    `sharing`: the layout of a file that shares blocks with its sources, where the format leaves room for that.
     """
 
     layout: Callable[[str, Tensors, Mapping[str, Any]], Layout]
@@ -36,6 +36,7 @@ class Container:
     shares: bool = False
     counts: bool = True
     has_index: bool = True
+    is_divided: bool = True
     sharing: Callable[[str, Tensors, Mapping[str, Any]], Layout] | None = None
 
 
@@ -165,6 +166,7 @@ CONTAINERS: Mapping[str, Container] = {
         lambda checkpoint, _: _by_shard(checkpoint.shards, checkpoint.tensors),
         ".pth",
         has_index=False,
+        is_divided=False,
     ),
     "gguf": Container(
         _gguf,
@@ -172,6 +174,7 @@ CONTAINERS: Mapping[str, Container] = {
         ".gguf",
         has_metadata=True,
         has_index=False,
+        is_divided=False,
     ),
 }
 FORMATS = ("safetensors", "torch", "torch-1.12")

@@ -15,6 +15,7 @@ import msgspec
 
 from weightops.errors import CorruptInput
 from weightops.io import strict_json
+from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.io.source import read_source
@@ -68,6 +69,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     recipe: dict[str, Any] = {}
     sources: dict[str, SourceEntry] = {}
     provenance: dict[str, str] = {}
+
+    __repr__ = brief
 
     def to_bytes(self) -> bytes:
         document = msgspec.to_builtins(self)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
@@ -20,6 +20,7 @@ from weightops.formats.containers import CONTAINERS, without_place
 from weightops.formats.folder import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.folder import is_remote, open_checkpoint
 from weightops.formats.manifest import Manifest
+from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.manifests import find_manifest
@@ -36,6 +37,14 @@ CARD = "README.md"
 StrPath = str | os.PathLike[str]
 
 
+Item = TypeVar("Item", str, float, StrPath)
+
+
+def several(given: Item | Iterable[Item]) -> tuple[Item, ...]:
+    """What was given where there may be several: one by itself counts as one, not as its letters."""
+    return (given,) if isinstance(given, str | os.PathLike | int | float) else tuple(given)
+
+
 class Files(TypedDict, total=False):
     """How a checkpoint is laid out in files.
 
@@ -50,7 +59,7 @@ class Files(TypedDict, total=False):
     format: str
     max_shard_size: str | int
     expect: StrPath | None
-    digests: Sequence[str]
+    digests: str | Sequence[str]
     card: bool
     reflink: bool
 
@@ -79,6 +88,8 @@ class Result:
     manifest: Manifest | None
     resumed: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ def _without_place(wanted: Wanted, plan: Plan) -> tuple[str, ...]:
 def _as_file(wanted: Wanted, out: Path) -> Wanted:
     """The same, to be written as the single file `out`; raises `UsageError` for what needs a folder."""
     checkpoint = wanted.checkpoint
-    made = CONTAINERS[_container(checkpoint.container, wanted.files.get("format", "safetensors"))].suffix
+    made = CONTAINERS[_container(checkpoint.container, wanted.files.get("format"))].suffix
     if out.suffix != ".gguf" or made != ".gguf":
         raise UsageError(
             f"{escape(str(out))} is the name of a file, and this writes a folder of {made} files with what goes along",
@@ -187,16 +198,21 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
     if checkpoint.dropped:
         recipe["dropped"] = dict(checkpoint.dropped)
     checkpoint, origins = observe(checkpoint, wanted.sources)
-    size = files.get("max_shard_size", DEFAULT_SHARD_NBYTES)
+    container = _container(checkpoint.container, files.get("format"))
+    size = files.get("max_shard_size")
+    if size not in (None, "source") and (checkpoint.in_one_file or not CONTAINERS[container].is_divided):
+        raise UsageError(
+            f"{escape(str(out))}: what is written here is not divided by size", hint="leave out --max-shard-size"
+        )
     expect = files.get("expect")
     if files.get("card"):
         checkpoint = replace(checkpoint, sidecars={n: s for n, s in checkpoint.sidecars.items() if n != CARD})
     plan = make_plan(
         checkpoint,
         recipe,
-        container=_container(checkpoint.container, files.get("format", "safetensors")),
-        max_shard_nbytes=_limit("source" if checkpoint.in_one_file else size),
-        digests=tuple(files.get("digests", ())),
+        container=container,
+        max_shard_nbytes=_limit("source" if checkpoint.in_one_file else size or DEFAULT_SHARD_NBYTES),
+        digests=several(files.get("digests", ())),
         expect=read_expectation(expect) if expect is not None else None,
         origins=origins,
         reflink=files.get("reflink", False),
@@ -216,13 +232,13 @@ def _limit(size: str | int) -> int | None:
     return None if size == "source" else size if isinstance(size, int) else parse_size(size)
 
 
-def _container(own: str | None, wanted: str) -> str:
+def _container(own: str | None, wanted: str | None) -> str:
     """The container that a layout demands, or else the one that is wanted; raises `UsageError` if they differ."""
-    if own is None or wanted == own or (own, wanted) == ("torch", "torch-1.12"):
+    if own is None or wanted in (None, own):
+        return own or wanted or "safetensors"
+    if (own, wanted) == ("torch", "torch-1.12"):
         return wanted
-    if wanted != "safetensors":
-        raise UsageError(f"this layout is always written as {own} files, not {wanted}", hint="leave out --format")
-    return own
+    raise UsageError(f"this layout is always written as {own} files, not {wanted}", hint="leave out --format")
 
 
 def read_expectation(name_or_path: StrPath) -> Expectation:

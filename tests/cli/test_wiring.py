@@ -1,0 +1,252 @@
+"""Every option of every command that is a recipe of one line reaches its operation: from argv, from Python, from YAML.
+
+The rows are held against the commands' own options and the operations' own signatures, so that a new option needs one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import write_checkpoint
+
+from weightops import api
+from weightops.cli.main import run
+from weightops.recipes import execute, recipe
+from weightops.recipes.document import Document
+from weightops.recipes.verbs import VERBS, find_verb
+from weightops.spec import DType
+
+
+@dataclass(frozen=True)
+class Row:
+    """An option on the command line and in Python, and how it comes to the operation."""
+
+    argv: str
+    keyword: str
+    given: Any
+    arrives: Mapping[str, Any]
+
+
+def row(argv: str, keyword: str, given: Any, **arrives: Any) -> Row:
+    return Row(argv, keyword, given, arrives or {keyword: given})
+
+
+F16 = DType.F16
+ROWS: dict[str, list[Row]] = {
+    "recover": [
+        row("--vocab mean", "vocab", "mean"),
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+        row("--carry x* --carry y", "carry", ("x*", "y")),
+        row("--drop z", "drop", ("z",)),
+    ],
+    "diff": [row("--method subtract", "method", "subtract"), row("--dtype float16", "dtype", "float16", dtype=F16)],
+    "convert": [
+        row("--to meta", "to", "meta"),
+        row("--from tencentpretrain", "layout", "tencentpretrain"),
+        row("--model-parallel 3", "model_parallel", 3),
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+        row("--set context_length=7", "settings", {"context_length": "7"}),
+        row("--tokenizer tokenizer.model", "tokenizer", "tokenizer.model"),
+        row("--no-tokenizer", "tokenizer", False, no_tokenizer=True, tokenizer=None),
+        row("--format torch-1.12", "format", "torch-1.12", as_in_2023=True),
+    ],
+    "shard": [
+        row("--rename a b", "rename", {"a": "b"}),
+        row("--drop-prefix p.", "drop_prefix", "p."),
+        row("--add-prefix q.", "add_prefix", "q."),
+        row("--drop *.x", "drop", ("*.x",)),
+        row("--tie", "tie", True),
+        row("--untie", "untie", True),
+        row("--layers 0-1", "layers", "0-1"),
+    ],
+    "cast": [
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+        row("--keep a* --keep b", "keep", ("a*", "b")),
+        row("--on-overflow saturate", "on_overflow", "saturate"),
+        row("--scheme fp8", "scheme", "fp8"),
+        row("--strategy tensor", "strategy", "tensor"),
+    ],
+    "merge-lora": [
+        row("--weight 0.5", "weights", (0.5,)),
+        row("--precision float64", "precision", "float64"),
+        row("--two-roundings", "two_roundings", True),
+    ],
+    "extract-lora": [
+        row("--rank 3", "rank", 3),
+        row("--energy 0.5", "energy", 0.5),
+        row("--max-rank 7", "max_rank", 7),
+        row("--seed 9", "seed", 9),
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+        row("--targets q_proj", "targets", ("q_proj",)),
+        row("--rest refuse", "rest", "refuse"),
+    ],
+    "dequantize": [
+        row("--dtype float32", "dtype", "float32", dtype=DType.F32),
+        row("--checkpoint-format gptq_v2", "checkpoint_format", "gptq_v2"),
+        row("--zero-overflow carry", "zero_overflow", "carry"),
+        row("--config other", "config", "other"),
+    ],
+    "pack": [
+        row("--bits 3", "bits", 3),
+        row("--group-size 64", "group_size", 64),
+        row("--checkpoint-format gptq_v2", "checkpoint_format", "gptq_v2"),
+    ],
+}
+REQUIRED = {"convert": {"--to": "hf"}, "pack": {"--bits": "4", "--group-size": "32"}}
+FILES = [
+    row("--format torch", "format", "torch"),
+    row("--max-shard-size 7MB", "max_shard_size", "7MB"),
+    row("--expect list.md5", "expect", "list.md5"),
+    row("--digest md5 --digest sha256", "digests", ("md5", "sha256")),
+    row("--card", "card", True),
+    row("--reflink", "reflink", True),
+]
+RUNNING = [
+    row("--dry-run", "dry_run", True),
+    row("--overwrite", "overwrite", True),
+    row("--restart", "restart", True),
+    row("--workers 3", "workers", 3),
+]
+ELSEWHERE = {"--out", "-o", "--json", "--quiet", "-q", "-n", "--check"}
+"""Of the output's name, of what is shown, and of what is done before the operation."""
+
+
+def sources(verb: str) -> dict[str, str]:
+    return {role: role for role in find_verb(verb).roles}
+
+
+def argv(verb: str, option: str) -> list[str]:
+    given = [word for flag, value in REQUIRED.get(verb, {}).items() if flag not in option for word in (flag, value)]
+    names = sources(verb)
+    places = list(names) if names.keys() == {"source"} else [word for r in names for word in (f"--{r}", r)]
+    return [verb, *places, *given, *option.split(), "--out", "out", "--quiet"]
+
+
+def call(verb: str, option: Row) -> None:
+    """The same from Python."""
+    required = {flag[2:].replace("-", "_"): value for flag, value in REQUIRED.get(verb, {}).items()}
+    required = {name: int(value) if value.isdigit() else value for name, value in required.items()}
+    given = option.given[0] if isinstance(option.given, tuple) and len(option.given) == 1 else option.given
+    getattr(api, verb.replace("-", "_"))(*sources(verb).values(), "out", **{**required, option.keyword: given})
+
+
+class Reached(Exception):
+    """The operation, or the writing, was reached."""
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What arrives: of the operation in `verb`, of the files in `files`, of the run in `running`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw", "diff", "tuned", "base", "adapter", "source"):
+        write_checkpoint(tmp_path / name, {"a": torch.ones(2)})
+    (tmp_path / "tokenizer.model").touch()
+    (tmp_path / "list.md5").touch()
+    found: dict[str, Any] = {}
+
+    def stand_in(name: str) -> Any:
+        verb = find_verb(name)
+
+        def operation(**given: Any) -> Any:
+            found["verb"] = {key: value for key, value in given.items() if key in verb.options}
+            return (
+                next(iter(given.values()))[0]
+                if isinstance(next(iter(given.values())), list)
+                else given[next(iter(verb.roles))]
+            )
+
+        return replace(verb, function=operation)
+
+    def write_all(wanted: Mapping[Path, execute.Wanted], running: execute.Running) -> Any:
+        ((out, each),) = wanted.items()
+        found.update(out=out, files=each.files, running=running)
+        raise Reached
+
+    monkeypatch.setattr(execute, "find_verb", stand_in)
+    monkeypatch.setattr(execute, "write_all", write_all)
+    return found
+
+
+def held_in(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
+        came = found[name]
+        assert (tuple(came) if isinstance(value, tuple) else came) == value, name
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [(v, o) for v, rows in ROWS.items() for o in rows], ids=lambda x: str(x)[:40]
+)
+@pytest.mark.parametrize("door", ["argv", "python", "yaml"])
+def test_an_option_of_an_operation_reaches_it(seen: dict[str, Any], verb: str, option: Row, door: str) -> None:
+    if door == "argv":
+        assert run(argv(verb, option.argv)) == 1  # `Reached` is no error of ours
+    elif door == "python":
+        with pytest.raises(Reached):
+            call(verb, option)
+    else:
+        required = {"convert": {"to": "hf"}, "pack": {"bits": 4, "group_size": 32}}.get(verb, {})
+        plain = {
+            n: v.value if isinstance(v, DType) else list(v) if isinstance(v, tuple) else v
+            for n, v in option.arrives.items()
+        }
+        document = {
+            "sources": {name: f"./{name}" for name in sources(verb)},
+            "tensors": {"x": {verb: {**sources(verb), **required, **plain}}},
+            "outputs": {"./out": {"from": "x"}},
+        }
+        with pytest.raises(Reached):
+            api.run(document)
+    held_in(seen["verb"], option.arrives)
+    assert seen["out"].name == "out"
+
+
+@pytest.mark.parametrize("option", FILES + RUNNING, ids=lambda option: option.argv)
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("door", ["argv", "python"])
+def test_an_option_of_writing_reaches_it(seen: dict[str, Any], verb: str, option: Row, door: str) -> None:
+    if verb == "diff" and option.keyword == "format":
+        option = row("--format safetensors", "format", "safetensors")  # an exact delta has no other
+    if door == "argv":
+        assert run(argv(verb, option.argv)) == 1
+    else:
+        with pytest.raises(Reached):
+            call(verb, option)
+    held_in(seen["files" if option in FILES or option.keyword == "format" else "running"], option.arrives)
+
+
+@pytest.mark.parametrize("option", FILES, ids=lambda option: option.argv)
+def test_an_option_of_files_reaches_them_from_a_recipe(seen: dict[str, Any], option: Row) -> None:
+    given = list(option.given) if isinstance(option.given, tuple) else option.given
+    document = {"sources": {"x": "./source"}, "outputs": {"./out": {"from": "x", option.keyword: given}}}
+    with pytest.raises(Reached):
+        api.run(document)
+    held_in(seen["files"], option.arrives)
+
+
+@pytest.mark.parametrize("option", RUNNING, ids=lambda option: option.argv)
+def test_an_option_of_running_reaches_a_recipe(seen: dict[str, Any], tmp_path: Path, option: Row) -> None:
+    (tmp_path / "recipe.yaml").write_text("sources: {x: ./source}\noutputs: {./out: {from: x}}\n")
+    assert run(["run", "recipe.yaml", *option.argv.split(), "--quiet"]) == 1
+    held_in(seen["running"], option.arrives)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_rows_are_all_that_there_is(verb: str) -> None:
+    command = importlib.import_module(f"weightops.cli.{verb.replace('-', '_')}_command").command
+    flags = {flag for option in command.params if option.param_type_name == "option" for flag in option.opts}
+    rows = {word for r in (*ROWS[verb], *FILES, *RUNNING) for word in r.argv.split() if word.startswith("--")}
+    assert flags - ELSEWHERE - {f"--{role}" for role in find_verb(verb).roles} == rows
+    assert {name for r in ROWS[verb] for name in r.arrives} == find_verb(verb).options.keys()
+    assert {r.keyword for r in FILES} == {*recipe.FILE_FIELDS}
+    assert {r.keyword for r in RUNNING} == execute.Running.__annotations__.keys() - {"control"}
+
+
+def test_yaml_is_read_with_its_lines() -> None:
+    with pytest.raises(api.UsageError, match="unknown field"):
+        recipe.parse_recipe(Document({"sources": {"x": "./a"}, "outputs": {"o": {"from": "x", "odd": 1}}}, "recipe"))
