@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -103,6 +105,17 @@ def cli() -> None:
     """
 
 
+def _told(error: OSError) -> tuple[str, str | None, int]:
+    """What the system refused, where no code of ours expected it: message, hint and exit code."""
+    from weightops.io.direct import NO_ROOM, write_failure
+
+    if error.errno in NO_ROOM:
+        failure = write_failure(Path(str(error.filename or "the output")), error)
+        return str(failure), failure.hint, failure.exit_code
+    where = "".join(f"{name}: " for name in (error.filename,) if name)
+    return f"{where}{(error.strerror or str(error)).lower()}", None, 10 if error.errno == errno.ENOENT else 1
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     # OpenMP's threads wait for each other in a loop, which beside other work takes several times as long as computing.
@@ -137,6 +150,10 @@ def run(args: Sequence[str]) -> int:
         if os.environ.get("WEIGHTOPS_DEBUG"):
             raise
         return report_error(str(error), error.hint, error.exit_code, as_json)
+    except OSError as error:
+        if os.environ.get("WEIGHTOPS_DEBUG"):
+            raise
+        return report_error(*_told(error), as_json)
     except MemoryError:
         return report_error("out of memory", "give fewer --workers", 16, as_json)
     except Exception as error:  # the edge: what nobody foresaw is a sentence too, and a traceback on request

@@ -31,10 +31,10 @@ def default_workers(plans: Sequence[Plan]) -> int:
 
 def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
     """Refuse outputs that lie inside one another or among the inputs; too little disk; too little memory."""
-    targets = {out.resolve(): out for out in plans}
+    targets = {_real(out): out for out in plans}
     for out, plan in plans.items():
         refuse_among(out, plan.sources)
-        _refuse_nested(out, (other for other in targets if other != out.resolve()), "another output")
+        _refuse_nested(out, (other for other in targets if other != _real(out)), "another output")
     if len(targets) < len(plans):
         raise UsageError("two outputs are the same folder", hint="choose another --out")
     _check_disk(plans)
@@ -45,13 +45,18 @@ def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
         )
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads; one of links that lead to each other is left as it is, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 def refuse_among(out: Path, sources: Iterable[SourceFile]) -> None:
     """Raise `UsageError` for an output in the folder of a source, or around it."""
-    _refuse_nested(out, {Path(f.path).resolve().parent for f in sources if not f.is_remote}, "the input")
+    _refuse_nested(out, {_real(Path(f.path)).parent for f in sources if not f.is_remote}, "the input")
 
 
 def _refuse_nested(out: Path, folders: Iterable[Path], what: str) -> None:
-    target = out.resolve()
+    target = _real(out)
     for folder in folders:
         if folder == target or folder in target.parents or target in folder.parents:
             raise UsageError(
@@ -64,7 +69,7 @@ def _check_disk(plans: Mapping[Path, Plan]) -> None:
     """Raise `NoRoom` unless every disk has room for all that goes onto it."""
     needed: dict[int, int] = {}
     for out, plan in plans.items():
-        target = out.resolve()
+        target = _real(out)
         disk = next(p for p in target.parents if p.exists()).stat().st_dev
         there = taken_disk(partial(target) / OUTPUT, "*")
         sidecars = sum(s.file.nbytes for s in plan.sidecars.values() if isinstance(s, Copied))
@@ -76,7 +81,7 @@ def _check_disk(plans: Mapping[Path, Plan]) -> None:
 
 def free_disk(out: Path) -> int:
     """Bytes free where `out` will be, also when its folders do not exist yet."""
-    return shutil.disk_usage(next(p for p in out.resolve().parents if p.exists())).free
+    return shutil.disk_usage(next(p for p in _real(out).parents if p.exists())).free
 
 
 def taken_disk(folder: Path, pattern: str) -> int:

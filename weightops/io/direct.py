@@ -22,6 +22,8 @@ from weightops.io.source import SourceFile
 
 ALIGNMENT = 4096
 _BUFFERED_PIECE = 128 << 10
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a quota or a file system's largest file is full."""
 
 
 def aligned_buffer(nbytes: int) -> mmap.mmap:
@@ -154,7 +156,7 @@ class DirectFile:
 def write_failure(path: Path, error: OSError) -> WeightopsError:
     """The error for a write that the system refused: no room, or else what it says."""
     shown = escape(str(path))
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_ROOM:
         return NoRoom(
             f"{shown}: the disk is full ({error.strerror})",
             hint="make room and run the same command again: it continues",

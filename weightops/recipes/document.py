@@ -95,7 +95,7 @@ def _plain(node: yaml.Node, place: Place, document: Document, lines: dict[Place,
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, (*place, str(i)), document, lines) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return _scalar(node)
+        return _scalar(node, document, place)
     found: dict[str, Any] = {}
     for name, key, value in _fields(node):
         below = (*place, name)
@@ -113,12 +113,15 @@ def _fields(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, yaml.Node]
         yield str(key.value) if isinstance(key, yaml.ScalarNode) else "", key, value
 
 
-def _scalar(node: yaml.Node) -> Any:
-    """Text, a number, a truth value or nothing: of dates and the like the text."""
+def _scalar(node: yaml.Node, document: Document, place: Place) -> Any:
+    """Text, a number, a truth value or nothing: of dates and the like the text; fails for a tag that does not fit."""
     kind = node.tag.rpartition(":")[2]
     if kind not in ("int", "float", "bool", "null"):
         return str(node.value)
-    return yaml.constructor.SafeConstructor().construct_object(node)
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
+        document.fail(place, f"{escape(repr(node.value))[:60]} is no {kind}", hint="put text into quotes")
 
 
 def _described(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +187,8 @@ def _location(document: Document, name: str, value: Any, folder: Path) -> Locati
 
 
 def _path(text: str, folder: Path) -> str:
-    return text if is_remote(text) else str(folder / Path(text).expanduser())
+    # Of a ~NAME that is nobody's home, the path is what it says.
+    return text if is_remote(text) else str(folder / os.path.expanduser(text))
 
 
 def _step(document: Document, name: str, value: Any, known: set[str]) -> Step:
