@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,21 @@ def test_files_have_the_bytes_of_the_reference_writers(tmp_path: Path, tensors: 
     ordered = {n: tensors[n] for n in open_checkpoint(tmp_path / "model")}
     torch.save(ordered, tmp_path / "pytorch_model.bin")
     assert (tmp_path / "torch" / "pytorch_model.bin").read_bytes() == (tmp_path / "pytorch_model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("container", ["torch", "torch-1.12", "safetensors"])
+def test_an_index_counts_shared_tensors_as_they_are_stored(tmp_path: Path, container: str) -> None:
+    """What two names share is in a torch file once, and is counted once; transformers 4.28 counted it twice."""
+    shared = torch.arange(1000.0)
+    torch.save({"a": shared, "b": torch.ones(900), "c": shared}, tmp_path / "pytorch_model.bin")
+    out = weightops.shard(tmp_path, tmp_path.parent / "out", format=container, max_shard_size="5KB", overwrite=True).out
+    (index,) = out.glob("*.index.json")
+    total = json.loads(index.read_bytes())["metadata"]["total_size"]
+    assert total == (4 * 1900 if container == "torch" else 4 * 2900)
+
+
+def test_a_plan_is_the_same_whatever_the_order_of_its_settings(pair: Path) -> None:
+    plan = recover(pair, dry_run=True).plan
+    turned = replace(plan, recipe=dict(reversed(list(plan.recipe.items()))))
+    assert list(turned.recipe) != list(plan.recipe)
+    assert turned.fingerprint == plan.fingerprint

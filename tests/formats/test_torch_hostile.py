@@ -259,6 +259,18 @@ def test_38_absurd_counts_in_the_end_records_are_refused(tmp_path: Path, field: 
             read_torch(path)
 
 
+def test_38_two_end_records_that_say_different_places_are_refused(tmp_path: Path) -> None:
+    """The locator names one zip64 record, and the bytes before it are another: readers would choose differently."""
+    path, data, _ = valid(tmp_path)
+    locator = data.rindex(b"PK\6\7")
+    for at, value in ((4, 1), (8, 0), (8, data.rindex(b"PK\6\6") - 1), (16, 2), (16, 0)):
+        changed = bytearray(data)
+        struct.pack_into("<I" if at != 8 else "<Q", changed, locator + at, value)
+        path.write_bytes(changed)
+        with pytest.raises(CorruptInput, match="the zip64 end record is not where it should be"):
+            read_torch(path)
+
+
 def test_38_local_sizes_that_differ_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     write_archive(path, [("archive/data.pkl", forge({"w": tensor()})), ("archive/data/0", FLOATS)])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from support import evaluate, given_tensor, random_tensor, to_bytes, torch_dtype
@@ -20,7 +21,7 @@ from weightops.ops import rows
 from weightops.ops.elementwise import Add, Reinterpret, Subtract, Xor, cast, has_arithmetic
 from weightops.ops.rows import Fit, Given, Repeat, extend_by_mean, fit
 from weightops.ops.stored import Checked, Stored, view
-from weightops.ops.witness import Witness
+from weightops.ops.witness import Witness, witness
 from weightops.spec import DType, TensorSpec
 
 FLOATS = [DType.F16, DType.BF16, DType.F32, DType.F64]
@@ -163,3 +164,16 @@ def test_trees_survive_json() -> None:
     grown = cast(extend_by_mean(tensor, 6), DType.F32)
     assert LazyTensor.from_json(grown.to_json()) == grown
     assert grown.spec == TensorSpec(DType.F32, (6, 2))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1), (0, 0, 1, 2), (0, 1)])
+def test_a_witness_believes_only_what_passed_in_order(order: tuple[int, ...]) -> None:
+    tensor = given_tensor(torch.arange(30, dtype=torch.float32))
+    witnessed = witness(tensor, "seen")
+    buffer = bytearray(40)
+    with Evaluator() as read:
+        for i in order:
+            read(witnessed, 40 * i, memoryview(buffer))
+        digest = xxhash.xxh3_128(evaluate(tensor)).hexdigest()
+        in_order = [i for i in range(3) if i in order and all(order.index(j) < order.index(i) for j in range(i))]
+        assert read.witnesses == ({"seen": digest} if in_order == [0, 1, 2] else {})
