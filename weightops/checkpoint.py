@@ -88,8 +88,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
     written, for the checks and digests in them; `documents` are files that depend on digests. `container` is what it
     has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice;
     `in_one_file`, whatever its size, where loaders know no index.
-    `dropped` are tensors that were left out, each with the reason. Of one that was opened, `folder` is where it lies,
-    `origin` where it was downloaded from, and `content_id` and `digests` (by tensor) are what the manifest there says.
+    `dropped` are tensors that were left out, each with the reason. `left` are the files beside it that are no part of
+    the model and stay where they are, with their sizes in bytes (folders None). Of one that was opened, `folder` is
+    where it lies, `origin` where it was downloaded from, and `content_id` and `digests` (by tensor) are what the
+    manifest there says.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     container: str | None = None
     in_one_file: bool = False
     dropped: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, int | None] = field(default_factory=dict)
     folder: Folder | None = None
     origin: str | None = None
     content_id: str | None = None

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import weightops
 from weightops.formats.folder import open_checkpoint
-from weightops.formats.sidecars import Kind, kind_of
+from weightops.formats.sidecars import Kind, kind_of, left_behind
 
 GOES = {
     **dict.fromkeys(("config.json", "params.json", "quantize_config.json", "hf_quant_config.json"), Kind.CONFIG),
@@ -64,8 +64,9 @@ def test_what_describes_the_model_goes_along_and_the_rest_is_named_with_its_size
     assert "more" in said
     for name in sorted(STAYS)[:10]:
         (folder / name).unlink()
-    assert "train.jsonl (1.2 MB)" in " ".join(open_checkpoint(folder).warnings)
-    assert "runs/" in " ".join(open_checkpoint(folder).warnings)
+    (said,) = left_behind(open_checkpoint(folder))
+    assert "train.jsonl (1.2 MB)" in said
+    assert "runs/" in said
     assert weightops.verify(result.out).verdict
 
 
@@ -113,7 +114,8 @@ def test_code_goes_along_as_far_as_a_config_names_it(
     (folder / "layers.py").write_text("import .kernels\nfrom .modeling_x import X\n")
     found = open_checkpoint(folder)
     assert {name for name in found.sidecars if name.endswith(".py")} == goes
-    assert all(any(name in warning for warning in found.warnings) for name in {"train.py", *goes})
+    assert all(any(name in warning for warning in found.warnings) for name in goes)
+    assert {"train.py", "os.py"} <= found.left.keys()
 
 
 def test_a_file_too_large_to_describe_anything_stays(tmp_path: Path) -> None:
@@ -122,7 +124,8 @@ def test_a_file_too_large_to_describe_anything_stays(tmp_path: Path) -> None:
         file.truncate(100_000_001)
     found = open_checkpoint(folder)
     assert "tokenizer.json" not in found.sidecars
-    assert "tokenizer.json (100.0 MB)" in " ".join(found.warnings)
+    assert found.left == {"tokenizer.json": 100_000_001}
+    assert "tokenizer.json (100.0 MB)" in left_behind(found)[0]
 
 
 TORCHAO = {"format": "pt", "tensor_names": '["a.weight"]', "a.weight": '{"_type": "Int8Tensor"}', "ключ": "значение"}

@@ -382,6 +382,7 @@ def test_what_opening_warns_of_and_what_lies_beside(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
     save_file({"x": torch.ones(2)}, tmp_path / "old.safetensors")
     (tmp_path / "modeling_x.py").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling_x.T", null]}}')
     (tmp_path / "trainer_state.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert found(check(open_checkpoint(tmp_path), values=False)) == [

@@ -146,7 +146,7 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
     warnings += said
     stray = [n for n in names if n not in files and _is_weights(n) and Path(n).suffix == Path(files[0]).suffix]
     warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
-    sidecars, notes = find_sidecars(folder, names, files, stray)
+    sidecars, notes, left = find_sidecars(folder, names, files, stray)
     told = _manifest(folder, names)
     origin = downloaded_from(told) if told else None
     if told is not None and {n: t.spec for n, t in told.tensors.items()} != {n: t.spec for n, t in tensors.items()}:
@@ -159,6 +159,7 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
         index.total_size if index else None,
         (*warnings, *notes),
         metadata=metadata,
+        left=left,
         folder=folder,
         origin=origin,
         content_id=told.content_id if told else None,

@@ -12,7 +12,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from weightops.checkpoint import Copied, Sidecar, Written
+from weightops.checkpoint import Checkpoint, Copied, Sidecar, Written
 from weightops.errors import CorruptInput
 from weightops.formats import checksums, manifest
 from weightops.formats.sniff import LFS_MAGIC
@@ -81,14 +81,14 @@ def is_tokenizer_file(name: str) -> bool:
 
 def find_sidecars(
     folder: Folder, names: Sequence[str], weights: Collection[str], known: Collection[str]
-) -> tuple[dict[str, Sidecar], list[str]]:
-    """The files of a folder that go along with `weights`, and what there is to say of them and of the others.
+) -> tuple[dict[str, Sidecar], list[str], dict[str, int | None]]:
+    """The files of a folder that go along with `weights`, what there is to say of them, and what stays (`left`).
 
     `names` are what lies directly in it; of `known` ones something was said already.
     """
     sidecars: dict[str, Sidecar] = {}
     notes = []
-    left: list[tuple[str, int | None]] = []
+    left: dict[str, int | None] = {}
     described = {name for name in names if kind_of(name)} | {n for s in _SUBFOLDERS for n in folder.below(s)}
     code = _code(folder, described)
     for name in sorted({*names, *described}):
@@ -96,21 +96,21 @@ def find_sidecars(
             continue
         if not folder.has(name):
             if not any(fnmatchcase(name, pattern) for pattern in _SUBFOLDERS):
-                left.append((f"{name}/", None))
+                left[f"{name}/"] = None
             continue
         file = folder.file(name)
         if kind_of(name) is None and name not in code:
-            left.append((name, file.nbytes))
+            left[name] = file.nbytes
             continue
         if file.nbytes > MAX_NBYTES:
-            left.append((name, file.nbytes))
+            left[name] = file.nbytes
             continue
         if file.nbytes < 1024 and not file.is_remote and folder.read(name).startswith(LFS_MAGIC):
             notes.append(f"{escape(name)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
         if name in code:
             notes.append(f"{escape(name)}: code, carried along as data and never run")
         sidecars[name] = Written(folder.read(name)) if file.is_remote and name in _READ_EARLY else Copied(file)
-    return sidecars, [*notes, *_said_of(left)]
+    return sidecars, notes, left
 
 
 def _is_about_files(name: str) -> bool:
@@ -151,13 +151,13 @@ def _auto_map(folder: Folder, name: str) -> Iterator[str]:
                 yield reference.partition(".")[0]
 
 
-def _said_of(left: Sequence[tuple[str, int | None]]) -> list[str]:
-    """Which files stay where they are."""
-    if not left:
-        return []
-    named = [escape(name) if nbytes is None else f"{escape(name)} ({_size(nbytes)})" for name, nbytes in left]
+def left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Which files beside a checkpoint stay where they are, in words."""
+    sizes = {name: "" if nbytes is None else f" ({_size(nbytes)})" for name, nbytes in checkpoint.left.items()}
+    named = [f"{escape(name)}{size}" for name, size in sizes.items()]
     more = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
-    return [f"not carried along, as no part of the model: {', '.join([*named[:_MAX_NAMED], *more])}"]
+    said = f"{escape(checkpoint.name)}: not carried along, as no part of the model: "
+    return (said + ", ".join([*named[:_MAX_NAMED], *more]),) if named else ()
 
 
 def _size(nbytes: int) -> str:

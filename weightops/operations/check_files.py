@@ -37,7 +37,6 @@ _OPENING: tuple[tuple[str, str, Severity], ...] = (
     ("holds weights but is not part", "file", "warning"),
     ("a Git LFS pointer", "file", "error"),
     ("code, carried along", "file", "note"),
-    ("not carried along", "file", "note"),
 )
 
 

@@ -20,6 +20,7 @@ from weightops.formats.containers import CONTAINERS, without_place
 from weightops.formats.folder import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.folder import is_remote, open_checkpoint
 from weightops.formats.manifest import Manifest
+from weightops.formats.sidecars import left_behind
 from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
@@ -168,8 +169,10 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
 
 
 def _without_place(wanted: Wanted, plan: Plan) -> tuple[str, ...]:
-    """What the checkpoint holds and the output cannot."""
-    return without_place(wanted.checkpoint.metadata, plan.container)
+    """What the checkpoint and the folders of its sources hold, and the output does not."""
+    checkpoints = wanted.sources.values() or (wanted.checkpoint,)
+    left = [sentence for checkpoint in checkpoints for sentence in left_behind(checkpoint)]
+    return (*without_place(wanted.checkpoint.metadata, plan.container), *left)
 
 
 def _as_file(wanted: Wanted, out: Path) -> Wanted:
