@@ -8,7 +8,7 @@ import click
 
 from weightops import api
 from weightops.cli.options import FOLDER, epilog, report_options, workers_option
-from weightops.cli.output import escape_lines, print_json, running
+from weightops.cli.output import escape_lines, print_json, running, warn
 from weightops.cli.progress import human
 from weightops.io.atomic import write_whole
 from weightops.io.escape import escape
@@ -65,6 +65,7 @@ def command(
             workers=workers,
             control=control,
         )
+    warn(report.warnings)
     if junit:
         write_whole(junit, report.to_junit())
     if as_json:

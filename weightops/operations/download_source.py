@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from weightops.errors import CorruptInput, SourceMissing, UsageError
-from weightops.formats.checksums import ChecksumEntry, parse_checksums, read_checksums
+from weightops.formats.checksums import BY_LENGTH, ChecksumList, parse_checksums, read_checksums
 from weightops.formats.remote_place import list_folder
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.escape import escape
@@ -30,7 +31,6 @@ from weightops.remote.urls import is_url, show
 from weightops.remote.web import Web
 
 _URL_LINE = re.compile(r"(?:([a-z0-9_]+):)?([0-9A-Fa-f]+)\s+(https?://\S+)", re.IGNORECASE)
-_BY_LENGTH = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,7 @@ def find_target(source: str, revision: str | None = None) -> Target:
                 f"{source}: these files were never published",
                 hint="they are what `weightops recover` makes; `weightops verify --manifest` checks them",
             )
-        path = published()[source]
-        expected: dict[str, dict[str, str]] = {}
-        for entry in read_checksums(path).entries:
-            expected.setdefault(entry.name, {})[entry.algorithm] = entry.hex
+        expected = read_checksums(published()[source]).by_file()
         return Target(parse_location(repository, revision), expected, source)
     if "/" not in source:
         known = ", ".join(name for name in published() if repository_of(name))
@@ -98,13 +95,13 @@ def read_url_list(path: Path) -> UrlList:
         if not line.strip() or line.startswith("#"):
             continue
         match = _URL_LINE.fullmatch(line.strip())
-        algorithm = match and (match[1] or _BY_LENGTH.get(len(match[2])))
+        algorithm = match and (match[1] or BY_LENGTH.get(len(match[2])))
         if not match or not algorithm or len(match[2]) != HEX_DIGITS.get(algorithm):
             raise CorruptInput(f"{shown}: line {number}: expected a digest and a URL, found {escape(line[:200])!r}")
         file = WebFile(match[3])
-        if not file.file_name or file.file_name in files:
+        listed = RemoteFile(file.file_name, match[3], None, {algorithm: match[2].lower()})
+        if not file.file_name or files.setdefault(file.file_name, listed) != listed:
             raise CorruptInput(f"{shown}: line {number}: no file name, or one that is listed already")
-        files[file.file_name] = RemoteFile(file.file_name, match[3], None, {algorithm: match[2].lower()})
     if not files:
         raise CorruptInput(f"{shown}: lists no files")
     return UrlList(path.name, tuple(files.values()), hashlib.sha256(data).hexdigest())
@@ -119,22 +116,37 @@ def with_digests(target: Target, digests: Mapping[str, str], checksums: str | No
         return target
     if not isinstance(target.place, WebFile):
         raise UsageError("--sha256, --md5 and --checksums are for one URL", hint="a hub knows its files' digests")
-    found = dict(digests)
     for algorithm, digest in digests.items():
         if len(digest) != HEX_DIGITS[algorithm] or digest.strip("0123456789abcdefABCDEF"):
             raise UsageError(f"{escape(digest)!r} is no {algorithm} digest")
-    name = target.place.file_name
+    found = {algorithm: digest.lower() for algorithm, digest in digests.items()}
     if checksums is not None:
-        wanted = [entry for entry in _read_list(checksums, web) if entry.name.rpartition("/")[2] == name]
-        if not wanted:
-            raise SourceMissing(f"{show(checksums)}: does not list {escape(name)}")
-        found |= {entry.algorithm: entry.hex for entry in wanted}
-    return replace(target, expected={name: {k: v.lower() for k, v in found.items()}}, expected_by="the digest")
+        listed = _listed(target.place, checksums, web)
+        differing = next((name for name in found if listed.get(name, found[name]) != found[name]), None)
+        if differing is not None:
+            raise UsageError(f"--{differing} and {show(checksums)} name two {differing} digests")
+        found |= listed
+    return replace(target, expected={target.place.file_name: found}, expected_by="the digest")
 
 
-def _read_list(checksums: str, web: Web) -> tuple[ChecksumEntry, ...]:
+def _listed(file: WebFile, checksums: str, web: Web) -> dict[str, str]:
+    """What a list says of a file: the line whose path the URL ends in, or else the only one with its name."""
+    found = _read_list(checksums, web).by_file()
+    path = unquote(urlsplit(file.url).path)
+    named = [name for name in found if name.rpartition("/")[2] == file.file_name]
+    if not named:
+        raise SourceMissing(f"{show(checksums)}: does not list {escape(file.file_name)}")
+    ending = [name for name in named if path.endswith(f"/{name}")]
+    if len(named) > 1 and len(ending) == 0:
+        raise CorruptInput(
+            f"{show(checksums)}: lists {len(named)} files called {escape(file.file_name)}", hint="give --sha256 instead"
+        )
+    return found[max(ending, key=len) if ending else named[0]]
+
+
+def _read_list(checksums: str, web: Web) -> ChecksumList:
     if not is_url(checksums):
-        return read_checksums(Path(checksums)).entries
+        return read_checksums(Path(checksums))
     return parse_checksums(read_whole(checksums, web), show(checksums), WebFile(checksums).file_name)
 
 

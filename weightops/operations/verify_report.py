@@ -33,7 +33,8 @@ class VerifyReport:
 
     `mode`: full reads every file, quick looks at sizes and structure, content reads tensors only.
     `nbytes` were read in `elapsed_s` seconds, retries by tensor included.
-    `problems` are faults of the folder as a whole: of its headers or index, or why its tensors cannot be read.
+    `problems` are faults of the folder as a whole: of its headers or index, or why its tensors cannot be read;
+    `warnings` change nothing about the verdict.
     `content_equal` is None when the tensors were not compared.
     """
 
@@ -49,6 +50,7 @@ class VerifyReport:
     content_equal: bool | None = None
     nbytes: int = 0
     elapsed_s: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> bool:
@@ -77,6 +79,7 @@ class VerifyReport:
             "elapsed_s": round(self.elapsed_s, 3),
             "files": [asdict(file) for file in self.files],
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
             "content_equal": self.content_equal,
             "tensors_differ": list(self.tensors_differ),
             "tensors_missing": list(self.tensors_missing),

@@ -197,10 +197,7 @@ def read_expectation(name_or_path: StrPath) -> Expectation:
     if path.suffix == ".json":
         found = manifest_format.read_manifest(path)
         return Expectation(path.name, {}, {n: t.xxh3_128 for n, t in found.tensors.items()})
-    files: dict[str, dict[str, str]] = {}
-    for entry in checksums.read_checksums(path).entries:
-        files.setdefault(entry.name, {})[entry.algorithm] = entry.hex
-    return Expectation(path.name, files, {})
+    return Expectation(path.name, checksums.read_checksums(path).by_file(), {})
 
 
 @contextmanager
