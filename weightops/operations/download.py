@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -42,8 +43,8 @@ OPERATION = "download"
 DEFAULT_WORKERS = 4
 _PREVIOUS = f"{STATE}/previous.json"
 _SPARE_NBYTES = 16 << 20
-_RESERVED = {STATE, ".lock", ".plan.json", ".journal.jsonl"}
-"""Names at the top of a folder that would be taken for traces of a run of ours."""
+_DROPPINGS = re.compile(rf"(?:.*/)?(?:\.cache/huggingface|{re.escape(STATE)})(?:/.*)?", re.DOTALL)
+"""What clients keep for themselves in a folder, and people upload with it: no part of a model, wherever it lies."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -76,22 +77,25 @@ def select(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> 
     """The files to fetch, and what there is to say about them.
 
     A glob that ends in a slash means all below. The source's own manifest is none of them: the folder gets one that
-    says what was fetched. Raises `CorruptInput` for names that would leave the folder, take one
-    of our own, or stand in each other's way, `SourceMissing` when nothing is left.
+    says what was fetched. Nor are what clients left. Raises `CorruptInput` for chosen names that would leave the
+    folder or stand in each other's way, `SourceMissing` when nothing is left.
     """
-    files = []
-    for file in listing.files:
-        check_relative(file.name, listing.source)
-        top = file.name.partition("/")[0]
-        if top in _RESERVED or file.name.startswith(".cache/huggingface/"):
-            raise CorruptInput(f"{listing.source}: the file name {escape(file.name)!r} is reserved")
-        if (include and not _matches(file.name, include)) or _matches(file.name, exclude):
-            continue
-        if file.name != manifest.NAME:
-            files.append(file)
+    chosen = [
+        file
+        for file in listing.files
+        if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
+    ]
+    files = [file for file in chosen if file.name != manifest.NAME and not _DROPPINGS.fullmatch(file.name)]
     if not files:
         raise SourceMissing(f"{listing.source}: no file" + (" matches" if include or exclude else ""))
-    return tuple(files), _check_together([file.name for file in files], listing.source)
+    for file in files:
+        try:
+            check_relative(file.name, listing.source)
+        except CorruptInput as error:
+            raise CorruptInput(str(error), hint="--exclude leaves it out") from None
+    dropped = sum(_DROPPINGS.fullmatch(file.name) is not None for file in chosen)
+    notes = [f"{listing.source}: {dropped} files that a client left there are passed over"] if dropped else []
+    return tuple(files), notes + _check_together([file.name for file in files], listing.source)
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -187,6 +191,7 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
         raise OutputExists(
             f"{escape(str(out))} holds a checkpoint that was not downloaded", hint="choose another --out"
         )
+    check_place(out, f"{STATE}/data")
     have = {}
     for file in files:
         check_place(out, file.name)
