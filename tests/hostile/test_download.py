@@ -102,9 +102,9 @@ def test_what_clients_left_is_passed_over_and_said(hub: Hub, tmp_path: Path, nam
 def test_names_in_urls_are_no_better(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.static[unquote(name)] = DATA
     with pytest.raises(CorruptInput, match="is not a plain path"):
-        fetch(hub, tmp_path / "out", f"{hub.endpoint}/files/{name}")
+        fetch(hub, tmp_path / "out", f"{hub.endpoint}/static/files/{name}")
     listed = tmp_path / "list"
-    listed.write_text(f"{'0' * 64}  {hub.endpoint}/files/{name}\n")
+    listed.write_text(f"{'0' * 64}  {hub.endpoint}/static/files/{name}\n")
     with pytest.raises(CorruptInput, match=r"is not a plain path|expected a digest and a URL"):
         fetch(hub, tmp_path / "out", str(listed))
     assert [path.name for path in tmp_path.iterdir()] == ["list"]

@@ -14,8 +14,7 @@ from weightops import model_api
 from weightops.cli.options import FOLDER, WRITE_CODES, epilog, result_document, show_result, write_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
-from weightops.errors import UsageError
-from weightops.io.atomic import write_whole
+from weightops.io.atomic import check_target, write_whole
 from weightops.io.escape import escape
 from weightops.operations.check_layers import NUMBERED
 
@@ -66,8 +65,8 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
       weightops quantize ./model --out ./model-3bit --bits 3 --act-order --calibration ./text.jsonl --html ./errors.html
       weightops quantize ./model --out ./model-rtn --method rtn --group-size 32
     """
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"{escape(str(html))}: there is no such folder to write the page to", hint="make it first")
+    if html is not None:
+        check_target(html)
     workers = options["workers"]
     with running(quiet) as control:
         done = model_api.quantize(source, out, bits=int(bits), control=control, **options)

@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,10 @@ from weightops.errors import (
 )
 from weightops.formats import manifest
 from weightops.formats.manifest import FileEntry, Manifest
-from weightops.formats.sniff import check_head
+from weightops.formats.sniff import check_answer, check_head
+from weightops.io.atomic import check_folder
 from weightops.io.digests import HEX_DIGITS
+from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.remote.listing import Listing, RemoteFile
@@ -56,7 +57,7 @@ class Download:
     """What was fetched, or would be: `files` are all of them, `have` the bytes of each that were there before.
 
     `manifest` is None as long as the folder is not complete. `stale` are files of an earlier version that the source
-    no longer has.
+    no longer has, `unproven` those that the source gives no digest of.
     """
 
     out: Path
@@ -66,6 +67,7 @@ class Download:
     manifest: Manifest | None = None
     stale: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -139,8 +141,12 @@ def _previous(out: Path) -> Manifest | None:
 
 def _set_aside(out: Path) -> None:
     """The manifest is no longer true once the first file is replaced, but still says what was there."""
-    with suppress(FileNotFoundError):
+    try:
         os.replace(out / manifest.NAME, out / _PREVIOUS)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise write_failure(out / manifest.NAME, error) from None
 
 
 def is_complete(out: Path, found: Manifest, request: Mapping[str, Any]) -> bool:
@@ -202,11 +208,15 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
     if complete is not None and complete.recipe.get("commit") not in ("", listing.commit):
         complete = None  # the same files, of another version: that is to be recorded
     stale = tuple(name for name in _ever_fetched(previous) if name not in there and _is_file(out, name))
+    if complete is None:
+        check_folder(out)
     missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
     needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out)
     if missing_nbytes and needed > free:
         raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
-    return Download(out, listing, files, have, None if stale else complete, stale, tuple(warnings))
+    unproven = tuple(file.name for file in files if not file.digests)
+    notes = (*warnings, *_name_unproven(unproven))
+    return Download(out, listing, files, have, None if stale else complete, stale, notes, unproven)
 
 
 def _ever_fetched(previous: Manifest | None) -> list[str]:
@@ -231,7 +241,15 @@ def from_manifest(out: Path, found: Manifest) -> Download:
     listing = Listing(recipe["source"], files, recipe["commit"], recipe["revision"])
     stale = tuple(recipe.get("stale", ()))
     have = {name: entry.nbytes for name, entry in found.files.items()}
-    return Download(out, listing, files, have, found, stale, _name_stale(stale))
+    unproven = tuple(recipe.get("unproven", ()))
+    return Download(out, listing, files, have, found, stale, (*_name_stale(stale), *_name_unproven(unproven)), unproven)
+
+
+def _name_unproven(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    some = ", ".join(map(escape, names[:3])) + (", ..." if len(names) > 3 else "")
+    return [f"the source gives no digest of {some}, so nothing proves what arrived right (--sha256 does for a URL)"]
 
 
 def _name_stale(names: Iterable[str]) -> tuple[str, ...]:
@@ -262,7 +280,10 @@ def fetch(
     """Bring what is missing, then write the manifest; with `prune` remove the stale files."""
     out = planned.out
     previous = _previous(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_failure(out, error) from None
     missing = [file for file in planned.files if file.name not in planned.have]
     control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
     transfer = Transfer(out, web, _Reporter(control), workers)
@@ -276,7 +297,10 @@ def fetch(
         files[name], etags[name] = previous.files[name], previous.recipe["etags"][name]
     stale = () if prune else planned.stale
     for name in set(planned.stale) - set(stale):
-        (out / name).unlink(missing_ok=True)
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failure(out / name, error) from None
     described = _own_manifest(planned.listing, files, web)
     made = Manifest(
         schema=manifest.SCHEMA,
@@ -289,6 +313,7 @@ def fetch(
             "revision": planned.listing.revision,
             "etags": dict(sorted(etags.items())),
             "stale": list(stale),
+            **({"unproven": list(planned.unproven)} if planned.unproven else {}),
         },
         provenance={"weightops": __version__},
     )
@@ -346,9 +371,11 @@ class _Reporter:
     def waiting(self, name: str) -> None:
         self._progress.note(f"{escape(name)} is being fetched by another run: waiting for it")
 
-    def look(self, name: str, head: bytes) -> None:
-        if name.endswith(_WEIGHTS):
-            check_head(head, escape(name))
+    def look(self, file: RemoteFile, head: bytes, content_type: str, *, doubtful: bool) -> None:
+        if doubtful or not file.digests:
+            check_answer(head, file.name, content_type)
+        elif file.name.endswith(_WEIGHTS):
+            check_head(head, escape(file.name))
 
     def tick(self) -> None:
         self._control.check()

@@ -16,8 +16,9 @@ from weightops.io.digests import HEX_DIGITS
 from weightops.io.escape import escape
 from weightops.io.source import read_source
 from weightops.manifests import published, repository_of
-from weightops.remote.hub import find_commit, is_commit, list_commit
+from weightops.remote.hub import find_commit, find_file, is_commit, list_commit
 from weightops.remote.listing import (
+    HubFile,
     HubRepository,
     Listing,
     RemoteFile,
@@ -27,7 +28,7 @@ from weightops.remote.listing import (
     parse_location,
 )
 from weightops.remote.small import describe, read_whole
-from weightops.remote.urls import is_url, show
+from weightops.remote.urls import DEFAULT_ENDPOINT, is_url, show
 from weightops.remote.web import Web
 
 _URL_LINE = re.compile(r"(?:([a-z0-9_]+):)?([0-9A-Fa-f]+)\s+(https?://\S+)", re.IGNORECASE)
@@ -49,23 +50,28 @@ class UrlList:
 class Target:
     """A place, and digests by file name and algorithm that `expected_by` demands of what is there."""
 
-    place: HubRepository | WebFile | WebFolder | UrlList
+    place: HubRepository | HubFile | WebFile | WebFolder | UrlList
     expected: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     expected_by: str = ""
 
     @property
     def revision(self) -> str:
         """The revision that is asked for; empty where there are none."""
-        return self.place.revision if isinstance(self.place, HubRepository) else ""
+        match self.place:
+            case HubRepository():
+                return self.place.revision
+            case HubFile():
+                return self.place.repository.revision
+        return ""
 
 
-def find_target(source: str, revision: str | None = None) -> Target:
-    """Read what `source` means: a URL or hf://, a file that lists URLs, a published name, or org/name.
+def find_target(source: str, revision: str | None = None, endpoint: str = DEFAULT_ENDPOINT) -> Target:
+    """Read what `source` means: a URL or hf://, a file that lists URLs, a published name, or org/name at `endpoint`.
 
     Raises `UsageError`, `SourceMissing`, `CorruptInput` for a bad list.
     """
     if is_location(source):
-        return Target(parse_location(source, revision))
+        return Target(parse_location(source, revision, endpoint))
     if Path(source).is_file():
         return Target(read_url_list(Path(source)))
     if source in published():
@@ -83,7 +89,7 @@ def find_target(source: str, revision: str | None = None) -> Target:
             f"{escape(source)}: no such file, and no published name of that kind (there are {known})",
             hint="write a repository as org/name",
         )
-    return Target(parse_location(source, revision))
+    return Target(parse_location(source, revision, endpoint))
 
 
 def read_url_list(path: Path) -> UrlList:
@@ -114,7 +120,7 @@ def with_digests(target: Target, digests: Mapping[str, str], checksums: str | No
     """
     if not digests and checksums is None:
         return target
-    if not isinstance(target.place, WebFile):
+    if not isinstance(target.place, WebFile | HubFile):
         raise UsageError("--sha256, --md5 and --checksums are for one URL", hint="a hub knows its files' digests")
     for algorithm, digest in digests.items():
         if len(digest) != HEX_DIGITS[algorithm] or digest.strip("0123456789abcdefABCDEF"):
@@ -129,10 +135,10 @@ def with_digests(target: Target, digests: Mapping[str, str], checksums: str | No
     return replace(target, expected={target.place.file_name: found}, expected_by="the digest")
 
 
-def _listed(file: WebFile, checksums: str, web: Web) -> dict[str, str]:
+def _listed(file: WebFile | HubFile, checksums: str, web: Web) -> dict[str, str]:
     """What a list says of a file: the line whose path the URL ends in, or else the only one with its name."""
     found = _read_list(checksums, web).by_file()
-    path = unquote(urlsplit(file.url).path)
+    path = f"/{file.path}" if isinstance(file, HubFile) else unquote(urlsplit(file.url).path)
     named = [name for name in found if name.rpartition("/")[2] == file.file_name]
     if not named:
         raise SourceMissing(f"{show(checksums)}: does not list {escape(file.file_name)}")
@@ -158,6 +164,8 @@ def find_version(target: Target, web: Web) -> str:
     match target.place:
         case HubRepository():
             return find_commit(target.place, web)
+        case HubFile():
+            return find_commit(target.place.repository, web)
         case UrlList():
             return target.place.digest
         case _:
@@ -174,6 +182,9 @@ def list_target(target: Target, version: str, web: Web) -> Listing:
     match target.place:
         case HubRepository():
             return list_commit(target.place, version, web)
+        case HubFile():
+            found = find_file(target.place, version, web)
+            return Listing(str(target.place), (found,), version, target.revision)
         case WebFile():
             name = target.place.file_name
             if not name:

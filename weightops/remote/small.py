@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from weightops.errors import CorruptInput, Differs
 from weightops.io.escape import escape
-from weightops.remote.body import RangeRefused
+from weightops.remote.body import Miscoded, RangeRefused
 from weightops.remote.hashing import FileHasher
 from weightops.remote.listing import RemoteFile
 from weightops.remote.urls import show
@@ -15,10 +15,17 @@ from weightops.remote.web import Web
 MAX_NBYTES = 200_000_000
 
 
-def ask(url: str, web: Web, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, dict[str, str]]:
+def ask(url: str, web: Web, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, Mapping[str, str]]:
     """One attempt at a small answer: its bytes and headers. Raises as `Web.get`, `CorruptInput` if it is too large."""
+    try:
+        return _ask(url, web, max_nbytes, raw=False)
+    except Miscoded:
+        return _ask(url, web, max_nbytes, raw=True)
+
+
+def _ask(url: str, web: Web, max_nbytes: int, *, raw: bool) -> tuple[bytes, Mapping[str, str]]:
     data = bytearray()
-    with web.get(url) as body:
+    with web.get(url, raw=raw) as body:
         while block := body.read(1 << 20):
             data += block
             if len(data) > max_nbytes:
