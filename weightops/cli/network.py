@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from weightops.errors import AuthenticationFailed, NetworkFailed, UsageError
 from weightops.io.escape import escape
 from weightops.remote.policy import Policy
-from weightops.remote.urls import DEFAULT_ENDPOINT, origin
+from weightops.remote.urls import DEFAULT_ENDPOINT, origin, show
 from weightops.remote.web import Web
 
 _ITEM = re.compile(r"(?P<host>\[[0-9a-f:.%]+\]|[^:]*)(?::(?P<port>\d{1,5}))?")
@@ -79,8 +79,10 @@ def proxy_for(url: str) -> str | None:
     kind, _, rest = proxy.partition("://")
     if kind.lower() not in ("http", "https"):
         raise UsageError(f"a {escape(kind)} proxy is not used", hint="name an http proxy, or the host in NO_PROXY")
+    bare = f"{kind}://{rest.rpartition('@')[2]}"
     try:
-        origin(f"{kind}://{rest.rpartition('@')[2]}")
+        if origin(bare)[1] != (urlsplit(proxy).hostname or "").lower():
+            raise UsageError(f"{show(bare)} stands after a user or password with a slash or the like")
     except UsageError as error:
         raise UsageError(
             f"the proxy for {escape(scheme)} is no URL: {error}",
