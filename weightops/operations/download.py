@@ -220,8 +220,8 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
 
 
 def _ever_fetched(previous: Manifest | None) -> list[str]:
-    """The files of an earlier download, and those that it found to be of a still earlier one."""
-    return [*previous.files, *previous.recipe.get("stale", ())] if previous else []
+    """The files that an earlier download brought, and those that it found to be of a still earlier one."""
+    return [*previous.recipe.get("etags", ()), *previous.recipe.get("stale", ())] if previous else []
 
 
 def _is_file(out: Path, name: str) -> bool:

@@ -170,10 +170,17 @@ def _plan(wanted: Wanted, title: str) -> Plan:
     )
     if not files.get("card"):
         return plan
-    from weightops.operations.card import card  # imported here because few runs write one
+    from weightops.operations.card import card, quantization_of  # imported here because few runs write one
 
     names = {origin.role: origin.name for origin in origins}
-    readme = card(title, recipe, names, files=plan.shard_nbytes, warnings=checkpoint.warnings)
+    readme = card(
+        title,
+        recipe,
+        names,
+        files=plan.shard_nbytes,
+        warnings=checkpoint.warnings,
+        quantization=quantization_of(checkpoint.config()),
+    )
     return replace(plan, documents=(*plan.documents, readme))
 
 
