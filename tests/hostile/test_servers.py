@@ -53,7 +53,7 @@ def assert_one_clean_sentence(error: BaseException) -> None:
 )
 def test_redirects_to_nowhere_good_are_not_followed(hub: Hub, tmp_path: Path, target: str | None) -> None:
     hub.always["resolve"] = Fault("redirect", value=target)
-    with pytest.raises(WeightopsError) as caught:
+    with pytest.raises(WeightopsError, match=r"redirect|Connection refused|no URL") as caught:
         fetch(hub, tmp_path)
     assert_one_clean_sentence(caught.value)
     if NASTY not in str(target):
@@ -123,7 +123,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(tmp_path: Path) -> None:
         assert_complete(tmp_path / "model", MODEL)
         assert_complete(tmp_path / "moved", {"b.bin": DATA})
         hub.faults["api"] = [Fault("redirect", value=f"{other.endpoint}/api/models/{REPO}/revision/main")] * 9
-        with pytest.raises(WeightopsError):
+        with pytest.raises(WeightopsError, match="status 401"):
             fetch(hub, tmp_path / "api")
         told = {(r.server, r.headers.get("authorization")) for r in hub.log}
         assert told == {("hub", "Bearer secret"), ("cdn", None)}
@@ -178,7 +178,9 @@ HEADERS = [
 @pytest.mark.parametrize("key", ["api", WEIGHTS])
 def test_a_wait_that_makes_no_sense_is_none(hub: Hub, tmp_path: Path, headers: dict[str, str], key: str) -> None:
     hub.always[key] = Fault("status", 503, headers=headers)
-    with pytest.raises(NetworkFailed) as caught:
+    with pytest.raises(
+        NetworkFailed, match=r"status 503.*; (gave up after 4 attempts|the server asks to wait)"
+    ) as caught:
         fetch(hub, tmp_path)
     assert_one_clean_sentence(caught.value)
 
@@ -235,7 +237,8 @@ LISTINGS = {
 def test_listings_that_make_no_sense_are_refused(hub: Hub, tmp_path: Path, listing: str) -> None:
     commit = hub.add(REPO, {"a.bin": b"12345"}, lfs=())
     hub.always["api"] = Fault("status", 200, body=json.dumps(LISTINGS[listing]).encode())
-    with pytest.raises(WeightopsError) as caught:
+    says = r"an answer without sense|without a size or digest|twice|no file|more bytes are needed"
+    with pytest.raises(WeightopsError, match=says) as caught:
         fetch(hub, tmp_path, f"{REPO}@{commit}")
     assert_one_clean_sentence(caught.value)
     assert files(tmp_path) == {}
@@ -247,8 +250,36 @@ def test_listings_that_make_no_sense_are_refused(hub: Hub, tmp_path: Path, listi
 def test_a_listing_that_goes_on_in_circles_or_elsewhere_is_given_up(hub: Hub, tmp_path: Path, target: str) -> None:
     commit = hub.add(REPO, MODEL)
     hub.always["api"] = Fault("status", 200, headers={"Link": f'<{target}>; rel="next"'}, body=b"[]")
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match=r"goes on in circles|is not followed") as caught:
         fetch(hub, tmp_path, f"{REPO}@{commit}")
+    assert_one_clean_sentence(caught.value)
+
+
+JSON = {"Content-Type": "application/json"}
+GATES = {
+    "in the header": Fault(
+        "status", 403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "It awaits a review."}
+    ),
+    "in the body": Fault(
+        "status", 403, headers={"Content-Type": "application/json"}, body=b'{"error": "It awaits a review."}'
+    ),
+}
+
+
+@pytest.mark.parametrize("place", GATES)
+def test_what_a_hub_says_of_its_gate_is_passed_on(hub: Hub, tmp_path: Path, place: str) -> None:
+    hub.always[WEIGHTS] = GATES[place]
+    with pytest.raises(AuthenticationFailed, match=r"status 403 \(.*It awaits a review\.\)") as caught:
+        fetch(hub, tmp_path)
+    assert "HF_TOKEN" in (caught.value.hint or "")
+    assert_one_clean_sentence(caught.value)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'{"error": 7}', b"[" * 4000, b'{"error": "\\u001b[2J"}', b"\xff"])
+def test_what_a_refusal_holds_does_no_harm(hub: Hub, tmp_path: Path, body: bytes) -> None:
+    hub.always[WEIGHTS] = Fault("status", 403, headers=JSON, body=body)
+    with pytest.raises(AuthenticationFailed, match="status 403") as caught:
+        fetch(hub, tmp_path)
     assert_one_clean_sentence(caught.value)
 
 
@@ -285,7 +316,7 @@ def test_what_is_refused_or_missing_has_its_exit_code_at_once(hub: Hub, tmp_path
     prepare, token, kind, code = CODES[case]
     source = prepare(hub)
     with Web(replace(QUICK, first_delay_s=60, max_delay_s=60), endpoint=hub.endpoint, token=token) as web:
-        with pytest.raises(kind) as caught:
+        with pytest.raises(kind, match=r"status 40[134]") as caught:
             api.download(source, tmp_path, control=Control(web=web))
     assert caught.value.exit_code == code
     assert_one_clean_sentence(caught.value)

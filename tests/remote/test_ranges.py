@@ -99,6 +99,24 @@ def test_two_places_of_a_file_and_other_files_are_read_by_turns(hub: Hub, web: W
     assert len(hub.log) < 20
 
 
+def test_what_is_put_away_for_others_is_asked_for_again(hub: Hub, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More files and places than are kept: each is right all the same, and no more connections stay open."""
+    monkeypatch.setattr("weightops.remote.ranges._MAX_HEADS", 2)
+    monkeypatch.setattr("weightops.remote.ranges._MAX_IDLE", 2)
+    others = {f"{i}": DATA[i:] + DATA[:i] for i in range(5)}
+    hub.static |= others
+    many = {name: SourceFile(f"{hub.endpoint}/static/files/{name}", len(DATA), 0) for name in others}
+    with FileReader(web) as files:
+        for at in (0, 100_000, 2_000_000):
+            for name, file in many.items():
+                assert files.read(file, at, 70_000) == others[name][at : at + 70_000]
+                assert files.read(file, 0, 64) == others[name][:64]
+        assert len(web.ranges._heads) == 2
+        assert len(web.ranges._idle) == 2
+    heads = [request for request in hub.log if request.headers["range"] == "bytes=0-65535"]
+    assert len(heads) > len(many)  # asked for again
+
+
 def test_gaps_are_read_through_and_count_for_the_digest(hub: Hub, web: Web) -> None:
     blocks = [(start, stop - 1000) for start, stop in in_blocks(len(DATA))]
     read(web, source(hub), *blocks, (len(DATA) - 10, len(DATA)))
