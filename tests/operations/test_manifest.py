@@ -96,3 +96,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
     monkeypatch.setattr("weightops.api.manifest", None)
     assert run(["manifest", str(made), "--overwrite"]) == 1
+
+
+def test_a_link_to_nothing_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (made / "gone").symlink_to("nowhere")
+    assert run(["manifest", str(made), "--overwrite"]) == 10
+    assert "gone: no such file" in capsys.readouterr().err
+
+
+def test_an_unknown_digest_is_refused_before_the_work(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightops.api.digest_tensors", None)
+    assert run(["manifest", str(made), "--overwrite", "--digest", "crc32"]) == 2

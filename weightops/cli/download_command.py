@@ -15,6 +15,7 @@ from weightops.cli.progress import human
 from weightops.engine.preflight import free_disk
 from weightops.io.escape import escape
 from weightops.plan import parse_size
+from weightops.remote.partial import STATE
 from weightops.remote.policy import Policy
 from weightops.remote.web import Web
 
@@ -119,7 +120,7 @@ def _dry_run_text(found: Download) -> str:
         "",
         f"source   {escape(found.listing.source)}{_version(found)}",
         f"fetch    {human(missing)} of {human(found.nbytes)}",
-        f"disk     {human(free_disk(found.out))} free",
+        f"disk     {human(free_disk(found.out / STATE))} free",
     ]
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])
 

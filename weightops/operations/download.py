@@ -192,6 +192,8 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
     """
     if os.path.lexists(out) and not out.is_dir():
         raise OutputExists(f"{escape(str(out))} exists and is not a folder")
+    if not os.path.isdir(out):
+        check_folder(out)
     previous = _previous(out)
     if previous is None and os.path.lexists(out / manifest.NAME):
         raise OutputExists(
@@ -211,7 +213,7 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
     if complete is None:
         check_folder(out)
     missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
-    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out)
+    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out / STATE)
     if missing_nbytes and needed > free:
         raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
     unproven = tuple(file.name for file in files if not file.digests)

@@ -42,7 +42,7 @@ def make_manifest(
     known = {name for entry in earlier.files.values() for name in entry.digests} if earlier else set()
     algorithms = tuple(dict.fromkeys(("xxh3_128", *sorted(known & HEX_DIGITS.keys()), *digests)))
     paths = [inside(folder, name, str(folder)) for name in names]
-    control.progress.start("hashing", sum(path.stat().st_size for path in paths))
+    control.progress.start("hashing", sum(map(_nbytes, paths)))
     hashed = hash_files(
         [(path, algorithms) for path in paths],
         workers=workers,
@@ -94,6 +94,14 @@ def _is_same(earlier: Manifest, made: Manifest) -> bool:
         name in made.files and entry.digests.items() & made.files[name].digests.items()
         for name, entry in earlier.files.items()
     )
+
+
+def _nbytes(path: Path) -> int:
+    """A file's size, for progress; what is not there, or cannot be read, is told of when its turn comes."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _refuse(name: str, error: OSError) -> NoReturn:
