@@ -163,6 +163,7 @@ NOT_THE_FILE = {
     "a login form": Fault("status", 200, headers={"Content-Type": "text/html"}, body=b"\n<form action='/login'>"),
     "a pointer": Fault("lfs_pointer"),
     "an error": Fault("status", 200, headers={"Content-Type": "application/json"}, body=b'{"error": "Invalid token"}'),
+    "a text": Fault("status", 200, headers={"Content-Type": "text/plain"}, body=b"404: Not Found"),
     "an error as XML": Fault("status", 200, body=b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>'),
 }
 NAMES = ["config.json", "tokenizer.model", "model.safetensors", "a.bin", "merges.txt", "README.md", "x", "m.gguf"]
@@ -173,7 +174,11 @@ NAMES = ["config.json", "tokenizer.model", "model.safetensors", "a.bin", "merges
 def test_what_is_not_the_file_is_saved_under_no_name(hub: Hub, tmp_path: Path, name: str, kind: str) -> None:
     hub.static[name] = b"x"
     hub.always[name] = NOT_THE_FILE[kind]
-    with pytest.raises(CorruptInput, match=r"an HTML page|an error instead of the file|pointer"):
+    if kind == "a text" and name in ("merges.txt", "README.md", "x"):
+        pytest.skip("this may well be the file")
+    with pytest.raises(
+        CorruptInput, match=r"an HTML page|an error instead of the file|pointer|this is no JSON|is text"
+    ):
         fetch(hub, tmp_path, f"{hub.endpoint}/static/files/{name}")
     assert files(tmp_path) == {}
 

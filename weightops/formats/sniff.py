@@ -48,6 +48,8 @@ _ELEMENT = "title|meta|link|script|style|div|span|p|a|h[1-6]|center|table|form|p
 _PAGE = re.compile(rf"<(?:{_DOCUMENT})\b".encode(), re.IGNORECASE)
 _TAG = re.compile(rf"<(?:{_DOCUMENT}|{_ELEMENT})\b".encode(), re.IGNORECASE)
 _JSON = re.compile(rb'[\s\xef\xbb\xbf]*[{\["\-0-9tfn]')
+_RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
+"""A line of a file of tiktoken's."""
 _MARKUP = (".html", ".htm", ".xhtml", ".xht", ".xml", ".svg")
 _BINARY = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".npz")
 _TROUBLE = {"error", "errors", "detail", "message", "msg"}
@@ -101,9 +103,9 @@ def _is_trouble(head: bytes) -> bool:
 
 
 def _is_binary(name: str, head: bytes) -> bool:
-    """Whether a file of that name cannot be text; tokenizer.model can, as a list of tokens, but no JSON."""
+    """Whether a file of that name cannot be text; tokenizer.model can, as a list of tokens and ranks."""
     if name.endswith(".model"):
-        return head.lstrip().startswith((b"{", b"["))
+        return _RANK.match(head) is None
     return name.endswith(_BINARY)
 
 
