@@ -52,6 +52,14 @@ def test_a_changed_note_beside_the_weights_changes_nothing_about_their_making(ma
     assert "README.md" in read(made)["files"]
 
 
+def test_a_manifest_that_told_nothing_has_nothing_to_leave_out(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (made / FINAL).unlink()
+    for value in (0.0, 1.0):
+        write_checkpoint(made, {"a": torch.full((4, 8), value)})
+        assert run(["manifest", str(made), "--overwrite"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_other_tensors_were_not_made_so(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(made, {"a": torch.zeros(4, 8)})
     assert run(["manifest", str(made), "--overwrite"]) == 0

@@ -194,6 +194,8 @@ def test_what_is_not_the_file_is_saved_under_no_name(hub: Hub, tmp_path: Path, n
         ("tokenizer.model", b"IQ== 0\nIg== 1\n"),
         ("data.bin", b"\x00\x01text"),
         ("empty.json", b""),
+        ("number.json", b" 7\n"),
+        ("cut.json", b'["' + b"x" * 5000 + b'"]'),
     ],
 )
 def test_what_may_look_so_is_taken_whatever_it_is_called(hub: Hub, tmp_path: Path, name: str, data: bytes) -> None:

@@ -13,7 +13,7 @@ from weightops.errors import OutputExists, UsageError
 from weightops.formats.manifest import NAME
 from weightops.io.atomic import check_target, write_whole
 from weightops.io.escape import escape
-from weightops.operations.manifest import NO_RECIPE, checksum_list
+from weightops.operations.manifest import checksum_list, earlier_manifest
 
 
 @click.command("manifest", epilog=epilog((*READ_CODES[:-1], 11, 130)))
@@ -44,14 +44,14 @@ def command(
       weightops manifest ./model --sha256sums > SHA256SUMS
     """
     target = folder / NAME
-    existed = target.exists()
     if lists is not None and as_json:
         raise UsageError("a checksum list is no JSON", hint="leave out --json; the manifest is JSON")
     if lists is None:
-        if existed and not overwrite:
+        if target.exists() and not overwrite:
             raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")
         if folder.is_dir():
             check_target(target)
+    before = earlier_manifest(folder)
     with running(quiet) as control:
         chosen = (*digests, lists) if lists else digests
         made = api.manifest(folder, digests=chosen, workers=workers, control=control)
@@ -59,7 +59,7 @@ def command(
         click.echo(checksum_list(made, lists), nl=False)
         return
     write_whole(target, made.to_bytes())
-    if existed and made.recipe == NO_RECIPE:
+    if before is not None and before.recipe != made.recipe:
         warn([f"{escape(str(target))}: the one before was of something else: what it told of the making is left out"])
     if as_json:
         click.echo(made.to_bytes().decode(), nl=False)

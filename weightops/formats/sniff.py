@@ -47,7 +47,7 @@ _DOCUMENT = "!doctype|html|head|body|error"
 _ELEMENT = "title|meta|link|script|style|div|span|p|a|h[1-6]|center|table|form|pre|br"
 _PAGE = re.compile(rf"<(?:{_DOCUMENT})\b".encode(), re.IGNORECASE)
 _TAG = re.compile(rf"<(?:{_DOCUMENT}|{_ELEMENT})\b".encode(), re.IGNORECASE)
-_JSON = re.compile(rb'[\s\xef\xbb\xbf]*[{\["\-0-9tfn]')
+_JSON = re.compile(rb'[\s\xef\xbb\xbf]*[{\["]')
 _RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 """A line of a file of tiktoken's."""
 _MARKUP = (".html", ".htm", ".xhtml", ".xht", ".xml", ".svg")
@@ -70,7 +70,7 @@ def check_answer(head: bytes, name: str, content_type: str) -> None:
     if _is_trouble(head):
         said = escape(head.decode("utf-8", "replace").strip())
         raise CorruptInput(f"{shown}: the server answers with an error instead of the file ({said})")
-    if lower.endswith(".json") and not _JSON.match(head):
+    if lower.endswith(".json") and not _is_json(head):
         raise CorruptInput(f"{shown}: this is no JSON", hint=_ADDRESS_HINT)
     if _is_binary(lower, head) and _is_text(head):
         raise CorruptInput(f"{shown}: this is text, expected a binary file", hint=_ADDRESS_HINT)
@@ -107,6 +107,17 @@ def _is_binary(name: str, head: bytes) -> bool:
     if name.endswith(".model"):
         return _RANK.match(head) is None
     return name.endswith(_BINARY)
+
+
+def _is_json(head: bytes) -> bool:
+    """Whether JSON begins so; a number or word alone is one only if nothing follows."""
+    if _JSON.match(head):
+        return True
+    try:
+        json.loads(head)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_text(head: bytes) -> bool:

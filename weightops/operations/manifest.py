@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -21,9 +21,6 @@ from weightops.operations.verify import is_listing
 from weightops.spec import TensorSpec
 from weightops.versions import library_versions
 
-NO_RECIPE: Final[dict[str, Any]] = {"operation": "manifest"}
-"""What a manifest says of a folder that nobody has told the making of."""
-
 
 def make_manifest(
     folder: Path,
@@ -38,7 +35,7 @@ def make_manifest(
     What an earlier manifest says of how these tensors were made, it says too, and has digests by the same algorithms.
     """
     names = sorted(name for name in files_below(folder, _refuse) if not is_listing(name))
-    earlier = _earlier(folder)
+    earlier = earlier_manifest(folder)
     known = {name for entry in earlier.files.values() for name in entry.digests} if earlier else set()
     algorithms = tuple(dict.fromkeys(("xxh3_128", *sorted(known & HEX_DIGITS.keys()), *digests)))
     paths = [inside(folder, name, str(folder)) for name in names]
@@ -63,7 +60,7 @@ def make_manifest(
             n: TensorEntry(dtype=spec.dtype, shape=spec.shape, xxh3_128=digest, file=checkpoint.shards[n])
             for n, (spec, digest) in tensors.items()
         },
-        recipe=NO_RECIPE,
+        recipe={"operation": "manifest"},
         provenance=library_versions(),
     )
     if earlier is None or not _is_same(earlier, made):
@@ -78,7 +75,7 @@ def make_manifest(
     )
 
 
-def _earlier(folder: Path) -> Manifest | None:
+def earlier_manifest(folder: Path) -> Manifest | None:
     """The manifest that the folder has; None also for one that cannot be read, of which there is nothing to keep."""
     try:
         return format.read_manifest(folder / format.NAME)
