@@ -142,6 +142,18 @@ def test_a_digest_of_ones_own_is_held_against_a_file_of_a_hub(hub: Hub, tmp_path
     assert run(["download", url, "--md5", "0" * 32, "--out", str(tmp_path / "b")]) == 3
 
 
+def test_pages_in_lists_are_files_too(hub: Hub, tmp_path: Path) -> None:
+    page = f"{hub.endpoint}/{REPO}/blob/main"
+    digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    (tmp_path / "list").write_text(f"{digest}  {page}/config.json\n")
+    fetch(hub, tmp_path / "a", str(tmp_path / "list"))
+    assert_complete(tmp_path / "a", ONE)
+    hub.add(REPO, {**MODEL, "SHA256SUMS": f"{digest}  config.json\n".encode()})
+    hub.static["config.json"] = b"{}"
+    found = fetch(hub, tmp_path / "b", f"{hub.endpoint}/static/files/config.json", checksums=f"{page}/SHA256SUMS")
+    assert found.unproven == ()
+
+
 @pytest.mark.parametrize("path", ["blob/main/none", "tree/main/none", "tree/v9", "blob/v9/config.json"])
 def test_what_is_not_there_is_missing(hub: Hub, tmp_path: Path, path: str) -> None:
     with pytest.raises(SourceMissing, match=r"no such (file|folder|revision)"):

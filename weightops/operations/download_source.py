@@ -27,6 +27,7 @@ from weightops.remote.listing import (
     is_location,
     parse_location,
 )
+from weightops.remote.pages import file_address
 from weightops.remote.small import describe, read_whole
 from weightops.remote.urls import DEFAULT_ENDPOINT, is_url, show
 from weightops.remote.web import Web
@@ -73,7 +74,7 @@ def find_target(source: str, revision: str | None = None, endpoint: str = DEFAUL
     if is_location(source):
         return Target(parse_location(source, revision, endpoint))
     if Path(source).is_file():
-        return Target(read_url_list(Path(source)))
+        return Target(read_url_list(Path(source), endpoint))
     if source in published():
         repository = repository_of(source)
         if repository is None:
@@ -92,7 +93,7 @@ def find_target(source: str, revision: str | None = None, endpoint: str = DEFAUL
     return Target(parse_location(source, revision, endpoint))
 
 
-def read_url_list(path: Path) -> UrlList:
+def read_url_list(path: Path, endpoint: str = DEFAULT_ENDPOINT) -> UrlList:
     """A list with lines `DIGEST  URL` or `ALGORITHM:DIGEST  URL`; blank lines and `#` comments are passed over."""
     _, data = read_source(path)
     shown = escape(str(path))
@@ -104,8 +105,8 @@ def read_url_list(path: Path) -> UrlList:
         algorithm = match and (match[1] or BY_LENGTH.get(len(match[2])))
         if not match or not algorithm or len(match[2]) != HEX_DIGITS.get(algorithm):
             raise CorruptInput(f"{shown}: line {number}: expected a digest and a URL, found {escape(line[:200])!r}")
-        file = WebFile(match[3])
-        listed = RemoteFile(file.file_name, match[3], None, {algorithm: match[2].lower()})
+        file = WebFile(file_address(match[3], endpoint))
+        listed = RemoteFile(file.file_name, file.url, None, {algorithm: match[2].lower()})
         if not file.file_name or files.setdefault(file.file_name, listed) != listed:
             raise CorruptInput(f"{shown}: line {number}: no file name, or one that is listed already")
     if not files:
@@ -153,7 +154,8 @@ def _listed(file: WebFile | HubFile, checksums: str, web: Web) -> dict[str, str]
 def _read_list(checksums: str, web: Web) -> ChecksumList:
     if not is_url(checksums):
         return read_checksums(Path(checksums))
-    return parse_checksums(read_whole(checksums, web), show(checksums), WebFile(checksums).file_name)
+    address = file_address(checksums, web.endpoint)
+    return parse_checksums(read_whole(address, web), show(checksums), WebFile(address).file_name)
 
 
 def find_version(target: Target, web: Web) -> str:

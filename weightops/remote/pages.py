@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from weightops.errors import UsageError
 from weightops.io.escape import escape
@@ -75,3 +75,14 @@ def parse_page(url: str, endpoint: str) -> Page | None:
         return Page(hub, name, revision)
     is_file = verb in _FILES and not path.endswith("/")
     return Page(hub, name, revision, "" if is_file else rest, rest if is_file else "")
+
+
+def file_address(url: str, endpoint: str) -> str:
+    """Where the file that a page shows is itself; any other URL as it is."""
+    try:
+        page = parse_page(url, endpoint)
+    except UsageError:
+        return url
+    if page is None or not page.file:
+        return url
+    return f"{page.endpoint or endpoint}/{page.name}/resolve/{quote(page.revision, safe='')}/{quote(page.file)}"
