@@ -36,7 +36,7 @@ CHUNK_NBYTES = 4 << 20
 SILENCE_S = 30.0
 """How long an owner on another machine may leave its claim untouched."""
 _TOUCH_S = 5.0
-_OURS = re.compile(r"\w+\.(?:part|part\..*|done|gone\..*)|previous\.json|\..*\.tmp")
+_OURS = re.compile(r"(?:\w+\.(?:part(?:\..*)?|done)|previous\.json|\..*\.tmp)(?:\.gone\..*)?|\w+\.gone\..*")
 """What a run puts into the state folder."""
 
 
