@@ -94,7 +94,9 @@ DROPPINGS = [
 @pytest.mark.parametrize("name", DROPPINGS)
 def test_what_clients_left_is_passed_over_and_said(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.add(REPO, {**MODEL, name: b"x"}, lfs=())
-    assert any("1 files that a client left there" in warning for warning in fetch(hub, tmp_path).warnings)
+    assert any(
+        "what a client left there is passed over (files: 1)" in warning for warning in fetch(hub, tmp_path).warnings
+    )
     assert_complete(tmp_path, MODEL)
 
 

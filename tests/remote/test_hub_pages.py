@@ -12,6 +12,7 @@ from hub import Fault, Hub
 
 from weightops.cli.main import run
 from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
+from weightops.remote.hub import _next_page
 from weightops.remote.listing import HubFile, HubRepository, WebFile, WebFolder, parse_location
 from weightops.remote.pages import parse_page
 from weightops.remote.urls import DEFAULT_ENDPOINT
@@ -217,6 +218,15 @@ def test_what_may_look_so_is_taken_whatever_it_is_called(hub: Hub, tmp_path: Pat
     assert_complete(tmp_path, {name: data})
 
 
+def test_a_server_that_answers_every_name_with_a_page_has_those_files_that_are_none(hub: Hub, tmp_path: Path) -> None:
+    names = ("model.safetensors.index.json", "pytorch_model.bin", "generation_config.json", FINAL)
+    hub.static |= {f"m/{name}": PAGE for name in names} | {f"m/{name}": MODEL[name] for name in list(MODEL)[:2]}
+    for name in names:
+        hub.always[f"m/{name}"] = Fault("headers", headers={"Content-Type": "text/html"})
+    fetch(hub, tmp_path, f"{hub.endpoint}/static/files/m/")
+    assert_complete(tmp_path, {name: MODEL[name] for name in list(MODEL)[:2]})
+
+
 def test_a_digest_speaks_for_a_page(hub: Hub, tmp_path: Path) -> None:
     hub.add(REPO, {"odd.json": PAGE, "config.json": b"{}"})
     fetch(hub, tmp_path)
@@ -257,6 +267,15 @@ def test_a_mirror_that_passes_on_the_hubs_links_is_asked_for_every_page(tmp_path
         fetch(mirror, tmp_path)
         assert other.log == []
     assert_complete(tmp_path, many)
+
+
+@pytest.mark.parametrize(
+    "link", ["https://huggingface.co{}?cursor=2", "http://m{}?cursor=2", "{}?cursor=2", "?cursor=2", "/hf{}?cursor=2"]
+)
+def test_a_listing_goes_on_at_the_endpoint(link: str) -> None:
+    path = "/api/models/o/n/tree/c"
+    found = _next_page(f"https://m/hf{path}?recursive=true", link.format(path), "https://m/hf")
+    assert found == f"https://m/hf{path}?cursor=2"
 
 
 def test_headers_are_read_whatever_their_case(tmp_path: Path) -> None:

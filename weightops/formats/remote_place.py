@@ -92,11 +92,14 @@ def _probe(folder: WebFolder, web: Web, reason: WeightopsError | None) -> Listin
 
 
 def _those_there(folder: WebFolder, names: Iterable[str], web: Web) -> list[RemoteFile]:
-    """Those of the names that the server has; stores that list nothing to strangers call the others forbidden."""
+    """Those of the names that the server has.
+
+    Stores that list nothing to strangers call the others forbidden; some servers answer every name with a page.
+    """
 
     def ask(name: str) -> RemoteFile | None:
         try:
-            return describe(name, _join(folder, name), web)
+            return describe(name, _join(folder, name), web, pages=False)
         except (SourceMissing, AuthenticationFailed):
             return None
 

@@ -96,7 +96,7 @@ def select(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> 
         except CorruptInput as error:
             raise CorruptInput(str(error), hint="--exclude leaves it out") from None
     dropped = sum(_DROPPINGS.fullmatch(file.name) is not None for file in chosen)
-    notes = [f"{listing.source}: {dropped} files that a client left there are passed over"] if dropped else []
+    notes = [f"{listing.source}: what a client left there is passed over (files: {dropped})"] if dropped else []
     return tuple(files), notes + _check_together([file.name for file in files], listing.source)
 
 

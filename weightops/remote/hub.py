@@ -27,7 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 _MAX_FILES = 100_000
-_LISTINGS = "/api/models/"
+_MODELS = "/api/models/"
 Answer = TypeVar("Answer")
 
 
@@ -60,7 +60,7 @@ def find_commit(repository: HubRepository, web: Web) -> str:
     if is_commit(repository.revision):
         return repository.revision
     endpoint = repository.endpoint or web.endpoint
-    url = f"{endpoint}{_LISTINGS}{repository.name}/revision/{quote(repository.revision, safe='')}"
+    url = f"{endpoint}{_MODELS}{repository.name}/revision/{quote(repository.revision, safe='')}"
     commit = _ask(repository, url, web, _Revision)[0].sha
     if not is_commit(commit):
         raise NetworkFailed(f"{repository}: the hub names no commit for {escape(repository.revision)}")
@@ -73,7 +73,7 @@ def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
     Raises as `find_commit` does, `CorruptInput` for odd listings.
     """
     endpoint = repository.endpoint or web.endpoint
-    url = f"{endpoint}{_LISTINGS}{repository.name}/tree/{commit}?recursive=true&expand=false"
+    url = f"{endpoint}{_MODELS}{repository.name}/tree/{commit}?recursive=true&expand=false"
     seen: set[str] = set()
     files: list[RemoteFile] = []
     while url:
@@ -108,15 +108,14 @@ def _next_page(url: str, link: str, endpoint: str) -> str:
     """
     try:
         target = urljoin(url, link)
-        if origin(target) == origin(endpoint):
-            return target
+        origin(target)
         parts = urlsplit(target)
     except (ValueError, UsageError):
         raise CorruptInput(f"{show(url)}: the listing goes on at {escape(link)}, which is not followed") from None
-    at = parts.path.find(_LISTINGS)
-    if at < 0 or "/tree/" not in parts.path[at:]:
+    _, api, page = parts.path.partition(_MODELS)
+    if "/tree/" not in page:
         raise CorruptInput(f"{show(url)}: the listing goes on at {show(target)}, which is not followed")
-    return f"{endpoint}{parts.path[at:]}?{parts.query}"
+    return f"{endpoint}{api}{page}?{parts.query}"
 
 
 def _file(entry: _Entry, repository: HubRepository, commit: str, endpoint: str) -> RemoteFile:
