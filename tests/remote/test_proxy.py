@@ -140,13 +140,16 @@ def test_a_limit_that_is_used_up_is_waited_for(tmp_path: Path) -> None:
 
     with Hub() as hub:
         hub.add(REPO, MODEL)
-        hub.faults["a.bin"] = [Fault("status", 429, headers={"RateLimit": '"resolvers";r=0;t=1'})]
+        hub.faults["a.bin"] = [Fault("status", 429, headers={"RateLimit": '"resolvers";r=0;t=40'})]
         waited: list[float] = []
+        told: list[str] = []
         with Web(QUICK, endpoint=hub.endpoint) as web:
             sleep = web.sleep
             web.sleep = lambda seconds: (waited.append(seconds), sleep(0.01))[1]  # type: ignore[method-assign]
+            web.on_wait = told.append
             api.download(REPO, tmp_path, control=Control(web=web))
-    assert 1 in waited
+    assert 40 in waited
+    assert ["status 429" in text and "trying again in 40 s" in text for text in told] == [True]
     assert_complete(tmp_path, MODEL)
 
 

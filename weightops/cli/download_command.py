@@ -79,6 +79,7 @@ def command(
         else:
             policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
             control.web = open_web(endpoint=endpoint, policy=policy)
+            control.web.on_wait = control.progress.note
         try:
             found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
         finally:

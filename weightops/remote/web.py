@@ -38,6 +38,7 @@ _MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TICK_S = 0.2
 _MAX_IDLE = 16
+_TOLD_WAIT_S = 5.0
 _MAX_DRAINED_NBYTES = 64 << 10
 
 Result = TypeVar("Result")
@@ -79,6 +80,8 @@ class Web:
         self._started_s = time.monotonic()
         self._next_byte_s = 0.0
         self.received_nbytes = 0
+        self.on_wait: Callable[[str], object] = lambda text: None
+        """Told, from any thread, why nothing will happen for seconds."""
         self.ranges = self._new_ranges()
 
     def _new_ranges(self) -> RangeReader:
@@ -285,6 +288,8 @@ class Tries:
         elif delay_s > self._web.left_s:
             why = f"; the deadline of {policy.deadline_s:g} s is too near to try again"
         else:
+            if delay_s >= _TOLD_WAIT_S:
+                self._web.on_wait(f"{self._what}: {error}; trying again in {delay_s:.0f} s")
             self._web.sleep(delay_s)
             return
         raise NetworkFailed(f"{self._what}: {error}{why}", hint="run the same command again later: it continues")
