@@ -12,9 +12,9 @@ import msgspec
 
 from weightops import model_api
 from weightops.cli.options import FOLDER, WRITE_CODES, epilog, result_document, show_result, write_options
-from weightops.cli.output import print_json, running, table, warn
+from weightops.cli.output import print_json, running, save_report, table, warn
 from weightops.cli.progress import human
-from weightops.io.atomic import check_target, write_whole
+from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 from weightops.operations.check_layers import NUMBERED
 
@@ -74,19 +74,19 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
     if done.result is None:
         _show_estimate(done, as_json)
         return
-    if html is not None:
-        # Imported here because few want a page.
-        from weightops.cli.quantize_html import facts_of, page
-
-        write_whole(html, page(out.name, modules, facts_of(done)))
     if as_json:
         document = result_document(done.result, workers)
         warn(done.result.warnings)
         print_json(document | {"bits_per_weight": done.bits_per_weight, "modules": msgspec.to_builtins(modules)})
-        return
-    show_result(done.result, False, quiet, workers)
-    if not quiet:
-        click.echo(_text(modules, done.bits_per_weight))
+    else:
+        show_result(done.result, False, quiet, workers)
+        if not quiet:
+            click.echo(_text(modules, done.bits_per_weight))
+    if html is not None:
+        # Imported here because few want a page.
+        from weightops.cli.quantize_html import facts_of, page
+
+        click.get_current_context().exit(save_report(html, page(out.name, modules, facts_of(done))))
 
 
 def _show_estimate(done: model_api.Quantization, as_json: bool) -> None:
