@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from weightops import errors
-from weightops.cli.main import COMMANDS, EXIT_CODES, cli
+from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli
 
 TARGET = Path(__file__).with_name("commands.md")
 
@@ -41,6 +41,9 @@ def render() -> str:
     for name in COMMANDS:
         parts += [f"## weightops {name}", "", "```", help_text(name), "```", ""]
     parts += ["## Exit codes", "", *exit_code_table(), ""]
+    rows = [f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()]
+    parts += ["## Environment", "", "Nothing else is read, and no option can be set so.", ""]
+    parts += ["| variable | meaning |", "|---|---|", *rows, ""]
     return "\n".join(parts)
 
 

@@ -95,7 +95,7 @@ class Blob:
 
 @dataclass
 class Hub:
-    """Serves repositories from `endpoint`, their LFS files from `cdn`, `static` files from `endpoint`/files/.
+    """Serves repositories from `endpoint`, their LFS files from `cdn`, `static` files from `endpoint`/static/files/.
 
     Each GET of a file's content takes the next of `faults[name]` and meets `always[name]` too. Calls of the API do so
     under "api", requests to /resolve/ that are not answered with content under "resolve".
@@ -380,7 +380,7 @@ class Handler(BaseHTTPRequestHandler):
 REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
 ROUTES: dict[str, Callable[..., Answer]] = {
     r"hub/_(?P<what>bytes|log)": Handler.report,
-    r"hub/files/(?P<name>.+)": Handler.plain_file,
+    r"hub/static/files/(?P<name>.+)": Handler.plain_file,
     rf"hub/api/models/{REPO}/tree/(?P<rev>[^/]+)": Handler.tree,
     rf"hub/api/models/{REPO}(?:/revision/(?P<rev>[^/]+))?": Handler.revision,
     rf"hub/{REPO}/resolve/(?P<rev>[^/]+)/(?P<name>.*)": Handler.resolve,

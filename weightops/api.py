@@ -21,6 +21,7 @@ from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, Weig
 from weightops.formats import checklist
 from weightops.formats.folder import find_place, is_remote, open_checkpoint, read_place
 from weightops.formats.manifest import Manifest
+from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
 from weightops.recipes.document import Document
@@ -404,6 +405,8 @@ def manifest(
     control, folder = control or Control(), _local(folder)
     if not folder.is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
+    for name in digests:
+        check_algorithm(name)
     try:
         checkpoint = open_checkpoint(folder)
     except NoWeights:

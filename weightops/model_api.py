@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
@@ -18,6 +18,7 @@ from weightops.engine.staging import refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import UsageError
 from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.plan import parse_size, sources_of
 from weightops.recipes.execute import Result, StrPath, Wanted, write_all
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
     from weightops.inference.generate import Generation
     from weightops.inference.packed import Engine
-    from weightops.quantization.options import ModuleReport
+    from weightops.quantization.calibration import Calibration
+    from weightops.quantization.options import ModuleReport, Options
     from weightops.quantization.run import Estimate
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
@@ -114,10 +116,27 @@ def quantize(
     control = running.get("control") or Control()
     max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
-        recipe = {"operation": "quantize", "source": checkpoint.name, **msgspec.to_builtins(options)}
-        wanted = Wanted(found.checkpoint, files, recipe, {"source": checkpoint})
+        recipe = _quantize_recipe(options, calibration, data, seed)
+        # What was quantised is read once more, to know the source by its content and to hold it against its manifest.
+        kept = set(found.checkpoint.values())
+        gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
+        made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
+        wanted = Wanted(made, files, recipe, {"source": checkpoint})
         result = write_all({out: wanted}, running)[out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
+
+
+def _quantize_recipe(
+    options: Options, calibration: Sequence[StrPath], data: Calibration | None, seed: int
+) -> dict[str, Any]:
+    """How a model is quantised, as a manifest records it: calibration files by their digests, not by their places."""
+    step = {"source": "source", **msgspec.to_builtins(options.settings), **msgspec.to_builtins(options)}
+    del step["settings"]
+    if data is not None:
+        samples, seq_len = data.tokens.shape
+        files = [{"name": Path(path).name, **hash_file(Path(path), ["sha256"]).digests} for path in calibration]
+        step |= {"calibration": files, "samples": samples, "seq_len": seq_len, "seed": seed}
+    return {"tensors": {"quantized": {"quantize": step}}, "output": {"from": "quantized"}}
 
 
 def evaluate(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from adapters import llama, save_adapter, save_model
@@ -25,8 +26,9 @@ from safetensors.torch import load_file
 from support import digests, write_checkpoint
 from tiny_models import quantize_tiny, save_tiny, text
 
+from weightops import cli as package
 from weightops import errors
-from weightops.cli.main import COMMANDS, EXIT_CODES, run
+from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli, run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -113,7 +115,7 @@ def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest
         expected = (2 if command == "recover" else 3) if published else 0
         digest = hashlib.sha256((family / "zhixi-diff" / "model.safetensors").read_bytes()).hexdigest()
         words = [digest if word == "HEX" else word for word in words]
-        words = [word.replace("https://example.org", f"{os.environ['HF_ENDPOINT']}/files") for word in words]
+        words = [word.replace("https://example.org", f"{os.environ['HF_ENDPOINT']}/static/files") for word in words]
         if command == "verify" and expected == 0:
             assert run(["manifest", "./zhixi"]) == 0
         assert run(words) == expected, line
@@ -215,6 +217,31 @@ def test_names_from_files_cannot_move_the_cursor(family: Path, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err
     assert "\u202e" not in captured.out + captured.err
+
+
+def test_no_variable_of_the_environment_sets_an_option(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = click.Context(cli, info_name="weightops", **cli.context_settings)
+    assert root.auto_envvar_prefix is None
+    for name in COMMANDS:
+        command = cli.get_command(root, name)
+        assert command is not None
+        assert [param.name for param in command.params if param.envvar is not None] == []
+    (family / "llama-13b" / "MD5SUMS").write_text("0" * 32 + "  config.json\n")
+    for variable in ("WEIGHTOPS_VERIFY_QUICK", "WEIGHTOPS_QUICK", "WEIGHTOPS_VERIFY_CONTENT"):
+        monkeypatch.setenv(variable, "1")
+    assert run(["verify", str(family / "llama-13b"), "-q"]) == 3
+
+
+def test_what_is_read_of_the_environment_is_documented() -> None:
+    documented = {name for names in ENVIRONMENT for name in names.split(", ")}
+    read = {
+        found
+        for path in Path(package.__file__).parent.glob("*.py")
+        for found in re.findall(r'(?:environ(?:\.get\()?\[?|_is_set\()"(\w+)"', path.read_text())
+    }
+    assert "WEIGHTOPS_DEBUG" in read
+    assert read - documented == set()
+    assert [name for name in documented if name.startswith("WEIGHTOPS_")] == ["WEIGHTOPS_DEBUG"]
 
 
 def test_unexpected_errors_show_no_traceback(

@@ -26,10 +26,12 @@ MD5 = "b1946ac92492d2347c6235b4d2611184"
 XXH = "6bba86c7e069f56d5a10b435f1c8e49c"
 SHA256 = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
 XXH3 = "99fc819aaba2462a"
+SIGNED = "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n"
+SIGNATURE = "-----BEGIN PGP SIGNATURE-----\n\nxyz\n-----END PGP SIGNATURE-----\n"
 
 
 def parse(text: str, list_name: str = "list", algorithm: str | None = None) -> list[tuple[str, str, str]]:
-    entries = parse_checksums(text.encode(), list_name, list_name, algorithm)
+    entries = parse_checksums(text.encode(), list_name, list_name, algorithm).entries
     return [(e.name, e.algorithm, e.hex) for e in entries]
 
 
@@ -44,6 +46,17 @@ def parse(text: str, list_name: str = "list", algorithm: str | None = None) -> l
         (f"{MD5.upper()}  a", ("a", "md5", MD5)),
         (f"{MD5}  a\r", ("a", "md5", MD5)),
         (f"{MD5}  ./sub/a", ("sub/a", "md5", MD5)),
+        (f"{MD5}  ././a", ("a", "md5", MD5)),
+        (f"{MD5}  ./sub/.//./a", ("sub/a", "md5", MD5)),
+        (f"{MD5}\ta", ("a", "md5", MD5)),
+        (f"{MD5}\t a", ("a", "md5", MD5)),
+        (f"  \t{MD5}  a", ("a", "md5", MD5)),
+        (f"  \\{MD5}  a", ("a", "md5", MD5)),
+        (f"MD5(a)= {MD5}", ("a", "md5", MD5)),
+        (f"SHA2-256(a)= {SHA256}", ("a", "sha256", SHA256)),
+        (f"BLAKE2B-512(a)= {SHA256}{SHA256}", ("a", "blake2b", SHA256 * 2)),
+        (f"BLAKE2b-256 (a) = {SHA256}", ("a", "blake2b-256", SHA256)),
+        (f"SHA384 (a) = {SHA256}{MD5}", ("a", "sha384", SHA256 + MD5)),
         (f"\\{MD5}  a", ("a", "md5", MD5)),
         (f"{SHA256}  模型.bin", ("模型.bin", "sha256", SHA256)),
         (f"MD5 (a) = {MD5}", ("a", "md5", MD5)),
@@ -61,7 +74,20 @@ def parse(text: str, list_name: str = "list", algorithm: str | None = None) -> l
     ],
 )
 def test_lines(line: str, expected: tuple[str, str, str]) -> None:
-    assert parse(line) == parse(f"{line}\n") == parse(f"# from where\n{line}\n\n\r\n") == [expected]
+    around = f"\n# from where\n\n{line}\n \n\r\n{line}\n"
+    assert parse(line) == parse(f"{line}\n") == parse(around) == parse(f"{SIGNED}\n{line}\n{SIGNATURE}") == [expected]
+
+
+def test_what_is_passed_over_is_said() -> None:
+    found = parse_checksums(f"{MD5}  a\n{XXH}  ./l\n".encode(), "x/l", "l")
+    assert [entry.name for entry in found.entries] == ["a"]
+    assert found.notes == ("x/l: line 2: the line for the list itself is passed over",)
+    assert parse_checksums(f"{MD5}  a\n{XXH}  s/l\n".encode(), "s/l", "l", own="s/l").notes
+    assert "was not checked" in parse_checksums(f"{SIGNED}\n{MD5}  a\n{SIGNATURE}".encode(), "l", "l").notes[0]
+
+
+def test_dashes_at_the_beginning_of_a_signed_line_are_escaped() -> None:
+    assert parse(f"{SIGNED}\n- # ----\n{MD5}  a\n{SIGNATURE}") == [("a", "md5", MD5)]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +115,12 @@ def test_lines(line: str, expected: tuple[str, str, str]) -> None:
         ("x.b3", SHA256, "b3"),
         ("efficientnet-b3", SHA256, "sha256"),
         ("B2SUMS", SHA256 * 2, "blake2b"),
+        ("B2SUMS", SHA256, "blake2b-256"),
+        ("x.blake2b", MD5, "blake2b-128"),
+        ("SHA384SUMS", SHA256 + MD5, "sha384"),
+        ("anything.txt", SHA256 + MD5, "sha384"),
+        ("SHA224SUMS", SHA256[:56], "sha224"),
+        ("SHA256SUMS.asc", SHA256, "sha256"),
         ("SHA512SUMS", SHA256 * 2, "sha512"),
     ],
 )
@@ -117,16 +149,18 @@ def test_bsd_lists_may_mix_algorithms() -> None:
         ("# nothing\n", "l", "lists no files"),
         (f"\ufeff{MD5}  a\n", "l", "byte order mark"),
         (f"{MD5}  a\ngarbage\n", "l", "line 2: expected a digest and a file name, found 'garbage'"),
-        (f"{MD5}  a\n\n{XXH}  b\n", "l", "line 2: expected a digest"),
-        (f" {MD5}  a\n", "l", "line 1: expected a digest"),
-        (f"{MD5}\ta\n", "l", "line 1: expected a digest"),
         (f"{MD5}  \n", "l", "line 1"),
         ("<!doctype html>\n", "l", "line 1: expected a digest"),
         ("\x1b[2J\n", "l", r"found '\\\\x1b\[2J'"),
-        (f"{MD5}  a\n{XXH}  a\n", "l", "line 2: 'a' is listed twice"),
-        (f"{MD5}  a\n{MD5}  a\n", "l", "line 2: 'a' is listed twice"),
-        (f"{MD5}  a\n{MD5}  ./a\n", "l", "line 2: 'a' is listed twice"),
-        (f"MD5 (a) = {MD5}\n{MD5}  a\n", "l", "listed twice"),
+        (f"{MD5}  a\n{XXH}  a\n", "l", "line 2: 'a' is listed twice, with two md5 digests"),
+        (f"{MD5}  ./a\n{XXH}  a\n", "l", "line 2: 'a' is listed twice"),
+        (f"MD5 (a) = {XXH}\n{MD5}  a\n", "l", "listed twice"),
+        (f"my model, v1\n{MD5}  a\n", "l", "line 1: expected a digest and a file name, found 'my model, v1'"),
+        (f"{MD5}\n", "l", "line 1: expected a digest"),
+        (f"{MD5} a.bin\n{MD5}  b\n{XXH[:31]} c\n", "l", "31 digits, the lines before have 32"),
+        (f"HMAC-SHA256(a)= {SHA256}\n", "l", "unknown algorithm HMAC-SHA256"),
+        (f"BLAKE2b-256 (a) = {MD5}\n", "l", "a BLAKE2b-256 digest has 64 digits, found 32"),
+        (f"{'a' * 31}  a\n", "B2SUMS", r"expected 128 digits \(blake2b\), found 31"),
         (f"{MD5}  ../a\n", "l", "not a plain path"),
         (f"{MD5}  b/../../a\n", "l", "not a plain path"),
         (f"{MD5}  /etc/passwd\n", "l", "not a plain path"),
@@ -139,7 +173,9 @@ def test_bsd_lists_may_mix_algorithms() -> None:
         (f"\\{MD5}  a\\\\b\n", "l", "not a plain path"),
         (f"\\{MD5}  a\\tb\n", "l", "unknown escape"),
         (f"\\{MD5}  a\\\n", "l", "unknown escape"),
-        (f"{MD5}  l\n", "l", "names itself"),
+        (f"{MD5}  l\n", "l", "lists no files"),
+        (f"{MD5}  /./a\n", "l", "not a plain path"),
+        (f"{MD5}  .//../a\n", "l", "not a plain path"),
         (f"{MD5[:-1]}  a\n", "l", "no digest that we know has 31 digits"),
         (f"{MD5}  a\n{SHA256}  b\n", "l", "64 digits, the lines before have 32"),
         (f"{SHA256}  a\n", "x.md5", r"expected 32 digits \(md5\), found 64"),
@@ -151,6 +187,12 @@ def test_bsd_lists_may_mix_algorithms() -> None:
         (f"XXH3_{XXH3}  a\n", "x.xxh64", "expected xxh64, found a XXH3 digest"),
         (f"MD5 (a) = {SHA256}\n", "l", "a MD5 digest has 32 digits, found 64"),
         (f"XXH128_LE (a) = {XXH}\n", "l", "expected a digest"),
+        (f"{SIGNED}\n{MD5}  a\n", "l", "ends in the middle of a signed message"),
+        (f"{SIGNED}\n{MD5}  a\n-----BEGIN PGP SIGNATURE-----\n", "l", "ends in the middle"),
+        (f"{SIGNED}\n{MD5}  a\n{SIGNATURE}{MD5}  b\n", "l", "line 9: '.*  b' is not covered by the signature"),
+        (f"{MD5}  b\n{SIGNED}\n{MD5}  a\n{SIGNATURE}", "l", "line 1: '.*  b' is not covered"),
+        (f"{SIGNED}{MD5}  b\n\n{MD5}  a\n{SIGNATURE}", "l", "line 3: expected a header"),
+        (SIGNATURE, "l", "line 1: .* is not covered"),
         (f"TIGER (a) = {MD5}\n", "l", "unknown algorithm TIGER"),
     ],
 )
@@ -171,11 +213,11 @@ def test_read(tmp_path: Path) -> None:
     path = tmp_path / "XXH128SUMS"
     path.write_text(f"{XXH}  a\n")
     assert read_checksums(path) == ChecksumList(str(path), (ChecksumEntry("a", "xxh3_128", XXH),))
-    with pytest.raises(SourceMissing):
+    with pytest.raises(SourceMissing, match="no such file"):
         read_checksums(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["MD5SUMS", "a.sha256", "checklist.chk", "X.XXH128", "SHA256SUMS.txt", "b3sums"])
+@pytest.mark.parametrize("name", ["MD5SUMS", "a.sha256", "checklist.chk", "X.XXH128", "SHA256SUMS.txt.asc", "b3sums"])
 def test_names_of_lists(name: str) -> None:
     assert is_checksum_list(name)
 
@@ -210,7 +252,7 @@ def test_round_trip(names: list[str], algorithm: str) -> None:
     data = render_gnu(entries)
     assert data.count(b"\n") == len(names)
     if all(map(plain, names)):
-        assert parse_checksums(data, "list", "\0", algorithm) == entries
+        assert parse_checksums(data, "list", "\0", algorithm).entries == entries
     else:
         with pytest.raises(CorruptInput):
             parse_checksums(data, "list", "\0", algorithm)
@@ -226,7 +268,7 @@ def test_escaping_is_reversible(name: str) -> None:
 @given(st.binary(max_size=300))
 def test_any_bytes_are_parsed_or_refused(data: bytes) -> None:
     try:
-        entries = parse_checksums(data, "list", "list")
+        entries = parse_checksums(data, "list", "list").entries
     except CorruptInput:
         return
     assert all(plain(e.name) and len(e.hex) == HEX_DIGITS[e.algorithm] for e in entries)
@@ -259,7 +301,62 @@ def test_coreutils_both_ways(tmp_path: Path, tool: str, algorithm: str) -> None:
     ours = [name for name in NAMES if plain(name)]
     for options in ([], ["-b"], ["--tag"]):
         printed = subprocess.run([tool, *options, "--", *ours], cwd=tmp_path, capture_output=True, check=True).stdout
-        assert list(parse_checksums(printed, "list", "list", algorithm)) == [e for e in entries if e.name in ours]
+        found = parse_checksums(printed, "list", "list", algorithm).entries
+        assert list(found) == [entry for entry in entries if entry.name in ours]
+
+
+CHECKED = {
+    "empty line": "{a}  a.bin\n\n{b}  b.bin\n",
+    "the same line twice": "{a}  a.bin\n{b}  b.bin\n{a}  a.bin\n",
+    "tabs": "{a}\ta.bin\n{b}\tb.bin\n",
+    "indented": "  {a}  a.bin\n\t{b} *b.bin\n",
+    "dots and slashes": "{a}  ././a.bin\n{b}  .//b.bin\n",
+    "one blank": "{a} a.bin\n{b} b.bin\n",
+    "one blank, and names that begin with one": "{a} a.bin\n{b}  c.bin\n",
+    "comments": "# a\n{a}  a.bin\n# b\n{b}  b.bin\n",
+    "CRLF": "{a}  a.bin\r\n{b} *b.bin\r\n",
+    "upper case": "{A}  a.bin\n",
+    "openssl": "{TAG}(a.bin)= {a}\n{TAG}(b.bin)= {b}\n",
+    "bsd": "{TAG} (a.bin) = {a}\n{TAG} (b.bin) = {b}\n",
+    "bsd, loosely": "  {TAG} (a.bin)={a}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("tool", "tag"), [("md5sum", "MD5"), ("sha256sum", "SHA256"), ("sha384sum", "SHA384"), ("b2sum", "BLAKE2b")]
+)
+@pytest.mark.parametrize("case", CHECKED)
+def test_lists_that_coreutils_check_are_read(tmp_path: Path, case: str, tool: str, tag: str) -> None:
+    names = {"a.bin": "a", "b.bin": "b", " c.bin": "b"}
+    for name, text in names.items():
+        (tmp_path / name).write_text(text)
+    printed = subprocess.run([tool, "a.bin", "b.bin"], cwd=tmp_path, capture_output=True, check=True, text=True).stdout
+    a, b = (line.split()[0] for line in printed.splitlines())
+    data = CHECKED[case].format(a=a, b=b, A=a.upper(), TAG=tag).encode()
+    checked = subprocess.run([tool, "-c", "--strict"], cwd=tmp_path, input=data, capture_output=True, check=True).stdout
+    expected = {Path(line.removesuffix(": OK")).as_posix() for line in checked.decode().splitlines()}
+    found = parse_checksums(data, "list", f"{tag.upper().replace('BLAKE2B', 'B2')}SUMS")
+    assert {entry.name for entry in found.entries} == expected
+    assert {entry.hex for entry in found.entries} <= {a, b}
+
+
+def test_a_list_that_gpg_signed(tmp_path: Path) -> None:
+    if shutil.which("gpg") is None:
+        pytest.skip("gpg is not installed")
+    (tmp_path / "a.bin").write_text("hello\n")
+    text = f"- not a digest\n{SHA256}  a.bin\n"
+    keys = tmp_path / "keys"
+    keys.mkdir(mode=0o700)
+    gpg = ["gpg", "--homedir", str(keys), "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+    made = subprocess.run([*gpg, "--quick-gen-key", "tester", "ed25519", "sign"], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("gpg makes no key here")
+    signed = subprocess.run([*gpg, "--clearsign"], input=text.encode(), capture_output=True, check=True).stdout
+    subprocess.run(["gpgconf", "--homedir", str(keys), "--kill", "all"], check=False)
+    with pytest.raises(CorruptInput, match="found '- not a digest'"):
+        parse_checksums(signed, "SHA256SUMS.asc", "SHA256SUMS.asc")
+    signed = signed.replace(b"- - not a digest\n", b"")
+    assert parse_checksums(signed, "l", "SHA256SUMS.asc").entries == (ChecksumEntry("a.bin", "sha256", SHA256),)
 
 
 @pytest.mark.skipif(shutil.which("xxhsum") is None, reason="xxhsum is not installed")
@@ -269,7 +366,7 @@ def test_xxhsum_both_ways(tmp_path: Path, option: str, algorithm: str) -> None:
     entry = ChecksumEntry("a b", algorithm, hash_file(tmp_path / "a b", [algorithm]).digests[algorithm])
     for tag in ([], ["--tag"]):
         printed = subprocess.run(["xxhsum", option, *tag, "a b"], cwd=tmp_path, capture_output=True, check=True).stdout
-        assert parse_checksums(printed, "list", f"x.{algorithm}") == (entry,)
+        assert parse_checksums(printed, "list", f"x.{algorithm}").entries == (entry,)
     if algorithm == "xxh3_64":
         return  # xxhsum reads its `XXH3_` prefix since 0.8.2 only
     rendered = render_gnu([entry])

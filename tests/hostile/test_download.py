@@ -13,7 +13,9 @@ import pytest
 from fetching import FINAL, MIB, REPO, WEIGHTS, assert_complete, content, fetch
 from hub import Hub
 
+from weightops import api
 from weightops.errors import CorruptInput, WeightopsError
+from weightops.remote.partial import STATE
 
 DATA = content(5 * MIB)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}
@@ -48,32 +50,64 @@ NAMES = {
     "newline": "a\nb",
     "terminal escape": "\x1b[2Jb",
     "bidirectional override": "a\u202eb",
-    "cache of huggingface_hub": ".cache/huggingface/download/config.json.metadata",
-    "our state": ".weightops-partial/x",
-    "our state itself": ".weightops-partial",
-    "a lock": ".lock",
+    "invisible": "a\u2060b",
+    "no character": "a\uffffb",
+    "not seen in a later Unicode": "a\U000e0fffb",
 }
 
 
 @pytest.mark.parametrize("attack", NAMES)
 def test_names_that_lead_elsewhere_refuse_the_whole_repository(hub: Hub, tmp_path: Path, attack: str) -> None:
     hub.add(REPO, {**MODEL, NAMES[attack]: b"owned"}, lfs=())
-    with pytest.raises(CorruptInput) as caught:
-        fetch(hub, tmp_path / "out", exclude=("x", "*b"))
+    with pytest.raises(CorruptInput, match="is not a plain path") as caught:
+        fetch(hub, tmp_path / "out", exclude=("y", "config.json"))
     assert caught.value.exit_code == 13
     assert_one_clean_sentence(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert hub.bytes_sent() == 0
+    hub.add(REPO, {**MODEL, "c.json": b"[]", NAMES[attack]: b"owned"}, lfs=())
+    fetch(hub, tmp_path / "some", include=("c*.json",))
+    assert_complete(tmp_path / "some", {"config.json": b"{}", "c.json": b"[]"})
 
 
-@pytest.mark.parametrize("name", ["%2e%2e", "a%5Cb", "%1b", "a%0Ab", "%00", ".lock"])
+ORDINARY = [
+    *(".lock", ".plan.json", ".journal.jsonl", "poetry.lock", "a.partial", ".cache/other", "cache/huggingface/x"),
+    *("img/\U0001f469\u200d\U0001f4bb.png", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645.txt", "\U0001fae9.png"),
+    *("\U0001f3f3\ufe0f\u200d\U0001f308.txt", "\u0b95\u0bcd\u200c\u0bb7", "a b", "ab:c", "~", "#1", "50%25", "e\u0301"),
+]
+
+
+@pytest.mark.parametrize("name", ORDINARY, ids=ascii)
+def test_ordinary_names_are_taken_and_verified(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.add(REPO, {**MODEL, name: b"x"}, lfs=())
+    fetch(hub, tmp_path)
+    assert_complete(tmp_path, {**MODEL, name: b"x"})
+    assert api.verify(tmp_path).verdict
+
+
+DROPPINGS = [
+    *(".cache/huggingface/download/config.json.metadata", ".cache/huggingface/.gitignore", ".cache/huggingface"),
+    *("sub/.cache/huggingface/x", ".weightops-partial/x", ".weightops-partial", "sub/.weightops-partial/x"),
+]
+
+
+@pytest.mark.parametrize("name", DROPPINGS)
+def test_what_clients_left_is_passed_over_and_said(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.add(REPO, {**MODEL, name: b"x"}, lfs=())
+    assert any(
+        "what a client left there is passed over (files: 1)" in warning for warning in fetch(hub, tmp_path).warnings
+    )
+    assert_complete(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize("name", ["%2e%2e", "a%5Cb", "%1b", "a%0Ab", "%00"])
 def test_names_in_urls_are_no_better(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.static[unquote(name)] = DATA
-    with pytest.raises(CorruptInput):
-        fetch(hub, tmp_path / "out", f"{hub.endpoint}/files/{name}")
+    with pytest.raises(CorruptInput, match="is not a plain path"):
+        fetch(hub, tmp_path / "out", f"{hub.endpoint}/static/files/{name}")
     listed = tmp_path / "list"
-    listed.write_text(f"{'0' * 64}  {hub.endpoint}/files/{name}\n")
-    with pytest.raises(CorruptInput):
+    listed.write_text(f"{'0' * 64}  {hub.endpoint}/static/files/{name}\n")
+    with pytest.raises(CorruptInput, match=r"is not a plain path|expected a digest and a URL"):
         fetch(hub, tmp_path / "out", str(listed))
     assert [path.name for path in tmp_path.iterdir()] == ["list"]
 
@@ -115,6 +149,21 @@ def folder_as_file(out: Path, elsewhere: Path) -> None:
 
 def fifo(out: Path, elsewhere: Path) -> None:
     os.mkfifo(out / "config.json")
+
+
+def test_a_link_in_the_place_of_our_state_is_refused_and_what_is_not_ours_stays(hub: Hub, tmp_path: Path) -> None:
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    out.mkdir()
+    (elsewhere / "precious").write_text("x")
+    (out / STATE).symlink_to(elsewhere)
+    with pytest.raises(CorruptInput, match="is a link"):
+        fetch(hub, out)
+    (out / STATE).unlink()
+    (out / STATE).mkdir()
+    (out / STATE / "precious").write_text("x")
+    fetch(hub, out)
+    assert [path.read_text() for path in (elsewhere / "precious", out / STATE / "precious")] == ["x", "x"]
 
 
 @pytest.mark.parametrize("prepare", [link_folder, link_file, link_to_nowhere, folder_as_file, fifo])

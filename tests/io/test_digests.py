@@ -15,9 +15,9 @@ import xxhash
 
 from weightops.errors import CorruptInput, Interrupted, SourceMissing, UsageError, WeightopsError
 from weightops.io import digests
-from weightops.io.digests import HEX_DIGITS, FileDigests, hash_file, hash_files, new_hasher
+from weightops.io.digests import HEX_DIGITS, NAMED, FileDigests, hash_file, hash_files, new_hasher
 
-INSTALLED = [name for name in HEX_DIGITS if name != "b3"]
+INSTALLED = [name for name in NAMED if name != "b3"]
 BLOCKS = [0, 1, digests._BLOCK_NBYTES, digests._THREAD_BLOCK_NBYTES + 1, 3 * digests._THREAD_BLOCK_NBYTES - 7]
 
 
@@ -55,6 +55,14 @@ def test_every_algorithm_in_one_pass(tmp_path: Path, nbytes: int) -> None:
     assert found == FileDigests(nbytes, {name: reference(name, data) for name in INSTALLED})
     assert sum(told) == nbytes
     assert {name: len(digest) for name, digest in found.digests.items()} == {n: HEX_DIGITS[n] for n in INSTALLED}
+
+
+@pytest.mark.parametrize("bits", [8, 128, 256, 504])
+def test_blake2b_of_other_lengths_is_what_b2sum_prints(bits: int) -> None:
+    printed = subprocess.run(["b2sum", "-l", str(bits)], input=b"hello", capture_output=True, check=True).stdout
+    hasher = new_hasher(f"blake2b-{bits}")
+    hasher.update(memoryview(b"hello"))
+    assert printed.split()[0].decode() == hasher.hexdigest()
 
 
 @pytest.mark.parametrize("nbytes", BLOCKS)

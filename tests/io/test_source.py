@@ -1,4 +1,4 @@
-"""Source files: descriptors are given back, however many files there are and whatever becomes of a run."""
+"""Source files: what is opened is closed again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,54 @@ import torch
 from support import write_checkpoint
 
 import weightops
-from weightops.errors import CorruptInput
-from weightops.formats.folder import open_checkpoint
-from weightops.io.source import FileReader, SourceFile
+from weightops.errors import CorruptInput, SourceMissing
+from weightops.io.digests import hash_file
+from weightops.io.source import FileReader, SourceFile, read_source
+
+
+def opened(folder: Path) -> list[str]:
+    """Files below a folder that this process has open."""
+    links = (os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path))
+    return sorted(link for link in links if link.startswith(str(folder)))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[SourceFile]:
+    for i in range(9):
+        (tmp_path / f"{i}").write_bytes(bytes([i]) * 10)
+    return [SourceFile.at(tmp_path / f"{i}") for i in range(9)]
+
+
+def test_looking_and_reading_leave_nothing_open(files: list[SourceFile], tmp_path: Path) -> None:
+    assert opened(tmp_path) == []
+    read_source(tmp_path / "0")
+    hash_file(tmp_path / "0", ["md5"])
+    os.mkfifo(tmp_path / "pipe")
+    for _ in range(3):
+        with pytest.raises(CorruptInput, match="not a regular file"):
+            SourceFile.at(tmp_path / "pipe")
+        with pytest.raises(SourceMissing, match="no such file"):
+            SourceFile.at(tmp_path / "none")
+    assert opened(tmp_path) == []
+
+
+def test_a_reader_keeps_few_files_open_and_closes_them(files: list[SourceFile], tmp_path: Path) -> None:
+    with FileReader(max_open=3) as reader:
+        for file in [*files, *reversed(files)]:
+            assert reader.read(file, 3, 4) == (tmp_path / file.name).read_bytes()[3:7]
+            assert len(opened(tmp_path)) <= 3
+        assert opened(tmp_path) == [str(tmp_path / name) for name in "012"]
+    assert opened(tmp_path) == []
+
+
+def test_a_file_that_changed_is_noticed_also_when_it_makes_room(files: list[SourceFile], tmp_path: Path) -> None:
+    with FileReader(max_open=1) as reader:
+        reader.read(files[0], 0, 1)
+        (tmp_path / "0").write_bytes(b"longer than before")
+        with pytest.raises(CorruptInput, match="changed while it was being read"):
+            reader.read(files[1], 0, 1)
+    with FileReader() as reader, pytest.raises(CorruptInput, match="changed while it was being read"):
+        reader.read(files[0], 0, 1)
 
 
 @contextmanager
@@ -28,65 +73,12 @@ def few_descriptors(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def read_heads(reader: FileReader, files: list[SourceFile]) -> None:
-    for file in files:
-        reader.read(file, 0, 8)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
-    return write_checkpoint(
-        tmp_path / "many", {f"t{i:03d}": torch.full((3,), float(i)) for i in range(100)}, shards=100
-    )
-
-
-def test_a_hundred_shards_need_few_descriptors(many: Path) -> None:
-    weightops.shard(many, many.parent / "warm")  # imports what it needs
-    before = descriptors()
-    with few_descriptors(before + 48):
+def test_a_hundred_shards_need_few_descriptors(tmp_path: Path) -> None:
+    tensors = {f"t{i:03d}": torch.full((3,), float(i)) for i in range(100)}
+    many = write_checkpoint(tmp_path / "many", tensors, shards=100)
+    weightops.shard(many, tmp_path / "warm")  # imports what it needs
+    with few_descriptors(len(os.listdir("/proc/self/fd")) + 48):
         for workers in (1, 4):
-            out = weightops.shard(many, many.parent / f"out{workers}", max_shard_size="source", workers=workers).out
+            out = weightops.shard(many, tmp_path / f"out{workers}", max_shard_size="source", workers=workers).out
             assert len(list(out.glob("*.safetensors"))) == 100
-    assert descriptors() == before
-
-
-def test_descriptors_are_given_back(many: Path) -> None:
-    before = descriptors()
-    checkpoint = open_checkpoint(many)
-    assert descriptors() == before
-    file = SourceFile.at(next(many.glob("*.safetensors")))
-    assert descriptors() == before
-    with FileReader() as reader:
-        reader.read(file, 0, 8)
-        assert descriptors() == before + 1
-    assert descriptors() == before
-    with pytest.raises(weightops.errors.UsageError):
-        weightops.save(checkpoint, many)
-    assert descriptors() == before
-
-
-def test_a_reader_keeps_few_files_open_and_looks_at_each_before_it_lets_go(many: Path) -> None:
-    files = [SourceFile.at(path) for path in sorted(many.glob("*.safetensors"))]
-    before = descriptors()
-    with FileReader(max_open=4) as reader:
-        for file in files[:6]:
-            reader.read(file, 0, 8)
-        assert descriptors() == before + 4
-        os.utime(files[4].path, ns=(1, 1))
-        reader.read(files[3], 0, 8)  # moves to the end of those that are kept
-        with pytest.raises(CorruptInput, match="changed while it was being read"):
-            read_heads(reader, files[6:10])
-
-
-def test_what_was_let_go_and_changed_is_noticed_when_it_is_opened_again(many: Path) -> None:
-    files = [SourceFile.at(path) for path in sorted(many.glob("*.safetensors"))[:3]]
-    with FileReader(max_open=1) as reader:
-        for file in files:
-            reader.read(file, 0, 8)
-        os.utime(files[0].path, ns=(1, 1))
-        with pytest.raises(CorruptInput, match="changed while it was being read"):
-            reader.read(files[0], 0, 8)
+    assert opened(tmp_path) == []

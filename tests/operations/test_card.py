@@ -18,7 +18,7 @@ from weightops.engine.run import run
 from weightops.formats.manifest import NAME as MANIFEST
 from weightops.formats.manifest import read_manifest
 from weightops.io.escape import is_harmless
-from weightops.operations.card import card, hub_id, render_card
+from weightops.operations.card import card, hub_id, quantization_of, render_card
 from weightops.plan import Plan, make_plan
 from weightops.spec import DType
 
@@ -143,6 +143,33 @@ def test_the_last_step_that_the_hub_has_a_word_for_is_the_relation(
     found = card("x", {"tensors": {"r": step}, "output": {"from": "r", **output}}, SOURCES, files={})
     assert (found.base_models, found.relation, found.library) == ((SOURCES["raw"],), relation, library)
     assert len(found.steps) == 1 + bool(output)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, ""),
+        ("gptq", ""),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits, in groups of 128"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": -1}, "gptq, 3 bits"),
+        ({"quant_method": "fp8", "bits": "many"}, "fp8"),
+        ({"quant_method": ["x"]}, "quantised"),
+    ],
+)
+def test_how_a_model_is_quantised_is_what_its_config_says(config: object, expected: str) -> None:
+    assert quantization_of({"quantization_config": config}) == expected
+    assert quantization_of({}) == ""
+
+
+def test_a_quantised_model_names_its_base_and_its_bits() -> None:
+    step = {"source": "source", "bits": 4, "calibration": [{"name": "a.txt", "sha256": "00"}]}
+    recipe = {"tensors": {"quantized": {"quantize": step}}, "output": {"from": "quantized"}}
+    made = card("m", recipe, {"source": "hf://org/name@abc"}, files={}, quantization="gptq, 4 bits, in groups of 128")
+    found = made.render({}, {}, {}).decode()
+    assert metadata(found)["base_model"] == "org/name"
+    assert metadata(found)["base_model_relation"] == "quantized"
+    assert "It is quantised: gptq, 4 bits, in groups of 128." in found
+    assert "bits=4" in found
 
 
 def test_a_delta_is_no_version_of_a_model() -> None:

@@ -159,12 +159,13 @@ def test_md5_and_xxh128_mixed_up(folder: Path) -> None:
 
 def test_extra_files(folder: Path) -> None:
     write_manifest(folder)
-    for name in ("extra.bin", "sub/more", "sub/deep/er", ".hidden", ".git/config", "x.md5", "a.lock", "o.partial/x"):
+    ours = (".hidden", ".git/config", "x.md5", "o.partial/x", "o.partial.replaced/x")
+    for name in ("a.lock", "b.partial", "extra.bin", "sub/more", "sub/deep/er", *ours):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
     os.mkfifo(folder / "pipe")
     (folder / "elsewhere").symlink_to("/", target_is_directory=True)
-    extra = ["elsewhere", "extra.bin", "pipe", "sub/deep/er", "sub/more"]
+    extra = ["a.lock", "b.partial", "elsewhere", "extra.bin", "pipe", "sub/deep/er", "sub/more"]
     report = verify(folder)
     assert [file.name for file in report.files if file.status == "extra"] == extra
     assert report.verdict

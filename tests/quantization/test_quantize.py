@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import weightops
+from weightops.cli.main import run
 from weightops.engine.control import Control
-from weightops.errors import IncompatibleInputs, OutputExists, PlanDiffers, SourceMissing, UsageError, WeightopsError
+from weightops.errors import (
+    CorruptInput,
+    IncompatibleInputs,
+    OutputExists,
+    PlanDiffers,
+    SourceMissing,
+    UsageError,
+    WeightopsError,
+)
 from weightops.model_api import quantize
 from weightops.operations.cast import cast
 from weightops.quantization.run import compute_dtype
@@ -223,3 +234,36 @@ def test_packed_tensors_stay_in_the_shards_of_their_weights(model: Models, tmp_p
         }
         assert weights == before.pop(path.name)
     assert before == {}
+
+
+def test_the_manifest_says_of_what_and_with_what_it_was_made(model: Models, text: Path, tmp_path: Path) -> None:
+    source, out = model("llama"), tmp_path / "out"
+    quantize(source, out, calibration=[text], seed=7, card=True, **SMALL)
+    made = json.loads((out / "weightops-manifest.json").read_text())
+    step = made["recipe"]["tensors"]["quantized"]["quantize"]
+    assert step["calibration"] == [{"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}]
+    assert {key: step[key] for key in ("bits", "group_size", "samples", "seq_len", "seed", "method")} == {
+        **{"bits": 4, "group_size": 32, "samples": 40},
+        **{"seq_len": 64, "seed": 7, "method": "gptq"},
+    }
+    expected = weightops.manifest(source).content_id
+    assert made["sources"] == {"source": {"name": source.name, "content_id": expected}}
+    card = (out / "README.md").read_text()
+    assert "It is quantised: gptq, 4 bits, in groups of 32." in card
+    assert f"made from `{source.name}`" in card
+
+
+def test_a_source_that_is_not_what_its_manifest_says_is_not_quantised(
+    model: Models, text: Path, tmp_path: Path
+) -> None:
+    """Also in the layers that only the solver reads."""
+    source = tmp_path / "source"
+    shutil.copytree(model("llama"), source)
+    assert run(["manifest", str(source), "-q"]) == 0
+    path = source / "model.safetensors"
+    state = load_file(path)
+    next(tensor for name, tensor in state.items() if name.endswith("q_proj.weight")).view(-1)[0] += 1
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(CorruptInput, match=r"q_proj\.weight is not what weightops-manifest\.json beside it says"):
+        quantize(source, tmp_path / "out", method="rtn", group_size=32)
+    assert not (tmp_path / "out").exists()

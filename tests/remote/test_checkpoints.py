@@ -379,7 +379,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(hub: Hub, family: Path,
     data = (family / "one" / "model.safetensors").read_bytes()
     hub.static["model.safetensors"] = data
     with Web(QUICK, endpoint=hub.endpoint) as web:
-        opened = weightops.open_checkpoint(f"{hub.endpoint}/files/model.safetensors", web)
+        opened = weightops.open_checkpoint(f"{hub.endpoint}/static/files/model.safetensors", web)
         hub.static["model.safetensors"] = data[:-1] + b"x"
         with pytest.raises(CorruptInput, match="changed while it was being read"):
             weightops.save(opened, tmp_path / "out", control=Control(web=web))
@@ -426,8 +426,8 @@ def test_a_public_repository_needs_no_token_and_a_private_one_does(family: Path)
         ("hf://org/tuned@nowhere", SourceMissing),
         ("hf://org/empty", NoWeights),
         ("hf://org", UsageError),
-        ("{}/files/nowhere.safetensors", SourceMissing),
-        ("{}/files/nowhere/", NoWeights),
+        ("{}/static/files/nowhere.safetensors", SourceMissing),
+        ("{}/static/files/nowhere/", NoWeights),
         ("http://user:password@127.0.0.1/x.safetensors", UsageError),
     ],
 )
@@ -443,7 +443,7 @@ def test_what_is_not_there_is_said(hub: Hub, tmp_path: Path, source: str, error:
 
 def serve(hub: Hub, folder: Path, without: str = "") -> str:
     hub.static.update({f"model/{n}": data for n, data in contents(folder).items() if n != without})
-    return f"{hub.endpoint}/files/model/"
+    return f"{hub.endpoint}/static/files/model/"
 
 
 def test_a_folder_with_a_manifest_is_proven_by_it(hub: Hub, family: Path, tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_without_a_web_one_with_defaults_is_opened(hub: Hub, family: Path, tmp_p
 def test_a_page_for_people_is_no_checkpoint(hub: Hub, tmp_path: Path) -> None:
     hub.static["model.safetensors"] = b"<!DOCTYPE html><p>Sign in"
     with pytest.raises(CorruptInput, match="HTML page"):
-        shard(hub, f"{hub.endpoint}/files/model.safetensors", tmp_path / "out")
+        shard(hub, f"{hub.endpoint}/static/files/model.safetensors", tmp_path / "out")
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_stale_files_can_be_pruned_after_they_were_named(hub: Hub, tmp_path: Pat
 
 def test_a_url_is_fetched_and_not_again(hub: Hub, tmp_path: Path) -> None:
     hub.static[WEIGHTS] = DATA
-    url = f"{hub.endpoint}/files/{WEIGHTS}?signature=secret"
+    url = f"{hub.endpoint}/static/files/{WEIGHTS}?signature=secret"
     fetch(hub, tmp_path, url)
     assert_complete(tmp_path, {WEIGHTS: DATA})
     assert "secret" not in (tmp_path / FINAL).read_text()
@@ -244,14 +244,14 @@ def test_a_url_is_fetched_and_not_again(hub: Hub, tmp_path: Path) -> None:
 
 def test_an_empty_file_at_a_url(hub: Hub, tmp_path: Path) -> None:
     hub.static["empty.txt"] = b""
-    fetch(hub, tmp_path, f"{hub.endpoint}/files/empty.txt")
+    fetch(hub, tmp_path, f"{hub.endpoint}/static/files/empty.txt")
     assert_complete(tmp_path, {"empty.txt": b""})
 
 
 @pytest.mark.parametrize("option", ["--sha256", "--md5"])
 def test_a_digest_on_the_command_line_is_held_against_the_file(hub: Hub, tmp_path: Path, option: str) -> None:
     hub.static[WEIGHTS] = DATA
-    url = f"{hub.endpoint}/files/{WEIGHTS}"
+    url = f"{hub.endpoint}/static/files/{WEIGHTS}"
     right = hashlib.new(option[2:], DATA).hexdigest()
     wrong = hashlib.new(option[2:], OTHER).hexdigest()
     assert command(hub, tmp_path / "wrong", option, wrong, source=url) == 3
@@ -269,7 +269,7 @@ def test_a_checksum_list_beside_a_file_is_held_against_it(hub: Hub, tmp_path: Pa
         "wrong/SHA256SUMS": f"{sha256(OTHER)}  {WEIGHTS}\n".encode(),
         "other/SHA256SUMS": b"0" * 64 + b"  x\n",
     }
-    url = f"{hub.endpoint}/files/"
+    url = f"{hub.endpoint}/static/files/"
     assert fetch(hub, tmp_path / "right", url + WEIGHTS, checksums=f"{url}SHA256SUMS").manifest
     with pytest.raises(Differs, match=sha256(OTHER)):
         fetch(hub, tmp_path / "wrong", url + WEIGHTS, checksums=f"{url}wrong/SHA256SUMS")
@@ -297,9 +297,9 @@ def test_a_list_of_urls_with_digests(hub: Hub, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     lines = [
         "# three files\n",
-        f"{sha256(DATA)}  {hub.endpoint}/files/a.bin",
-        f"md5:{md5}  {hub.endpoint}/files/b.bin",
-        f"{hashlib.sha1(b'c').hexdigest()}  {hub.endpoint}/files/c.txt",
+        f"{sha256(DATA)}  {hub.endpoint}/static/files/a.bin",
+        f"md5:{md5}  {hub.endpoint}/static/files/b.bin",
+        f"{hashlib.sha1(b'c').hexdigest()}  {hub.endpoint}/static/files/c.txt",
     ]
     listed.write_text("\n".join(lines))
     fetch(hub, tmp_path / "out", str(listed))

@@ -121,6 +121,31 @@ def test_a_signal_while_the_hub_keeps_silent(hub: Hub, tmp_path: Path) -> None:
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("out", ["file", "file/below", "n" * 300, "ro", "ro/below/deep"])
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "ro").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "ro")
+    assert command(tmp_path / out) == (11 if out == "file" else 1)
+    said = capsys.readouterr().err
+    assert "cannot be written" in said or "is not a folder" in said
+    assert "unexpected" not in said
+    assert hub.bytes_sent() == 0
+
+
+def test_a_complete_folder_need_not_be_writable(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.static["a.bin"] = b"\0"
+    url = f"{hub.endpoint}/static/files/a.bin"
+    for out, source in (("a", REPO), ("b", url)):
+        assert run(["download", source, "--out", str(tmp_path / out)]) == 0
+        with monkeypatch.context() as patched:
+            patched.setattr("os.access", lambda path, mode: False)
+            patched.setattr("weightops.cli.options._Place.convert", lambda self, value, *_: Path(value))
+            assert run(["download", source, "--out", str(tmp_path / out)]) == 0
+
+
 def test_too_small_a_disk_is_found_out_before_anything_is_fetched(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,12 +209,12 @@ RANGES: dict[str, tuple[dict[str, str], Expected]] = {
 def test_ranges_are_served(hub: Hub, case: str) -> None:
     hub.static["f"] = DATA
     asked, (code, headers, body) = RANGES[case]
-    assert_answered(ask(hub.endpoint, "/files/f", headers=asked), (code, headers, body))
+    assert_answered(ask(hub.endpoint, "/static/files/f", headers=asked), (code, headers, body))
 
 
 def test_a_hub_may_know_no_ranges(hub: Hub) -> None:
     hub.static["f"], hub.ranges = DATA, False
-    found = ask(hub.endpoint, "/files/f", headers={"Range": "bytes=90-"})
+    found = ask(hub.endpoint, "/static/files/f", headers={"Range": "bytes=90-"})
     assert_answered(found, (200, {"Accept-Ranges": None}, DATA))
 
 
@@ -268,8 +268,8 @@ def test_a_fault_shows_in_one_answer(hub: Hub, case: str) -> None:
     hub.static["f"] = DATA
     hub.faults["f"] = [fault]
     asked = {"Range": "bytes=90-", "If-Range": ETAG, "Accept-Encoding": "identity"}
-    assert_answered(ask(hub.endpoint, "/files/f", headers=asked), expected)
-    assert_answered(ask(hub.endpoint, "/files/f", headers=asked), RANGES["same ETag"][1])
+    assert_answered(ask(hub.endpoint, "/static/files/f", headers=asked), expected)
+    assert_answered(ask(hub.endpoint, "/static/files/f", headers=asked), RANGES["same ETag"][1])
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_fault_breaks_the_connection(hub: Hub, fault: Faults, error: type[Exce
     hub.static["f"] = DATA
     hub.always["f"] = fault
     with pytest.raises(error):
-        ask(hub.endpoint, "/files/f")
+        ask(hub.endpoint, "/static/files/f")
     at = fault.at if isinstance(fault, Fault) else 50
     assert hub.bytes_sent("f") == max(0, at)
 
@@ -296,8 +296,8 @@ def test_a_fault_breaks_the_connection(hub: Hub, fault: Faults, error: type[Exce
 def test_a_head_meets_no_fault_of_the_content(hub: Hub) -> None:
     hub.static["f"] = DATA
     hub.faults["f"] = [status(503)]
-    assert ask(hub.endpoint, "/files/f", "HEAD")[0] == 200
-    assert ask(hub.endpoint, "/files/f")[0] == 503
+    assert ask(hub.endpoint, "/static/files/f", "HEAD")[0] == 200
+    assert ask(hub.endpoint, "/static/files/f")[0] == 503
 
 
 def test_the_api_and_resolve_meet_faults_too(hub: Hub) -> None:
@@ -314,13 +314,13 @@ def test_the_api_and_resolve_meet_faults_too(hub: Hub) -> None:
 def test_a_mistake_in_a_fault_is_not_taken_for_one() -> None:
     with pytest.raises(KeyError, match="cutt"), Hub(static={"f": DATA}, always={"f": Fault("cutt")}) as hub:
         with pytest.raises(http.client.RemoteDisconnected):
-            ask(hub.endpoint, "/files/f")
+            ask(hub.endpoint, "/static/files/f")
 
 
 def test_bytes_are_counted_until_the_client_goes(hub: Hub) -> None:
     hub.static["f"], hub.rate = WEIGHTS, 200_000
     connection = http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))
-    connection.request("GET", "/files/f")
+    connection.request("GET", "/static/files/f")
     response = connection.getresponse()
     response.read(30_000)
     response.close()
@@ -335,7 +335,7 @@ def test_bytes_are_counted_until_the_client_goes(hub: Hub) -> None:
 def test_it_closes_at_once_whatever_clients_do() -> None:
     with Hub(static={"f": WEIGHTS * 50}, faults={"f": [Fault("stall", 10, 60), None]}) as hub:
         clients = [http.client.HTTPConnection(hub.endpoint.removeprefix("http://")) for _ in range(3)]
-        for client, path in zip(clients, ("/files/f", "/files/f", "/files/none"), strict=True):
+        for client, path in zip(clients, ("/static/files/f", "/static/files/f", "/static/files/none"), strict=True):
             client.request("GET", path)
         answers = [client.getresponse() for client in clients]
         began = time.monotonic()
@@ -359,7 +359,7 @@ def test_it_serves_a_folder_as_a_process(tmp_path: Path) -> None:
             endpoint = f"http://127.0.0.1:{port.read_text()}"
             path = hf_hub_download("org/model", "sub/model.bin", local_dir=tmp_path, endpoint=endpoint)
             assert Path(path).read_bytes() == WEIGHTS
-            assert ask(endpoint, "/files/sub/model.bin")[2] == WEIGHTS
+            assert ask(endpoint, "/static/files/sub/model.bin")[2] == WEIGHTS
             assert json.loads(ask(endpoint, "/_bytes")[2]) == {"sub/model.bin": 2 * len(WEIGHTS)}
             assert [r["server"] for r in json.loads(ask(endpoint, "/_log")[2])] == ["hub", "cdn", "hub"]
         finally:

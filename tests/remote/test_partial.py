@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from fetching import QUICK, REPO, WEIGHTS, assert_complete, content, fetch
 from hub import Hub
@@ -49,6 +50,37 @@ def test_one_run_has_a_claim_and_the_next_one_gets_what_it_left(tmp_path: Path) 
     assert taken is not None
     assert taken.data.read_bytes() == b"data"
     assert first.take(KEY) is None
+
+
+LINES = [b'[0,"aa"]', b'[1,"bb"]', b'[2,"cc"]']
+
+
+@pytest.mark.parametrize(
+    ("tail", "chunks"),
+    [
+        (b"", {}),
+        (b'[0,"a', {}),
+        (b'[0,"aa"]', {}),
+        (b"[0\n" + LINES[1] + b"\n", {}),
+        (LINES[0] + b"\n", {0: "aa"}),
+        (LINES[0] + b'\n[1,"bb', {0: "aa"}),
+        (LINES[0] + b"\n\xff\n" + LINES[2] + b"\n", {0: "aa"}),
+        (b"\n".join([*LINES, b""]), {0: "aa", 1: "bb", 2: "cc"}),
+    ],
+)
+def test_a_journal_counts_up_to_the_line_that_a_crash_cut_short(
+    tmp_path: Path, tail: bytes, chunks: dict[int, str]
+) -> None:
+    header = partial.Header(url="http://hub/x", nbytes=9, digests={"md5": "0"})
+    (tmp_path / "journal").write_bytes(msgspec.json.encode(header) + b"\n" + tail)
+    assert partial._read_journal(tmp_path / "journal") == (header, chunks)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"{", b"\xff\xfe", b"[" * 5000, b'{"url": 1}\n[0,"aa"]\n', b"null\n"])
+def test_a_journal_that_is_none_is_begun_anew(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "journal").write_bytes(data)
+    assert partial._read_journal(tmp_path / "journal") == (None, {})
+    assert partial._read_journal(tmp_path / "none") == (None, {})
 
 
 def test_the_claim_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:

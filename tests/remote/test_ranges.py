@@ -39,7 +39,7 @@ def web(hub: Hub) -> Iterator[Web]:
 
 
 def source(hub: Hub, digest: str = SHA256, nbytes: int = len(DATA), etag: str = "") -> SourceFile:
-    return SourceFile(f"{hub.endpoint}/files/{NAME}", nbytes, 0, digest, etag)
+    return SourceFile(f"{hub.endpoint}/static/files/{NAME}", nbytes, 0, digest, etag)
 
 
 def read(web: Web, file: SourceFile, *ranges: tuple[int, int]) -> bytes:
@@ -90,13 +90,31 @@ def test_a_tensor_in_the_middle_is_asked_for_as_a_whole(hub: Hub, web: Web) -> N
 
 def test_two_places_of_a_file_and_other_files_are_read_by_turns(hub: Hub, web: Web) -> None:
     hub.static["other"] = DATA[::-1]
-    other = SourceFile(f"{hub.endpoint}/files/other", len(DATA), 0)
+    other = SourceFile(f"{hub.endpoint}/static/files/other", len(DATA), 0)
     with FileReader(web) as files:
         for at in range(0, 1_400_000, 100_000):
             assert files.read(source(hub), at, 100_000) == DATA[at : at + 100_000]
             assert files.read(source(hub), at + 1_500_000, 100_000) == DATA[at + 1_500_000 : at + 1_600_000]
             assert files.read(other, at, 100_000) == DATA[::-1][at : at + 100_000]
     assert len(hub.log) < 20
+
+
+def test_what_is_put_away_for_others_is_asked_for_again(hub: Hub, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More files and places than are kept: each is right all the same, and no more connections stay open."""
+    monkeypatch.setattr("weightops.remote.ranges._MAX_HEADS", 2)
+    monkeypatch.setattr("weightops.remote.ranges._MAX_IDLE", 2)
+    others = {f"{i}": DATA[i:] + DATA[:i] for i in range(5)}
+    hub.static |= others
+    many = {name: SourceFile(f"{hub.endpoint}/static/files/{name}", len(DATA), 0) for name in others}
+    with FileReader(web) as files:
+        for at in (0, 100_000, 2_000_000):
+            for name, file in many.items():
+                assert files.read(file, at, 70_000) == others[name][at : at + 70_000]
+                assert files.read(file, 0, 64) == others[name][:64]
+        assert len(web.ranges._heads) == 2
+        assert len(web.ranges._idle) == 2
+    heads = [request for request in hub.log if request.headers["range"] == "bytes=0-65535"]
+    assert len(heads) > len(many)  # asked for again
 
 
 def test_gaps_are_read_through_and_count_for_the_digest(hub: Hub, web: Web) -> None:
@@ -176,7 +194,7 @@ def broken(hub: Hub) -> None:
 
 
 LASTING: dict[str, tuple[Callable[[Hub], None], type[WeightopsError], str]] = {
-    "another ETag": (changed, CorruptInput, "changed while it was being read"),
+    "other content": (changed, Differs, "sha256 is"),
     "more bytes": (grown, CorruptInput, r"expected 3000000 bytes, found 3000001"),
     "fewer bytes": (cut, CorruptInput, rf"expected 3000000 bytes, found {AT}"),
     "no ranges": (without_ranges, WeightopsError, "whole files only"),
@@ -194,6 +212,19 @@ def test_what_lasts_is_said(hub: Hub, web: Web, fault: str) -> None:
     with pytest.raises(error, match=words):
         read(web, source(hub), *in_blocks(len(DATA)))
     assert not web.ranges.proofs.is_proven(source(hub))
+
+
+def test_a_file_without_digest_is_not_read_in_two_versions(hub: Hub, web: Web) -> None:
+    read(web, source(hub, digest=""), (0, 64))
+    changed(hub)
+    with pytest.raises(CorruptInput, match="changed while it was being read"):
+        read(web, source(hub, digest=""), *in_blocks(len(DATA)))
+
+
+def test_with_a_digest_no_etag_is_asked_for_or_believed(hub: Hub, web: Web) -> None:
+    hub.faults[NAME] = [Fault("etag", value=f'"{i}"') for i in range(20)]
+    assert read(web, source(hub, etag="old"), *in_blocks(len(DATA))) == DATA
+    assert not any("if-range" in request.headers for request in hub.log)
 
 
 def test_a_file_of_another_etag_than_its_plan_says_is_refused(hub: Hub, web: Web) -> None:
@@ -251,7 +282,7 @@ def test_without_a_web_there_is_a_sentence(hub: Hub) -> None:
 
 
 def test_a_query_is_not_shown(hub: Hub, web: Web) -> None:
-    file = SourceFile(f"{hub.endpoint}/files/none?Signature=secret", 10, 0)
+    file = SourceFile(f"{hub.endpoint}/static/files/none?Signature=secret", 10, 0)
     assert file.name == "none"
     with pytest.raises(SourceMissing) as caught:
         read(web, file, (0, 1))

@@ -9,10 +9,9 @@ import click
 
 from weightops import api
 from weightops.cli.options import SOURCE, connected, epilog, report_options
-from weightops.cli.output import escape_lines, print_json, table
+from weightops.cli.output import escape_lines, print_json, save_report, table
 from weightops.cli.progress import human
-from weightops.errors import UsageError
-from weightops.io.atomic import write_whole
+from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 from weightops.operations.check_report import CODES, CheckReport, Finding
 
@@ -57,22 +56,23 @@ def command(
       weightops check ./model
       weightops check ./model --strict --ignore duplicate --json > check.json
     """
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"{escape(str(html))}: there is no such folder to write the page to", hint="make it first")
+    if html is not None:
+        check_target(html)
     with connected(quiet or as_json, source) as control:
         report = api.check(
             source, values=not no_values, max_abs=max_abs, ignore=ignore, workers=workers, control=control
         )
-    if html is not None:
-        # Imported here because few want a page.
-        from weightops.cli.check_html import page
-
-        write_whole(html, page(report))
     if as_json:
         print_json(report.to_json())
     elif not quiet or report.findings:
         click.echo(_text(report))
-    click.get_current_context().exit(3 if strict and not report.verdict else 0)
+    saved = 0
+    if html is not None:
+        # Imported here because few want a page.
+        from weightops.cli.check_html import page
+
+        saved = save_report(html, page(report))
+    click.get_current_context().exit(3 if strict and not report.verdict else saved)
 
 
 def _text(report: CheckReport) -> str:

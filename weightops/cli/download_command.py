@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops import api
-from weightops.cli.network import is_offline, open_web
+from weightops.cli.network import hub_endpoint, is_offline, open_web
 from weightops.cli.options import FOLDER, epilog, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
 from weightops.engine.preflight import free_disk
 from weightops.io.escape import escape
 from weightops.plan import parse_size
+from weightops.remote.partial import STATE
 from weightops.remote.policy import Policy
+from weightops.remote.web import Web
 
 if TYPE_CHECKING:
     from weightops.operations.download import Download
@@ -57,9 +59,10 @@ def command(
 ) -> None:
     """Fetch a repository, a URL, a list of URLs or a published name, and prove every file right.
 
-    SOURCE is org/name[@revision] on a Hugging Face hub, an http(s) URL of one file, a file with lines `DIGEST  URL`,
-    or a name such as zhixi-13b-diff. Every file is compared with the digest that its source or list gives before it
-    gets its name. Whatever happens, the same command continues, and fetches a few MB twice at most.
+    SOURCE is org/name[@revision] on a Hugging Face hub, the URL of a page there (of a repository, folder or file), an
+    http(s) URL of one file, a file with lines `DIGEST  URL`, or a name such as zhixi-13b-diff. Every file is compared
+    with the digest that its source or list gives before it gets its name, and named if there is none. Whatever
+    happens, the same command continues, and fetches a few MB twice at most.
 
     \b
     Example:
@@ -71,9 +74,12 @@ def command(
     digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
     limit = parse_size(limit_rate) if limit_rate else None
     with running(quiet, events=as_json) as control:
-        if not offline:
+        if offline:
+            control.web = Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
+        else:
             policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
             control.web = open_web(endpoint=endpoint, policy=policy)
+            control.web.on_wait = control.progress.note
         try:
             found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
         finally:
@@ -115,7 +121,7 @@ def _dry_run_text(found: Download) -> str:
         "",
         f"source   {escape(found.listing.source)}{_version(found)}",
         f"fetch    {human(missing)} of {human(found.nbytes)}",
-        f"disk     {human(free_disk(found.out))} free",
+        f"disk     {human(free_disk(found.out / STATE))} free",
     ]
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])
 
@@ -134,5 +140,6 @@ def _document(found: Download) -> dict[str, Any]:
             for file in found.files
         ],
         "stale": list(found.stale),
+        "unproven": list(found.unproven),
         "warnings": list(found.warnings),
     }

@@ -51,6 +51,17 @@ EXIT_CODES = {
     16: "not enough disk or memory",
     130: "interrupted (143 by SIGTERM); the same command continues",
 }
+ENVIRONMENT = {
+    "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error",
+    "HF_ENDPOINT": "the hub; default https://huggingface.co",
+    "HF_TOKEN": "the hub's token; default: that of `hf auth login`, which HF_HOME and HF_TOKEN_PATH say the place of",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1: no token",
+    "HF_HUB_OFFLINE": "1: no server is asked",
+    "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY": "http://user:password@host:port, by the scheme of a URL",
+    "NO_PROXY": "hosts and networks (10.0.0.0/8), each with a port or without, that need no proxy; * is all",
+    "SSL_CERT_FILE": "authorities to trust in the place of the system's",
+}
+"""What is read of the environment. Options are not: no variable that somebody forgot may weaken a check."""
 
 
 class _Commands(click.Group):
@@ -91,7 +102,6 @@ def _exit_code_help() -> str:
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda token: token.replace("_", "-"),
-        "auto_envvar_prefix": "WEIGHTOPS",
         "max_content_width": 110,
     },
 )
@@ -133,6 +143,11 @@ def run(args: Sequence[str]) -> int:
 
     as_json = "--json" in args
     try:
+        if "HF_ENDPOINT" in os.environ:
+            from weightops.cli.network import hub_endpoint
+
+            # huggingface_hub cannot be imported with what is no URL.
+            os.environ["HF_ENDPOINT"] = hub_endpoint()
         result = cli.main(args=list(args), prog_name="weightops", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as error:

@@ -8,12 +8,12 @@ import click
 
 from weightops import api
 from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options, workers_option
-from weightops.cli.output import running
-from weightops.errors import OutputExists
+from weightops.cli.output import running, warn
+from weightops.errors import OutputExists, UsageError
 from weightops.formats.manifest import NAME
-from weightops.io.atomic import write_whole
+from weightops.io.atomic import check_target, write_whole
 from weightops.io.escape import escape
-from weightops.operations.manifest import checksum_list
+from weightops.operations.manifest import checksum_list, earlier_manifest
 
 
 @click.command("manifest", epilog=epilog((*READ_CODES[:-1], 11, 130)))
@@ -36,6 +36,8 @@ def command(
 ) -> None:
     """Digest every file and tensor of a folder, and keep the result in it as weightops-manifest.json.
 
+    With --overwrite it keeps what the one before tells of how these tensors were made, and the digests that it had.
+
     \b
     Example:
       weightops manifest ./model
@@ -45,8 +47,14 @@ def command(
     if lists and unused:
         raise click.UsageError(f"a checksum list is printed as it is read by others: {unused[0]} has no use there.")
     target = folder / NAME
-    if lists is None and target.exists() and not overwrite:
-        raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")
+    if lists is not None and as_json:
+        raise UsageError("a checksum list is no JSON", hint="leave out --json; the manifest is JSON")
+    if lists is None:
+        if target.exists() and not overwrite:
+            raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")
+        if folder.is_dir():
+            check_target(target)
+    before = earlier_manifest(folder)
     with running(quiet) as control:
         chosen = (*digests, lists) if lists else digests
         made = api.manifest(folder, digests=chosen, workers=workers, control=control)
@@ -54,6 +62,8 @@ def command(
         click.echo(checksum_list(made, lists), nl=False)
         return
     write_whole(target, made.to_bytes())
+    if before is not None and before.recipe != made.recipe:
+        warn([f"{escape(str(target))}: the one before was of something else: what it told of the making is left out"])
     if as_json:
         click.echo(made.to_bytes().decode(), nl=False)
     elif not quiet:

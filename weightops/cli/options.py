@@ -129,6 +129,7 @@ def connected(quiet: bool, *sources: Path | str | Sequence[Path | str]) -> Itera
             from weightops.cli.network import open_web
 
             control.web = open_web()
+            control.web.on_wait = control.progress.note
         try:
             yield control
         finally:

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,8 @@ import click
 
 from weightops.cli.progress import BarProgress, EventProgress
 from weightops.engine.control import Control
+from weightops.errors import WeightopsError
+from weightops.io.atomic import write_whole
 from weightops.io.escape import escape, is_harmless
 
 ERROR_SCHEMA = "weightops-error/1"
@@ -27,6 +30,15 @@ def report_error(message: str, hint: str | None, exit_code: int, as_json: bool) 
     if as_json:
         print_json({"schema": ERROR_SCHEMA, "error": message, "hint": hint, "exit_code": exit_code})
     return exit_code
+
+
+def save_report(path: Path, data: bytes) -> int:
+    """Write a report of what has been said already; the exit code, for what was said counts even if this fails."""
+    try:
+        write_whole(path, data)
+    except WeightopsError as error:
+        return report_error(str(error), error.hint, error.exit_code, False)
+    return 0
 
 
 def escape_lines(text: str) -> str:

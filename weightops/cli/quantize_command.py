@@ -12,10 +12,9 @@ import msgspec
 
 from weightops import model_api
 from weightops.cli.options import FOLDER, WRITE_CODES, epilog, result_document, show_result, write_options
-from weightops.cli.output import print_json, running, table, warn
+from weightops.cli.output import print_json, running, save_report, table, warn
 from weightops.cli.progress import human
-from weightops.errors import UsageError
-from weightops.io.atomic import write_whole
+from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 from weightops.operations.check_layers import NUMBERED
 
@@ -66,8 +65,8 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
       weightops quantize ./model --out ./model-3bit --bits 3 --act-order --calibration ./text.jsonl --html ./errors.html
       weightops quantize ./model --out ./model-rtn --method rtn --group-size 32
     """
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"{escape(str(html))}: there is no such folder to write the page to", hint="make it first")
+    if html is not None:
+        check_target(html)
     workers = options["workers"]
     with running(quiet) as control:
         done = model_api.quantize(source, out, bits=int(bits), control=control, **options)
@@ -75,19 +74,19 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
     if done.result is None:
         _show_estimate(done, as_json)
         return
-    if html is not None:
-        # Imported here because few want a page.
-        from weightops.cli.quantize_html import facts_of, page
-
-        write_whole(html, page(out.name, modules, facts_of(done)))
     if as_json:
         document = result_document(done.result, workers)
         warn(done.result.warnings)
         print_json(document | {"bits_per_weight": done.bits_per_weight, "modules": msgspec.to_builtins(modules)})
-        return
-    show_result(done.result, False, quiet, workers)
-    if not quiet:
-        click.echo(_text(modules, done.bits_per_weight))
+    else:
+        show_result(done.result, False, quiet, workers)
+        if not quiet:
+            click.echo(_text(modules, done.bits_per_weight))
+    if html is not None:
+        # Imported here because few want a page.
+        from weightops.cli.quantize_html import facts_of, page
+
+        click.get_current_context().exit(save_report(html, page(out.name, modules, facts_of(done))))
 
 
 def _show_estimate(done: model_api.Quantization, as_json: bool) -> None:

@@ -42,15 +42,15 @@ def facts_of(done: Quantization) -> dict[str, str]:
     """Settings and sizes of a run that has written something."""
     assert done.result is not None
     assert done.result.manifest is not None
-    recipe = done.result.manifest.recipe
-    settings = recipe["settings"]
-    method, is_gptq = recipe["method"], recipe["method"] == "gptq"
+    manifest = done.result.manifest
+    settings = manifest.recipe["tensors"]["quantized"]["quantize"]
+    method, is_gptq = settings["method"], settings["method"] == "gptq"
     order = "by falling activation" if settings["desc_act"] else "inside groups" if settings["group_aware"] else "given"
     grids = ("symmetric" if settings["sym"] else "asymmetric") + (", best clipping searched" if settings["mse"] else "")
     tokens = max((module.tokens for module in done.modules), default=0)
     weights = sum(module.in_features * module.out_features for module in done.modules)
     found = {
-        "source": recipe["source"],
+        "source": manifest.sources["source"].name,
         "method": "GPTQ" if is_gptq else "rounding to nearest" if method == "rtn" else method,
         "bits": str(settings["bits"]),
         "group size": str(settings["group_size"]) if settings["group_size"] > 0 else "whole column",
@@ -59,7 +59,7 @@ def facts_of(done: Quantization) -> dict[str, str]:
     if is_gptq:
         found |= {"order of columns": order, "calibration": f"{tokens:,} tokens"}
     return found | {
-        "format": recipe["checkpoint_format"],
+        "format": settings["checkpoint_format"],
         "bits per weight": f"{done.bits_per_weight:.3f}",
         "quantised layers": f"{len(done.modules)}: {human(2 * weights)} in 16 bits, "
         f"{human(done.bits_per_weight * weights / 8)} now",

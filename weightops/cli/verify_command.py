@@ -8,12 +8,13 @@ import click
 
 from weightops import api
 from weightops.cli.options import FOLDER, epilog, report_options, workers_option
-from weightops.cli.output import escape_lines, print_json, running
+from weightops.cli.output import escape_lines, print_json, running, save_report, warn
 from weightops.cli.progress import human
-from weightops.io.atomic import write_whole
+from weightops.errors import WeightopsError
+from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 from weightops.operations.verify import EXTRA_POLICIES
-from weightops.operations.verify_report import FileResult, VerifyReport
+from weightops.operations.verify_report import FileResult, VerifyReport, junit_of_error
 
 
 @click.command("verify", epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
@@ -54,24 +55,31 @@ def command(
       weightops verify ./zhixi
       weightops verify ./zhixi --manifest zhixi-13b-base
     """
-    with running(quiet or as_json) as control:
-        report = api.verify(
-            folder,
-            manifest,
-            quick=quick,
-            content=content,
-            extra=extra,
-            algorithm=algorithm,
-            workers=workers,
-            control=control,
-        )
-    if junit:
-        write_whole(junit, report.to_junit())
+    if junit is not None:
+        check_target(junit)
+    try:
+        with running(quiet or as_json) as control:
+            report = api.verify(
+                folder,
+                manifest,
+                quick=quick,
+                content=content,
+                extra=extra,
+                algorithm=algorithm,
+                workers=workers,
+                control=control,
+            )
+    except WeightopsError as error:
+        if junit is not None:
+            save_report(junit, junit_of_error(str(folder), str(error)))
+        raise
+    warn(report.warnings)
     if as_json:
         print_json(report.to_json())
     elif not quiet or not report.verdict:
         click.echo(_text(report))
-    click.get_current_context().exit(0 if report.verdict else 3)
+    saved = save_report(junit, report.to_junit()) if junit is not None else 0
+    click.get_current_context().exit(saved if report.verdict else 3)
 
 
 def _text(report: VerifyReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from urllib.parse import quote
 
 from weightops.errors import AuthenticationFailed, NoWeights, SourceMissing, WeightopsError
@@ -12,8 +13,8 @@ from weightops.formats.folder import WEIGHT_SUFFIXES, find_index
 from weightops.formats.index import parse_index
 from weightops.io.source import SourceFile
 from weightops.remote.folder import RemoteFolder, source_file
-from weightops.remote.hub import find_commit, list_commit
-from weightops.remote.listing import HubRepository, Listing, RemoteFile, WebFile, WebFolder, parse_location
+from weightops.remote.hub import find_commit, find_file, list_commit
+from weightops.remote.listing import HubFile, HubRepository, Listing, RemoteFile, WebFile, WebFolder, parse_location
 from weightops.remote.small import describe, read_whole
 from weightops.remote.urls import show
 from weightops.remote.web import Web
@@ -33,13 +34,22 @@ def find_remote(text: str, web: Web) -> RemoteFolder | SourceFile:
 
     Raises `UsageError` for what is no such place, `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`.
     """
-    match parse_location(text):
+    match parse_location(text, endpoint=web.endpoint):
         case HubRepository() as repository:
-            return RemoteFolder(list_commit(repository, find_commit(repository, web), web), web)
+            return RemoteFolder(_below(list_commit(repository, find_commit(repository, web), web), repository), web)
+        case HubFile() as on_hub:
+            return source_file(find_file(on_hub, find_commit(on_hub.repository, web), web))
         case WebFolder() as folder:
             return RemoteFolder(list_folder(folder, web), web)
         case WebFile() as file:
             return source_file(describe(file.file_name, file.url, web))
+
+
+def _below(listing: Listing, repository: HubRepository) -> Listing:
+    """The listing with names as they are in the repository's folder, if one is meant."""
+    prefix = f"{repository.folder}/" if repository.folder else ""
+    files = (replace(file, name=file.name.removeprefix(prefix)) for file in listing.files)
+    return replace(listing, files=tuple(files))
 
 
 def list_folder(folder: WebFolder, web: Web) -> Listing:
@@ -82,11 +92,14 @@ def _probe(folder: WebFolder, web: Web, reason: WeightopsError | None) -> Listin
 
 
 def _those_there(folder: WebFolder, names: Iterable[str], web: Web) -> list[RemoteFile]:
-    """Those of the names that the server has; stores that list nothing to strangers call the others forbidden."""
+    """Those of the names that the server has.
+
+    Stores that list nothing to strangers call the others forbidden; some servers answer every name with a page.
+    """
 
     def ask(name: str) -> RemoteFile | None:
         try:
-            return describe(name, _join(folder, name), web)
+            return describe(name, _join(folder, name), web, pages=False)
         except (SourceMissing, AuthenticationFailed):
             return None
 

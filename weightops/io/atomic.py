@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from weightops.errors import UsageError
 from weightops.io.direct import write_failure
+from weightops.io.escape import escape
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -96,6 +99,28 @@ def _create(path: Path) -> tuple[Path, int]:
     except FileExistsError:
         path = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
         return path, os.open(path, flags, 0o666)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder in which nothing could be written, or that could not be made."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise write_failure(path, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise write_failure(path, OSError(reason, os.strerror(reason)))
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that `write_whole` could not write, or should not: before the work whose result it is to hold."""
+    shown = escape(str(path))
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{shown}: there is no such folder to write it to", hint="make it first")
+    if os.path.lexists(path) and not path.is_file():
+        raise UsageError(f"{shown} is no regular file, and is not replaced", hint="name another file")
+    check_folder(path.absolute().parent)
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -24,7 +24,9 @@ from weightops.io.paths import open_regular
 HEX_DIGITS = {
     "md5": 32,
     "sha1": 40,
+    "sha224": 56,
     "sha256": 64,
+    "sha384": 96,
     "sha512": 128,
     "blake2b": 128,
     "b3": 64,
@@ -32,7 +34,10 @@ HEX_DIGITS = {
     "xxh3_64": 16,
     "xxh3_128": 32,
 }
-"""The algorithms, and the length of their digests in hexadecimal digits."""
+NAMED = tuple(HEX_DIGITS)
+"""What there is to choose from."""
+HEX_DIGITS |= {f"blake2b-{bits}": bits // 4 for bits in range(8, 512, 8)}
+"""The algorithms, and the length of their digests in hexadecimal digits; `blake2b-256` is what `b2sum -l 256` makes."""
 
 _XXHASH: dict[str, Callable[[], Hasher]] = {
     "xxh64": xxhash.xxh64,
@@ -62,17 +67,24 @@ class FileDigests(NamedTuple):
     digests: dict[str, str]
 
 
+def check_algorithm(name: str) -> None:
+    """Raise `UsageError` unless there is such an algorithm."""
+    if name not in HEX_DIGITS:
+        raise UsageError(f"unknown digest algorithm {escape(name)!r}, expected one of {', '.join(NAMED)}")
+
+
 def new_hasher(algorithm: str) -> Hasher:
     """A fresh digest; its hexadecimal form is what md5sum, sha256sum, b2sum, b3sum and xxhsum print.
 
     Raises `UsageError` for an unknown algorithm, or for b3 without the blake3 package.
     """
-    if algorithm not in HEX_DIGITS:
-        raise UsageError(f"unknown digest algorithm {escape(algorithm)!r}, expected one of {', '.join(HEX_DIGITS)}")
+    check_algorithm(algorithm)
     if algorithm in _XXHASH:
         return _XXHASH[algorithm]()
     if algorithm == "b3":
         return _new_blake3()
+    if algorithm.startswith("blake2b-"):
+        return hashlib.blake2b(digest_size=HEX_DIGITS[algorithm] // 2)
     return hashlib.new(algorithm, usedforsecurity=False)
 
 

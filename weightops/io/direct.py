@@ -161,4 +161,6 @@ def write_failure(path: Path, error: OSError) -> WeightopsError:
             f"{shown}: the disk is full ({error.strerror})",
             hint="make room and run the same command again: it continues",
         )
-    return WeightopsError(f"{shown}: cannot be written ({error.strerror})")
+    denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    hint = "name a place that you may write to, or make this one so" if denied else None
+    return WeightopsError(f"{shown}: cannot be written ({error.strerror})", hint=hint)

@@ -11,7 +11,7 @@ from pathlib import Path
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.escape import escape, is_harmless
 
-_TEMPORARY = (".partial", ".partial.replaced", ".lock")
+_TEMPORARY = (".partial", ".partial.replaced")
 
 
 def check_relative(name: str, what: str) -> str:
@@ -57,7 +57,8 @@ def _trusted_root(root: Path) -> Path:
 def files_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> Iterator[str]:
     """Names, relative to `folder`, of the files in it and its subfolders; links are listed and not followed.
 
-    Hidden files, locks and partial outputs are passed over. `unreadable` is told of subfolders that cannot be searched.
+    Hidden files and folders, and folders of partial outputs, are passed over. `unreadable` is told of subfolders that
+    cannot be searched.
     """
     pending = [""]
     while pending:
@@ -69,9 +70,10 @@ def files_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> Ite
             unreadable(prefix, error)
             continue
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.endswith(_TEMPORARY):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if entry.name.startswith(".") or (is_folder and entry.name.endswith(_TEMPORARY)):
                 continue
-            if entry.is_dir(follow_symlinks=False):
+            if is_folder:
                 pending.append(f"{prefix}{entry.name}/")
             else:
                 yield prefix + entry.name

@@ -35,6 +35,7 @@ class ModelCard(Document, frozen=True):
     steps: tuple[str, ...]
     files: dict[str, int]
     warnings: tuple[str, ...] = ()
+    quantization: str = ""
 
     @property
     def name(self) -> str:
@@ -60,6 +61,7 @@ class ModelCard(Document, frozen=True):
             warnings=self.warnings,
             content_id=content_id(tensors),
             dtypes=_parameters(spec for spec, _ in tensors.values()),
+            quantization=self.quantization,
         )
 
 
@@ -70,6 +72,7 @@ def card(
     *,
     files: Mapping[str, int],
     warnings: Sequence[str] = (),
+    quantization: str = "",
 ) -> ModelCard:
     """The card of what a recipe makes.
 
@@ -92,7 +95,20 @@ def card(
         tuple(_sentence(name, operation, arguments) for name, operation, arguments in _operations(everything)),
         dict(files),
         tuple(warnings),
+        quantization,
     )
+
+
+def quantization_of(config: Mapping[str, Any]) -> str:
+    """How a model is quantised, as its config.json says: `gptq, 4 bits, in groups of 128`; empty if it is not."""
+    found = config.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return ""
+    method, bits, size = (found.get(key) for key in ("quant_method", "bits", "group_size"))
+    words = [method if isinstance(method, str) else "quantised"]
+    words += [f"{bits} bits"] if isinstance(bits, int) else []
+    words += [f"in groups of {size}"] if isinstance(size, int) and size > 0 else []
+    return ", ".join(words)
 
 
 def _operations(steps: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
@@ -117,6 +133,8 @@ def _relation(operation: str, arguments: Mapping[str, Any]) -> str | None:
         return "adapter"
     if operation in ("recover", "merge-lora"):
         return "finetune"
+    if operation == "quantize":
+        return "quantized"
     is_quantised = arguments.get("scheme") is not None or str(arguments.get("dtype", "")).startswith(("float8", "q"))
     return "quantized" if is_quantised else None
 
@@ -140,12 +158,14 @@ def render_card(
     warnings: Sequence[str] = (),
     content_id: str | None = None,
     dtypes: Mapping[str, int] | None = None,
+    quantization: str = "",
 ) -> bytes:
     """README.md: front matter for the hub, and what there is to know of how the folder was made.
 
     `base_models` are hub ids, also as `hf://org/name@revision`; what can be none is left out of the front matter, and
     named in a comment there. `relation` is one of `RELATIONS`, `library` transformers, peft or None. `files` gives
-    bytes by name, `dtypes` elements by type. Names from files can say nothing in Markdown, HTML or YAML but themselves.
+    bytes by name, `dtypes` elements by type, `quantization` is what `quantization_of` says. Names from files can say
+    nothing in Markdown, HTML or YAML but themselves.
     """
     ids = {name: hub_id(name) for name in base_models}
     metadata = _front_matter([found for found in ids.values() if found], relation, library)
@@ -154,6 +174,8 @@ def render_card(
     kind = "An adapter" if library == "peft" else "A model"
     of = " and ".join(map(_code, base_models))
     parts.append(f"{kind} made {f'from {of} ' if of else ''}with weightops.")
+    if quantization:
+        parts.append(f"It is quantised: {_plain(quantization)}.")
     if steps:
         parts.append("## How it was made")
         parts.append("\n".join(f"{number}. {_code(step)}" for number, step in enumerate(steps, 1)))

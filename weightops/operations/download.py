@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from weightops.errors import (
 )
 from weightops.formats import manifest
 from weightops.formats.manifest import FileEntry, Manifest
-from weightops.formats.sniff import check_head
+from weightops.formats.sniff import check_answer, check_head
+from weightops.io.atomic import check_folder
 from weightops.io.digests import HEX_DIGITS
+from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.remote.listing import Listing, RemoteFile
@@ -42,8 +44,8 @@ OPERATION = "download"
 DEFAULT_WORKERS = 4
 _PREVIOUS = f"{STATE}/previous.json"
 _SPARE_NBYTES = 16 << 20
-_RESERVED = {STATE, ".lock", ".plan.json", ".journal.jsonl"}
-"""Names at the top of a folder that would be taken for traces of a run of ours."""
+_DROPPINGS = re.compile(rf"(?:.*/)?(?:\.cache/huggingface|{re.escape(STATE)})(?:/.*)?", re.DOTALL)
+"""What clients keep for themselves in a folder, and people upload with it: no part of a model, wherever it lies."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -55,7 +57,7 @@ class Download:
     """What was fetched, or would be: `files` are all of them, `have` the bytes of each that were there before.
 
     `manifest` is None as long as the folder is not complete. `stale` are files of an earlier version that the source
-    no longer has.
+    no longer has, `unproven` those that the source gives no digest of.
     """
 
     out: Path
@@ -65,6 +67,7 @@ class Download:
     manifest: Manifest | None = None
     stale: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -76,22 +79,25 @@ def select(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> 
     """The files to fetch, and what there is to say about them.
 
     A glob that ends in a slash means all below. The source's own manifest is none of them: the folder gets one that
-    says what was fetched. Raises `CorruptInput` for names that would leave the folder, take one
-    of our own, or stand in each other's way, `SourceMissing` when nothing is left.
+    says what was fetched. Nor are what clients left. Raises `CorruptInput` for chosen names that would leave the
+    folder or stand in each other's way, `SourceMissing` when nothing is left.
     """
-    files = []
-    for file in listing.files:
-        check_relative(file.name, listing.source)
-        top = file.name.partition("/")[0]
-        if top in _RESERVED or file.name.startswith(".cache/huggingface/"):
-            raise CorruptInput(f"{listing.source}: the file name {escape(file.name)!r} is reserved")
-        if (include and not _matches(file.name, include)) or _matches(file.name, exclude):
-            continue
-        if file.name != manifest.NAME:
-            files.append(file)
+    chosen = [
+        file
+        for file in listing.files
+        if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
+    ]
+    files = [file for file in chosen if file.name != manifest.NAME and not _DROPPINGS.fullmatch(file.name)]
     if not files:
         raise SourceMissing(f"{listing.source}: no file" + (" matches" if include or exclude else ""))
-    return tuple(files), _check_together([file.name for file in files], listing.source)
+    for file in files:
+        try:
+            check_relative(file.name, listing.source)
+        except CorruptInput as error:
+            raise CorruptInput(str(error), hint="--exclude leaves it out") from None
+    dropped = sum(_DROPPINGS.fullmatch(file.name) is not None for file in chosen)
+    notes = [f"{listing.source}: what a client left there is passed over (files: {dropped})"] if dropped else []
+    return tuple(files), notes + _check_together([file.name for file in files], listing.source)
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -135,8 +141,12 @@ def _previous(out: Path) -> Manifest | None:
 
 def _set_aside(out: Path) -> None:
     """The manifest is no longer true once the first file is replaced, but still says what was there."""
-    with suppress(FileNotFoundError):
+    try:
         os.replace(out / manifest.NAME, out / _PREVIOUS)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise write_failure(out / manifest.NAME, error) from None
 
 
 def is_complete(out: Path, found: Manifest, request: Mapping[str, Any]) -> bool:
@@ -182,11 +192,14 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
     """
     if os.path.lexists(out) and not out.is_dir():
         raise OutputExists(f"{escape(str(out))} exists and is not a folder")
+    if not os.path.isdir(out):
+        check_folder(out)
     previous = _previous(out)
     if previous is None and os.path.lexists(out / manifest.NAME):
         raise OutputExists(
             f"{escape(str(out))} holds a checkpoint that was not downloaded", hint="choose another --out"
         )
+    check_place(out, f"{STATE}/data")
     have = {}
     for file in files:
         check_place(out, file.name)
@@ -197,16 +210,20 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
     if complete is not None and complete.recipe.get("commit") not in ("", listing.commit):
         complete = None  # the same files, of another version: that is to be recorded
     stale = tuple(name for name in _ever_fetched(previous) if name not in there and _is_file(out, name))
+    if complete is None:
+        check_folder(out)
     missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
-    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out)
+    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out / STATE)
     if missing_nbytes and needed > free:
         raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
-    return Download(out, listing, files, have, None if stale else complete, stale, tuple(warnings))
+    unproven = tuple(file.name for file in files if not file.digests)
+    notes = (*warnings, *_name_unproven(unproven))
+    return Download(out, listing, files, have, None if stale else complete, stale, notes, unproven)
 
 
 def _ever_fetched(previous: Manifest | None) -> list[str]:
-    """The files of an earlier download, and those that it found to be of a still earlier one."""
-    return [*previous.files, *previous.recipe.get("stale", ())] if previous else []
+    """The files that an earlier download brought, and those that it found to be of a still earlier one."""
+    return [*previous.recipe.get("etags", ()), *previous.recipe.get("stale", ())] if previous else []
 
 
 def _is_file(out: Path, name: str) -> bool:
@@ -226,7 +243,15 @@ def from_manifest(out: Path, found: Manifest) -> Download:
     listing = Listing(recipe["source"], files, recipe["commit"], recipe["revision"])
     stale = tuple(recipe.get("stale", ()))
     have = {name: entry.nbytes for name, entry in found.files.items()}
-    return Download(out, listing, files, have, found, stale, _name_stale(stale))
+    unproven = tuple(recipe.get("unproven", ()))
+    return Download(out, listing, files, have, found, stale, (*_name_stale(stale), *_name_unproven(unproven)), unproven)
+
+
+def _name_unproven(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    some = ", ".join(map(escape, names[:3])) + (", ..." if len(names) > 3 else "")
+    return [f"the source gives no digest of {some}, so nothing proves what arrived right (--sha256 does for a URL)"]
 
 
 def _name_stale(names: Iterable[str]) -> tuple[str, ...]:
@@ -257,7 +282,10 @@ def fetch(
     """Bring what is missing, then write the manifest; with `prune` remove the stale files."""
     out = planned.out
     previous = _previous(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_failure(out, error) from None
     missing = [file for file in planned.files if file.name not in planned.have]
     control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
     transfer = Transfer(out, web, _Reporter(control), workers)
@@ -271,7 +299,10 @@ def fetch(
         files[name], etags[name] = previous.files[name], previous.recipe["etags"][name]
     stale = () if prune else planned.stale
     for name in set(planned.stale) - set(stale):
-        (out / name).unlink(missing_ok=True)
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failure(out / name, error) from None
     described = _own_manifest(planned.listing, files, web)
     made = Manifest(
         schema=manifest.SCHEMA,
@@ -284,6 +315,7 @@ def fetch(
             "revision": planned.listing.revision,
             "etags": dict(sorted(etags.items())),
             "stale": list(stale),
+            **({"unproven": list(planned.unproven)} if planned.unproven else {}),
         },
         provenance={"weightops": __version__},
     )
@@ -341,9 +373,11 @@ class _Reporter:
     def waiting(self, name: str) -> None:
         self._progress.note(f"{escape(name)} is being fetched by another run: waiting for it")
 
-    def look(self, name: str, head: bytes) -> None:
-        if name.endswith(_WEIGHTS):
-            check_head(head, escape(name))
+    def look(self, file: RemoteFile, head: bytes, content_type: str, *, doubtful: bool) -> None:
+        if doubtful or not file.digests:
+            check_answer(head, file.name, content_type)
+        elif file.name.endswith(_WEIGHTS):
+            check_head(head, escape(file.name))
 
     def tick(self) -> None:
         self._control.check()

@@ -11,6 +11,7 @@ from weightops.formats import manifest as manifest_format
 from weightops.operations import download as operation
 from weightops.operations import download_source as sources
 from weightops.operations.download import Download
+from weightops.remote.urls import DEFAULT_ENDPOINT
 from weightops.remote.web import Web
 
 
@@ -30,7 +31,7 @@ def download_into(
 ) -> Download:
     """What `weightops.api.download` does, with all its options."""
     include, exclude = tuple(include), tuple(exclude)
-    target = sources.find_target(source, revision)
+    target = sources.find_target(source, revision, control.web.endpoint if control.web else DEFAULT_ENDPOINT)
     if offline:
         found = operation.offline(out, str(target.place), sources.known_version(target) or target.revision)
         return operation.from_manifest(out, found)

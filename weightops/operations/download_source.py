@@ -7,16 +7,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from weightops.errors import CorruptInput, SourceMissing, UsageError
-from weightops.formats.checksums import ChecksumEntry, parse_checksums, read_checksums
+from weightops.formats.checksums import BY_LENGTH, ChecksumList, parse_checksums, read_checksums
 from weightops.formats.remote_place import list_folder
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.escape import escape
 from weightops.io.source import read_source
 from weightops.manifests import published, repository_of
-from weightops.remote.hub import find_commit, is_commit, list_commit
+from weightops.remote.hub import find_commit, find_file, is_commit, list_commit
 from weightops.remote.listing import (
+    HubFile,
     HubRepository,
     Listing,
     RemoteFile,
@@ -25,12 +27,12 @@ from weightops.remote.listing import (
     is_location,
     parse_location,
 )
+from weightops.remote.pages import file_address
 from weightops.remote.small import describe, read_whole
-from weightops.remote.urls import is_url, show
+from weightops.remote.urls import DEFAULT_ENDPOINT, is_url, show
 from weightops.remote.web import Web
 
 _URL_LINE = re.compile(r"(?:([a-z0-9_]+):)?([0-9A-Fa-f]+)\s+(https?://\S+)", re.IGNORECASE)
-_BY_LENGTH = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +51,30 @@ class UrlList:
 class Target:
     """A place, and digests by file name and algorithm that `expected_by` demands of what is there."""
 
-    place: HubRepository | WebFile | WebFolder | UrlList
+    place: HubRepository | HubFile | WebFile | WebFolder | UrlList
     expected: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     expected_by: str = ""
 
     @property
     def revision(self) -> str:
         """The revision that is asked for; empty where there are none."""
-        return self.place.revision if isinstance(self.place, HubRepository) else ""
+        match self.place:
+            case HubRepository():
+                return self.place.revision
+            case HubFile():
+                return self.place.repository.revision
+        return ""
 
 
-def find_target(source: str, revision: str | None = None) -> Target:
-    """Read what `source` means: a URL or hf://, a file that lists URLs, a published name, or org/name.
+def find_target(source: str, revision: str | None = None, endpoint: str = DEFAULT_ENDPOINT) -> Target:
+    """Read what `source` means: a URL or hf://, a file that lists URLs, a published name, or org/name at `endpoint`.
 
     Raises `UsageError`, `SourceMissing`, `CorruptInput` for a bad list.
     """
     if is_location(source):
-        return Target(parse_location(source, revision))
+        return Target(parse_location(source, revision, endpoint))
     if Path(source).is_file():
-        return Target(read_url_list(Path(source)))
+        return Target(read_url_list(Path(source), endpoint))
     if source in published():
         repository = repository_of(source)
         if repository is None:
@@ -75,10 +82,7 @@ def find_target(source: str, revision: str | None = None) -> Target:
                 f"{source}: these files were never published",
                 hint="they are what `weightops recover` makes; `weightops verify --manifest` checks them",
             )
-        path = published()[source]
-        expected: dict[str, dict[str, str]] = {}
-        for entry in read_checksums(path).entries:
-            expected.setdefault(entry.name, {})[entry.algorithm] = entry.hex
+        expected = read_checksums(published()[source]).by_file()
         return Target(parse_location(repository, revision), expected, source)
     if "/" not in source:
         known = ", ".join(name for name in published() if repository_of(name))
@@ -86,10 +90,10 @@ def find_target(source: str, revision: str | None = None) -> Target:
             f"{escape(source)}: no such file, and no published name of that kind (there are {known})",
             hint="write a repository as org/name",
         )
-    return Target(parse_location(source, revision))
+    return Target(parse_location(source, revision, endpoint))
 
 
-def read_url_list(path: Path) -> UrlList:
+def read_url_list(path: Path, endpoint: str = DEFAULT_ENDPOINT) -> UrlList:
     """A list with lines `DIGEST  URL` or `ALGORITHM:DIGEST  URL`; blank lines and `#` comments are passed over."""
     _, data = read_source(path)
     shown = escape(str(path))
@@ -98,13 +102,13 @@ def read_url_list(path: Path) -> UrlList:
         if not line.strip() or line.startswith("#"):
             continue
         match = _URL_LINE.fullmatch(line.strip())
-        algorithm = match and (match[1] or _BY_LENGTH.get(len(match[2])))
+        algorithm = match and (match[1] or BY_LENGTH.get(len(match[2])))
         if not match or not algorithm or len(match[2]) != HEX_DIGITS.get(algorithm):
             raise CorruptInput(f"{shown}: line {number}: expected a digest and a URL, found {escape(line[:200])!r}")
-        file = WebFile(match[3])
-        if not file.file_name or file.file_name in files:
+        file = WebFile(file_address(match[3], endpoint))
+        listed = RemoteFile(file.file_name, file.url, None, {algorithm: match[2].lower()})
+        if not file.file_name or files.setdefault(file.file_name, listed) != listed:
             raise CorruptInput(f"{shown}: line {number}: no file name, or one that is listed already")
-        files[file.file_name] = RemoteFile(file.file_name, match[3], None, {algorithm: match[2].lower()})
     if not files:
         raise CorruptInput(f"{shown}: lists no files")
     return UrlList(path.name, tuple(files.values()), hashlib.sha256(data).hexdigest())
@@ -117,25 +121,41 @@ def with_digests(target: Target, digests: Mapping[str, str], checksums: str | No
     """
     if not digests and checksums is None:
         return target
-    if not isinstance(target.place, WebFile):
+    if not isinstance(target.place, WebFile | HubFile):
         raise UsageError("--sha256, --md5 and --checksums are for one URL", hint="a hub knows its files' digests")
-    found = dict(digests)
     for algorithm, digest in digests.items():
         if len(digest) != HEX_DIGITS[algorithm] or digest.strip("0123456789abcdefABCDEF"):
             raise UsageError(f"{escape(digest)!r} is no {algorithm} digest")
-    name = target.place.file_name
+    found = {algorithm: digest.lower() for algorithm, digest in digests.items()}
     if checksums is not None:
-        wanted = [entry for entry in _read_list(checksums, web) if entry.name.rpartition("/")[2] == name]
-        if not wanted:
-            raise SourceMissing(f"{show(checksums)}: does not list {escape(name)}")
-        found |= {entry.algorithm: entry.hex for entry in wanted}
-    return replace(target, expected={name: {k: v.lower() for k, v in found.items()}}, expected_by="the digest")
+        listed = _listed(target.place, checksums, web)
+        differing = next((name for name in found if listed.get(name, found[name]) != found[name]), None)
+        if differing is not None:
+            raise UsageError(f"--{differing} and {show(checksums)} name two {differing} digests")
+        found |= listed
+    return replace(target, expected={target.place.file_name: found}, expected_by="the digest")
 
 
-def _read_list(checksums: str, web: Web) -> tuple[ChecksumEntry, ...]:
+def _listed(file: WebFile | HubFile, checksums: str, web: Web) -> dict[str, str]:
+    """What a list says of a file: the line whose path the URL ends in, or else the only one with its name."""
+    found = _read_list(checksums, web).by_file()
+    path = f"/{file.path}" if isinstance(file, HubFile) else unquote(urlsplit(file.url).path)
+    named = [name for name in found if name.rpartition("/")[2] == file.file_name]
+    if not named:
+        raise SourceMissing(f"{show(checksums)}: does not list {escape(file.file_name)}")
+    ending = [name for name in named if path.endswith(f"/{name}")]
+    if len(named) > 1 and len(ending) == 0:
+        raise CorruptInput(
+            f"{show(checksums)}: lists {len(named)} files called {escape(file.file_name)}", hint="give --sha256 instead"
+        )
+    return found[max(ending, key=len) if ending else named[0]]
+
+
+def _read_list(checksums: str, web: Web) -> ChecksumList:
     if not is_url(checksums):
-        return read_checksums(Path(checksums)).entries
-    return parse_checksums(read_whole(checksums, web), show(checksums), WebFile(checksums).file_name)
+        return read_checksums(Path(checksums))
+    address = file_address(checksums, web.endpoint)
+    return parse_checksums(read_whole(address, web), show(checksums), WebFile(address).file_name)
 
 
 def find_version(target: Target, web: Web) -> str:
@@ -146,6 +166,8 @@ def find_version(target: Target, web: Web) -> str:
     match target.place:
         case HubRepository():
             return find_commit(target.place, web)
+        case HubFile():
+            return find_commit(target.place.repository, web)
         case UrlList():
             return target.place.digest
         case _:
@@ -162,6 +184,9 @@ def list_target(target: Target, version: str, web: Web) -> Listing:
     match target.place:
         case HubRepository():
             return list_commit(target.place, version, web)
+        case HubFile():
+            found = find_file(target.place, version, web)
+            return Listing(str(target.place), (found,), version, target.revision)
         case WebFile():
             name = target.place.file_name
             if not name:

@@ -11,6 +11,7 @@ import msgspec
 from weightops.checkpoint import Checkpoint
 from weightops.formats import delta, manifest
 from weightops.formats.containers import find_aliases
+from weightops.formats.gptq import PARTS, packed_shapes
 from weightops.io.folder import Folder
 from weightops.io.source import SourceFile
 from weightops.spec import TensorSpec
@@ -45,8 +46,11 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Elements, shared ones once."""
-        return sum(spec.numel for name, spec in self.tensors.items() if name not in self.aliases)
+        """Elements, shared ones once, and of packed modules the weights that they stand for."""
+        packed = packed_shapes(self.tensors)
+        parts = {f"{prefix}.{part}" for prefix in packed for part in PARTS}
+        plain = (s.numel for name, s in self.tensors.items() if name not in self.aliases and name not in parts)
+        return sum(plain) + sum(inputs * outputs for inputs, outputs in packed.values())
 
     def by_dtype(self) -> dict[str, int]:
         """Bytes by dtype, most first."""

@@ -72,8 +72,13 @@ def verify(
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     path = manifest or _default_manifest(folder)
     known = read_manifest(path) if path.name.endswith(".json") else None
-    expected = _from_manifest(known, path, algorithm) if known is not None else _from_list(path, algorithm)
     report = VerifyReport(str(folder), str(path), "quick" if quick else "content" if content else "full", extra)
+    if known is not None:
+        expected = _from_manifest(known, path, algorithm)
+    else:
+        found = read_checksums(path, algorithm, folder)
+        expected = {name: _Expected(digests) for name, digests in found.by_file().items()}
+        report = replace(report, warnings=found.notes)
     control = control or Control()
     if content:
         if known is None or tensors is None:
@@ -120,13 +125,6 @@ def _from_manifest(manifest: Manifest, path: Path, algorithm: str | None) -> dic
             )
         chosen = entry.digests if algorithm is None else {algorithm: entry.digests[algorithm]}
         expected[name] = _Expected(chosen, entry.nbytes)
-    return expected
-
-
-def _from_list(path: Path, algorithm: str | None) -> dict[str, _Expected]:
-    expected: dict[str, _Expected] = {}
-    for entry in read_checksums(path, algorithm).entries:
-        expected.setdefault(entry.name, _Expected({})).digests[entry.algorithm] = entry.hex
     return expected
 
 

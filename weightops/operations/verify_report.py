@@ -33,7 +33,8 @@ class VerifyReport:
 
     `mode`: full reads every file, quick looks at sizes and structure, content reads tensors only.
     `nbytes` were read in `elapsed_s` seconds, retries by tensor included.
-    `problems` are faults of the folder as a whole: of its headers or index, or why its tensors cannot be read.
+    `problems` are faults of the folder as a whole: of its headers or index, or why its tensors cannot be read;
+    `warnings` change nothing about the verdict.
     `content_equal` is None when the tensors were not compared.
     """
 
@@ -49,6 +50,7 @@ class VerifyReport:
     content_equal: bool | None = None
     nbytes: int = 0
     elapsed_s: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> bool:
@@ -77,6 +79,7 @@ class VerifyReport:
             "elapsed_s": round(self.elapsed_s, 3),
             "files": [asdict(file) for file in self.files],
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
             "content_equal": self.content_equal,
             "tensors_differ": list(self.tensors_differ),
             "tensors_missing": list(self.tensors_missing),
@@ -98,14 +101,7 @@ class VerifyReport:
             kinds = {"differ": self.tensors_differ, "missing": self.tensors_missing, "extra": self.tensors_extra}
             text = "; ".join(f"tensors {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
             _add_case(suite, "content", None if self.content_equal else "failure", text)
-        suite.set("tests", str(len(suite)))
-        for attribute, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
-            suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
-        suite.set("time", f"{self.elapsed_s:.3f}")
-        root = ET.Element("testsuites")
-        root.append(suite)
-        document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
-        return document
+        return _document(suite, self.elapsed_s)
 
     def _add_file(self, suite: ET.Element, file: FileResult) -> None:
         tags = {"ok": None, "unreadable": "error", "extra": "failure" if self.extra == "fail" else "skipped"}
@@ -114,6 +110,24 @@ class VerifyReport:
         words += [file.detail] if file.detail else []
         message = f"{file.status}: {', '.join(words)}" if words else file.status
         _add_case(suite, file.name, tags.get(file.status, "failure"), message)
+
+
+def junit_of_error(folder: str, message: str) -> bytes:
+    """JUnit XML of a verification that could not be done: one test case, which is an error."""
+    suite = ET.Element("testsuite", name="weightops verify")
+    _add_case(suite, folder, "error", message)
+    return _document(suite, 0.0)
+
+
+def _document(suite: ET.Element, elapsed_s: float) -> bytes:
+    suite.set("tests", str(len(suite)))
+    for attribute, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
+    suite.set("time", f"{elapsed_s:.3f}")
+    root = ET.Element("testsuites")
+    root.append(suite)
+    document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return document
 
 
 def _add_case(suite: ET.Element, name: str, tag: str | None, message: str) -> None:

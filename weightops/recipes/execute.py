@@ -223,10 +223,17 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
     )
     if not files.get("card"):
         return plan
-    from weightops.operations.card import card  # imported here because few runs write one
+    from weightops.operations.card import card, quantization_of  # imported here because few runs write one
 
     names = {origin.role: origin.name for origin in origins}
-    readme = card(out.name, recipe, names, files=plan.shard_nbytes, warnings=checkpoint.warnings)
+    readme = card(
+        out.name,
+        recipe,
+        names,
+        files=plan.shard_nbytes,
+        warnings=checkpoint.warnings,
+        quantization=quantization_of(checkpoint.config()),
+    )
     return replace(plan, documents=(*plan.documents, readme))
 
 
@@ -250,10 +257,7 @@ def read_expectation(name_or_path: StrPath) -> Expectation:
     if path.suffix == ".json":
         found = manifest_format.read_manifest(path)
         return Expectation(path.name, {}, {n: t.xxh3_128 for n, t in found.tensors.items()})
-    files: dict[str, dict[str, str]] = {}
-    for entry in checksums.read_checksums(path).entries:
-        files.setdefault(entry.name, {})[entry.algorithm] = entry.hex
-    return Expectation(path.name, files, {})
+    return Expectation(path.name, checksums.read_checksums(path).by_file(), {})
 
 
 @contextmanager

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import DecodeError, HTTPError
+from urllib3.response import HTTPResponse
 
 from weightops.errors import AuthenticationFailed, NetworkFailed, SourceMissing, WeightopsError
 from weightops.io.escape import escape
-from weightops.remote.policy import Policy, Transient, retry_after_s
+from weightops.remote.policy import Policy, Transient, wished_wait_s
 from weightops.remote.urls import show
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 _READ_NBYTES = 256 << 10
+_CODINGS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress")
+"""Content codings (RFC 9110, section 8.4.1); what else servers write there changes nothing about the bytes."""
+_MAX_EXPLANATION_NBYTES = 4096
 
 
 _CODES = {
@@ -52,15 +58,29 @@ class RangeRefused(WeightopsError):
         self.total = total
 
 
-class Body:
-    """The bytes of an answer as they arrive: those from `start` of a file of `total` bytes (None: not said)."""
+class Miscoded(Transient):
+    """The bytes are not in the coding that the answer names."""
 
-    def __init__(self, web: Watcher, url: str, response: urllib3.BaseHTTPResponse) -> None:
+
+class Body:
+    """The bytes of an answer as they arrive: those from `start` of a file of `total` bytes (None: not said).
+
+    `coding` is the content coding of what is sent, if any. It `is_decoded` where that can be done, unless `raw`: then
+    `total` is not known, and `sent_nbytes` is the size of what is sent.
+    """
+
+    def __init__(self, web: Watcher, url: str, response: urllib3.BaseHTTPResponse, *, raw: bool = False) -> None:
         self._web, self._response = web, response
         self.shown = show(url)
+        named = [token.strip().lower() for token in response.headers.get("Content-Encoding", "").split(",")]
+        self.coding = ", ".join(named) if named and all(token in _CODINGS for token in named) else ""
+        self.is_decoded = bool(self.coding) and not raw and set(named) <= set(HTTPResponse.CONTENT_DECODERS)
+        self.content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        self.sent_nbytes = _number(response.headers.get("Content-Length", ""))
         self.etag = _strong(response.headers.get("ETag", ""))
-        self.headers = dict(response.headers.items())
+        self.headers: Mapping[str, str] = response.headers
         self.start = 0
+        self.status = response.status
         self.is_part = response.status == 206
         self.total: int | None = None
         self._received = 0
@@ -76,10 +96,7 @@ class Body:
         headers, status = self._response.headers, self._response.status
         if status not in (200, 206):
             self._refuse(status)
-        encoding = headers.get("Content-Encoding", "identity").lower()
-        if encoding != "identity":
-            raise Transient(f"{self.shown}: the answer is encoded ({escape(encoding)}), expected plain bytes")
-        self._expected = _number(headers.get("Content-Length", ""))
+        self._expected = None if self.is_decoded else self.sent_nbytes
         self._framed = self._expected is not None and "Transfer-Encoding" not in headers
         if status == 200:
             self.total = self._expected
@@ -98,24 +115,41 @@ class Body:
     def _refuse(self, status: int) -> None:
         headers = self._response.headers
         code = headers.get("X-Error-Code", "")
-        said = _CODES.get(code) or headers.get("X-Error-Message", "") or self._response.reason or ""
-        message = f"{self.shown}: status {status}" + (f" ({escape(said[:200])})" if said else "")
+        words = [_CODES.get(code, ""), headers.get("X-Error-Message", "") or self._explanation()]
+        said = "; ".join(escape(part) for part in words if part) or escape(self._response.reason or "")
+        message = f"{self.shown}: status {status}" + (f" ({said})" if said else "")
         if status in RETRIED:
-            raise Transient(message, retry_after_s(headers.get("Retry-After")))
-        if status in (401, 403, 407):
-            hint = "accept the terms on its page, and set HF_TOKEN" if code == "GatedRepo" else "check HF_TOKEN"
-            raise AuthenticationFailed(message, hint=hint)
+            raise Transient(message, wished_wait_s(headers))
+        if status in (401, 403):
+            raise AuthenticationFailed(message, hint=_hint(code, status))
         if status == 416:
             raise RangeRefused(message, _number(headers.get("Content-Range", "").rpartition("/")[2]))
         if status in (404, 410):
             raise SourceMissing(message)
         raise NetworkFailed(message)
 
+    def _explanation(self) -> str:
+        """The sentence that a hub writes into the body of a refusal, as JSON."""
+        if self.content_type != "application/json" or (self.sent_nbytes or 0) > _MAX_EXPLANATION_NBYTES:
+            return ""
+        try:
+            found = json.loads(self._response.read(_MAX_EXPLANATION_NBYTES))
+        except (HTTPError, OSError, ValueError, RecursionError):
+            return ""
+        said = found.get("error") if isinstance(found, dict) else None
+        return said if isinstance(said, str) else ""
+
     def read(self, nbytes: int) -> bytes:
-        """The next bytes, at most `nbytes`; none at the end. Raises `Transient` if the connection breaks."""
+        """The next bytes, at most `nbytes`; none at the end.
+
+        Raises `Transient` if the connection breaks, `Miscoded` if they are not in the coding that they should be in.
+        """
         self._waiting_since_s = started = time.monotonic()
         try:
-            data = self._response.read(min(nbytes, _READ_NBYTES))
+            data = self._response.read(min(nbytes, _READ_NBYTES), decode_content=self.is_decoded)
+        except DecodeError:
+            self._web.check()
+            raise Miscoded(f"{self.shown}: the bytes are not what Content-Encoding says ({self.coding})") from None
         except (HTTPError, OSError, ValueError, AttributeError) as error:
             raise self._broken(in_words(error)) from None
         finally:
@@ -138,7 +172,7 @@ class Body:
     @property
     def ends_by_itself(self) -> bool:
         """Whether a body that was cut short can be told from a whole one."""
-        return self._expected is not None or "chunked" in self._response.headers.get("Transfer-Encoding", "").lower()
+        return self.sent_nbytes is not None or "chunked" in self._response.headers.get("Transfer-Encoding", "").lower()
 
     def check_rate(self) -> None:
         """Give the connection up if it brought too little over the last `timeout_s` of waiting."""
@@ -169,6 +203,15 @@ class Body:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _hint(code: str, status: int) -> str:
+    """What to do about a refusal."""
+    if code != "GatedRepo":
+        return "check HF_TOKEN"
+    if status == 401:
+        return "accept the terms on its page, and set HF_TOKEN"
+    return "open its page with the account of HF_TOKEN: terms are to be accepted there, or an answer is to be awaited"
 
 
 def _number(text: str) -> int | None:

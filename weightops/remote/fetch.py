@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import msgspec
 import xxhash
@@ -21,7 +20,8 @@ import xxhash
 from weightops.errors import Differs, NetworkFailed
 from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
-from weightops.remote.body import Body, RangeRefused
+from weightops.remote.body import Body, Miscoded, RangeRefused
+from weightops.remote.events import Events
 from weightops.remote.hashing import FileHasher
 from weightops.remote.listing import RemoteFile
 from weightops.remote.partial import CHUNK_NBYTES, Claim, Header, Journal, right_chunks
@@ -32,20 +32,9 @@ from weightops.remote.web import Tries, Web
 _MIN_SEGMENT, _MAX_SEGMENT = 4, 64
 """Chunks that one request asks for: 16 to 256 MiB."""
 _MAX_RESTARTS = 3
-_HEAD_NBYTES = 512
-
-
-class Events(Protocol):
-    """Told what happens to files, from any thread."""
-
-    def started(self, name: str, nbytes: int, done_nbytes: int) -> None:
-        """Work on a file begins; so much of it was there."""
-
-    def advanced(self, name: str, nbytes: int) -> None:
-        """So many more bytes arrived, or (below zero) turned out to be of no use."""
-
-    def look(self, name: str, head: bytes) -> None:
-        """Raise if a file that begins with these bytes is not worth fetching."""
+_HEAD_NBYTES = 4096
+_COMPRESSED = (".gz", ".tgz", ".br", ".zst")
+"""Files that are compressed themselves: servers call that a coding, and mean the file as it is."""
 
 
 class _Stale(Exception):
@@ -74,11 +63,15 @@ class Fetch:
         self._hash_lock = threading.Lock()
         self._generation = self._restarts = self._writers = self._mistakes = 0
         self._ranges = True
+        self._raw = file.name.endswith(_COMPRESSED)
+        self._was_decoded = False
+        self._content_type = ""
         self._todo: deque[range] = deque()
         self._have: set[int] = set()
         self._scratch: memoryview | None = None
         self.streams = 0
-        header = Header(url=file.url, nbytes=file.nbytes, digests=dict(file.digests), etag=file.etag)
+        etag = "" if file.digests else file.etag
+        header = Header(url=file.url, nbytes=file.nbytes, digests=dict(file.digests), etag=etag)
         self._journal = Journal(claim, header)
         self._algorithms = tuple(dict.fromkeys(("xxh3_128", *file.digests)))
         try:
@@ -186,6 +179,8 @@ class Fetch:
                             filled, slot = 0, pipe.slot()
                             tries.progressed()
             except Transient as error:
+                if isinstance(error, Miscoded):
+                    self._raw = True
                 if position - began >= self._web.policy.min_rate * self._web.policy.timeout_s:
                     tries.progressed()
                 tries.failed(error)
@@ -215,9 +210,13 @@ class Fetch:
         stop = self._stop(segment)
         whole = position == 0 and (stop == self._nbytes or self._nbytes is None) and stop <= CHUNK_NBYTES
         ranged = not whole and self._ranges
-        etag = self._journal.header.etag
+        start, end = (position, stop) if ranged else (0, None)
         try:
-            body = self._web.get(self.file.url, position if ranged else 0, stop if ranged else None, etag)
+            body = self._web.get(self.file.url, start, end, self._journal.header.etag, raw=self._raw)
+            if body.is_decoded and self._nbytes is not None and body.sent_nbytes == self._nbytes:
+                body.close()
+                self._raw = True  # the file is what is sent, whatever the server calls it
+                body = self._web.get(self.file.url, start, end, self._journal.header.etag, raw=True)
         except RangeRefused as error:
             if error.total != self._nbytes:
                 raise self._mistaken(f"has {error.total} bytes, expected {self._nbytes}") from None
@@ -232,23 +231,27 @@ class Fetch:
     def _compare(self, body: Body, segment: _Segment, position: int, ranged: bool) -> None:
         """Whether the body is of the version that is being fetched; begins anew if not."""
         if self._nbytes is not None and body.total not in (None, self._nbytes):
-            self._events.look(self.file.name, body.read(_HEAD_NBYTES))
+            self._events.look(self.file, body.read(_HEAD_NBYTES), body.content_type, doubtful=True)
             raise self._mistaken(f"has {body.total} bytes, expected {self._nbytes}")
         if not body.ends_by_itself and not self.file.digests:
             raise NetworkFailed(
                 f"{self._shown}: the server says neither how long it is nor when it ends",
                 hint="give a digest, so that a whole file can be told from a part",
             )
-        known = self._journal.header.etag
-        changed = bool(known) and body.etag != known and bool(body.etag or not self.file.digests)
+        if body.coding and not (body.is_decoded or self._raw or self.file.digests):
+            raise NetworkFailed(f"{self._shown}: the server sends it encoded ({body.coding}), which is not read")
+        self._was_decoded |= body.is_decoded
+        self._content_type = body.content_type
+        # With a digest, an ETag says nothing that counts: servers of one file need not agree on it.
+        known, etag = (self._journal.header.etag, body.etag) if not self.file.digests else ("", "")
         if body.start != position or (ranged and not body.is_part):
-            self._take_all(segment, body.etag)
-        elif changed and (self._have or position):
-            self._restart(segment, body.etag, whole=False)
+            self._take_all(segment, etag)
+        elif known not in ("", etag) and (self._have or position):
+            self._restart(segment, etag, whole=False)
             raise _Stale
-        elif body.etag != known and not self._have:
+        elif etag != known and not self._have:
             with self._state:
-                self._journal.begin(msgspec.structs.replace(self._journal.header, etag=body.etag))
+                self._journal.begin(msgspec.structs.replace(self._journal.header, etag=etag))
 
     def _take_all(self, segment: _Segment, etag: str) -> None:
         """The server sends the whole file, whatever it is asked for: one stream brings all of it."""
@@ -288,7 +291,7 @@ class Fetch:
 
     def _put(self, pipe: Pipe, segment: _Segment, index: int, slot: memoryview, filled: int) -> None:
         if index == 0:
-            self._events.look(self.file.name, bytes(slot[: min(filled, _HEAD_NBYTES)]))
+            self._events.look(self.file, bytes(slot[: min(filled, _HEAD_NBYTES)]), self._content_type, doubtful=False)
         generation = segment.generation
         pipe.put(
             lambda: self._hash(generation, index, slot[:filled]), lambda: self._write(generation, index, slot, filled)
@@ -361,6 +364,8 @@ class Fetch:
                 f"{self._shown}: {wrong} is {found[wrong]}, expected {self.file.digests[wrong]}, twice over",
                 hint="the server's copy is damaged or was replaced: ask its owner, or name another revision",
             )
+        if self._was_decoded:
+            self._raw = not self._raw
         with self._state:
             had_nbytes = sum(map(self._chunk_nbytes, self._have))
             kept_nbytes = self._recheck()

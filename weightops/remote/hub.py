@@ -8,14 +8,16 @@ with the token, and wait for as long as a server wishes. Names and answers are t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
-from urllib.parse import quote, urljoin
+from urllib.parse import quote, urljoin, urlsplit
 
 import msgspec
 
-from weightops.errors import CorruptInput, NetworkFailed, UsageError
+from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.io.escape import escape
-from weightops.remote.listing import HubRepository, Listing, RemoteFile
+from weightops.remote.listing import HubFile, HubRepository, Listing, RemoteFile
 from weightops.remote.policy import Transient
 from weightops.remote.small import ask
 from weightops.remote.urls import origin, show
@@ -25,6 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 _MAX_FILES = 100_000
+_MODELS = "/api/models/"
 Answer = TypeVar("Answer")
 
 
@@ -56,7 +59,8 @@ def find_commit(repository: HubRepository, web: Web) -> str:
     """
     if is_commit(repository.revision):
         return repository.revision
-    url = f"{web.endpoint}/api/models/{repository.name}/revision/{quote(repository.revision, safe='')}"
+    endpoint = repository.endpoint or web.endpoint
+    url = f"{endpoint}{_MODELS}{repository.name}/revision/{quote(repository.revision, safe='')}"
     commit = _ask(repository, url, web, _Revision)[0].sha
     if not is_commit(commit):
         raise NetworkFailed(f"{repository}: the hub names no commit for {escape(repository.revision)}")
@@ -64,25 +68,54 @@ def find_commit(repository: HubRepository, web: Web) -> str:
 
 
 def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
-    """The files of a commit, with sizes and digests; raises as `find_commit` does, `CorruptInput` for odd listings."""
-    url = f"{web.endpoint}/api/models/{repository.name}/tree/{commit}?recursive=true&expand=false"
+    """The files of a commit, below the repository's folder if that is meant, with sizes and digests.
+
+    Raises as `find_commit` does, `CorruptInput` for odd listings.
+    """
+    endpoint = repository.endpoint or web.endpoint
+    url = f"{endpoint}{_MODELS}{repository.name}/tree/{commit}?recursive=true&expand=false"
     seen: set[str] = set()
     files: list[RemoteFile] = []
     while url:
         seen.add(url)
         entries, headers = _ask(repository, url, web, list[_Entry])
-        files += [_file(entry, repository, commit, web.endpoint) for entry in entries if entry.type == "file"]
+        files += [_file(entry, repository, commit, endpoint) for entry in entries if entry.type == "file"]
         if len(files) > _MAX_FILES:
             raise UsageError(f"{repository}: more than {_MAX_FILES} files")
         following = _NEXT.search(headers.get("Link", ""))
-        try:
-            url = urljoin(url, following[1]) if following else ""
-            is_ours = not url or origin(url) == origin(web.endpoint)
-        except (ValueError, UsageError):
-            is_ours = False
-        if url in seen or not is_ours:
-            raise CorruptInput(f"{repository}: its listing goes on at {show(url)}, which is not followed")
+        url = _next_page(url, following[1], endpoint) if following else ""
+        if url in seen:
+            raise CorruptInput(f"{repository}: its listing goes on in circles")
+    if repository.folder:
+        files = [file for file in files if file.name.startswith(f"{repository.folder}/")]
+        if not files:
+            raise SourceMissing(f"{repository}: no such folder at {escape(repository.revision)}")
     return Listing(str(repository), tuple(files), commit, repository.revision)
+
+
+def find_file(file: HubFile, commit: str, web: Web) -> RemoteFile:
+    """A file of a commit by its own name, without the folder that it lies in; raises as `list_commit` does."""
+    found = next((f for f in list_commit(file.repository, commit, web).files if f.name == file.path), None)
+    if found is None:
+        raise SourceMissing(f"{file}: no such file at {escape(file.repository.revision)}")
+    return replace(found, name=file.file_name)
+
+
+def _next_page(url: str, link: str, endpoint: str) -> str:
+    """Where a listing goes on: a mirror that passes on the hub's own link means the same page of itself.
+
+    Raises `CorruptInput` for a link to anything but a listing.
+    """
+    try:
+        target = urljoin(url, link)
+        origin(target)
+        parts = urlsplit(target)
+    except (ValueError, UsageError):
+        raise CorruptInput(f"{show(url)}: the listing goes on at {escape(link)}, which is not followed") from None
+    _, api, page = parts.path.partition(_MODELS)
+    if "/tree/" not in page:
+        raise CorruptInput(f"{show(url)}: the listing goes on at {show(target)}, which is not followed")
+    return f"{endpoint}{api}{page}?{parts.query}"
 
 
 def _file(entry: _Entry, repository: HubRepository, commit: str, endpoint: str) -> RemoteFile:
@@ -98,14 +131,19 @@ def file_url(repository: str, name: str, commit: str, endpoint: str) -> str:
     return f"{endpoint}/{repository}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
 
-def _ask(repository: HubRepository, url: str, web: Web, kind: type[Answer]) -> tuple[Answer, dict[str, str]]:
+def _ask(repository: HubRepository, url: str, web: Web, kind: type[Answer]) -> tuple[Answer, Mapping[str, str]]:
     """The hub's answer as a value of `kind`, and its headers; what makes no sense is asked for again."""
 
-    def call() -> tuple[Answer, dict[str, str]]:
+    def call() -> tuple[Answer, Mapping[str, str]]:
         data, headers = ask(url, web)
         try:
             return msgspec.json.decode(data, type=kind), headers
         except (msgspec.MsgspecError, UnicodeDecodeError):
+            if data.lstrip().startswith(b"<"):
+                raise NetworkFailed(
+                    f"{show(url)}: the answer is a page for people, not a hub's",
+                    hint="is HF_ENDPOINT a hub? a proxy's or network's login page may stand in between",
+                ) from None
             raise Transient(f"{show(url)}: an answer without sense") from None
 
     return web.retried(str(repository), call)

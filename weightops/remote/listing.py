@@ -9,7 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 from weightops.errors import UsageError
 from weightops.io.escape import escape
-from weightops.remote.urls import is_url, origin, show
+from weightops.remote.pages import HUBS, check_kind, parse_page
+from weightops.remote.urls import DEFAULT_ENDPOINT, is_url, origin, show
 
 HUB_SCHEME = "hf://"
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
@@ -46,13 +47,30 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class HubRepository:
-    """A model repository on a Hugging Face hub."""
+    """A model repository on a Hugging Face hub, or a folder in it; `endpoint` if it is another hub than usual."""
 
     name: str
     revision: str = "main"
+    endpoint: str = ""
+    folder: str = ""
 
     def __str__(self) -> str:
-        return f"{HUB_SCHEME}{self.name}"
+        return escape(f"{HUB_SCHEME}{self.name}" + (f"/{self.folder}" if self.folder else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file in a repository."""
+
+    repository: HubRepository
+    path: str
+
+    @property
+    def file_name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{escape(self.path)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +97,7 @@ class WebFolder:
         return show(self.url)
 
 
-Location = HubRepository | WebFile | WebFolder
+Location = HubRepository | HubFile | WebFile | WebFolder
 
 
 def is_location(text: str) -> bool:
@@ -87,16 +105,29 @@ def is_location(text: str) -> bool:
     return text.startswith(HUB_SCHEME) or is_url(text)
 
 
-def parse_location(text: str, revision: str | None = None) -> Location:
+def parse_location(text: str, revision: str | None = None, endpoint: str = DEFAULT_ENDPOINT) -> Location:
     """`hf://org/name[@revision]`, `org/name[@revision]` or an http(s) URL; a folder if that ends in a slash.
 
-    Raises `UsageError` for anything else, and for two revisions.
+    URLs of a hub's pages mean what they show: a repository, a folder or a file of it; `endpoint` is the hub that the
+    user goes by. Raises `UsageError` for anything else, and for two revisions.
     """
+    if text.partition("/")[0].lower() in HUBS:
+        text = f"https://{text}"
     if is_url(text):
         origin(text)
+        page = parse_page(text, endpoint)
+        if page is not None:
+            if page.revision and revision not in (None, page.revision):
+                raise UsageError(
+                    f"{show(text)}: names one revision, --revision another ({escape(str(revision))})",
+                    hint="leave --revision out",
+                )
+            repository = HubRepository(page.name, page.revision or revision or "main", page.endpoint, page.folder)
+            return HubFile(repository, page.file) if page.file else repository
         if revision is not None:
             raise UsageError(f"{show(text)}: a URL has no revision")
         return WebFolder(text) if urlsplit(text).path.endswith("/") or not urlsplit(text).path else WebFile(text)
+    check_kind(text.removeprefix(HUB_SCHEME).partition("/")[0], text)
     match = _REPOSITORY.fullmatch(text.removeprefix(HUB_SCHEME))
     if match is None:
         raise UsageError(f"{escape(text)!r} is no repository", hint="write org/name, org/name@revision or a URL")

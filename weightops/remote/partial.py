@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -35,6 +36,8 @@ CHUNK_NBYTES = 4 << 20
 SILENCE_S = 30.0
 """How long an owner on another machine may leave its claim untouched."""
 _TOUCH_S = 5.0
+_OURS = re.compile(r"(?:\w+\.(?:part(?:\..*)?|done)|previous\.json|\..*\.tmp)(?:\.gone\..*)?|\w+\.gone\..*")
+"""What a run puts into the state folder."""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,19 +183,20 @@ class Claims:
             claim.release()
 
     def clear(self) -> None:
-        """Remove the state folder; what other runs hold in it stays, and so does the folder then."""
+        """Remove the state folder; what other runs hold in it, or none made, stays, and so does the folder then."""
         try:
             entries = list(self.folder.iterdir())
         except FileNotFoundError:
             return
-        for entry in entries:
+        for entry in filter(lambda entry: _OURS.fullmatch(entry.name), entries):
             owner = entry.name.partition(".part.")[2]
             if owner and self._is_alive(entry, owner):
                 continue
             # Renamed first, so that nobody continues what is being removed, to what nobody takes for a claim.
             doomed = entry.with_name(f"{entry.name.partition('.part')[0]}.gone.{self._name}")
             if _renamed(entry, doomed):
-                shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink(missing_ok=True)
+                is_folder = doomed.is_dir() and not doomed.is_symlink()
+                shutil.rmtree(doomed) if is_folder else doomed.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
             fsync_folder(self.folder.parent)

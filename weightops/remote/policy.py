@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import email.utils
 import random
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightops.errors import WeightopsError
+
+_PARAMETER = re.compile(r";\s*([rt])\s*=\s*([0-9]{1,9})(?![0-9.])", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +45,22 @@ class Transient(WeightopsError):
         self.retry_after_s = retry_after_s
 
 
-def retry_after_s(value: str | None) -> float:
+def wished_wait_s(headers: Mapping[str, str]) -> float:
+    """Seconds that a server wishes us to wait, by Retry-After or RateLimit; 0 if it says nothing."""
+    return max(_retry_after_s(headers.get("Retry-After", "")), _rate_limit_s(headers.get("RateLimit", "")))
+
+
+def _rate_limit_s(value: str) -> float:
+    """Seconds until the limits that are used up begin anew: `"resolvers";r=0;t=40`, more of them after commas.
+
+    Source: draft-ietf-httpapi-ratelimit-headers-09, section 4.
+    """
+    limits = (dict(_PARAMETER.findall(limit)) for limit in value.split(","))
+    return max((float(limit["t"]) for limit in limits if limit.get("r") == "0" and "t" in limit), default=0.0)
+
+
+def _retry_after_s(value: str) -> float:
     """Seconds from a Retry-After header, which holds a number or a date (RFC 9110, section 10.2.3); 0 if neither."""
-    if not value:
-        return 0.0
     if value.isascii() and value.strip().isdigit():
         return float(value)
     try:

@@ -152,7 +152,8 @@ class RangeReader:
         file, start = stream.file, stream.position
         nbytes = max(stop - start, start - stream.begin, _LEAST_NBYTES)
         stream.stop = min(start + nbytes, file.nbytes)
-        etag = self._etags.get(file, file.etag)
+        # A digest says more than an ETag, which servers of one file need not agree on.
+        etag = "" if file.digest else self._etags.get(file, file.etag)
         is_whole = (start, stream.stop) == (0, file.nbytes)
         try:
             body = self._web.get(file.path, start, None if is_whole else stream.stop, etag)
@@ -164,10 +165,8 @@ class RangeReader:
             if etag and body.etag not in ("", etag):
                 raise _changed(file, f"ETag {etag}", body.etag)
             if body.start != start or not (is_whole or body.is_part):
-                if etag and not body.etag and file.digest:
-                    # A server without ETags beside one with: the digest will tell whether their files are the same.
-                    self._etags[file] = ""
-                    raise Transient(f"{file.shown}: the answer has no ETag")
+                if body.is_decoded:
+                    raise Transient(f"{file.shown}: the answer is encoded ({body.coding}), expected plain bytes")
                 raise WeightopsError(
                     f"{file.shown}: the server sends whole files only, not the parts that are asked for",
                     hint="fetch it first: weightops download",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightops.errors import CorruptInput, Differs
+from weightops.errors import CorruptInput, Differs, SourceMissing
 from weightops.io.escape import escape
-from weightops.remote.body import RangeRefused
+from weightops.remote.body import Miscoded, RangeRefused
 from weightops.remote.hashing import FileHasher
 from weightops.remote.listing import RemoteFile
 from weightops.remote.urls import show
@@ -15,10 +15,17 @@ from weightops.remote.web import Web
 MAX_NBYTES = 200_000_000
 
 
-def ask(url: str, web: Web, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, dict[str, str]]:
+def ask(url: str, web: Web, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, Mapping[str, str]]:
     """One attempt at a small answer: its bytes and headers. Raises as `Web.get`, `CorruptInput` if it is too large."""
+    try:
+        return _ask(url, web, max_nbytes, raw=False)
+    except Miscoded:
+        return _ask(url, web, max_nbytes, raw=True)
+
+
+def _ask(url: str, web: Web, max_nbytes: int, *, raw: bool) -> tuple[bytes, Mapping[str, str]]:
     data = bytearray()
-    with web.get(url) as body:
+    with web.get(url, raw=raw) as body:
         while block := body.read(1 << 20):
             data += block
             if len(data) > max_nbytes:
@@ -37,13 +44,20 @@ def read_whole(url: str, web: Web, digests: Mapping[str, str] | None = None, max
     return data
 
 
-def describe(name: str, url: str, web: Web, digests: Mapping[str, str] | None = None) -> RemoteFile:
-    """A file's size and ETag, from an answer to a request for its first byte: servers sign HEAD less often than GET."""
+def describe(
+    name: str, url: str, web: Web, digests: Mapping[str, str] | None = None, *, pages: bool = True
+) -> RemoteFile:
+    """A file's size and ETag, from an answer to a request for its first byte: servers sign HEAD less often than GET.
+
+    Without `pages`, one for people is no file, and `SourceMissing` is raised as for any other that is not there.
+    """
 
     def ask() -> RemoteFile:
         try:
             with web.get(url, 0, 1) as body:
                 body.read(1)
+                if not pages and body.content_type == "text/html":
+                    raise SourceMissing(f"{show(url)}: the answer is a page for people")
                 return RemoteFile(name, url, body.total, dict(digests or {}), body.etag)
         except RangeRefused as error:
             if error.total == 0:

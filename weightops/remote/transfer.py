@@ -21,7 +21,8 @@ from weightops.errors import CorruptInput, Interrupted, WeightopsError
 from weightops.io.atomic import publish, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.remote.fetch import Events, Fetch
+from weightops.remote.events import Events
+from weightops.remote.fetch import Fetch
 from weightops.remote.hashing import hash_fetched
 from weightops.remote.listing import RemoteFile
 from weightops.remote.partial import Claims, key_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -11,6 +12,9 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 
 _PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[\w.:%~-]+")
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
 
 Origin = tuple[str, str, int]
 """Scheme, host and port."""
@@ -31,6 +35,12 @@ def origin(url: str) -> Origin:
     scheme, host = parts.scheme.lower(), (parts.hostname or "").lower()
     if scheme not in _PORTS or not host:
         raise UsageError(f"{show(url)}: expected an http or https URL")
+    try:
+        odd = not _HOST.fullmatch(host) or not host.encode("idna")
+    except UnicodeError:
+        odd = True
+    if odd:
+        raise UsageError(f"{show(url)}: {escape(host)!r} is no host")
     if parts.username is not None:
         raise UsageError(f"{escape(host)}: a URL with a user name or password is not used", hint="give a token instead")
     return scheme, host, port or _PORTS[scheme]

@@ -13,13 +13,14 @@ import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.parse import unquote, urljoin
+from urllib.parse import urljoin
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
 from weightops import __version__
 from weightops.errors import (
+    AuthenticationFailed,
     CorruptInput,
     NetworkFailed,
     WeightopsError,
@@ -27,16 +28,17 @@ from weightops.errors import (
 from weightops.io.escape import escape
 from weightops.remote.body import Body, in_words
 from weightops.remote.policy import Policy, Transient
-from weightops.remote.urls import check_redirect, host_of, origin, show
+from weightops.remote.proxy import check_proxy, refused, through
+from weightops.remote.urls import DEFAULT_ENDPOINT, check_redirect, host_of, origin, show
 
 if TYPE_CHECKING:
     from weightops.remote.ranges import RangeReader
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
 _MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TICK_S = 0.2
 _MAX_IDLE = 16
+_TOLD_WAIT_S = 5.0
 _MAX_DRAINED_NBYTES = 64 << 10
 
 Result = TypeVar("Result")
@@ -47,7 +49,7 @@ class Web:
 
     `endpoint` is the hub that is meant by `org/name`, and the one origin that may see `token`. `proxy_for` gives the
     proxy for a URL, if it has one. After `interrupt`, everything that waits ends at once. `ranges`
-    reads parts of files.
+    reads parts of files. Raises `AuthenticationFailed` for a token that can be none.
     """
 
     def __init__(
@@ -58,6 +60,10 @@ class Web:
         token: str | None = None,
         proxy_for: Callable[[str], str | None] = lambda url: None,
     ) -> None:
+        if token and (odd := next((c for c in token if not "!" <= c <= "~"), None)):
+            raise AuthenticationFailed(
+                f"the token holds a character that no token has ({odd!a})", hint="copy it into HF_TOKEN again"
+            )
         self.policy = policy or Policy()
         self.endpoint = endpoint.rstrip("/")
         self.token = token
@@ -74,6 +80,8 @@ class Web:
         self._started_s = time.monotonic()
         self._next_byte_s = 0.0
         self.received_nbytes = 0
+        self.on_wait: Callable[[str], object] = lambda text: None
+        """Told, from any thread, why nothing will happen for seconds."""
         self.ranges = self._new_ranges()
 
     def _new_ranges(self) -> RangeReader:
@@ -81,11 +89,12 @@ class Web:
 
         return RangeReader(self)
 
-    def get(self, url: str, start: int = 0, stop: int | None = None, validator: str = "") -> Body:
+    def get(self, url: str, start: int = 0, stop: int | None = None, validator: str = "", *, raw: bool = False) -> Body:
         """Ask once for the bytes `[start, stop)`, or all of them; the answer may begin at 0 all the same.
 
         `validator` is the strong ETag that the bytes must belong to: if the file has another one by now, the
-        answer begins at 0. Redirects are followed as long as they go to no lesser scheme and, from a public host,
+        answer begins at 0; so it does if the server sends a coded file, of which no part makes sense, and not `raw`.
+        Redirects are followed as long as they go to no lesser scheme and, from a public host,
         to no private one; the token stays with its origin.
         Raises `Transient`, `SourceMissing`, `AuthenticationFailed`, `RangeRefused`, `CorruptInput` for an answer
         that contradicts itself or a redirect that is not followed, and what `interrupt` was given.
@@ -100,8 +109,13 @@ class Web:
         for _ in range(_MAX_REDIRECTS):
             response = self._request(location, headers)
             if response.status not in _REDIRECTS:
-                body = Body(self, url, response)
+                body = Body(self, url, response, raw=raw)
                 self._watch(body)
+                if body.is_decoded and body.status == 206:
+                    body.close()
+                    start, stop, ranged = 0, None, False
+                    headers = {name: value for name, value in headers.items() if name not in ("Range", "If-Range")}
+                    continue
                 try:
                     body.check(start, stop, ranged)
                 except BaseException:
@@ -120,11 +134,12 @@ class Web:
     def _request(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         self.check()
         self._start_watching()
+        proxy = self._proxy_for(url)
         headers = dict(headers)
         if origin(url) == self._token_origin and self.token:
             headers["Authorization"] = f"Bearer {self.token}"
         try:
-            return self._pool(url).request(
+            response = self._pool(proxy).request(
                 "GET",
                 url,
                 headers=headers,
@@ -136,18 +151,23 @@ class Web:
             )
         except (HTTPError, OSError) as error:
             self.check()
+            if proxy is not None:
+                check_proxy(proxy, error, worked=self.received_nbytes > 0)
             message = f"{escape(host_of(url))}: {in_words(error)}"
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise NetworkFailed(
                     message, hint="is it the right host? SSL_CERT_FILE names other authorities"
                 ) from None
             raise Transient(message) from None
+        if response.status == 407:
+            response.close()
+            raise refused(proxy or host_of(url), 407, response.reason or "")
+        return response
 
-    def _pool(self, url: str) -> urllib3.PoolManager:
-        proxy = self._proxy_for(url)
+    def _pool(self, proxy: str | None) -> urllib3.PoolManager:
         with self._lock:
             if proxy not in self._pools:
-                pool = _through(proxy) if proxy else urllib3.PoolManager(maxsize=_MAX_IDLE)
+                pool = through(proxy, _MAX_IDLE) if proxy else urllib3.PoolManager(maxsize=_MAX_IDLE)
                 pool.pool_classes_by_scheme = {
                     scheme: _watched_pool(kind, self._sockets) for scheme, kind in pool.pool_classes_by_scheme.items()
                 }
@@ -268,16 +288,11 @@ class Tries:
         elif delay_s > self._web.left_s:
             why = f"; the deadline of {policy.deadline_s:g} s is too near to try again"
         else:
+            if delay_s >= _TOLD_WAIT_S:
+                self._web.on_wait(f"{self._what}: {error}; trying again in {delay_s:.0f} s")
             self._web.sleep(delay_s)
             return
         raise NetworkFailed(f"{self._what}: {error}{why}", hint="run the same command again later: it continues")
-
-
-def _through(proxy: str) -> urllib3.ProxyManager:
-    """Connections through a proxy, with the user name and password that its URL may have."""
-    auth = urllib3.util.parse_url(proxy).auth
-    headers = urllib3.make_headers(proxy_basic_auth=unquote(auth)) if auth else None
-    return urllib3.ProxyManager(proxy, proxy_headers=headers, maxsize=_MAX_IDLE)
 
 
 def _finish(response: urllib3.BaseHTTPResponse) -> None:

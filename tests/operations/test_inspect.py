@@ -1,0 +1,36 @@
+"""`weightops inspect`: what it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gptq_models import Scheme, llama, quantised
+from support import write_checkpoint
+
+import weightops
+from weightops.ops.bitpack import BITS
+
+
+@pytest.mark.parametrize(
+    "scheme", [*(Scheme(bits=bits) for bits in BITS), Scheme(group_size=-1), Scheme(group_size=40)]
+)
+def test_packed_modules_count_as_the_weights_that_they_stand_for(tmp_path: Path, scheme: Scheme) -> None:
+    model = llama()
+    found = weightops.inspect(quantised(model, scheme).save(tmp_path / "model"))
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_awq_packs_outputs(tmp_path: Path) -> None:
+    parts = {"qweight": (128, 64 // 8), "qzeros": (2, 64 // 8)}
+    tensors = {f"m.{part}": torch.zeros(shape, dtype=torch.int32) for part, shape in parts.items()}
+    write_checkpoint(tmp_path, {**tensors, "m.scales": torch.zeros(2, 64).half(), "m.bias": torch.zeros(64).half()})
+    assert weightops.inspect(tmp_path).parameters == 128 * 64 + 64
+
+
+def test_what_only_looks_packed_counts_as_it_is(tmp_path: Path) -> None:
+    write_checkpoint(
+        tmp_path, {"m.qweight": torch.zeros(4, 4), "n.qweight": torch.zeros(3), "n.scales": torch.zeros(2)}
+    )
+    assert weightops.inspect(tmp_path).parameters == 16 + 3 + 2
