@@ -68,7 +68,7 @@ def copied(source: Path, out: Path) -> Path:
             IncompatibleInputs,
             r"q_proj: the factors float32 \[4, 80\] and float32 \[72, 4\] do not fit float32 \[72, 72\], the base's",
         ),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4)}), IncompatibleInputs, "do not fit"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4)}), CorruptInput, "they are not of one rank"),
         (
             lambda t: t[f"{Q}.lora_B.weight"].view(-1)[3].fill_(float("nan")),
             CorruptInput,

@@ -13,7 +13,8 @@ import numpy as np
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
-from weightops.formats.adapter import CONFIG_NAME, Adapter, read_adapter
+from weightops.formats.adapter import Adapter, read_adapter
+from weightops.formats.adapter_files import is_adapter
 from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
@@ -72,7 +73,7 @@ def _check_base(base: Checkpoint) -> None:
     refuse_delta(base, "the base")
     refuse_parts(base)
     where = escape(base.name)
-    if CONFIG_NAME in base.sidecars and "config.json" not in base.sidecars:
+    if is_adapter(base.sidecars, base.shards):
         raise IncompatibleInputs(f"{where}: is an adapter, expected a model", hint="give the base first")
     quantised = base.config().get("quantization_config")
     if quantised:

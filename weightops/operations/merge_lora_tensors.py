@@ -6,7 +6,8 @@ from collections.abc import Container, Iterator, Sequence
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs
-from weightops.formats.adapter import CONFIG_NAME, Adapter
+from weightops.formats.adapter import Adapter
+from weightops.formats.adapter_files import CONFIG_NAME
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.merge_lora_names import Names, find_embeddings, is_head, name_head

@@ -16,7 +16,7 @@ from weightops.engine.values import values
 from weightops.errors import UsageError
 from weightops.formats import checksums
 from weightops.formats import manifest as manifest_format
-from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.formats.folder import is_remote, open_adapter, open_checkpoint
 from weightops.formats.manifest import Manifest
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.manifests import find_manifest
@@ -91,7 +91,12 @@ def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
     """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
     with connected(running, any(is_remote(place.path) for place in recipe.sources.values())) as web:
         control = running.get("control") or Control()
-        made = {name: open_checkpoint(place.path, web, place.weights) for name, place in recipe.sources.items()}
+        made = {
+            name: (open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint)(
+                place.path, web, place.weights
+            )
+            for name, place in recipe.sources.items()
+        }
         sources = dict(made)
         evaluate = _evaluate(control)
         for name in recipe.order():
