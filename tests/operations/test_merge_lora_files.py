@@ -152,4 +152,4 @@ def test_untrained_factors_beside_a_trained_head_are_mentioned(made: Made, tmp_p
     edit_tensors(adapter, lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})
     edit_config(adapter, lora_alpha=1)
     found = weightops.merge_lora(made.base(), adapter, tmp_path / "out")
-    assert found.warnings == ("adapter: the factors change nothing, lora_B is zero everywhere",)
+    assert found.warnings == ("adapter: the factors change nothing: lora_B is zero everywhere",)

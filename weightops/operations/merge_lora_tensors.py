@@ -56,6 +56,12 @@ class Merging:
         return ordered | {name: tensor for name, tensor in self._values.items() if name not in ordered}
 
     @property
+    def changes(self) -> list[tuple[LazyTensor, LazyTensor]]:
+        """What the base has and what comes out, where the two are not one lazy tensor; small ones first."""
+        pairs = [(self._base[self._base_name(name)], tensor) for name, tensor in self.tensors.items()]
+        return sorted(((old, new) for old, new in pairs if old != new), key=lambda pair: pair[1].nbytes)
+
+    @property
     def vocab_size(self) -> int | None:
         """The number of rows of the input embedding, if it is another than that of the base."""
         name = self._embeddings.embedding
@@ -85,6 +91,13 @@ class Merging:
 
     def _must_find(self, adapter: Adapter, path: str) -> str:
         name = self._find(path)
+        file = adapter.files.get(path)
+        if name is None and file is not None:
+            raise IncompatibleInputs(
+                f"{escape(adapter.name)}/{escape(file)}: was trained with the adapter and holds {escape(path)}, which "
+                "the base does not have",
+                hint=f"give a base that has it, or move {escape(file)} out of the folder to merge without it",
+            )
         if name is None:
             raise IncompatibleInputs(
                 f"{escape(adapter.name)}: holds {escape(path)}, which the base does not have",
@@ -129,7 +142,7 @@ class Merging:
         for adapter in self._adapters:
             for path, tensor in sorted({**adapter.base, **adapter.whole}.items(), key=lambda item: is_head(item[0])):
                 name = self._must_find(adapter, path)
-                is_saved = path in adapter.whole and adapter.is_saved_whole(path)
+                is_saved = path in adapter.whole and self._is_saved(adapter, path)
                 new = self._fitted(adapter, path, name, tensor)
                 earlier, other = loaded.get(name, (None, ""))
                 if earlier is adapter and is_saved:
@@ -139,7 +152,7 @@ class Merging:
                     if is_saved or name in self._saved:
                         raise IncompatibleInputs(
                             f"{escape(earlier.name)} and {escape(adapter.name)} both replace {escape(name)}",
-                            hint="merge one of them only",
+                            hint="merge the first into the base, and the second into the result",
                         )
                     self.notes.append(f"{escape(name)} is that of {escape(adapter.name)}, the last that has it")
                 loaded[name] = (adapter, path)
@@ -147,6 +160,12 @@ class Merging:
                 if is_saved:
                     self._saved.add(name)
             self._check_saved(adapter, {name for name, (of, _) in loaded.items() if of is adapter})
+
+    def _is_saved(self, adapter: Adapter, path: str) -> bool:
+        """Whether a tensor is of a module in `modules_to_save`, or tied to one: then peft 0.21 does not list it."""
+        ties = adapter.config.ensure_weight_tying and bool(adapter.config.modules_to_save)
+        is_tied = ties and self._find(path) in self._embeddings.names and self._embeddings.is_tied
+        return adapter.is_saved_whole(path) or is_tied
 
     def _check_saved(self, adapter: Adapter, loaded: Container[str]) -> None:
         """Refuse an adapter that lacks a tensor of a module in its `modules_to_save`."""
