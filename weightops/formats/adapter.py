@@ -150,9 +150,7 @@ def _refuse_models(checkpoint: Checkpoint) -> None:
     """Refuse the model that lies in a folder with an adapter, which `open_checkpoint` finds there."""
     folder = checkpoint.folder
     beside = find_adapter(folder.names()) if folder is not None and checkpoint.shards else None
-    if beside is None or is_adapter(checkpoint.sidecars, checkpoint.shards):
-        return
-    if not any("lora_" in name for name in checkpoint):
+    if beside is not None and not is_adapter(checkpoint):
         raise IncompatibleInputs(
             f"{escape(checkpoint.name)}: was opened as the model that it holds, the adapter is {beside}",
             hint="open it with open_adapter; in a recipe, name the folder as a source of its own",

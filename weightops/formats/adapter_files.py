@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+
+from weightops.checkpoint import Checkpoint
 
 CONFIG_NAME = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -41,7 +43,9 @@ def trained_beside(weights: Iterable[str]) -> list[str]:
     return [n for n in weights if not n.endswith(".gguf") and not any(pattern.fullmatch(n) for pattern in none)]
 
 
-def is_adapter(sidecars: Iterable[str], shards: Mapping[str, str]) -> bool:
-    """Whether a checkpoint with these files beside it, and its tensors in `shards`, is an adapter and not a model."""
-    files = set(sidecars)
-    return CONFIG_NAME in files and ("config.json" not in files or find_adapter(shards.values()) is not None)
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an adapter and not a model, not even one that lies in a folder with an adapter."""
+    if CONFIG_NAME not in checkpoint.sidecars:
+        return False
+    is_named = "config.json" not in checkpoint.sidecars or find_adapter(checkpoint.shards.values()) is not None
+    return is_named or any(".lora_" in name for name in checkpoint)

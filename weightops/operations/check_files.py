@@ -8,6 +8,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.adapter_files import is_adapter
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.names import is_derived
@@ -75,7 +76,7 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
     training = [n for n in names if _TRAINING.search(n)]
     yield from group(training, "warning", "leftover", "of an optimizer or training run, not of the model", "drop them")
     lora = [n for n in names if _LORA.search(n)]
-    if len(lora) < len(names) and "adapter_config.json" not in checkpoint.sidecars:
+    if len(lora) < len(names) and not is_adapter(checkpoint):
         yield from group(
             lora, "error", "lora", "of a LoRA among those of a model", "merge the adapter, or store it apart"
         )

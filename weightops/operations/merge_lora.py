@@ -76,7 +76,7 @@ def _check_base(base: Checkpoint) -> None:
     refuse_delta(base, "the base")
     refuse_parts(base)
     where = escape(base.name)
-    if is_adapter(base.sidecars, base.shards):
+    if is_adapter(base):
         raise IncompatibleInputs(f"{where}: is an adapter, expected a model", hint="give the base first")
     empty = next((name for name, tensor in base.items() if not tensor.spec.numel), None)
     if empty is not None:

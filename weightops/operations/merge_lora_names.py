@@ -53,6 +53,10 @@ class Names:
             raise _ambiguous(path, *names[:2])
         return names[0] if names else None
 
+    def as_loaded(self, name: str) -> str:
+        """What transformers, and so peft, calls a tensor of the base."""
+        return self._loaded.of_file(unwrapped(name))
+
     def _exact(self, path: str) -> str | None:
         """The tensor of this name, or the one that transformers loads under it."""
         return self._names.get(path) or self._by_loaded.get(self._loaded.of_adapter(path))

@@ -12,7 +12,7 @@ from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.merge_lora_names import Names, find_embeddings, is_head, name_head
 from weightops.operations.merge_lora_parts import Placed, Placing
-from weightops.ops.arrange import Agreed
+from weightops.ops.arrange import Agreed, cut
 from weightops.ops.dora import merge, steps
 from weightops.ops.elementwise import cast
 from weightops.ops.lora import LoraBias, Precision, ReplaceRows
@@ -39,6 +39,7 @@ class Merging:
         self._values: dict[str, LazyTensor] = dict(base)
         self.is_untied = self._share()
         self._load()
+        self._fit_vocabulary()
         changes: dict[str, list[tuple[Adapter, Placed]]] = {}
         for adapter in adapters:
             placing = Placing(adapter, self._values, self._find, self._model, precision, two)
@@ -47,7 +48,6 @@ class Merging:
         for name, own in changes.items():
             self._merge(name, own)
         self._replace_rows(changes.keys())
-        self._check_vocabulary()
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
@@ -170,7 +170,8 @@ class Merging:
     def _check_saved(self, adapter: Adapter, loaded: Container[str]) -> None:
         """Refuse an adapter that lacks a tensor of a module in its `modules_to_save`."""
         for name in self._base:
-            if adapter.is_saved_whole(name) and self._slot(name) not in loaded:
+            is_lacking = adapter.is_saved_whole(name) and self._slot(name) not in loaded
+            if is_lacking and adapter.is_saved_whole(self._names.as_loaded(name)):
                 raise CorruptInput(
                     f"{escape(adapter.name)}: lacks {escape(name)}, whose module {CONFIG_NAME} has in modules_to_save",
                     hint="fetch the adapter again",
@@ -219,12 +220,12 @@ class Merging:
             if is_tied and adapter.config.ensure_weight_tying:
                 raise IncompatibleInputs(
                     f"{where}: with ensure_weight_tying peft adds the change of tied embeddings twice",
-                    hint="untie the embeddings of the base first, or merge this adapter with peft",
+                    hint="run it unmerged with peft: what merging gives there is not what was trained",
                 )
             if is_tied and placed.part.has_magnitude and len(sides) > 1:
                 raise IncompatibleInputs(
                     f"{where}: DoRA of the one, and other factors of the other of two tied embeddings",
-                    hint="untie the embeddings of the base first, or merge this adapter with peft",
+                    hint="run it unmerged with peft: merged, the one change would be part of the other",
                 )
         if is_tied:
             shown = " and ".join(sorted({escape(placed.path) for _, placed in own}))
@@ -259,10 +260,14 @@ class Merging:
         """Put in place the rows of `trainable_token_indices`."""
         taken: dict[tuple[str, bool], set[int]] = {}
         for adapter in self._adapters:
+            done: set[str] = set()
             for path, tensor in sorted(adapter.rows.items(), key=lambda item: is_head(f"{item[0]}.weight")):
                 where = f"{escape(adapter.name)}: {escape(path)}"
                 name = self._must_find(adapter, f"{path}.weight")
                 rows, spec = adapter.token_rows(path), self._values[name].spec
+                if not rows and self._is_shared and name in done:
+                    continue  # peft saves those of the input embedding once more under the head that is tied to it
+                done.add(name)
                 if name in merged or name in self._saved:
                     raise IncompatibleInputs(
                         f"{where} has rows of its own, and the same tensor is changed as a whole",
@@ -283,15 +288,24 @@ class Merging:
                 op = ReplaceRows(rows)
                 self._values[name] = LazyTensor.make(op, self._values[name], cast(tensor, spec.dtype))
 
-    def _check_vocabulary(self) -> None:
-        """Refuse embeddings of which one has another number of tokens now."""
+    def _fit_vocabulary(self) -> None:
+        """Give both embeddings the number of tokens that an adapter holds one of them for.
+
+        peft saves no embedding that has no factors, so one that was resized in training has lost its new rows.
+        """
         known = self._embeddings
         if known.embedding is None or known.head is None or self._is_shared:
             return
-        first, second = (self._values[name].spec.shape[0] for name in (known.embedding, known.head))
-        before = {self._base[self._base_name(name)].spec.shape[0] for name in known.names}
-        if first != second and len(before) == 1:
+        pair = (known.embedding, known.head)
+        rows = {name: self._values[name].spec.shape[0] for name in pair}
+        before = {name: self._base[self._base_name(name)].spec.shape[0] for name in pair}
+        if len(set(rows.values())) == 1 or len(set(before.values())) != 1:
+            return
+        resized, other = pair if rows[pair[0]] != before[pair[0]] else pair[::-1]
+        if rows[resized] > rows[other]:
             raise IncompatibleInputs(
-                f"{escape(known.embedding)} has {first} rows and {escape(known.head)} {second} after the merge",
-                hint="the adapter holds one of them for a larger vocabulary, and not the other",
+                f"an adapter holds {escape(resized)} with {rows[resized]} rows, and not the new ones of "
+                f"{escape(other)}, which has {rows[other]} in the base",
+                hint=f"give the base as it was in training: after resize_token_embeddings({rows[resized]})",
             )
+        self._values[other] = cut(self._values[other], 0, 0, rows[resized])
