@@ -5,14 +5,17 @@ Adapters name modules as the model does, of the version of transformers that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weightops.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
+STACKED = (".gate_up_proj", ".down_proj")
+"""Parameters that hold a matrix for each expert; the first those of two layers, one below the other."""
 _COUNTS = ("layer", "depth", "expert", "block", "stage")
 """Parts of the settings that say how many modules there are."""
 
@@ -20,45 +23,74 @@ _COUNTS = ("layer", "depth", "expert", "block", "stage")
 class LoadedNames:
     """The names that transformers' model of a base has for the tensors of files, and for the paths of adapters.
 
-    Where transformers knows no model of its own for config.json, every name is its own. No code of others is run.
+    Where transformers knows no model of its own for config.json, every name is its own, and `parameters` is empty. No
+    code of others is run. `modules` are all modules of the model, `linears` those that are Linear layers or Conv1D.
     """
 
     def __init__(self, base: Checkpoint) -> None:
+        self.parameters: frozenset[str] = frozenset()
+        self.modules: tuple[str, ...] = ()
+        self.linears: frozenset[str] = frozenset()
+        self._known: frozenset[str] = frozenset()
+        self._renamings: list[WeightRenaming] = []
+        self._converters: list[WeightConverter] = []
+        self._prefix = ""
         model = _skeleton(base.config(), len(base))
-        self._rename, self._known = (
-            _renaming(model),
-            frozenset(model.state_dict()) if model is not None else frozenset(),
-        )
-        self._prefix = f"{model.base_model_prefix}." if model is not None else ""
+        if model is not None:
+            self._read(model)
+
+    def _read(self, model: PreTrainedModel) -> None:
+        from torch.nn import Linear
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.pytorch_utils import Conv1D
+
+        self.parameters = frozenset(name for name, _ in model.named_parameters())
+        self.modules = tuple(name for name, _ in model.named_modules() if name)
+        self.linears = frozenset(name for name, part in model.named_modules() if isinstance(part, Linear | Conv1D))
+        self._known, self._prefix = frozenset(model.state_dict()), f"{model.base_model_prefix}."
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
 
     def of_file(self, name: str) -> str:
         """What the model calls a tensor of a file."""
-        return self._placed(self._rename(name))
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        return self._placed(name)
 
     def of_adapter(self, path: str) -> str:
         """What the model calls a tensor that an adapter has under this path, which may be that of older versions."""
-        return path if path in self._known else self._placed(self._rename(path))
+        return path if path in self._known else self.of_file(path)
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter or a persistent buffer of this name."""
+        return name in self._known
+
+    def is_converted(self, name: str) -> bool:
+        """Whether a parameter of the model may be made of tensors of files that have other shapes."""
+        targets = (target for converter in self._converters for target in converter.target_patterns)
+        return any(target.replace("\\", "") in name for target in targets)
+
+    def stacked(self, name: str) -> str | None:
+        """The parameter into which the model stacks a tensor of a file, with those of other experts, in peft's way.
+
+        Source: `build_peft_weight_mapping` of peft 0.21.
+        """
+        loaded = self.of_file(name)
+        for converter in self._converters:
+            found, pattern = converter.rename_source_key(loaded)
+            if pattern is not None:
+                operations = [type(operation).__name__ for operation in converter.operations]
+                is_stack = operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+                found = self._placed(found)
+                return found if is_stack and found in self.parameters and found.endswith(STACKED) else None
+        return None
 
     def _placed(self, name: str) -> str:
         """With the first part that models with a head have before the others, or without."""
         spellings = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
         return next((spelling for spelling in spellings if spelling in self._known), name)
-
-
-def _renaming(model: PreTrainedModel | None) -> Callable[[str], str]:
-    if model is None:
-        return lambda name: name
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-
-    def renamed(name: str) -> str:
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
-
-    return renamed
 
 
 def _skeleton(config: Mapping[str, Any], n_tensors: int) -> PreTrainedModel | None:
