@@ -5,7 +5,8 @@ Adapters name modules as the model does, of the version of transformers that the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from weightops.checkpoint import Checkpoint
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 STACKED = (".gate_up_proj", ".down_proj")
 """Parameters that hold a matrix for each expert; the first those of two layers, one below the other."""
-_COUNTS = ("layer", "depth", "expert", "block", "stage")
-"""Parts of the settings that say how many modules there are."""
+_COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|stages?)|(encoder|decoder)_layers|depths?|n_?layers?")
+"""Settings that say how many modules there are."""
+_EXPERTS = re.compile(r"\w*num_experts|(n|num)_\w*experts|moe_num_experts")
+_MAX_EXPERTS = 4096
+"""They are stacked in few parameters."""
 
 
 class LoadedNames:
@@ -95,7 +99,7 @@ class LoadedNames:
 
 def _skeleton(config: Mapping[str, Any], n_tensors: int) -> PreTrainedModel | None:
     """The model on meta, by its class in config.json; None where there is none, or it cannot be that of the files."""
-    if not config or any(count > max(n_tensors, 1) for count in _counts(config)):
+    if not config or not _is_credible(config, n_tensors):
         return None
     import torch
     import transformers
@@ -117,10 +121,13 @@ def _skeleton(config: Mapping[str, Any], n_tensors: int) -> PreTrainedModel | No
         return None
 
 
-def _counts(config: Mapping[str, Any]) -> Iterable[int]:
-    """What a config says of how many modules there are, that of its parts included."""
+def _is_credible(config: Mapping[str, Any], n_tensors: int) -> bool:
+    """Whether a config asks for no more modules than there are tensors, before a model of them all is made."""
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _counts(value)
-        elif type(value) is int and any(part in key for part in _COUNTS) and not key.endswith("_size"):
-            yield value
+        if isinstance(value, Mapping) and not _is_credible(value, n_tensors):
+            return False
+        counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+        limit = n_tensors if _COUNT.fullmatch(key) else _MAX_EXPERTS if _EXPERTS.fullmatch(key) else None
+        if limit is not None and any(count > limit for count in counts):
+            return False
+    return True
