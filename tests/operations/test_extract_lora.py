@@ -472,7 +472,7 @@ def test_what_is_no_whole_model_in_plain_numbers() -> None:
     by_config = checkpoint(state(1), config={"quantization_config": {"quant_method": "gptq"}})
     for side, message in (
         (replace(BASE, sidecars={DELTA_NAME: Written(b"")}), "is a delta, not a model"),
-        (replace(BASE, sidecars={"adapter_config.json": Written(b"")}), "is an adapter, not a model"),
+        (replace(BASE, sidecars={"adapter_config.json": Written(b"")}), "is a LoRA adapter, not a model"),
         (by_config, "is quantised, says its config.json"),
         (quantised, f"{Q}: found int8, expected one of float32, float16, bfloat16, float64"),
     ):

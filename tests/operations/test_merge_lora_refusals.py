@@ -292,7 +292,7 @@ def test_bases_that_are_quantised(made: Made, tmp_path: Path) -> None:
 def test_bases_that_are_something_else(made: Made, tmp_path: Path) -> None:
     base = copied(made.base(), tmp_path / "base")
     adapter = copied(made.adapter(), tmp_path / "adapter")
-    assert "adapter: is an adapter, expected a model" in str(refused(adapter, adapter))
+    assert "the base adapter is a LoRA adapter, not a model" in str(refused(adapter, adapter))
     assert "base: has no adapter_config.json" in str(refused(base, base))
     (base / "weightops-delta.json").write_text("{}")
     assert "the base base is a delta" in str(refused(base, adapter))

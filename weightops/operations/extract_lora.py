@@ -20,7 +20,15 @@ from weightops.operations import extract_lora_adapter as adapter
 from weightops.operations.extract_lora_adapter import Pair, Rest, is_head, is_linear, module_of
 from weightops.operations.extract_lora_places import Places
 from weightops.operations.modules import is_conv1d
-from weightops.operations.pairing import ROTARY_SUFFIX, as_loaded, is_vocabulary, listed, matching, refuse_delta
+from weightops.operations.pairing import (
+    ROTARY_SUFFIX,
+    as_loaded,
+    is_vocabulary,
+    listed,
+    matching,
+    refuse_adapter,
+    refuse_delta,
+)
 from weightops.ops.elementwise import Reinterpret, cast
 from weightops.ops.lowrank import OVERSAMPLE, PASSES, Change, LowRank, SingularValues
 from weightops.spec import DType
@@ -169,8 +177,7 @@ def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
     shown = f"{role} {escape(checkpoint.name)}"
     refuse_delta(checkpoint, role)
     refuse_parts(checkpoint)
-    if adapter.CONFIG_NAME in checkpoint.sidecars:
-        raise IncompatibleInputs(f"{shown} is an adapter, not a model", hint="weightops merge-lora makes one of it")
+    refuse_adapter(checkpoint, role)
     sources = (node.op.source for tensor in checkpoint.values() for node in tensor.walk())
     if any(source is not None and source.is_remote for source in sources):
         raise UsageError(

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from weightops.checkpoint import Checkpoint, Sidecar, written_json
 from weightops.errors import IncompatibleInputs
+from weightops.formats.adapter_files import CONFIG_NAME
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.extract_lora_places import Places
 from weightops.operations.modules import is_conv1d, last_part
 from weightops.operations.pairing import is_vocabulary, listed
 
-CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out")
 _NOT_LINEAR = re.compile(r"(.*_)?embed(ding)?s?(_.*)?|w[tp]e|shared|relative_attention_bias|(.*_)?router|gate")

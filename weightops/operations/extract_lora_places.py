@@ -68,8 +68,11 @@ class Places:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """All modules of the model, or those in files."""
-        return self._loaded.modules if self._loaded else tuple({p.module: None for p in self._places.values()})
+        """All modules of the model, or those that names in files speak of."""
+        if self._loaded is not None:
+            return self._loaded.modules
+        parts = [place.module.split(".") for place in self._places.values()]
+        return tuple({".".join(each[:depth]): None for each in parts for depth in range(1, len(each) + 1)})
 
     @cached_property
     def _stacked(self) -> frozenset[str]:

@@ -13,7 +13,6 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats import ungathered
 from weightops.formats.adapter import Adapter, read_adapter
-from weightops.formats.adapter_files import is_adapter
 from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate
@@ -22,7 +21,7 @@ from weightops.operations.check_files import tokens_without_rows
 from weightops.operations.merge_lora_files import merged_sidecars, with_settings
 from weightops.operations.merge_lora_tensors import Merging
 from weightops.operations.merge_lora_values import check_values
-from weightops.operations.pairing import refuse_delta
+from weightops.operations.pairing import refuse_adapter, refuse_delta
 from weightops.ops.lora import Precision
 
 _ROWLESS = "the first of the tokens without a row ends a run of the model; was the embedding resized in training?"
@@ -74,10 +73,9 @@ def merge_lora(
 def _check_base(base: Checkpoint) -> None:
     """Refuse what is no model that something can be merged into."""
     refuse_delta(base, "the base")
+    refuse_adapter(base, "the base")
     refuse_parts(base)
     where = escape(base.name)
-    if is_adapter(base):
-        raise IncompatibleInputs(f"{where}: is an adapter, expected a model", hint="give the base first")
     empty = next((name for name, tensor in base.items() if not tensor.spec.numel), None)
     if empty is not None:
         raise CorruptInput(f"{where}: {escape(empty)} is {base[empty].spec}, without elements", hint=ungathered.HINT)
