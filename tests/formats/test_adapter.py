@@ -159,6 +159,7 @@ def test_scales_are_those_of_peft(tmp_path: Path) -> None:
         ({"rank_pattern": [1]}, CorruptInput, "Expected `object"),
         ({"lora_alpha": None}, CorruptInput, "Expected `float`"),
         ({"lora_alpha": 1e308 * 10}, CorruptInput, "JSON"),
+        ({"lora_alpha": 10**400}, CorruptInput, "Number out of range"),
         ({"bias": "some"}, CorruptInput, "Invalid enum value"),
         ({"modules_to_save": "lm_head"}, CorruptInput, "Expected `array"),
         ({"trainable_token_indices": {"a": 1}}, CorruptInput, "Expected `array"),
@@ -224,6 +225,11 @@ def test_a_folder_without_a_config_is_no_adapter(tmp_path: Path) -> None:
         ({A: (4, 8), B: (6, 4), A.replace("weight", "x.weight"): (4, 8)}, "are the same part of a module"),
         ({A: (4, 8), B: (6, 4), f"{PATH}.lora_embedding_A": (4, 9)}, "has no lora_embedding_B beside it"),
         ({A: (4, 8), B: (6, 4), f"{PATH}.lora_magnitude_vector": (6,)}, "use_dora: false, but .* has a"),
+        (
+            {A: (4, 8), B: (6, 4), f"{PATH}.lora_embedding_A": (4, 8), f"{PATH}.lora_embedding_B": (6, 4)},
+            "cannot both be parts of one module",
+        ),
+        ({"lm_head.weight": (9, 8), "base_model.model.lm_head.weight": (9, 8)}, "are the same part of a module"),
         (
             {A: (4, 8), B: (6, 4), f"{PATH}.base_layer.weight": (6, 8), f"{PATH}.weight": (6, 8)},
             "same part of a module",

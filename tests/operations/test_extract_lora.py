@@ -53,9 +53,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral, whose experts are stacked": lambda: MixtralConfig(**LLAMA, num_local_experts=4),
     "qwen2_moe, whose shared experts are layers": lambda: of_kind("qwen2_moe", num_experts=4, **SHARED),
     "qwen3_moe, whose first layer is dense": lambda: of_kind("qwen3_moe", num_experts=4, mlp_only_layers=[0], **MOE),
-    "deepseek_v3, which has both": lambda: of_kind(
-        "deepseek_v3", n_routed_experts=4, first_k_dense_replace=1, **LATENT
-    ),
+    "deepseek_v3, which has both": lambda: of_kind("deepseek_v3", n_routed_experts=4, **LATENT),
     "phimoe, whose router has another name in files": lambda: of_kind("phimoe", num_local_experts=4, **TOP),
     "minimax_m2, whose router is no layer": lambda: of_kind("minimax_m2", num_local_experts=4, head_dim=8, **TOP),
     "granitemoe, whose files stack experts otherwise": lambda: of_kind("granitemoe", num_local_experts=4, **TOP),
@@ -509,6 +507,26 @@ def test_parameters_that_no_module_holds_are_refused_by_name_or_dropped() -> Non
     with pytest.raises(IncompatibleInputs, match=f"{sinks}: the values differ, and an adapter has no place for them"):
         extract(base, tuned, rank=2)
     assert len(extract(base, tuned, rank=2, rest="drop")) == 2
+
+
+def test_integers_that_differ_have_no_place_in_an_adapter() -> None:
+    counts = "model.layers.0.mlp.counts"
+    base = checkpoint({**state(), counts: torch.zeros(4, dtype=torch.int64)})
+    tuned = changed(Q, by={counts: torch.ones(4, dtype=torch.int64)})
+    with pytest.raises(IncompatibleInputs, match=f"{counts}: the values differ, and an adapter has no place for them"):
+        extract(base, tuned, rank=2)
+
+
+def test_names_of_files_are_kept_where_transformers_knows_no_model() -> None:
+    """Also where a config asks for more layers than there are tensors for: no such model is made."""
+    for config in ({"model_type": "of its own"}, {"model_type": "llama", "num_hidden_layers": 10**9}):
+        base, tuned = ({f"language_model.{n}": t for n, t in state(seed).items()} for seed in (0, 1))
+        name = f"language_model.{Q}"
+        adapter = extract(
+            checkpoint(base, config=config), checkpoint({**base, name: tuned[name]}, config=config), rank=2
+        )
+        assert config_of(adapter)["target_modules"] == ["q_proj"]
+        assert "peft may not find the modules" in adapter.warnings[0]
 
 
 def test_factors_for_a_tied_head_would_change_the_embedding_too() -> None:

@@ -6,7 +6,6 @@ know either, and ignores with a warning.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -128,12 +127,9 @@ def _refuse_kind(settings: Mapping[str, Any], where: str) -> list[str]:
 
 def _check_numbers(config: AdapterConfig, where: str) -> None:
     ranks = [config.r, *(config.rank_pattern or {}).values()]
-    alphas = [config.lora_alpha, *(config.alpha_pattern or {}).values()]
     if min(ranks) < 1 or max(ranks) > _MAX_RANK:
         odd = min(ranks) if min(ranks) < 1 else max(ranks)
         raise CorruptInput(f"{where}: {CONFIG_NAME}: a rank of {odd}", hint=EDITED)
-    if not all(map(math.isfinite, alphas)):
-        raise CorruptInput(f"{where}: {CONFIG_NAME}: an alpha that is not finite", hint=EDITED)
 
 
 def _check_initialisation(config: AdapterConfig, where: str) -> None:

@@ -156,12 +156,9 @@ def find_embeddings(base: Checkpoint) -> Embeddings:
 
 
 def name_head(embedding: str, config: Mapping[str, Any]) -> str | None:
-    """What files call the output embedding of a model with this input embedding, if that is known."""
-    if embedding.startswith("language_model.model."):
-        return "language_model.lm_head.weight"
-    if embedding == "gpt_neox.embed_in.weight":
-        return "embed_out.weight"
-    return "lm_head.weight" if embedding.startswith(("model.", "transformer.")) or _generates(config) else None
+    """What transformers calls the output embedding of a model with this input embedding, if that is known."""
+    is_known = embedding.startswith(("model.", "transformer.", "language_model.", "gpt_neox.")) or _generates(config)
+    return "lm_head.weight" if is_known else None
 
 
 def _generates(config: Mapping[str, Any]) -> bool | None:
