@@ -225,7 +225,7 @@ class Merging:
             if is_tied and placed.part.has_magnitude and len(sides) > 1:
                 raise IncompatibleInputs(
                     f"{where}: DoRA of the one, and other factors of the other of two tied embeddings",
-                    hint="run it unmerged with peft: merged, the one change would be part of the other",
+                    hint="`weightops shard --untie` gives the base two embeddings, each of which then gets its own",
                 )
         if is_tied:
             shown = " and ".join(sorted({escape(placed.path) for _, placed in own}))
