@@ -356,6 +356,20 @@ def test_targets_get_factors_and_other_layers_are_named(targets: list[str], modu
     assert any(f"no target matches: the changes of {', '.join(sorted(left_out))}" in w for w in adapter.warnings)
 
 
+def test_every_option_of_the_python_function_reaches_the_operation(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", state())
+    tuned = write_checkpoint(tmp_path / "tuned", {**state(1), K: state()[K]})
+    options = {"rank": 2, "energy": 0.5, "max_rank": 3, "seed": 7, "dtype": "bfloat16", "targets": ["mlp.*"]}
+    weightops.extract_lora(base, tuned, tmp_path / "out", rest="drop", **options)
+    expected = extract(base, tuned, rest="drop", **{**options, "dtype": DType.BF16})
+    found = open_checkpoint(tmp_path / "out")
+    assert config_of(found)["target_modules"] == ["up_proj"]
+    assert found.sidecar("adapter_config.json") == expected.sidecar("adapter_config.json")
+    assert {n: t.tolist() for n, t in tensors_of(found).items()} == {
+        n: t.tolist() for n, t in tensors_of(expected).items()
+    }
+
+
 def test_the_dtype_is_that_of_the_factors_alone() -> None:
     tuned = changed(Q, NORM)
     half, single = tensors_of(extract(BASE, tuned, rank=2, dtype=DType.BF16)), tensors_of(extract(BASE, tuned, rank=2))

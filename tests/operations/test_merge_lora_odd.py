@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import weightops
 from weightops.errors import CorruptInput, IncompatibleInputs, WeightopsError
+from weightops.operations import merge_lora_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -92,6 +93,41 @@ def test_without_a_config_somebody_has_to_say_that_embeddings_are_untied(made: M
     (base / "config.json").unlink()
     found = weightops.merge_lora(base, made.adapter("tied", modules_to_save=["lm_head"]), tmp_path / "out")
     assert "the embeddings are no longer tied, and there is no config.json to say so" in found.warnings
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_two_adapters_with_vocabularies_of_their_own_are_merged_one_after_the_other(
+    made: Made, tmp_path: Path, kind: str
+) -> None:
+    """As Chinese-Alpaca-Plus is: an adapter for a larger vocabulary, and another on top of it."""
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapters = [made.adapter(kind, rows=rows, seed=rows, **whole) for rows in (110, 111)]
+    base = made.base(kind)
+    with pytest.raises(IncompatibleInputs, match=r"both replace model\.embed_tokens\.weight") as caught:
+        weightops.merge_lora(base, adapters, tmp_path / "both")
+    assert caught.value.hint == "merge the first into the base, and the second into the result"
+    expected, _ = merged_by_peft(base, adapters[:1], tmp_path / "peft-1", rows=110)
+    expected, _ = merged_by_peft(tmp_path / "peft-1", adapters[1:], tmp_path / "peft-2", rows=111)
+    weightops.merge_lora(base, adapters[0], tmp_path / "one")
+    weightops.merge_lora(tmp_path / "one", adapters[1], tmp_path / "two")
+    found = state(tmp_path / "two")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_factors_are_looked_at_in_parts_of_any_size(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made.adapter(), adapter)
+    weightops.merge_lora(made.base(), adapter, tmp_path / "expected")
+    monkeypatch.setattr(merge_lora_values, "_BATCH_NBYTES", 1)
+    weightops.merge_lora(made.base(), adapter, tmp_path / "found")
+    assert all(torch.equal(t, state(tmp_path / "found")[n]) for n, t in state(tmp_path / "expected").items())
+    last = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    edit_tensors(adapter, lambda t: t | {last: torch.full_like(t[last], float("inf"))})
+    with pytest.raises(CorruptInput, match=f"{last} holds values that are no numbers"):
+        weightops.merge_lora(made.base(), adapter, tmp_path / "out")
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
