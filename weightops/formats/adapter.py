@@ -153,7 +153,8 @@ def _refuse_models(checkpoint: Checkpoint) -> None:
     if beside is not None and not is_adapter(checkpoint):
         raise IncompatibleInputs(
             f"{escape(checkpoint.name)}: was opened as the model that it holds, the adapter is {beside}",
-            hint="open it with open_adapter; in a recipe, name the folder as a source of its own",
+            hint="in a recipe, name the folder as a source of its own; in Python, open it with "
+            "weightops.formats.folder.open_adapter",
         )
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
 _NOT_WEIGHTS = re.compile(
-    r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*|.*_optim_states)\.\w+"
+    r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*"
+    r"|.*_optim_states)\.\w+"
 )
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _GLOB = re.compile(r"[*?[]")
@@ -125,6 +126,11 @@ def open_adapter(path: str | os.PathLike[str], web: Web | None = None, weights: 
     Which file it is, is peft's rule (`weightops.formats.adapter_files`); where that finds none, and where `weights`
     chooses, the folder is opened as `open_checkpoint` does. Raises as that does.
     """
+    if web is None and is_remote(path):
+        from weightops.remote.web import Web
+
+        with Web() as web:
+            return open_adapter(path, web, weights)
     place = find_place(path, web)
     if not isinstance(place, SourceFile):
         return _read_folder(place, web, weights, find_adapter(place.names()) if weights is None else None)

@@ -47,7 +47,8 @@ class Places:
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-        names, loaded = list(names), LoadedNames(checkpoint)
+        # Sorted, because some renamings depend on what they have seen before.
+        names, loaded = sorted(names), LoadedNames(checkpoint)
         self._places = {name: _place(loaded.of_file(name), loaded.stacked(name)) for name in names}
         filled = {place.stacked or place.path for place in self._places.values()}
         is_whole = loaded.parameters and all(loaded.is_converted(n) for n in loaded.parameters - filled)

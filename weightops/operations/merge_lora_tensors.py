@@ -308,4 +308,7 @@ class Merging:
                 f"{escape(other)}, which has {rows[other]} in the base",
                 hint=f"give the base as it was in training: after resize_token_embeddings({rows[resized]})",
             )
+        self.notes.append(
+            f"{escape(other)} is cut to the {rows[resized]} rows that an adapter has of {escape(resized)}"
+        )
         self._values[other] = cut(self._values[other], 0, 0, rows[resized])
