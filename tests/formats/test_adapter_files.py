@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.formats.adapter import read_adapter
+from weightops.formats.adapter_files import is_adapter
 from weightops.formats.folder import open_adapter, open_checkpoint
 
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{letter}.weight" for letter in "AB")
@@ -65,14 +66,20 @@ MODELS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("adapter", ["adapter_model.safetensors", "adapter_model.bin"])
 @pytest.mark.parametrize("model", MODELS)
-def test_an_adapter_and_a_model_in_one_folder_are_each_found(tmp_path: Path, adapter: str, model: str) -> None:
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_and_a_model_in_one_folder_are_each_found(
+    tmp_path: Path, adapter: str, model: str, has_config: bool
+) -> None:
     folder = make(tmp_path / "both", adapter)
     MODELS[model](folder)
-    (folder / "config.json").write_text("{}")
+    if has_config:
+        (folder / "config.json").write_text("{}")
     assert load_peft_weights(str(folder), device="cpu").keys() == FACTORS.keys()
     assert set(open_adapter(folder)) == set(open_adapter(folder / adapter)) == FACTORS.keys()
     assert set(open_checkpoint(folder)) == MODEL.keys()
-    with pytest.raises(IncompatibleInputs, match=f"was opened as the model that it holds, the adapter is {adapter}"):
+    assert is_adapter(open_adapter(folder))
+    assert not is_adapter(open_checkpoint(folder))
+    with pytest.raises(IncompatibleInputs, match=f"is a model, the adapter beside it is {adapter}"):
         read_adapter(open_checkpoint(folder))
 
 

@@ -152,9 +152,9 @@ def _refuse_models(checkpoint: Checkpoint) -> None:
     beside = find_adapter(folder.names()) if folder is not None and checkpoint.shards else None
     if beside is not None and not is_adapter(checkpoint):
         raise IncompatibleInputs(
-            f"{escape(checkpoint.name)}: was opened as the model that it holds, the adapter is {beside}",
-            hint="in a recipe, name the folder as a source of its own; in Python, open it with "
-            "weightops.formats.folder.open_adapter",
+            f"{escape(checkpoint.name)}: {escape(next(iter(checkpoint.shards.values())))} is a model, the adapter beside "
+            f"it is {beside}",
+            hint="name that file or the folder as the adapter; in a recipe, as a source of its own",
         )
 
 

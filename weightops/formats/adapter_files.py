@@ -47,5 +47,6 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is an adapter and not a model, not even one that lies in a folder with an adapter."""
     if CONFIG_NAME not in checkpoint.sidecars:
         return False
-    is_named = "config.json" not in checkpoint.sidecars or find_adapter(checkpoint.shards.values()) is not None
-    return is_named or any(".lora_" in name for name in checkpoint)
+    files = set(checkpoint.shards.values())
+    is_model = "config.json" in checkpoint.sidecars or any(map(_OF_MODELS.fullmatch, files))
+    return not is_model or find_adapter(files) is not None or any(".lora_" in name for name in checkpoint)
