@@ -152,8 +152,8 @@ def _refuse_models(checkpoint: Checkpoint) -> None:
     beside = find_adapter(folder.names()) if folder is not None and checkpoint.shards else None
     if beside is not None and not is_adapter(checkpoint):
         raise IncompatibleInputs(
-            f"{escape(checkpoint.name)}: {escape(next(iter(checkpoint.shards.values())))} is a model, the adapter beside "
-            f"it is {beside}",
+            f"{escape(checkpoint.name)}: {escape(next(iter(checkpoint.shards.values())))} is a model, "
+            f"the adapter beside it is {beside}",
             hint="name that file or the folder as the adapter; in a recipe, as a source of its own",
         )
 

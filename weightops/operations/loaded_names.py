@@ -6,14 +6,14 @@ Adapters name modules as the model does, of the version of transformers that the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weightops.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.core_model_loading import WeightConverter
 
 STACKED = (".gate_up_proj", ".down_proj")
 """Parameters that hold a matrix for each expert; the first those of two layers, one below the other."""
@@ -36,7 +36,7 @@ class LoadedNames:
         self.modules: tuple[str, ...] = ()
         self.linears: frozenset[str] = frozenset()
         self._known: frozenset[str] = frozenset()
-        self._renamings: list[WeightRenaming] = []
+        self._renamed: Callable[[str], str] = str
         self._converters: list[WeightConverter] = []
         self._prefix = ""
         model = _skeleton(base.config(), len(base))
@@ -46,22 +46,19 @@ class LoadedNames:
     def _read(self, model: PreTrainedModel) -> None:
         from torch.nn import Linear
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.core_model_loading import WeightConverter
         from transformers.pytorch_utils import Conv1D
 
         self.parameters = frozenset(name for name, _ in model.named_parameters())
         self.modules = tuple(name for name, _ in model.named_modules() if name)
         self.linears = frozenset(name for name, part in model.named_modules() if isinstance(part, Linear | Conv1D))
         self._known, self._prefix = frozenset(model.state_dict()), f"{model.base_model_prefix}."
-        conversions = get_model_conversion_mapping(model)
-        self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        self._renamed = renaming(model)
+        self._converters = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
 
     def of_file(self, name: str) -> str:
         """What the model calls a tensor of a file."""
-        for renaming in self._renamings:
-            name, _ = renaming.rename_source_key(name)
-        return self._placed(name)
+        return self._placed(self._renamed(name))
 
     def of_adapter(self, path: str) -> str:
         """What the model calls a tensor that an adapter has under this path, which may be that of older versions."""
@@ -95,6 +92,24 @@ class LoadedNames:
         """With the first part that models with a head have before the others, or without."""
         spellings = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
         return next((spelling for spelling in spellings if spelling in self._known), name)
+
+
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """From names in files, also older ones, to those that transformers has for them when it loads `model`.
+
+    Names are to be asked for in their order: some renamings depend on what they have seen before.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for each in renamings:
+            name, _ = each.rename_source_key(name)
+        return name
+
+    return renamed
 
 
 def _skeleton(config: Mapping[str, Any], n_tensors: int) -> PreTrainedModel | None:
