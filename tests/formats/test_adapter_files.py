@@ -107,7 +107,7 @@ def test_of_two_adapters_it_is_the_one_that_peft_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("non_lora_trainables.bin", "non_lora_state_dict.bin", "mm_projector.bin", "projector.pt"),
+        *("non_lora_trainables.bin", "non_lora_state_dict.bin", "mm_projector.bin", "adapter_projector.pt"),
         *("value_head.safetensors", "value_head.bin", "new_embeddings.safetensors", "new_embeddings.bin"),
     ],
 )
@@ -135,6 +135,14 @@ def test_a_file_that_holds_nothing_adds_nothing(tmp_path: Path) -> None:
     folder = make(tmp_path / "adapter")
     write(folder, "non_lora_trainables.bin", {})
     assert read_adapter(open_adapter(folder)).whole == {}
+
+
+def test_of_adapters_with_names_of_their_own_only_the_one_that_is_named_is_read(tmp_path: Path) -> None:
+    folder = make(tmp_path / "adapter", "step-100.safetensors")
+    write(folder, "step-200.safetensors", {name: tensor * 2 for name, tensor in FACTORS.items()})
+    found = open_adapter(folder / "step-200.safetensors")
+    assert set(found.shards.values()) == {"step-200.safetensors"}
+    assert "step-100.safetensors is an adapter of its own beside step-200.safetensors: not used" in found.warnings
 
 
 def test_an_adapter_under_any_name_is_what_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _OF_MODELS = re.compile(
     r"((pytorch|hf|ft|tf|flax)[-_])?model([-_.]\d.*|_fsdp.*|\.\w+)|consolidated\..*|.+-\d+-of-\d+\.\w+"
 )
-_OF_ADAPTERS = re.compile(r"adapter[-_.\d].*")
+_OF_ADAPTERS = re.compile(r"adapter(_model)?([-_.]?\d.*|\.\w+)")
 
 
 def find_adapter(weights: Iterable[str]) -> str | None:

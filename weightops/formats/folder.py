@@ -166,6 +166,9 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None, adapter: 
     warnings: list[str] = []
     for name, (found, said) in zip(files, _read_weights([folder.file(name) for name in files], web), strict=True):
         warnings += said
+        if adapter not in (None, name) and any("lora_" in tensor for tensor in found):
+            warnings.append(f"{escape(name)} is an adapter of its own beside {escape(str(adapter))}: not used")
+            continue
         if len(files) > 1 and _PART.fullmatch(name):
             found = {f"{Path(name).stem}/{tensor}": lazy for tensor, lazy in found.items()}
         twice = next((t for t in found if t in tensors), None)
