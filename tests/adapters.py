@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from weightops.engine.control import Control
 from weightops.engine.values import values
@@ -72,21 +72,47 @@ def config_of(kind: str) -> PretrainedConfig:
             return AutoConfig.for_model("qwen3_moe", num_experts=4, moe_intermediate_size=48, head_dim=16, **MOE)
         case "gpt_oss":
             return AutoConfig.for_model("gpt_oss", num_local_experts=4, head_dim=16, **{**MOE, "intermediate_size": 64})
+        case "phimoe":
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_experts_per_tok": 2, **SMALL}
+            return AutoConfig.for_model("phimoe", num_local_experts=4, **sizes)
+        case "llava" | "gemma3" | "qwen2_vl":
+            return _vision_config(kind)
         case _:
             return llama()
+
+
+def _vision_config(kind: str) -> PretrainedConfig:
+    """A small model of pictures and text, whose parts files and transformers call otherwise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, **SMALL}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    pictures = {"image_size": 16, "patch_size": 8}
+    if kind == "qwen2_vl":
+        rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+        vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
+        return AutoConfig.for_model(kind, text_config={**sizes, "rope_parameters": rope}, vision_config=vision)
+    if kind == "gemma3":
+        text = AutoConfig.for_model("gemma3_text", head_dim=8, **sizes)
+        vision = {"model_type": "siglip_vision_model", **tower, **pictures}
+        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    text, vision = AutoConfig.for_model("llama", **sizes), {"model_type": "clip_vision_model", **tower, **pictures}
+    return AutoConfig.for_model(kind, text_config=text, vision_config=vision)
 
 
 def save_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """A random model as transformers saves it."""
     with quietly():
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+        _auto(config).from_config(config).to(dtype).save_pretrained(folder)
     return folder
 
 
 def load_model(folder: Path) -> Any:
     with quietly():
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return _auto(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+
+
+def _auto(config: PretrainedConfig) -> Any:
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def save_adapter(

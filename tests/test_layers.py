@@ -22,6 +22,7 @@ LAYERS = [
     {"inference"},
     {"quantization"},
     {"recipes"},
+    {"outputs"},
     {"api", "model_api"},
     {"cli", "__main__"},
 ]

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _PLACES = dict.fromkeys(("evaluate", "generate", "quantize"), "weightops.model_api")
+_PLACES |= dict.fromkeys(("run", "save", "save_all"), "weightops.outputs")
 
 if TYPE_CHECKING:
     from weightops.api import (
@@ -50,14 +51,12 @@ if TYPE_CHECKING:
         merge_lora,
         pack,
         recover,
-        run,
-        save,
-        save_all,
         shard,
         verify,
     )
     from weightops.formats.folder import open_checkpoint
     from weightops.model_api import evaluate, generate, quantize
+    from weightops.outputs import run, save, save_all
 
 
 def __getattr__(name: str) -> Any:

@@ -24,9 +24,8 @@ from weightops.formats.manifest import Manifest
 from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
 from weightops.manifests import find_manifest
-from weightops.recipes.document import Document
-from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, connected, execute, several, write_all
-from weightops.recipes.recipe import FILE_FIELDS, Location, Recipe, one_step, parse_recipe, read_recipe
+from weightops.outputs import Output, local, one
+from weightops.recipes.execute import Result, StrPath, connected, several
 
 if TYPE_CHECKING:
     from weightops.operations.check_report import CheckReport
@@ -34,65 +33,6 @@ if TYPE_CHECKING:
     from weightops.operations.inspect import Inspection
     from weightops.operations.verify_report import VerifyReport
     from weightops.remote.web import Web
-
-
-class Output(Files, Running, total=False):
-    """How to write a result: what of its files (`Files`), and how (`Running`)."""
-
-
-def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Path, Result]:
-    """Carry out a recipe: a YAML file, the same as a mapping, or a `Recipe`; results by output folder.
-
-    All outputs are written from one read of the sources, and appear when all are whole.
-    """
-    if isinstance(recipe, Mapping):
-        recipe = parse_recipe(Document(recipe, "recipe"))
-    elif not isinstance(recipe, Recipe):
-        recipe = read_recipe(Path(recipe))
-    return execute(recipe, running)
-
-
-def save(checkpoint: Checkpoint, out: StrPath, **output: Unpack[Output]) -> Result:
-    """Write any checkpoint, opened or derived, to a folder, with index, sidecars and manifest."""
-    files, running = split_output(output)
-    return write_all({_local(out): _wanted(checkpoint, files)}, running)[_local(out)]
-
-
-def save_all(outputs: Mapping[StrPath, tuple[Checkpoint, Files]], **running: Unpack[Running]) -> dict[Path, Result]:
-    """Write several checkpoints, each to its folder: what they share is read and computed once."""
-    wanted = {_local(out): _wanted(checkpoint, files) for out, (checkpoint, files) in outputs.items()}
-    return write_all(wanted, running)
-
-
-def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
-    return Wanted(checkpoint, files, {"operation": "save", "from": checkpoint.name}, {})
-
-
-def split_output(output: Output) -> tuple[Files, Running]:
-    """What of the keywords is about files, and what about the run."""
-    files = {name: value for name, value in output.items() if name in FILE_FIELDS and value is not None}
-    running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
-    return files, running  # type: ignore[return-value]  # both are parts of `Output`
-
-
-def _one(
-    verb: str,
-    sources: Mapping[str, StrPath | Sequence[StrPath]],
-    out: StrPath,
-    output: Output,
-    options: Mapping[str, Any],
-    weights: str | None = None,
-) -> Result:
-    """Carry out one operation; `weights` says which files of the sources to go by."""
-    given = {
-        role: Location(os.fspath(source), weights)
-        if isinstance(source, str | os.PathLike)
-        else tuple(Location(os.fspath(each), weights) for each in source)
-        for role, source in sources.items()
-    }
-    files, running = split_output(output)
-    (result,) = execute(one_step(verb, given, options, str(_local(out)), files), running).values()
-    return result
 
 
 def recover(
@@ -108,7 +48,7 @@ def recover(
 ) -> Result:
     """Recover the tuned checkpoint from `raw` and a delta of either kind; see `weightops.operations.recover`."""
     options = {"vocab": vocab, "dtype": dtype, "carry": several(carry), "drop": several(drop)}
-    return _one("recover", {"raw": raw, "diff": diff}, out, output, options)
+    return one("recover", {"raw": raw, "diff": diff}, out, output, options)
 
 
 def diff(
@@ -123,7 +63,7 @@ def diff(
     """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
     if method == "exact" and output.get("format") not in (None, "safetensors"):
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
-    return _one("diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype})
+    return one("diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype})
 
 
 def merge_lora(
@@ -138,7 +78,7 @@ def merge_lora(
 ) -> Result:
     """Merge LoRA adapters into `base`, one after the other; see `weightops.operations.merge_lora`."""
     options = {"weights": several(weights), "precision": precision, "two_roundings": two_roundings}
-    return _one("merge-lora", {"base": base, "adapter": adapters}, out, output, options)
+    return one("merge-lora", {"base": base, "adapter": adapters}, out, output, options)
 
 
 def extract_lora(
@@ -158,7 +98,7 @@ def extract_lora(
     """Make the LoRA adapter that takes `base` to `tuned`, or near it; see `weightops.operations.extract_lora`."""
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed, "dtype": dtype}
     options |= {"targets": several(targets), "rest": rest}
-    return _one("extract-lora", {"base": base, "tuned": tuned}, out, output, options)
+    return one("extract-lora", {"base": base, "tuned": tuned}, out, output, options)
 
 
 def cast(
@@ -180,7 +120,7 @@ def cast(
         "scheme": scheme,
         "strategy": strategy,
     }
-    return _one("cast", {"source": source}, out, output, options)
+    return one("cast", {"source": source}, out, output, options)
 
 
 def dequantize(
@@ -196,7 +136,7 @@ def dequantize(
     """Turn a GPTQ model back into a plain one; see `weightops.operations.dequantize`."""
     options = {"dtype": dtype, "checkpoint_format": checkpoint_format, "zero_overflow": zero_overflow}
     options["config"] = os.fspath(config) if config is not None else None
-    return _one("dequantize", {"source": source}, out, output, options)
+    return one("dequantize", {"source": source}, out, output, options)
 
 
 def pack(
@@ -210,7 +150,7 @@ def pack(
 ) -> Result:
     """Make a GPTQ model of given integers, scales and zero points; see `weightops.operations.pack`."""
     options = {"bits": bits, "group_size": group_size, "checkpoint_format": checkpoint_format}
-    return _one("pack", {"source": source}, out, output, options)
+    return one("pack", {"source": source}, out, output, options)
 
 
 def shard(
@@ -236,7 +176,7 @@ def shard(
         "add_prefix": add_prefix,
         "drop": several(drop),
     }
-    return _one("shard", {"source": source}, out, output, {**options, "tie": tie, "untie": untie, "layers": layers})
+    return one("shard", {"source": source}, out, output, {**options, "tie": tie, "untie": untie, "layers": layers})
 
 
 def convert(
@@ -260,7 +200,7 @@ def convert(
     against its checklist.chk.
     """
     if check:
-        _check_list(_local(source))
+        _check_list(local(source))
     options: dict[str, Any] = {
         "to": to,
         "layout": layout,
@@ -284,7 +224,7 @@ def convert(
         chosen: Output = {**output, "format": wanted}
         return shard(source, out, **chosen)
     weights = "consolidated.*" if layout == "meta" else None  # beside files of another layout that hold the same
-    return _one("convert", {"source": source}, out, output, options, weights)
+    return one("convert", {"source": source}, out, output, options, weights)
 
 
 def download(
@@ -383,7 +323,7 @@ def verify(
 
     control = control or Control()
     return operation(
-        _local(folder),
+        local(folder),
         find_manifest(os.fspath(manifest)) if manifest is not None else None,
         quick=quick,
         content=content,
@@ -402,7 +342,7 @@ def manifest(
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     from weightops.operations.manifest import make_manifest
 
-    control, folder = control or Control(), _local(folder)
+    control, folder = control or Control(), local(folder)
     if not folder.is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     for name in digests:
@@ -414,13 +354,6 @@ def manifest(
     return make_manifest(
         folder, checkpoint, digest_tensors(checkpoint, workers, control), several(digests), workers, control
     )
-
-
-def _local(path: StrPath) -> Path:
-    """A path on this machine; raises `UsageError` for a URL, which `Path` would quietly take for one."""
-    if is_remote(path):
-        raise UsageError(f"{escape(os.fspath(path))}: expected a folder on this machine", hint="weightops download")
-    return Path(path)
 
 
 def _structure(path: Path) -> Sequence[str]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
-from weightops.api import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
 from weightops.engine.preflight import refuse_among
@@ -20,6 +19,7 @@ from weightops.errors import UsageError
 from weightops.formats.folder import is_remote, open_checkpoint
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
+from weightops.outputs import Output, split_output
 from weightops.plan import parse_size, sources_of
 from weightops.recipes.execute import Result, StrPath, Wanted, write_all
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import write_checkpoint
 
+import weightops
 from weightops import api
 from weightops.cli.main import run
 from weightops.recipes import execute, recipe
@@ -199,7 +200,7 @@ def test_an_option_of_an_operation_reaches_it(seen: dict[str, Any], verb: str, o
             "outputs": {"./out": {"from": "x"}},
         }
         with pytest.raises(Reached):
-            api.run(document)
+            weightops.run(document)
     held_in(seen["verb"], option.arrives)
     assert seen["out"].name == "out"
 
@@ -223,7 +224,7 @@ def test_an_option_of_files_reaches_them_from_a_recipe(seen: dict[str, Any], opt
     given = list(option.given) if isinstance(option.given, tuple) else option.given
     document = {"sources": {"x": "./source"}, "outputs": {"./out": {"from": "x", option.keyword: given}}}
     with pytest.raises(Reached):
-        api.run(document)
+        weightops.run(document)
     held_in(seen["files"], option.arrives)
 
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from support import digests, state_dicts, write_checkpoint
 
 import weightops
-from weightops.api import Result
 from weightops.engine import digest, preflight, run, stream
 from weightops.engine.control import Control
 from weightops.errors import (
@@ -36,6 +35,7 @@ from weightops.errors import (
 from weightops.formats.containers import pack, pack_shared
 from weightops.formats.folder import open_checkpoint
 from weightops.plan import Plan, make_plan
+from weightops.recipes.execute import Result
 
 
 def state(seed: int, scale: int = 1) -> dict[str, torch.Tensor]:

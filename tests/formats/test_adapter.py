@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, WeightopsError
 from weightops.formats.adapter import Adapter, read_adapter
+from weightops.formats.adapter_config import KNOWN
 from weightops.formats.adapter_names import Kind, Name, Patterns, parse_name
 from weightops.formats.folder import open_checkpoint
 
@@ -32,6 +35,18 @@ def adapter(folder: Path, tensors: dict[str, tuple[int, ...]] | None = None, **c
 
 
 # --- names --------------------------------------------------------------------------------------------------------
+
+
+WRAPPED = [
+    f"module.base_model.model.{PATH}.lora_A.weight",
+    f"_fsdp_wrapped_module.base_model.model.{PATH}.lora_A.weight",
+    f"base_model.model._orig_mod.module.{PATH}.lora_A.default.weight",
+    *(
+        f"base_model.model.{PATH}.lora_A.weight".replace(".0.", f".0.{wrapper}.")
+        for wrapper in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module")
+    ),
+    f"base_model.model.{PATH}._fsdp_wrapped_module._checkpoint_wrapped_module.lora_A._orig_mod.weight",
+]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +70,8 @@ def adapter(folder: Path, tensors: dict[str, tuple[int, ...]] | None = None, **c
         ("base_model.model.lm_head.modules_to_save.default.weight", Name(Kind.COPY, "lm_head.weight")),
         ("base_model.model.lm_head.original_module.weight", Name(Kind.ORIGINAL, "lm_head.weight")),
         ("base_model.model.e.token_adapter.trainable_tokens_delta", Name(Kind.ROWS, "e")),
+        ("base_model.model.e.token_adapter.base_layer.weight", Name(Kind.BASE, "e.weight")),
+        *((name, Name(Kind.A, PATH)) for name in WRAPPED),
     ],
 )
 def test_names_are_known_in_every_spelling(text: str, expected: Name) -> None:
@@ -86,6 +103,7 @@ KEYS = st.lists(
     st.one_of(
         st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map(".".join),
         st.sampled_from([r".*q_proj", r"^layers\.0\..*", r"layers\.[01]\.mlp", "(q|v)_proj", "mlp.*|v_proj", r"\w+"]),
+        st.sampled_from([r"^(?!.*mlp).*_proj$", r".*\.layers\.\d+\..*_proj", "(?:mlp|self_attn)[.](?=q)q_proj"]),
     ),
     unique=True,
     max_size=5,
@@ -99,9 +117,7 @@ def test_patterns_match_as_in_peft(keys: list[str], path: str) -> None:
     assert Patterns(numbers, "a").find(path) == numbers.get(get_pattern_key(keys, path))
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(.*)*x", ".*.*.*x", "(", "a{9999999999}", "(?=a)b", r"(a)\1", "a" * 2000 + "*"]
-)
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", ".*.*.*.*x", "(", "a{9999999999}", r"(a)\1", "a" * 2000 + "*"])
 def test_patterns_that_are_none_or_take_for_ever_are_refused(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(CorruptInput, match="pattern"):
         adapter(tmp_path / "a", rank_pattern={pattern: 4})
@@ -133,7 +149,6 @@ def test_scales_are_those_of_peft(tmp_path: Path) -> None:
         ({"arrow_config": {"top_k": 2}}, IncompatibleInputs, "arrow_config: Arrow"),
         ({"megatron_config": {"a": 1}}, IncompatibleInputs, "megatron_config"),
         ({"use_qalora": True}, IncompatibleInputs, "use_qalora"),
-        ({"some_new_kind": True}, IncompatibleInputs, "the setting some_new_kind, which is not known"),
         ({"init_lora_weights": "pissa_niter_4"}, IncompatibleInputs, "pissa_niter_4, which changes the base"),
         ({"init_lora_weights": "else"}, IncompatibleInputs, "init_lora_weights: else, which is not known"),
         ({"r": "8"}, CorruptInput, r"Expected `int`, got `str` - at `\$.r`"),
@@ -144,6 +159,7 @@ def test_scales_are_those_of_peft(tmp_path: Path) -> None:
         ({"rank_pattern": [1]}, CorruptInput, "Expected `object"),
         ({"lora_alpha": None}, CorruptInput, "Expected `float`"),
         ({"lora_alpha": 1e308 * 10}, CorruptInput, "JSON"),
+        ({"lora_alpha": 10**400}, CorruptInput, "Number out of range"),
         ({"bias": "some"}, CorruptInput, "Invalid enum value"),
         ({"modules_to_save": "lm_head"}, CorruptInput, "Expected `array"),
         ({"trainable_token_indices": {"a": 1}}, CorruptInput, "Expected `array"),
@@ -162,7 +178,20 @@ def test_configs_that_mean_something_else_or_nothing_are_refused(
 
 def test_settings_that_change_nothing_are_let_through(tmp_path: Path) -> None:
     harmless = {"init_lora_weights": "gaussian", "eva_config": {"rho": 2.0}, "lora_dropout": 0.1, "future": None}
-    assert adapter(tmp_path / "a", **harmless).factors.keys() == {(PATH, 0)}
+    found = adapter(tmp_path / "a", **harmless)
+    assert found.factors.keys() == {(PATH, 0)}
+    assert found.notes == ()
+
+
+def test_every_setting_of_peft_is_read_known_to_change_nothing_or_refused() -> None:
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= KNOWN
+
+
+def test_settings_that_peft_does_not_know_are_ignored_as_it_does(tmp_path: Path) -> None:
+    found = adapter(tmp_path / "a", some_new_kind={"rate": 2}, unsloth_fixed=True)
+    assert found.notes == (
+        "a: adapter_config.json has settings that peft does not know, and ignores: some_new_kind, unsloth_fixed",
+    )
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"peft_type": "LORA", "r": 1e999}', '{"r": 1, "r": 2}', "\x80"])
@@ -178,7 +207,7 @@ def test_a_folder_without_a_config_is_no_adapter(tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter_config.json").unlink()
     with pytest.raises(SourceMissing, match=r"a: has no adapter_config\.json") as caught:
         read_adapter(open_checkpoint(tmp_path / "a"))
-    assert caught.value.hint == "name the folder that holds it and the adapter"
+    assert caught.value.hint == "peft's save_pretrained writes it, with rank and scale: put it beside the adapter"
     (tmp_path / "a" / "config.json").write_text("{}")
     with pytest.raises(SourceMissing) as caught:
         read_adapter(open_checkpoint(tmp_path / "a"))
@@ -197,6 +226,11 @@ def test_a_folder_without_a_config_is_no_adapter(tmp_path: Path) -> None:
         ({A: (4, 8), B: (6, 4), f"{PATH}.lora_embedding_A": (4, 9)}, "has no lora_embedding_B beside it"),
         ({A: (4, 8), B: (6, 4), f"{PATH}.lora_magnitude_vector": (6,)}, "use_dora: false, but .* has a"),
         (
+            {A: (4, 8), B: (6, 4), f"{PATH}.lora_embedding_A": (4, 8), f"{PATH}.lora_embedding_B": (6, 4)},
+            "cannot both be parts of one module",
+        ),
+        ({"lm_head.weight": (9, 8), "base_model.model.lm_head.weight": (9, 8)}, "are the same part of a module"),
+        (
             {A: (4, 8), B: (6, 4), f"{PATH}.base_layer.weight": (6, 8), f"{PATH}.weight": (6, 8)},
             "same part of a module",
         ),
@@ -208,6 +242,23 @@ def test_parts_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(CorruptInput, match=words):
         adapter(tmp_path / "a", tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({A: (0,), B: (0,)}, f"{A} is float32 \\[0\\], without elements"),
+        ({A: (4, 8), B: (6, 4), "lm_head.weight": (0,)}, r"lm_head.weight is float32 \[0\], without elements"),
+        ({A: (2, 8), B: (3, 4)}, r"is float32 \[2, 8\] and its lora_B float32 \[3, 4\]: they are not of one rank"),
+        ({A: (32,), B: (24,)}, "they are not of one rank"),
+    ],
+)
+def test_what_training_on_several_devices_did_not_gather(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], words: str
+) -> None:
+    with pytest.raises(CorruptInput, match=words) as caught:
+        adapter(tmp_path / "a", tensors)
+    assert "ZeRO-3 and FSDP save such where parameters were not gathered" in str(caught.value.hint)
 
 
 def test_integers_are_no_adapter(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import digests, evaluate, from_bytes, given_tensor, torch_dtype, write_checkpoint
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 import weightops
 from weightops.checkpoint import Checkpoint, Written
@@ -42,7 +51,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "gpt-neox, whose head has another name in files": lambda: GPTNeoXConfig(**SMALL, num_attention_heads=4),
     "mixtral, whose experts are stacked": lambda: MixtralConfig(**LLAMA, num_local_experts=4),
+    "qwen2_moe, whose shared experts are layers": lambda: of_kind("qwen2_moe", num_experts=4, **SHARED),
+    "qwen3_moe, whose first layer is dense": lambda: of_kind("qwen3_moe", num_experts=4, mlp_only_layers=[0], **MOE),
+    "deepseek_v3, which has both": lambda: of_kind("deepseek_v3", n_routed_experts=4, **LATENT),
+    "phimoe, whose router has another name in files": lambda: of_kind("phimoe", num_local_experts=4, **TOP),
+    "minimax_m2, whose router is no layer": lambda: of_kind("minimax_m2", num_local_experts=4, head_dim=8, **TOP),
+    "granitemoe, whose files stack experts otherwise": lambda: of_kind("granitemoe", num_local_experts=4, **TOP),
+    "ernie, whose router has parts": lambda: of_kind("ernie4_5_moe", moe_num_experts=4, moe_k=2, **MOE),
 }
+TOP = {"num_experts_per_tok": 2}
+MOE = {"moe_intermediate_size": 24, **TOP}
+SHARED = {"shared_expert_intermediate_size": 40, **MOE}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, **MOE}
+
+
+def of_kind(kind: str, **settings: Any) -> Any:
+    return AutoConfig.for_model(kind, **{**LLAMA, **settings})
 
 
 def values(tensors: Sequence[LazyTensor]) -> list[bytes]:
@@ -181,9 +206,44 @@ def test_experts_get_factors_of_one_rank_also_where_only_one_of_them_differs(tmp
     base, tuned = make_models(tmp_path, config, change)
     adapter = extract(base, tuned, energy=1.0, targets=["self_attn.*", "w2"])
     assert config_of(adapter)["r"] == 2
-    assert set(config_of(adapter)["rank_pattern"].values()) == {8}
+    ranks = config_of(adapter)["rank_pattern"]
+    assert ranks.pop("model.layers.1.mlp.experts.gate_up_proj") == 4, "peft puts those of two layers side by side"
+    assert set(ranks.values()) == {8}
     found, expected = merged(base, adapter, tmp_path / "lora"), load_model(tuned).state_dict()
     assert all(difference(found[key], tensor) < 1e-5 for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("changed", [r"\.1\.mlp\.experts\.", r"q_proj|experts", r"shared_expert\."])
+def test_peft_changes_the_experts_that_differ_and_no_other_layer(tmp_path: Path, changed: str) -> None:
+    def change(model: Model) -> None:
+        for name, parameter in model.named_parameters():
+            if re.search(changed, name):
+                parameter.data += torch.randn_like(parameter) * 0.02
+
+    config = of_kind("qwen2_moe", num_experts=4, **SHARED)
+    base, tuned = make_models(tmp_path, config, change)
+    found = merged(base, extract(base, tuned, rank=64), tmp_path / "lora")
+    before, expected = load_model(base).state_dict(), load_model(tuned).state_dict()
+    for key, tensor in expected.items():
+        assert difference(found[key], tensor) < 1e-6 if re.search(changed, key) else found[key].equal(before[key]), key
+    weightops.merge_lora(base, [tmp_path / "lora"], tmp_path / "ours")
+    ours, files = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", tuned))
+    assert all(difference(ours[name], tensor) < 1e-6 for name, tensor in files.items())
+
+
+def test_targets_are_found_by_the_names_of_files_and_of_peft(tmp_path: Path) -> None:
+    config = of_kind("phimoe", num_local_experts=2, **TOP)
+    base, tuned = make_models(tmp_path, config, change_everything)
+    for target in ("*.block_sparse_moe.experts.1.w2", "*.mlp.experts.1.w2"):
+        adapter = extract(base, tuned, rank=4, targets=[target], rest="drop")
+        assert config_of(adapter)["target_modules"] == []
+        assert config_of(adapter)["target_parameters"] == [
+            f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")
+        ]
+        factors = {n: t for n, t in tensors_of(adapter).items() if t.any()}
+        assert factors.keys() == {
+            f"{PREFIX}model.layers.{layer}.mlp.experts.1.w2.lora_{letter}.weight" for layer in (0, 1) for letter in "AB"
+        }
 
 
 # --- small state dicts --------------------------------------------------------------------------------------------
@@ -294,6 +354,20 @@ def test_targets_get_factors_and_other_layers_are_named(targets: list[str], modu
     assert config["modules_to_save"] == (None if "lm_head" in modules else ["lm_head"])
     left_out = [name for name in (K, UP, Q) if name.split(".")[-2] not in modules]
     assert any(f"no target matches: the changes of {', '.join(sorted(left_out))}" in w for w in adapter.warnings)
+
+
+def test_every_option_of_the_python_function_reaches_the_operation(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", state())
+    tuned = write_checkpoint(tmp_path / "tuned", {**state(1), K: state()[K]})
+    options = {"rank": 2, "energy": 0.5, "max_rank": 3, "seed": 7, "dtype": "bfloat16", "targets": ["mlp.*"]}
+    weightops.extract_lora(base, tuned, tmp_path / "out", rest="drop", **options)
+    expected = extract(base, tuned, rest="drop", **{**options, "dtype": DType.BF16})
+    found = open_checkpoint(tmp_path / "out")
+    assert config_of(found)["target_modules"] == ["up_proj"]
+    assert found.sidecar("adapter_config.json") == expected.sidecar("adapter_config.json")
+    assert {n: t.tolist() for n, t in tensors_of(found).items()} == {
+        n: t.tolist() for n, t in tensors_of(expected).items()
+    }
 
 
 def test_the_dtype_is_that_of_the_factors_alone() -> None:
@@ -410,7 +484,7 @@ def test_what_is_no_whole_model_in_plain_numbers() -> None:
     by_config = checkpoint(state(1), config={"quantization_config": {"quant_method": "gptq"}})
     for side, message in (
         (replace(BASE, sidecars={DELTA_NAME: Written(b"")}), "is a delta, not a model"),
-        (replace(BASE, sidecars={"adapter_config.json": Written(b"")}), "is an adapter, not a model"),
+        (replace(BASE, sidecars={"adapter_config.json": Written(b"")}), "is a LoRA adapter, not a model"),
         (by_config, "is quantised, says its config.json"),
         (quantised, f"{Q}: found int8, expected one of float32, float16, bfloat16, float64"),
     ):
@@ -447,6 +521,26 @@ def test_parameters_that_no_module_holds_are_refused_by_name_or_dropped() -> Non
     with pytest.raises(IncompatibleInputs, match=f"{sinks}: the values differ, and an adapter has no place for them"):
         extract(base, tuned, rank=2)
     assert len(extract(base, tuned, rank=2, rest="drop")) == 2
+
+
+def test_integers_that_differ_have_no_place_in_an_adapter() -> None:
+    counts = "model.layers.0.mlp.counts"
+    base = checkpoint({**state(), counts: torch.zeros(4, dtype=torch.int64)})
+    tuned = changed(Q, by={counts: torch.ones(4, dtype=torch.int64)})
+    with pytest.raises(IncompatibleInputs, match=f"{counts}: the values differ, and an adapter has no place for them"):
+        extract(base, tuned, rank=2)
+
+
+def test_names_of_files_are_kept_where_transformers_knows_no_model() -> None:
+    """Also where a config asks for more layers than there are tensors for: no such model is made."""
+    for config in ({"model_type": "of its own"}, {"model_type": "llama", "num_hidden_layers": 10**9}):
+        base, tuned = ({f"language_model.{n}": t for n, t in state(seed).items()} for seed in (0, 1))
+        name = f"language_model.{Q}"
+        adapter = extract(
+            checkpoint(base, config=config), checkpoint({**base, name: tuned[name]}, config=config), rank=2
+        )
+        assert config_of(adapter)["target_modules"] == ["q_proj"]
+        assert "peft may not find the modules" in adapter.warnings[0]
 
 
 def test_factors_for_a_tied_head_would_change_the_embedding_too() -> None:

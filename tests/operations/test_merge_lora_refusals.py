@@ -68,7 +68,7 @@ def copied(source: Path, out: Path) -> Path:
             IncompatibleInputs,
             r"q_proj: the factors float32 \[4, 80\] and float32 \[72, 4\] do not fit float32 \[72, 72\], the base's",
         ),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4)}), IncompatibleInputs, "do not fit"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4)}), CorruptInput, "they are not of one rank"),
         (
             lambda t: t[f"{Q}.lora_B.weight"].view(-1)[3].fill_(float("nan")),
             CorruptInput,
@@ -87,7 +87,7 @@ def copied(source: Path, out: Path) -> Path:
         (
             lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(110, 72)}),
             IncompatibleInputs,
-            "embed_tokens.weight has 101 rows and lm_head.weight 110 after the merge",
+            "an adapter holds lm_head.weight with 110 rows, and not the new ones of model.embed_tokens.weight",
         ),
         (
             lambda t: t.update(
@@ -122,11 +122,74 @@ def test_names_from_files_are_escaped(made: Made, tmp_path: Path) -> None:
     assert r"evil\x1b[31m.weight" in str(refused(base, adapter))
 
 
-def test_adapters_of_nothing(made: Made, tmp_path: Path) -> None:
+def with_zeros(*letters: str, scale: float = 0) -> Callable[[State], State]:
+    """An edit that takes these factors times `scale`."""
+    return lambda t: {n: v * scale if any(f"lora_{letter}" in n for letter in letters) else v for n, v in t.items()}
+
+
+def alternating(tensors: State) -> State:
+    letters = {"q_proj": "lora_A", "down_proj": "lora_B"}
+    return {n: v * 0 if any(m in n and f in n for m, f in letters.items()) else v for n, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "edit", "config", "words"),
+    [
+        ({}, with_zeros("B"), {}, "lora_B is zero everywhere"),
+        ({}, with_zeros("A"), {}, "lora_A is zero everywhere"),
+        ({}, alternating, {}, "of each module lora_alpha, lora_A or lora_B is zero"),
+        ({}, None, {"lora_alpha": 0}, "lora_alpha is zero everywhere"),
+        ({}, None, {"alpha_pattern": {"q_proj": 0, "down_proj": 0}}, "lora_alpha is zero everywhere"),
+        (
+            {},
+            with_zeros("A", scale=1e-30),
+            {},
+            "what it holds is what the base has, or too small for the base's numbers",
+        ),
+        ({"modules_to_save": ["norm"]}, "base", {}, "lora_B is zero everywhere"),
+        ({"target_modules": ["embed_tokens"]}, with_zeros("embedding_B"), {}, "lora_B is zero everywhere"),
+        ({"trainable_token_indices": [1, 5]}, "base", {}, "lora_B is zero everywhere"),
+    ],
+)
+def test_adapters_of_nothing(
+    made: Made, tmp_path: Path, settings: dict[str, Any], edit: Any, config: dict[str, Any], words: str
+) -> None:
+    base = copied(made.base(), tmp_path / "base")
+    adapter = copied(made.adapter(**settings), tmp_path / "adapter")
+    edit_config(adapter, **config)
+    if edit == "base":
+        before = state(base)
+        known = {f"base_model.model.{name}": tensor for name, tensor in before.items()}
+        known[f"{EMBED}.token_adapter.trainable_tokens_delta"] = before["model.embed_tokens.weight"][[1, 5]]
+        edit_tensors(adapter, lambda t: {n: known.get(n, v * ("lora_B" not in n)) for n, v in t.items()})
+    elif edit is not None:
+        edit_tensors(adapter, edit)
+    assert f"adapter: changes nothing: {words}" in str(refused(base, adapter))
+
+
+def test_a_weight_of_nothing_changes_nothing(made: Made, tmp_path: Path) -> None:
+    base = copied(made.base(), tmp_path / "base")
+    assert "changes nothing: its weight is 0" in str(refused(base, made.adapter(), weights=[0.0]))
+    assert "changes nothing: its weight is 0" in str(
+        refused(base, [made.adapter(), made.adapter(seed=2)], weights=[1, 0])
+    )
+
+
+def test_trained_weights_that_the_base_has_no_place_for(made: Made, tmp_path: Path) -> None:
     base, adapter = copied(made.base(), tmp_path / "base"), copied(made.adapter(), tmp_path / "adapter")
-    edit_config(adapter, lora_alpha=0)
-    assert "changes nothing" in str(refused(base, adapter))
-    assert "changes nothing" in str(refused(base, made.adapter(), weights=[0.0]))
+    save_file({"v_head.summary.weight": torch.ones(1, 72)}, adapter / "value_head.safetensors")
+    found = refused(base, adapter)
+    assert "adapter/value_head.safetensors: was trained with the adapter and holds v_head.summary.weight" in str(found)
+    assert "move value_head.safetensors out of the folder" in str(found.hint)
+
+
+def test_a_base_that_training_did_not_gather(made: Made, tmp_path: Path) -> None:
+    base = copied(made.base(), tmp_path / "base")
+    tensors = {n: torch.empty(0) if "layers.1" in n else t for n, t in state(base).items()}
+    save_file(tensors, base / "model.safetensors")
+    found = refused(base, made.adapter())
+    assert "layers.1.input_layernorm.weight is float32 [0], without elements" in str(found)
+    assert "ZeRO-3" in str(found.hint)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +292,7 @@ def test_bases_that_are_quantised(made: Made, tmp_path: Path) -> None:
 def test_bases_that_are_something_else(made: Made, tmp_path: Path) -> None:
     base = copied(made.base(), tmp_path / "base")
     adapter = copied(made.adapter(), tmp_path / "adapter")
-    assert "adapter: is an adapter, expected a model" in str(refused(adapter, adapter))
+    assert "the base adapter is a LoRA adapter, not a model" in str(refused(adapter, adapter))
     assert "base: has no adapter_config.json" in str(refused(base, base))
     (base / "weightops-delta.json").write_text("{}")
     assert "the base base is a delta" in str(refused(base, adapter))

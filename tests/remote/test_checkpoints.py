@@ -21,7 +21,6 @@ from hub import Fault, Hub
 from support import digests, write_checkpoint
 
 import weightops
-from weightops.api import Result
 from weightops.engine import proof
 from weightops.engine.control import Control
 from weightops.errors import (
@@ -36,6 +35,7 @@ from weightops.errors import (
     UsageError,
     WeightopsError,
 )
+from weightops.recipes.execute import Result
 from weightops.remote import ranges
 from weightops.remote.policy import Policy
 from weightops.remote.web import Web

@@ -42,7 +42,8 @@ def command(base: Path | str, tuned: Path | str, out: Path, **options: Any) -> N
     Each Linear weight that differs gets factors of the rank that is given, or of the least one that holds a share of
     the change: its truncated singular value decomposition, made by streaming, whatever the size of the model.
     Embeddings, norms and biases that differ are kept whole. peft loads the adapter; the manifest says for each layer
-    how much of the change it holds.
+    how much of the change it holds. Experts that transformers stacks are targeted by their parameters, as peft 0.21
+    loads them.
 
     \b
     Example:

@@ -19,7 +19,7 @@ from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_opti
     type=SOURCE,
     required=True,
     multiple=True,
-    help="A folder with adapter_config.json; of several, one is merged after the other.",
+    help="A folder with adapter_config.json, or the file in it; of several, one is merged after the other.",
 )
 @click.option(
     "--weight", "weights", type=float, multiple=True, help="A factor for each adapter's scale, in their order."
@@ -46,7 +46,9 @@ def command(
 
     LoRA, rsLoRA and DoRA with patterns of ranks, biases, embeddings, modules_to_save, trained tokens and stacked
     experts, for bases in float32, float16 or bfloat16. Every tensor of the adapter is used, or the merge is refused
-    before anything is written. An adapter's tokenizer goes along if it is whole.
+    before anything is written; so is one that changes nothing. What was trained beside it and is no LoRA, such as
+    LLaVA's non_lora_trainables.bin, is merged too, or refused by name. An adapter's tokenizer goes along if it is
+    whole.
 
     \b
     Example:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from weightops import api
+from weightops import outputs
 from weightops.cli.options import (
     WRITE_CODES,
     connected,
@@ -54,7 +54,7 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     parsed = read_recipe(recipe)
     with connected(quiet, *(place.path for place in parsed.sources.values())) as control:
-        results = api.run(parsed, control=control, **options)
+        results = outputs.run(parsed, control=control, **options)
     if as_json:
         documents = [result_document(result, options["workers"]) for result in results.values()]
         print_json({"schema": "weightops-run/1", "outputs": documents})
@@ -82,11 +82,11 @@ def _dry_run_text(recipe: Recipe, results: Mapping[Path, Result], workers: int |
         inputs = ", ".join(escape(each) for names in step.inputs.values() for each in names)
         said = ", ".join(f"{key} {value}" for key, value in step.said.items())
         steps.append((escape(name), step.verb, inputs, escape(said)))
-    outputs: list[Sequence[str]] = [("output", "from", "cast", "files", "size", "disk free")]
+    written: list[Sequence[str]] = [("output", "from", "cast", "files", "size", "disk free")]
     for (out, result), destination in zip(results.items(), recipe.outputs.values(), strict=True):
         cast = ", ".join(str(value) for value in destination.cast.values()) or "as it is"
         count, nbytes = len(result.plan.shards), human(result.plan.total_nbytes)
-        outputs.append(
+        written.append(
             (escape(str(out)), escape(destination.name), escape(cast), str(count), nbytes, human(free_disk(out)))
         )
     files = {file: None for plan in plans for file in plan.sources}
@@ -97,5 +97,5 @@ def _dry_run_text(recipe: Recipe, results: Mapping[Path, Result], workers: int |
     total = human(sum(plan.total_nbytes for plan in plans))
     tables = [table(sources, right=(2, 3))]
     tables += [table(steps)] if len(steps) > 1 else []
-    tables += [table(outputs, right=(3, 4, 5)), f"{read}\nwrites   {total}\nmemory   at most {memory}"]
+    tables += [table(written, right=(3, 4, 5)), f"{read}\nwrites   {total}\nmemory   at most {memory}"]
     return "\n\n".join(tables)

@@ -14,12 +14,14 @@ _PREFIX = ("base_model", "model")
 _FACTORS = ("lora_A", "lora_B")
 _MATRICES = ("lora_embedding_A", "lora_embedding_B")
 _MAGNITUDE = "lora_magnitude_vector"
-_MAX_PATH = 500
+_MAX_PATH = 250
 _LITERAL = re.compile(r"[\w.-]+", re.ASCII)
-_ALARMING = re.compile(r"\)[*+{]|\\[1-9]|\(\?[^:]")
+_ALARMING = re.compile(r"\)[*+{]|\\[1-9]")
 _QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
-_MAX_QUANTIFIERS = 2
+_MAX_QUANTIFIERS = 3
 _MAX_PATTERN = 1000
+_WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module"}
+"""What activation checkpointing, FSDP, torch.compile and DDP put into the names of the modules that they wrap."""
 
 
 class Kind(Enum):
@@ -60,11 +62,11 @@ class Name:
 
 def parse_name(name: str, where: str) -> Name:
     """What a tensor in an adapter's file is, in any spelling since peft 0.1: with or without `base_model.model.`, the
-    adapter's name (`lora_A.default.weight`), `modules_to_save`, or `_orig_mod` of torch.compile.
+    adapter's name (`lora_A.default.weight`), `modules_to_save`, or wrappers (`unwrapped`).
 
     Raises `IncompatibleInputs` for parts that plain LoRA and DoRA do not have.
     """
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    parts = unwrapped(name).split(".")
     if tuple(parts[:2]) == _PREFIX:
         parts = parts[2:]
     found = _parse(parts)
@@ -76,10 +78,17 @@ def parse_name(name: str, where: str) -> Name:
     return found
 
 
+def unwrapped(name: str) -> str:
+    """A name without the parts that wrappers have put into it, at any place."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _parse(parts: list[str]) -> Name | None:
     special = [i for i, part in enumerate(parts) if part.startswith("lora_") or part in ("token_adapter", "ranknum")]
     if special:
         at = special[-1]
+        if parts[at:-1] == ["token_adapter", "base_layer"]:
+            return Name(Kind.BASE, ".".join([*parts[:at], parts[-1]])) if at else None
         kind = _kind(parts[at], parts[at + 1 :])
         path, depth = parts[:at], 0
         while path and path[-1] == "base_layer":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, NoWeights, SourceMissing, UsageError
 from weightops.formats import manifest
+from weightops.formats.adapter_files import find_adapter, model_files, trained_beside
 from weightops.formats.index import ShardIndex, parse_index
 from weightops.formats.manifest import Manifest
 from weightops.formats.safetensors import read_safetensors
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*|trainer_state)\.\w+")
+_NOT_WEIGHTS = re.compile(
+    r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*"
+    r"|.*_optim_states)\.\w+"
+)
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _GLOB = re.compile(r"[*?[]")
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+")
@@ -109,14 +113,39 @@ def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None 
     )
 
 
-def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkpoint:
+def open_adapter(path: str | os.PathLike[str], web: Web | None = None, weights: str | None = None) -> Checkpoint:
+    """Read the headers of a LoRA adapter and of the trained weights beside it; `path` is its folder or its file.
+
+    Which file it is, is peft's rule (`weightops.formats.adapter_files`); where that finds none, and where `weights`
+    chooses, the folder is opened as `open_checkpoint` does. Raises as that does.
+    """
+    if web is None and is_remote(path):
+        from weightops.remote.web import Web
+
+        with Web() as web:
+            return open_adapter(path, web, weights)
+    place = find_place(path, web)
+    if not isinstance(place, SourceFile):
+        return _read_folder(place, web, weights, find_adapter(place.names()) if weights is None else None)
+    if place.is_remote:
+        return read_place(place, web)
+    folder = LocalFolder(Path(place.path).parent)
+    is_named = _is_weights(place.name)
+    return _read_folder(folder, web, None, place.name if is_named else find_adapter(folder.names()))
+
+
+def _read_folder(folder: Folder, web: Web | None, weights: str | None, adapter: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder: its model, or `adapter` and what was trained with it."""
     names = folder.names()
     if weights is not None:
         names = _chosen(names, weights)
-    index_name = find_index(names, folder.shown)
+    index_name = find_index(names, folder.shown) if adapter is None else None
     index = parse_index(folder.read(index_name), f"{folder.shown}/{escape(index_name)}") if index_name else None
     is_named = isinstance(folder, _Matching)
-    files = index.files if index else _weights_without_index(names, folder.shown, is_named)
+    if adapter is not None:
+        files = [adapter, *(n for n in trained_beside(filter(_is_weights, names)) if n != adapter)]
+    else:
+        files = index.files if index else _weights_without_index(names, folder.shown, is_named)
     present = set(names)
     missing = [name for name in files if name not in present and not folder.has(name)]
     if missing:
@@ -132,6 +161,9 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None) -> Checkp
     for name, weights_in_it in zip(files, read, strict=True):
         found = weights_in_it.tensors
         warnings += weights_in_it.warnings
+        if adapter not in (None, name) and any("lora_" in tensor for tensor in found):
+            warnings.append(f"{escape(name)} is an adapter of its own beside {escape(str(adapter))}: not used")
+            continue
         if len(files) > 1 and _PART.fullmatch(name):
             found = {f"{Path(name).stem}/{tensor}": lazy for tensor, lazy in found.items()}
         twice = next((t for t in found if t in tensors), None)
@@ -238,9 +270,9 @@ def _weights_without_index(names: Iterable[str], shown: str, is_named: bool = Fa
 
     Files that were named by a pattern (`is_named`) may also have no numbers.
     """
-    names = list(names)
+    known = model_files([n for n in names if _is_weights(n)])
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES, (".gguf",)):
-        weights = [n for n in names if _is_weights(n) and n.endswith(suffixes)]
+        weights = [n for n in known if n.endswith(suffixes)]
         usual = [n for n in weights if n in ("model.safetensors", "pytorch_model.bin")]
         if weights and all(map(_PART.fullmatch, weights)):
             return _check_parts(weights, shown)

@@ -75,8 +75,8 @@ def kind_of(name: str) -> Kind | None:
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file is part of a tokenizer, or one of its chat templates."""
-    return kind_of(name) in (Kind.TOKENIZER, Kind.TEMPLATE)
+    """Whether a file is part of a tokenizer: its code and chat templates too."""
+    return kind_of(name) in (Kind.TOKENIZER, Kind.TEMPLATE) or fnmatchcase(name, "tokenization_*.py")
 
 
 def find_sidecars(

@@ -20,6 +20,7 @@ from weightops.inference.names import Part, match, split_experts
 from weightops.inference.packed import Engine, PackedWeight, find_packed
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.operations.pairing import refuse_adapter
 from weightops.spec import DType
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class BlockModel:
         if self.quantized:
             checkpoint = _dequantized(checkpoint, self._control)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        refuse_adapter(checkpoint, "the model")
         self.config: PretrainedConfig = skeleton.read_config(checkpoint)
         self.module: PreTrainedModel = skeleton.build(self.config, self.shown, dtype)
         self.checkpoint = checkpoint = split_experts(self.module, checkpoint)

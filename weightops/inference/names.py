@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from weightops.inference.linears import TransposedLinear, expert_weights
 from weightops.inference.skeleton import is_persistent
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
+from weightops.operations.loaded_names import renaming
 from weightops.ops.arrange import cut
 from weightops.ops.elementwise import Reinterpret
 from weightops.ops.gptq_tensors import Dequantize
@@ -111,24 +111,9 @@ class _Found:
 
     def rename(self, module: PreTrainedModel) -> None:
         """Look once more for what is left, under the names that transformers gives to those of older files."""
-        renamed = _renaming(module)
+        renamed = renaming(module)
         for source in sorted(self.left):
             self._take(source, _EXPERT.sub(_named_layer, renamed(source)))
-
-
-def _renaming(module: PreTrainedModel) -> Callable[[str], str]:
-    """From names in older files to those that transformers has for them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
-
-    def renamed(name: str) -> str:
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
-
-    return renamed
 
 
 def _named_layer(found: re.Match[str]) -> str:
@@ -143,7 +128,7 @@ def split_experts(module: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint
     wanted = expert_weights(module)
     if not wanted:
         return checkpoint
-    renamed, prefix = _renaming(module), f"{module.base_model_prefix}."
+    renamed, prefix = renaming(module), f"{module.base_model_prefix}."
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for source, tensor in checkpoint.items():

@@ -11,7 +11,7 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
-from weightops.operations.pairing import is_vocabulary, listed, matching, refuse_delta
+from weightops.operations.pairing import is_vocabulary, listed, matching, refuse_adapter, refuse_delta
 from weightops.ops.float_formats import FORMATS
 from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
 from weightops.ops.loss import Overflow, counted_cast
@@ -61,6 +61,7 @@ def cast(
     _check_options(dtype, on_overflow, scheme, strategy)
     kept, notes = _kept(source, keep)
     if scheme is not None:
+        refuse_adapter(source, "the source")
         result = _scaled(source, kept, strategy)
     else:
         assert dtype is not None  # _check_options refuses anything else

@@ -13,6 +13,7 @@ from weightops.engine.control import Control
 from weightops.engine.digest import watch_all
 from weightops.engine.values import values as values_of
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.adapter_files import is_adapter
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.io.escape import escape
 from weightops.layouts.source import beside
@@ -111,7 +112,7 @@ def _findings(
     yield from leftover_findings(checkpoint, config)
     yield from check_values.empty_findings(checkpoint)
     yield from check_values.unexamined_findings(checkpoint)
-    if DELTA_NAME in checkpoint.sidecars or "adapter_config.json" in checkpoint.sidecars:
+    if DELTA_NAME in checkpoint.sidecars or is_adapter(checkpoint):
         kind = "an exact delta" if DELTA_NAME in checkpoint.sidecars else "an adapter"
         text = f"{escape(checkpoint.name)} is {kind}, no model: its shapes are held against nothing"
         yield Finding("note", "unchecked", "config.json", text)

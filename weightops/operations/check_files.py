@@ -8,6 +8,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.adapter_files import is_adapter
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.names import is_derived
@@ -74,7 +75,7 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
     training = [n for n in names if _TRAINING.search(n)]
     yield from group(training, "warning", "leftover", "of an optimizer or training run, not of the model", "drop them")
     lora = [n for n in names if _LORA.search(n)]
-    if len(lora) < len(names) and "adapter_config.json" not in checkpoint.sidecars:
+    if len(lora) < len(names) and not is_adapter(checkpoint):
         yield from group(
             lora, "error", "lora", "of a LoRA among those of a model", "merge the adapter, or store it apart"
         )
@@ -88,22 +89,42 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
         yield Finding("warning", "leftover", "config.json", text, "was the model merged or converted since?")
 
 
+def tokens_without_rows(read_file: ReadFile, rows: int) -> Iterator[Finding]:
+    """Tokenizer files with more tokens than an embedding has rows: the first such token ends a run of the model."""
+    return _tokens_without_rows(_token_counts(read_file, "the tokenizer")[0], rows)
+
+
+def _tokens_without_rows(counts: Mapping[str, int], rows: int) -> Iterator[Finding]:
+    for name, count in counts.items():
+        if count > rows:
+            text = f"{name} has ids up to {count - 1}, the embedding has {rows} rows"
+            yield Finding("error", "tokenizer", name, text, "are tokenizer and weights of one model?")
+
+
+def _token_counts(read_file: ReadFile, where: str) -> tuple[dict[str, int], list[Finding]]:
+    """One more than the highest id in each tokenizer file, and what cannot be said of others."""
+    counts: dict[str, int] = {}
+    problems: list[Finding] = []
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
+        try:
+            data = read_file(name)
+            count = None if data is None else _count_tokens(name, data, where)
+        except UsageError as error:
+            problems.append(Finding("note", "tokenizer", name, f"{error}: not held against the embedding"))
+        except CorruptInput as error:
+            problems.append(Finding("error", "tokenizer", name, str(error), error.hint or ""))
+        else:
+            if count:
+                counts[name] = count
+    return counts, problems
+
+
 def token_findings(
     checkpoint: Checkpoint, config: Mapping[str, Any], read_file: ReadFile, rows: int | None
 ) -> Iterator[Finding]:
     """Tokenizer files and special tokens against the rows of the embedding, None if that is not known."""
-    counts: dict[str, int] = {}
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
-        try:
-            data = read_file(name)
-            count = None if data is None else _count_tokens(name, data, escape(checkpoint.name))
-        except UsageError as error:
-            yield Finding("note", "tokenizer", name, f"{error}: not held against the embedding")
-        except CorruptInput as error:
-            yield Finding("error", "tokenizer", name, str(error), error.hint or "")
-        else:
-            if count:
-                counts[name] = count
+    counts, problems = _token_counts(read_file, escape(checkpoint.name))
+    yield from problems
     documents: dict[str, Mapping[str, Any]] = {"config.json": config}
     try:
         data = read_file("generation_config.json")
@@ -114,10 +135,7 @@ def token_findings(
         yield Finding("error", "config", "generation_config.json", str(error))
     if rows is None:
         return
-    for name, count in counts.items():
-        if count > rows:
-            text = f"{name} has ids up to {count - 1}, the embedding has {rows} rows"
-            yield Finding("error", "tokenizer", name, text, "are tokenizer and weights of one model?")
+    yield from _tokens_without_rows(counts, rows)
     if counts and max(counts.values()) < rows:
         name, count = max(counts.items(), key=lambda item: item[1])
         text = f"the embedding has {rows} rows, {name} has {count} tokens: {rows - count} rows are padding"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from weightops.checkpoint import Checkpoint
+from weightops.formats import ungathered
 from weightops.formats.containers import find_aliases
 from weightops.io.escape import escape
 from weightops.layouts.names import is_derived
@@ -80,8 +81,7 @@ def empty_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     names = [name for name, tensor in checkpoint.items() if not tensor.spec.numel]
     if names:
         text = f"{_tensors(len(names))} without elements: {listed(names)}"
-        hint = "DeepSpeed ZeRO-3 saves such where parameters were not gathered: save again with the whole of them"
-        yield Finding("error", "empty", names[0], text, hint)
+        yield Finding("error", "empty", names[0], text, ungathered.HINT)
 
 
 def unexamined_findings(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from weightops.layouts.names import find_layout
 from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizer import read_tokenizer
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.pairing import refuse_adapter
 from weightops.ops.elementwise import cast
 from weightops.ops.loss import counted_cast
 from weightops.spec import DType
@@ -99,6 +100,7 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     Without `parts`, Meta's layout gets as many as the source has. Raises `UsageError` for what has to be asked or is
     not converted, `CorruptInput` for files that do not fit.
     """
+    refuse_adapter(source.checkpoint, "the source")
     layout = layout or find_layout(source.checkpoint)
     if layout is None or layout not in READERS:
         raise UsageError(

@@ -26,7 +26,7 @@ from weightops.io.escape import escape
 from weightops.io.source import read_source
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.modules import is_conv1d
-from weightops.operations.pairing import listed, refuse_delta
+from weightops.operations.pairing import listed, refuse_adapter, refuse_delta
 from weightops.ops.gptq_tensors import dequantized
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
@@ -56,6 +56,7 @@ def dequantize(
     that do not fit together and scales that are no numbers, `UsageError` for options that cannot be meant.
     """
     refuse_delta(source, "the source")
+    refuse_adapter(source, "the source")
     refuse_parts(source)
     where = escape(source.name)
     if dtype not in DTYPES:

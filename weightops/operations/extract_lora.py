@@ -18,8 +18,17 @@ from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations import extract_lora_adapter as adapter
 from weightops.operations.extract_lora_adapter import Pair, Rest, is_head, is_linear, module_of
+from weightops.operations.extract_lora_places import Places
 from weightops.operations.modules import is_conv1d
-from weightops.operations.pairing import ROTARY_SUFFIX, as_loaded, is_vocabulary, listed, matching, refuse_delta
+from weightops.operations.pairing import (
+    ROTARY_SUFFIX,
+    as_loaded,
+    is_vocabulary,
+    listed,
+    matching,
+    refuse_adapter,
+    refuse_delta,
+)
 from weightops.ops.elementwise import Reinterpret, cast
 from weightops.ops.lowrank import OVERSAMPLE, PASSES, Change, LowRank, SingularValues
 from weightops.spec import DType
@@ -79,29 +88,34 @@ def extract_lora(
     for role, checkpoint in (("base", base), ("tuned", tuned)):
         _refuse_others(role, checkpoint)
     pairs = _pairs(base, tuned)
-    chosen = _targets(pairs, targets, base)
+    places = Places(tuned, pairs)
+    chosen = _targets(pairs, places, targets, base)
     changes = _measure(pairs, chosen, evaluate)
     if not changes:
         raise IncompatibleInputs(
             f"base {escape(base.name)} and tuned {escape(tuned.name)} hold the same values: there is nothing to extract"
         )
-    experts = {name for name in chosen if adapter.is_expert(module_of(name))}
-    stacked = experts if any(name in changes for name in experts) else set()
+    touched = {places[name].experts for name in changes if name in chosen} - {None}
+    stacked = {name for name in pairs if places[name].experts in touched}
     factored = {n: None for n in pairs if n in stacked or (n in changes and n in chosen and not pairs[n].is_resized)}
-    untargeted = [name for name in changes if is_linear(name, pairs[name]) and name not in chosen]
-    others = [n for n in changes if n not in factored and (n in chosen or not is_linear(n, pairs[n]))]
+    linear = {name for name in changes if is_linear(name, pairs[name], places)}
+    untargeted = [name for name in changes if name in linear and name not in chosen]
+    others = [name for name in changes if name not in factored and name not in untargeted]
     _refuse_rest(factored, untargeted, others, rest)
     config = tuned.config()
-    kept = adapter.keep_whole(others, factored, pairs, config) if rest == "save" else Rest()
+    kept = adapter.keep_whole(others, factored, pairs, places, config) if rest == "save" else Rest()
     limit = max_rank if rank is None else rank
-    wanted = {name: _decomposed(pairs[name], changes.get(name, 0.0)) for name in factored}
-    paths = {name: adapter.module_path(module_of(name), config) for name in factored}
+    # All experts of a layer get factors, those that are no target or do not differ ones of zeros.
+    sizes = {name: changes.get(name, 0.0) if name in chosen else 0.0 for name in factored}
+    ours = {name: pairs[name] if name in chosen else Pair(pairs[name].base, pairs[name].base) for name in factored}
+    wanted = {name: _decomposed(pair, sizes[name]) for name, pair in ours.items()}
+    paths = {name: places[name].module for name in factored}
     sketches = {name: _sketch(pair, limit, seed, paths[name]) for name, pair in wanted.items()}
     ranks = {name: min(*pair.base.spec.shape, limit) for name, pair in wanted.items()}
     warnings = [*base.warnings, *tuned.warnings]
     if energy is not None:
         data = evaluate([LazyTensor.make(SingularValues(**sketches[n]), *pair) for n, pair in wanted.items()])
-        shares = {n: _shares(values, ranks[n], changes.get(n, 0.0)) for n, values in zip(wanted, data, strict=True)}
+        shares = {n: _shares(values, ranks[n], sizes[n]) for n, values in zip(wanted, data, strict=True)}
         ranks = {n: _least(shares[n], energy) for n in ranks}
         short = [f"{paths[n]} ({100 * s[-1]:.3g} %)" for n, s in shares.items() if s[-1] < energy - _ENERGY_TOLERANCE]
         if short:
@@ -116,11 +130,12 @@ def extract_lora(
         path = paths[name]
         for letter, factor in _factors(pair, sketches[name], ranks[name], is_conv1d(path, config.get("model_type"))):
             tensors[f"{adapter.PREFIX}{path}.lora_{letter}.weight"] = cast(factor, dtype or DType.F32)
-    modules = {paths[name]: ranks[name] for name in factored}
+    modules = {paths[name]: ranks[name] for name in factored if name not in stacked}
+    experts = {places[name].stacked or "": ranks[name] for name in stacked}
     return Checkpoint(
         tuned.name,
         {**tensors, **kept.tensors},
-        sidecars=adapter.sidecars(modules, kept, pairs, base, tuned),
+        sidecars=adapter.sidecars(modules, experts, kept, places, base, tuned),
         warnings=(*warnings, *adapter.notes(pairs, modules, kept)),
         prefix="adapter_model",
         in_one_file=True,
@@ -162,8 +177,7 @@ def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
     shown = f"{role} {escape(checkpoint.name)}"
     refuse_delta(checkpoint, role)
     refuse_parts(checkpoint)
-    if adapter.CONFIG_NAME in checkpoint.sidecars:
-        raise IncompatibleInputs(f"{shown} is an adapter, not a model", hint="weightops merge-lora makes one of it")
+    refuse_adapter(checkpoint, role)
     sources = (node.op.source for tensor in checkpoint.values() for node in tensor.walk())
     if any(source is not None and source.is_remote for source in sources):
         raise UsageError(
@@ -205,11 +219,15 @@ def _are_weights(*tensors: LazyTensor) -> bool:
     return all(tensor.spec.dtype in _WEIGHT_DTYPES for tensor in tensors)
 
 
-def _targets(pairs: Mapping[str, Pair], patterns: Sequence[str], base: Checkpoint) -> set[str]:
-    """The weights that are to get factors where they differ; every pattern has to match one."""
+def _targets(pairs: Mapping[str, Pair], places: Places, patterns: Sequence[str], base: Checkpoint) -> set[str]:
+    """The weights that are to get factors where they differ; every pattern has to match one.
+
+    Patterns are held against the paths in the files and those in transformers' model.
+    """
     if not patterns:
-        return {name for name, pair in pairs.items() if is_linear(name, pair)}
-    modules = {module_of(n): n for n, pair in pairs.items() if is_linear(n, pair) or is_head(n, pair)}
+        return {name for name, pair in pairs.items() if is_linear(name, pair, places)}
+    layers = [name for name, pair in pairs.items() if is_linear(name, pair, places) or is_head(name, pair)]
+    modules = {path: name for name in layers for path in (module_of(name), places[name].module)}
     found: set[str] = set()
     for pattern in patterns:
         matched = matching(modules, (pattern, f"*.{pattern}"))

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from weightops.checkpoint import Checkpoint, Sidecar, written_json
 from weightops.errors import IncompatibleInputs
+from weightops.formats.adapter_files import CONFIG_NAME
+from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
+from weightops.operations.extract_lora_places import Places
 from weightops.operations.modules import is_conv1d, last_part
 from weightops.operations.pairing import is_vocabulary, listed
 
-CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out")
 _NOT_LINEAR = re.compile(r"(.*_)?embed(ding)?s?(_.*)?|w[tp]e|shared|relative_attention_bias|(.*_)?router|gate")
@@ -26,16 +28,7 @@ _NOT_LINEAR = re.compile(r"(.*_)?embed(ding)?s?(_.*)?|w[tp]e|shared|relative_att
 
 The last part of `mlp.gate_proj` is `gate_proj`, which is one.
 """
-_RENAMED = {
-    "gpt_neox": (r"^embed_out$", "lm_head"),
-    "mixtral": (r"\.block_sparse_moe\.gate$", ".mlp.gate"),
-    "minimax": (r"\.block_sparse_moe\.gate$", ".mlp.gate"),
-}
-"""Modules that transformers 5 does not call as the files do, by `model_type`; factors of others are renamed by peft."""
-_EXPERT = re.compile(r".+\.experts\.\d+\.[^.]+")
 _HEADLESS = re.compile(r"(h|layers|blocks?|blk)\.\d+\.")
-_TOKENIZER = ("tokenizer", "special_tokens_map.json", "added_tokens.json", "chat_template", "vocab.", "merges.txt")
-_SENTENCEPIECE = ("sentencepiece", "spiece")
 
 
 class Pair(NamedTuple):
@@ -58,10 +51,11 @@ class Rest:
     has_biases: bool = False
 
 
-def is_linear(name: str, pair: Pair) -> bool:
+def is_linear(name: str, pair: Pair, places: Places) -> bool:
     """Whether a tensor is the weight of a Linear layer, or of transformers' Conv1D, inside the model."""
     last = last_part(module_of(name))
-    return _is_matrix(name, pair) and last not in _HEADS and not _NOT_LINEAR.fullmatch(last)
+    is_named = _is_matrix(name, pair) and last not in _HEADS and not _NOT_LINEAR.fullmatch(last)
+    return is_named and places.may_be_linear(name)
 
 
 def is_head(name: str, pair: Pair) -> bool:
@@ -73,44 +67,49 @@ def _is_matrix(name: str, pair: Pair) -> bool:
     return name.endswith(".weight") and len(pair.tuned.spec.shape) == 2 and pair.tuned.spec.numel > 0
 
 
-def module_path(module: str, config: Mapping[str, Any]) -> str:
-    """What peft calls a module: as the files do, but for few."""
-    pattern, name = _RENAMED.get(str(config.get("model_type")), ("(?!)", ""))
-    return re.sub(pattern, name, module)
-
-
-def is_expert(module: str) -> bool:
-    """Whether a layer is one of the experts that transformers 5 and peft stack: all need factors, of one rank."""
-    return _EXPERT.fullmatch(module) is not None
-
-
 def keep_whole(
-    names: Iterable[str], factored: Container[str], pairs: Mapping[str, Pair], config: Mapping[str, Any]
+    names: Iterable[str],
+    factored: Collection[str],
+    pairs: Mapping[str, Pair],
+    places: Places,
+    config: Mapping[str, Any],
 ) -> Rest:
     """Where in an adapter the tensors `names` go, which differ and have no factors.
 
-    A module is kept with all of its tensors, for peft asks for all of them (its
+    A module is kept with all of its tensors, those of modules in it included, for peft asks for all of them (its
     `ModulesToSaveWrapper.adapter_state_dict_load_map`). The bias of a layer that has factors is kept beside them, as
-    peft's `bias="lora_only"` does. Raises `IncompatibleInputs` for tensors that have no module of their own, or no
-    floating-point numbers.
+    peft's `bias="lora_only"` does. Raises `IncompatibleInputs` for tensors of modules with factors in them, or no
+    floating-point numbers, and for those that transformers makes others of.
     """
     kept, homeless = Rest(), []
-    parents = {parent for name in pairs for parent in _parents(module_of(name))}
+    with_factors = {places[name].module for name in factored}
+    closed = {parent for module in with_factors for parent in (module, *_parents(module))}
+    wanted: dict[str, str] = {}
     for name in names:
-        module = module_of(name)
-        if f"{module}.weight" in factored and name.endswith(".bias"):
+        module = places[name].module
+        if module in with_factors and name.endswith(".bias"):
             kept.tensors[f"{PREFIX}{module}.base_layer.bias"] = pairs[name].tuned
             kept.has_biases = True
-        elif not module or module in parents or not pairs[name].tuned.spec.dtype.is_float:
+        elif not module or module in closed or not pairs[name].tuned.spec.dtype.is_float or not places.is_known(name):
             homeless.append(name)
-        elif (path := module_path(module, config)) not in kept.modules:
-            kept.modules.append(path)
-            own = ((n, pair) for n, pair in pairs.items() if module_of(n) == module)
-            kept.tensors |= {f"{PREFIX}{path}.{last_part(n)}": pair.tuned for n, pair in own}
-            head = _tied_head(name, pairs, config)
-            if head is not None:
-                kept.modules.append(head)
-                kept.tensors[f"{PREFIX}{head}.weight"] = pairs[name].tuned
+        else:
+            wanted.setdefault(module, name)
+    own: dict[str, list[str]] = {}
+    for name in pairs:
+        module = places[name].module
+        outer = next((parent for parent in (*_parents(module), module) if parent in wanted), None)
+        if outer is not None:
+            own.setdefault(outer, []).append(name)
+    for module, name in wanted.items():
+        if module not in own:
+            continue  # in one that is kept anyway
+        homeless += [n for n in own[module] if not places.is_known(n)][:1]
+        kept.modules.append(module)
+        kept.tensors |= {f"{PREFIX}{places[n].path}": pairs[n].tuned for n in own[module]}
+        head = _tied_head(name, pairs, config, places)
+        if head is not None:
+            kept.modules.append(head)
+            kept.tensors[f"{PREFIX}{head}.weight"] = pairs[name].tuned
     if homeless:
         raise IncompatibleInputs(
             f"{listed(homeless)}: the values differ, and an adapter has no place for them",
@@ -119,29 +118,36 @@ def keep_whole(
     return kept
 
 
-def _tied_head(name: str, pairs: Mapping[str, Pair], config: Mapping[str, Any]) -> str | None:
+def _tied_head(name: str, pairs: Mapping[str, Pair], config: Mapping[str, Any], places: Places) -> str | None:
     """The output embedding that is the input embedding `name`, where neither file has it: peft unties the two."""
-    module = module_of(name)
+    module = places[name].module
     if not is_vocabulary(name) or config.get("tie_word_embeddings") is False:
         return None
-    prefix = "language_model." if module.startswith("language_model.model.") else ""
-    head = f"{prefix}{'embed_out' if last_part(module) == 'embed_in' else 'lm_head'}"
-    is_known = f"{head}.weight" in pairs or last_part(module) in _HEADS or any(_HEADLESS.match(n) for n in pairs)
-    return None if is_known else module_path(head, config)
+    if any(last_part(module_of(n)) in _HEADS or _HEADLESS.match(n) for n in pairs):
+        return None
+    return "language_model.lm_head" if module.startswith("language_model.model.") else "lm_head"
 
 
 def sidecars(
-    ranks: Mapping[str, int], kept: Rest, pairs: Iterable[str], base: Checkpoint, tuned: Checkpoint
+    ranks: Mapping[str, int],
+    experts: Mapping[str, int],
+    kept: Rest,
+    places: Places,
+    base: Checkpoint,
+    tuned: Checkpoint,
 ) -> dict[str, Sidecar]:
     """adapter_config.json for factors of these ranks, by module, and the tokenizer of `tuned`.
 
-    It has the fields that every peft since 0.7 knows. A module is scaled by lora_alpha / r, which is 1 for all. Factors
-    of experts have the rank `r`, which is how peft stacks them.
+    `experts` are the parameters that stack those of experts, with the rank of each expert's factors; peft puts those of
+    the two layers in `gate_up_proj` side by side, which doubles it. A module is scaled by lora_alpha / r, which is 1
+    for all. Where no experts are stacked, it has the fields that every peft since 0.7 knows.
     """
     settings, known_as = tuned.config(), base.config().get("_name_or_path")
-    of_experts = [rank for module, rank in ranks.items() if is_expert(module)]
-    usual = Counter(of_experts or ranks.values()).most_common(1)[0][0]
-    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
+    usual = Counter(experts.values() or ranks.values()).most_common(1)[0][0]
+    doubled = {name: rank * (2 if name.endswith(".gate_up_proj") else 1) for name, rank in experts.items()}
+    ranks = {**ranks, **doubled}
+    parameters = {target: places.parameter(target) for target in ranks}
+    unusual = {parameters[target] or target: rank for target, rank in ranks.items() if rank != usual}
     config = {
         "peft_type": "LORA",
         "task_type": None if _headless(ranks) else "CAUSAL_LM",
@@ -158,21 +164,14 @@ def sidecars(
         "bias": "lora_only" if kept.has_biases else "none",
         "fan_in_fan_out": any(is_conv1d(module, settings.get("model_type")) for module in ranks),
         "init_lora_weights": True,
-        "target_modules": _shortest(ranks, (module_path(module_of(name), settings) for name in pairs)),
+        "target_modules": places.shortest(target for target, parameter in parameters.items() if parameter is None),
+        **({"target_parameters": sorted(filter(None, parameters.values()))} if any(parameters.values()) else {}),
         "modules_to_save": kept.modules or None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-    tokenizer = {n: s for n, s in tuned.sidecars.items() if n.startswith((*_TOKENIZER, *_SENTENCEPIECE))}
+    tokenizer = {n: s for n, s in tuned.sidecars.items() if is_tokenizer_file(n)}
     return {CONFIG_NAME: written_json(config), **tokenizer}
-
-
-def _shortest(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """`target_modules` that fits these modules and no others: the ends of their paths if those say it, else paths."""
-    wanted = set(modules)
-    ends = {last_part(module) for module in wanted}
-    alike = {module for module in others if last_part(module) in ends}
-    return sorted(ends) if alike == wanted else sorted(wanted)
 
 
 def notes(pairs: Mapping[str, Pair], modules: Iterable[str], kept: Rest) -> list[str]:

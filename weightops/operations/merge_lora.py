@@ -9,22 +9,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
-from weightops.formats.adapter import CONFIG_NAME, Adapter, read_adapter
+from weightops.formats import ungathered
+from weightops.formats.adapter import Adapter, read_adapter
 from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
-from weightops.lazy import Evaluate, LazyTensor
+from weightops.lazy import Evaluate
+from weightops.operations.check_config import vocabulary_rows
+from weightops.operations.check_files import tokens_without_rows
 from weightops.operations.merge_lora_files import merged_sidecars, with_settings
 from weightops.operations.merge_lora_tensors import Merging
-from weightops.operations.pairing import refuse_delta
-from weightops.ops.elementwise import cast
+from weightops.operations.merge_lora_values import check_values
+from weightops.operations.pairing import refuse_adapter, refuse_delta
 from weightops.ops.lora import Precision
-from weightops.spec import DType
 
-_BATCH_NBYTES = 64 << 20
+_ROWLESS = "the first of the tokens without a row ends a run of the model; was the embedding resized in training?"
 
 
 def merge_lora(
@@ -49,7 +49,7 @@ def merge_lora(
     _check_base(base)
     adapters = _read(adapter, weights)
     merging = Merging(base, adapters, precision, two_roundings)
-    notes = _check_values(adapters, evaluate)
+    notes = check_values(adapters, merging.changes, evaluate)
     sidecars, files = merged_sidecars(base, adapter)
     tensors = merging.tensors
     merged = replace(
@@ -63,16 +63,21 @@ def merge_lora(
         warnings=(*base.warnings, *(w for a in adapter for w in a.warnings), *notes, *merging.notes, *files),
         prefix=None,
     )
-    return with_settings(merged, merging.vocab_size, merging.is_untied)
+    merged = with_settings(merged, merging.vocab_size, merging.is_untied)
+    rows = vocabulary_rows(merged)
+    rowless = [f"{each.message}: {_ROWLESS}" for each in tokens_without_rows(merged.sidecar, rows)] if rows else []
+    return replace(merged, warnings=(*merged.warnings, *rowless))
 
 
 def _check_base(base: Checkpoint) -> None:
     """Refuse what is no model that something can be merged into."""
     refuse_delta(base, "the base")
+    refuse_adapter(base, "the base")
     refuse_parts(base)
     where = escape(base.name)
-    if CONFIG_NAME in base.sidecars and "config.json" not in base.sidecars:
-        raise IncompatibleInputs(f"{where}: is an adapter, expected a model", hint="give the base first")
+    empty = next((name for name, tensor in base.items() if not tensor.spec.numel), None)
+    if empty is not None:
+        raise CorruptInput(f"{where}: {escape(empty)} is {base[empty].spec}, without elements", hint=ungathered.HINT)
     quantised = base.config().get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -105,49 +110,4 @@ def _read(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> list[A
                 hint="leave its weight out, or give 1",
             )
         found.append(adapter)
-    return found
-
-
-def _check_values(adapters: Sequence[Adapter], evaluate: Evaluate) -> list[str]:
-    """Refuse adapters that hold values that are no numbers, or nothing but zeros; says of which factors that is so."""
-    notes = [note for adapter in adapters for note in adapter.notes]
-    for adapter in adapters:
-        vectors = [t for f in adapter.factors.values() for t in (f.bias, f.magnitude) if t is not None]
-        matters = _scan(adapter, [*vectors, *adapter.rows.values()], evaluate)
-        changes = [any(f.magnitude is not None for f in adapter.factors.values()), bool(adapter.rows)]
-        changes += [any(matters), bool(adapter.base), bool(adapter.whole)]
-        factors = list(adapter.factors.values())
-        is_nonzero = _scan(adapter, [t for f in factors for t in (f.a, f.b)], evaluate)
-        is_scaled = adapter.weight != 0 and (adapter.config.lora_alpha != 0 or bool(adapter.config.alpha_pattern))
-        works = [is_scaled and all(is_nonzero[i : i + 2]) for i in range(0, len(is_nonzero), 2)]
-        if not any(works) and not any(changes):
-            raise IncompatibleInputs(
-                f"{escape(adapter.name)}: changes nothing: lora_B is zero everywhere",
-                hint="was it saved before it was trained, or without its factors?",
-            )
-        if factors and not any(works):
-            notes.append(f"{escape(adapter.name)}: the factors change nothing, lora_B is zero everywhere")
-    return notes
-
-
-def _scan(adapter: Adapter, tensors: Sequence[LazyTensor], evaluate: Evaluate) -> list[bool]:
-    """For each tensor, whether it holds anything but zeros; raises `CorruptInput` for NaN and infinity."""
-    found: list[bool] = []
-    while len(found) < len(tensors):
-        batch: list[LazyTensor] = []
-        nbytes = 0
-        for tensor in tensors[len(found) :]:
-            if batch and nbytes + tensor.spec.numel * 4 > _BATCH_NBYTES:
-                break
-            batch.append(tensor)
-            nbytes += tensor.spec.numel * 4
-        for tensor, data in zip(batch, evaluate([cast(t, DType.F32) for t in batch]), strict=True):
-            values = np.frombuffer(data, dtype=np.float32)
-            if not np.isfinite(values).all():
-                name = next(name for name, other in adapter.tensors.items() if other is tensor)
-                raise CorruptInput(
-                    f"{escape(adapter.name)}: {escape(name)} holds values that are no numbers",
-                    hint="the training run failed, or the file was damaged after it",
-                )
-            found.append(bool(values.any()))
     return found

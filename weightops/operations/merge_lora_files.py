@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightops.checkpoint import Checkpoint, Sidecar
+from weightops.formats.sidecars import Kind, is_tokenizer_file, kind_of
 from weightops.io.escape import escape
 
 _VOCABULARIES = (
@@ -17,22 +18,6 @@ _VOCABULARIES = (
     {"spiece.model"},
     {"sentencepiece.bpe.model"},
 )
-_CHAT = ("chat_template",)
-_TOKENIZER = (
-    "tokenizer",
-    "tokenization",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece",
-)
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a sidecar is part of a tokenizer."""
-    return name.startswith((*_TOKENIZER, *_CHAT))
 
 
 def merged_sidecars(base: Checkpoint, adapters: Sequence[Checkpoint]) -> tuple[dict[str, Sidecar], list[str]]:
@@ -48,9 +33,9 @@ def merged_sidecars(base: Checkpoint, adapters: Sequence[Checkpoint]) -> tuple[d
         files |= {name: file for name, file in whole[-1].sidecars.items() if is_tokenizer_file(name)}
         notes.append(f"the tokenizer is that of {escape(whole[-1].name)}")
     for adapter in adapters:
-        chat = {name: file for name, file in adapter.sidecars.items() if name.startswith(_CHAT)}
+        chat = {name: file for name, file in adapter.sidecars.items() if kind_of(name) is Kind.TEMPLATE}
         if chat and adapter not in whole:
-            files = {name: file for name, file in files.items() if not name.startswith(_CHAT)} | chat
+            files = {name: file for name, file in files.items() if kind_of(name) is not Kind.TEMPLATE} | chat
     return files, notes
 
 

@@ -10,24 +10,26 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
+from weightops.formats.adapter_names import unwrapped
 from weightops.io.escape import escape
+from weightops.operations.loaded_names import LoadedNames
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 HEADS = ("lm_head", "embed_out")
-_RENAMED = ((".mlp.", ".block_sparse_moe."), ("lm_head.", "embed_out."))
-"""What transformers 5 calls a part of a model, and what files call it."""
 
 
 class Names:
     """The names in a base, to be found by the paths of an adapter.
 
-    A path is the tensor of that name, or of the one that transformers 5 has renamed. Bases are also saved without the
-    first parts of their names, or with others: then all paths that are alike up to the number of a layer have these
-    parts replaced in the way that finds most of them, and among those the one that keeps most of their parts.
+    A path is the tensor of that name, or the one that transformers loads under it (`LoadedNames`). Bases are also saved
+    without the first parts of their names, or with others: then all paths that are alike up to the number of a layer
+    have these parts replaced in the way that finds most of them, and among those the one that keeps most of their
+    parts.
     """
 
-    def __init__(self, names: Iterable[str], paths: Iterable[str]) -> None:
-        self._names = set(names)
+    def __init__(self, base: Checkpoint, paths: Iterable[str]) -> None:
+        self._base = base
+        self._names = {unwrapped(name): name for name in base}
         groups: dict[str, list[str]] = {}
         for path in paths:
             if self._exact(path) is None:
@@ -46,14 +48,27 @@ class Names:
         found = {self._exact(new + path.removeprefix(old)) for old, new in ways if path.startswith(old)}
         names = sorted(name for name in found if name is not None)
         if not stem and not names and module_of(path) in (*EMBEDDINGS, *HEADS):
-            names = sorted(name for name in self._names if name.split(".")[-2:] == path.split(".")[-2:])
+            names = sorted(name for name in self._names.values() if name.split(".")[-2:] == path.split(".")[-2:])
         if len(names) > 1:
             raise _ambiguous(path, *names[:2])
         return names[0] if names else None
 
+    def as_loaded(self, name: str) -> str:
+        """What transformers, and so peft, calls a tensor of the base."""
+        return self._loaded.of_file(unwrapped(name))
+
     def _exact(self, path: str) -> str | None:
-        """The tensor of this name, or of the one that files have for it."""
-        return next((name for name in (path, *_respelled(path)) if name in self._names), None)
+        """The tensor of this name, or the one that transformers loads under it."""
+        return self._names.get(path) or self._by_loaded.get(self._loaded.of_adapter(path))
+
+    @cached_property
+    def _loaded(self) -> LoadedNames:
+        return LoadedNames(self._base)
+
+    @cached_property
+    def _by_loaded(self) -> dict[str, str]:
+        """The tensors by the names under which transformers loads them."""
+        return {self._loaded.of_file(known): name for known, name in sorted(self._names.items())}
 
     @cached_property
     def _by_end(self) -> dict[str, list[str]]:
@@ -71,7 +86,7 @@ class Names:
         ways = Counter(
             name.removesuffix(end)
             for path in paths
-            for end in {last + spelled.removeprefix(stem) for spelled in (path, *_respelled(path))}
+            for end in [last + path.removeprefix(stem)]
             for name in self._by_end.get(end, ())
         )
         if not ways:
@@ -86,11 +101,6 @@ class Names:
 def _shared(first: str, second: str) -> int:
     """How many parts two beginnings of names have in common."""
     return len(set(first.split(".")[:-1]) & set(second.split(".")[:-1]))
-
-
-def _respelled(path: str) -> list[str]:
-    """The path as files spell it, for parts that transformers 5 has renamed."""
-    return [path.replace(new, old) for new, old in _RENAMED if new in path]
 
 
 def _stem(name: str) -> str:
@@ -146,12 +156,9 @@ def find_embeddings(base: Checkpoint) -> Embeddings:
 
 
 def name_head(embedding: str, config: Mapping[str, Any]) -> str | None:
-    """What files call the output embedding of a model with this input embedding, if that is known."""
-    if embedding.startswith("language_model.model."):
-        return "language_model.lm_head.weight"
-    if embedding == "gpt_neox.embed_in.weight":
-        return "embed_out.weight"
-    return "lm_head.weight" if embedding.startswith(("model.", "transformer.")) or _generates(config) else None
+    """What transformers calls the output embedding of a model with this input embedding, if that is known."""
+    is_known = embedding.startswith(("model.", "transformer.", "language_model.", "gpt_neox.")) or _generates(config)
+    return "lm_head.weight" if is_known else None
 
 
 def _generates(config: Mapping[str, Any]) -> bool | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from weightops.errors import IncompatibleInputs
-from weightops.formats.adapter import CONFIG_NAME, Adapter, Factors
+from weightops.formats.adapter import Adapter, Factors
+from weightops.formats.adapter_files import CONFIG_NAME
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.merge_lora_names import is_head

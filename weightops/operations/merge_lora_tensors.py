@@ -6,12 +6,13 @@ from collections.abc import Container, Iterator, Sequence
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs
-from weightops.formats.adapter import CONFIG_NAME, Adapter
+from weightops.formats.adapter import Adapter
+from weightops.formats.adapter_files import CONFIG_NAME
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.merge_lora_names import Names, find_embeddings, is_head, name_head
 from weightops.operations.merge_lora_parts import Placed, Placing
-from weightops.ops.arrange import Agreed
+from weightops.ops.arrange import Agreed, cut
 from weightops.ops.dora import merge, steps
 from weightops.ops.elementwise import cast
 from weightops.ops.lora import LoraBias, Precision, ReplaceRows
@@ -38,6 +39,7 @@ class Merging:
         self._values: dict[str, LazyTensor] = dict(base)
         self.is_untied = self._share()
         self._load()
+        self._fit_vocabulary()
         changes: dict[str, list[tuple[Adapter, Placed]]] = {}
         for adapter in adapters:
             placing = Placing(adapter, self._values, self._find, self._model, precision, two)
@@ -46,13 +48,18 @@ class Merging:
         for name, own in changes.items():
             self._merge(name, own)
         self._replace_rows(changes.keys())
-        self._check_vocabulary()
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
         """The merged tensors by name, in the base's order; an output embedding that got its own comes last."""
         ordered = {name: self._values[self._slot(name)] for name in self._base}
         return ordered | {name: tensor for name, tensor in self._values.items() if name not in ordered}
+
+    @property
+    def changes(self) -> list[tuple[LazyTensor, LazyTensor]]:
+        """What the base has and what comes out, where the two are not one lazy tensor; small ones first."""
+        pairs = [(self._base[self._base_name(name)], tensor) for name, tensor in self.tensors.items()]
+        return sorted(((old, new) for old, new in pairs if old != new), key=lambda pair: pair[1].nbytes)
 
     @property
     def vocab_size(self) -> int | None:
@@ -84,6 +91,13 @@ class Merging:
 
     def _must_find(self, adapter: Adapter, path: str) -> str:
         name = self._find(path)
+        file = adapter.files.get(path)
+        if name is None and file is not None:
+            raise IncompatibleInputs(
+                f"{escape(adapter.name)}/{escape(file)}: was trained with the adapter and holds {escape(path)}, which "
+                "the base does not have",
+                hint=f"give a base that has it, or move {escape(file)} out of the folder to merge without it",
+            )
         if name is None:
             raise IncompatibleInputs(
                 f"{escape(adapter.name)}: holds {escape(path)}, which the base does not have",
@@ -128,7 +142,7 @@ class Merging:
         for adapter in self._adapters:
             for path, tensor in sorted({**adapter.base, **adapter.whole}.items(), key=lambda item: is_head(item[0])):
                 name = self._must_find(adapter, path)
-                is_saved = path in adapter.whole and adapter.is_saved_whole(path)
+                is_saved = path in adapter.whole and self._is_saved(adapter, path)
                 new = self._fitted(adapter, path, name, tensor)
                 earlier, other = loaded.get(name, (None, ""))
                 if earlier is adapter and is_saved:
@@ -138,7 +152,7 @@ class Merging:
                     if is_saved or name in self._saved:
                         raise IncompatibleInputs(
                             f"{escape(earlier.name)} and {escape(adapter.name)} both replace {escape(name)}",
-                            hint="merge one of them only",
+                            hint="merge the first into the base, and the second into the result",
                         )
                     self.notes.append(f"{escape(name)} is that of {escape(adapter.name)}, the last that has it")
                 loaded[name] = (adapter, path)
@@ -147,10 +161,17 @@ class Merging:
                     self._saved.add(name)
             self._check_saved(adapter, {name for name, (of, _) in loaded.items() if of is adapter})
 
+    def _is_saved(self, adapter: Adapter, path: str) -> bool:
+        """Whether a tensor is of a module in `modules_to_save`, or tied to one: then peft 0.21 does not list it."""
+        ties = adapter.config.ensure_weight_tying and bool(adapter.config.modules_to_save)
+        is_tied = ties and self._find(path) in self._embeddings.names and self._embeddings.is_tied
+        return adapter.is_saved_whole(path) or is_tied
+
     def _check_saved(self, adapter: Adapter, loaded: Container[str]) -> None:
         """Refuse an adapter that lacks a tensor of a module in its `modules_to_save`."""
         for name in self._base:
-            if adapter.is_saved_whole(name) and self._slot(name) not in loaded:
+            is_lacking = adapter.is_saved_whole(name) and self._slot(name) not in loaded
+            if is_lacking and adapter.is_saved_whole(self._names.as_loaded(name)):
                 raise CorruptInput(
                     f"{escape(adapter.name)}: lacks {escape(name)}, whose module {CONFIG_NAME} has in modules_to_save",
                     hint="fetch the adapter again",
@@ -199,12 +220,12 @@ class Merging:
             if is_tied and adapter.config.ensure_weight_tying:
                 raise IncompatibleInputs(
                     f"{where}: with ensure_weight_tying peft adds the change of tied embeddings twice",
-                    hint="untie the embeddings of the base first, or merge this adapter with peft",
+                    hint="run it unmerged with peft: what merging gives there is not what was trained",
                 )
             if is_tied and placed.part.has_magnitude and len(sides) > 1:
                 raise IncompatibleInputs(
                     f"{where}: DoRA of the one, and other factors of the other of two tied embeddings",
-                    hint="untie the embeddings of the base first, or merge this adapter with peft",
+                    hint="`weightops shard --untie` gives the base two embeddings, each of which then gets its own",
                 )
         if is_tied:
             shown = " and ".join(sorted({escape(placed.path) for _, placed in own}))
@@ -239,10 +260,14 @@ class Merging:
         """Put in place the rows of `trainable_token_indices`."""
         taken: dict[tuple[str, bool], set[int]] = {}
         for adapter in self._adapters:
+            done: set[str] = set()
             for path, tensor in sorted(adapter.rows.items(), key=lambda item: is_head(f"{item[0]}.weight")):
                 where = f"{escape(adapter.name)}: {escape(path)}"
                 name = self._must_find(adapter, f"{path}.weight")
                 rows, spec = adapter.token_rows(path), self._values[name].spec
+                if not rows and self._is_shared and name in done:
+                    continue  # peft saves those of the input embedding once more under the head that is tied to it
+                done.add(name)
                 if name in merged or name in self._saved:
                     raise IncompatibleInputs(
                         f"{where} has rows of its own, and the same tensor is changed as a whole",
@@ -263,15 +288,27 @@ class Merging:
                 op = ReplaceRows(rows)
                 self._values[name] = LazyTensor.make(op, self._values[name], cast(tensor, spec.dtype))
 
-    def _check_vocabulary(self) -> None:
-        """Refuse embeddings of which one has another number of tokens now."""
+    def _fit_vocabulary(self) -> None:
+        """Give both embeddings the number of tokens that an adapter holds one of them for.
+
+        peft saves no embedding that has no factors, so one that was resized in training has lost its new rows.
+        """
         known = self._embeddings
         if known.embedding is None or known.head is None or self._is_shared:
             return
-        first, second = (self._values[name].spec.shape[0] for name in (known.embedding, known.head))
-        before = {self._base[self._base_name(name)].spec.shape[0] for name in known.names}
-        if first != second and len(before) == 1:
+        pair = (known.embedding, known.head)
+        rows = {name: self._values[name].spec.shape[0] for name in pair}
+        before = {name: self._base[self._base_name(name)].spec.shape[0] for name in pair}
+        if len(set(rows.values())) == 1 or len(set(before.values())) != 1:
+            return
+        resized, other = pair if rows[pair[0]] != before[pair[0]] else pair[::-1]
+        if rows[resized] > rows[other]:
             raise IncompatibleInputs(
-                f"{escape(known.embedding)} has {first} rows and {escape(known.head)} {second} after the merge",
-                hint="the adapter holds one of them for a larger vocabulary, and not the other",
+                f"an adapter holds {escape(resized)} with {rows[resized]} rows, and not the new ones of "
+                f"{escape(other)}, which has {rows[other]} in the base",
+                hint=f"give the base as it was in training: after resize_token_embeddings({rows[resized]})",
             )
+        self.notes.append(
+            f"{escape(other)} is cut to the {rows[resized]} rows that an adapter has of {escape(resized)}"
+        )
+        self._values[other] = cut(self._values[other], 0, 0, rows[resized])

@@ -24,7 +24,7 @@ from weightops.formats.gptq import (
 )
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.pairing import listed, refuse_delta
+from weightops.operations.pairing import listed, refuse_adapter, refuse_delta
 from weightops.ops.bitpack import period
 from weightops.ops.gptq_tensors import INTEGERS, GroupIndex, Pack, PackZeros, as_codes
 from weightops.ops.loss import counted_cast
@@ -64,6 +64,7 @@ def pack(
     point of 0 in v1, and scales that are zero, subnormal in float16 or no numbers.
     """
     refuse_delta(source, "the source")
+    refuse_adapter(source, "the source")
     refuse_parts(source)
     where = escape(source.name)
     period(bits)

@@ -8,6 +8,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
+from weightops.formats.adapter_files import is_adapter
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.io.escape import escape
 from weightops.layouts.rotary import inverse_frequencies
@@ -42,6 +43,15 @@ def refuse_delta(checkpoint: Checkpoint, role: str) -> None:
     """A delta is not a model, whatever its files look like."""
     if DELTA_NAME in checkpoint.sidecars:
         raise IncompatibleInputs(f"{role} {escape(checkpoint.name)} is a delta, not a model", hint="recover it first")
+
+
+def refuse_adapter(checkpoint: Checkpoint, role: str) -> None:
+    """An adapter is a part of a model; raises `IncompatibleInputs`."""
+    if is_adapter(checkpoint):
+        raise IncompatibleInputs(
+            f"{role} {escape(checkpoint.name)} is a LoRA adapter, not a model",
+            hint="`weightops merge-lora` makes a model of it and the base that it was trained on",
+        )
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:

@@ -26,7 +26,7 @@ from weightops.inference.model import BlockModel
 from weightops.io.escape import escape
 from weightops.io.source import FileReader
 from weightops.lazy import LazyTensor
-from weightops.operations.pairing import refuse_delta
+from weightops.operations.pairing import refuse_adapter, refuse_delta
 from weightops.plan import identity_of
 from weightops.quantization.calibration import Calibration
 from weightops.quantization.driver import find_modules, quantize_blocks
@@ -119,6 +119,7 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     method without data.
     """
     refuse_delta(source, "the source")
+    refuse_adapter(source, "the source")
     if CONFIG_KEY in source.config() or prefixes(source):
         raise IncompatibleInputs(
             f"{escape(source.name)} is quantised already",

@@ -18,7 +18,7 @@ from weightops.formats import checksums
 from weightops.formats import manifest as manifest_format
 from weightops.formats.containers import CONTAINERS, without_place
 from weightops.formats.folder import WEIGHT_SUFFIXES as _FILES
-from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.formats.folder import is_remote, open_adapter, open_checkpoint
 from weightops.formats.manifest import Manifest
 from weightops.formats.sidecars import left_behind
 from weightops.io.brief import brief
@@ -108,7 +108,12 @@ def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
     """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
     with connected(running, any(is_remote(place.path) for place in recipe.sources.values())) as web:
         control = running.get("control") or Control()
-        made = {name: open_checkpoint(place.path, web, place.weights) for name, place in recipe.sources.items()}
+        made = {
+            name: (open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint)(
+                place.path, web, place.weights
+            )
+            for name, place in recipe.sources.items()
+        }
         sources = dict(made)
         evaluate = _evaluate(control)
         for name in recipe.order():

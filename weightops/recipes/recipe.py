@@ -78,6 +78,10 @@ class Recipe:
                 self._visit(source, (*above, name), done)
             done[name] = None
 
+    def roles(self, name: str) -> set[str]:
+        """What the steps take this source or step as."""
+        return {role for step in self.steps.values() for role, names in step.inputs.items() if name in names}
+
     def behind(self, name: str) -> set[str]:
         """The name, and those of everything that it is made of."""
         found = {name}

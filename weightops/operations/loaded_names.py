@@ -1,0 +1,148 @@
+"""How transformers calls what files hold: the renamings that its model of a config.json does when it loads them.
+
+Adapters name modules as the model does, of the version of transformers that they were trained with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from weightops.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+STACKED = (".gate_up_proj", ".down_proj")
+"""Parameters that hold a matrix for each expert; the first those of two layers, one below the other."""
+_COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|stages?)|(encoder|decoder)_layers|depths?|n_?layers?")
+"""Settings that say how many modules there are."""
+_EXPERTS = re.compile(r"\w*num_experts|(n|num)_\w*experts|moe_num_experts")
+_MAX_EXPERTS = 4096
+"""They are stacked in few parameters."""
+
+
+class LoadedNames:
+    """The names that transformers' model of a base has for the tensors of files, and for the paths of adapters.
+
+    Where transformers knows no model of its own for config.json, every name is its own, and `parameters` is empty. No
+    code of others is run. `modules` are all modules of the model, `linears` those that are Linear layers or Conv1D.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.parameters: frozenset[str] = frozenset()
+        self.modules: tuple[str, ...] = ()
+        self.linears: frozenset[str] = frozenset()
+        self._known: frozenset[str] = frozenset()
+        self._renamed: Callable[[str], str] = str
+        self._converters: list[WeightConverter] = []
+        self._prefix = ""
+        model = _skeleton(base.config(), len(base))
+        if model is not None:
+            self._read(model)
+
+    def _read(self, model: PreTrainedModel) -> None:
+        from torch.nn import Linear
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+        from transformers.pytorch_utils import Conv1D
+
+        self.parameters = frozenset(name for name, _ in model.named_parameters())
+        self.modules = tuple(name for name, _ in model.named_modules() if name)
+        self.linears = frozenset(name for name, part in model.named_modules() if isinstance(part, Linear | Conv1D))
+        self._known, self._prefix = frozenset(model.state_dict()), f"{model.base_model_prefix}."
+        self._renamed = renaming(model)
+        self._converters = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
+
+    def of_file(self, name: str) -> str:
+        """What the model calls a tensor of a file."""
+        return self._placed(self._renamed(name))
+
+    def of_adapter(self, path: str) -> str:
+        """What the model calls a tensor that an adapter has under this path, which may be that of older versions."""
+        return path if path in self._known else self.of_file(path)
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter or a persistent buffer of this name."""
+        return name in self._known
+
+    def is_converted(self, name: str) -> bool:
+        """Whether a parameter of the model may be made of tensors of files that have other shapes."""
+        targets = (target for converter in self._converters for target in converter.target_patterns)
+        return any(target.replace("\\", "") in name for target in targets)
+
+    def stacked(self, name: str) -> str | None:
+        """The parameter into which the model stacks a tensor of a file, with those of other experts, in peft's way.
+
+        Source: `build_peft_weight_mapping` of peft 0.21.
+        """
+        loaded = self.of_file(name)
+        for converter in self._converters:
+            found, pattern = converter.rename_source_key(loaded)
+            if pattern is not None:
+                operations = [type(operation).__name__ for operation in converter.operations]
+                is_stack = operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+                found = self._placed(found)
+                return found if is_stack and found in self.parameters and found.endswith(STACKED) else None
+        return None
+
+    def _placed(self, name: str) -> str:
+        """With the first part that models with a head have before the others, or without."""
+        spellings = (name, f"{self._prefix}{name}", name.removeprefix(self._prefix))
+        return next((spelling for spelling in spellings if spelling in self._known), name)
+
+
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """From names in files, also older ones, to those that transformers has for them when it loads `model`.
+
+    Names are to be asked for in their order: some renamings depend on what they have seen before.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for each in renamings:
+            name, _ = each.rename_source_key(name)
+        return name
+
+    return renamed
+
+
+def _skeleton(config: Mapping[str, Any], n_tensors: int) -> PreTrainedModel | None:
+    """The model on meta, by its class in config.json; None where there is none, or it cannot be that of the files."""
+    if not config or not _is_credible(config, n_tensors):
+        return None
+    import torch
+    import transformers
+
+    model_type = str(config.get("model_type"))
+    if model_type not in transformers.CONFIG_MAPPING:
+        return None
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        made = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
+        with torch.device("meta"):
+            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+                return kind(made)
+            return transformers.AutoModelForCausalLM.from_config(made)  # type: ignore[no-any-return, no-untyped-call]
+    except Exception:  # transformers and its validators raise what they like: then nothing is known of this model
+        return None
+
+
+def _is_credible(config: Mapping[str, Any], n_tensors: int) -> bool:
+    """Whether a config asks for no more modules than there are tensors, before a model of them all is made."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and not _is_credible(value, n_tensors):
+            return False
+        counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+        limit = n_tensors if _COUNT.fullmatch(key) else _MAX_EXPERTS if _EXPERTS.fullmatch(key) else None
+        if limit is not None and any(count > limit for count in counts):
+            return False
+    return True
