@@ -19,8 +19,9 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from weightops.errors import NoRoom, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.generate import Generation
+from weightops.inference.pieces import pieces
 from weightops.inference.sampling import Sampling
-from weightops.inference.tokens import load_tokenizer, pieces
+from weightops.inference.tokens import load_tokenizer
 from weightops.operations.recover import recover
 
 PROMPT = "Streaming tensors,"

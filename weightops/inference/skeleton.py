@@ -55,13 +55,24 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         raise UsageError(
             f"{shown}: its weights are quantised by {escape(repr(method))}, and of these only gptq is run here"
         )
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: _with_floats(value) for key, value in config.items() if key != "quantization_config"}
     try:
         return CONFIG_MAPPING[model_type].from_dict(plain)
     except Exception as error:  # transformers and its validators raise what they like
         raise IncompatibleInputs(
             f"{shown}: transformers does not take its config.json: {escape(str(error).splitlines()[0])}"
         ) from error
+
+
+def _with_floats(value: Any) -> Any:
+    """With the numbers that JSON has no form for, which transformers writes as `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_with_floats(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _with_floats(each) for key, each in value.items()}
 
 
 def build(config: PretrainedConfig, shown: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 _BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_CONTEXT = 5
-"""Tokens before the new ones that decide how these are written: a space before a word, say."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -78,8 +76,11 @@ def read_text(paths: Iterable[Path]) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Tokens `[n]` int64 of a text, with the special tokens that the tokenizer puts around it (a bos, mostly)."""
-    found: torch.Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return found.to(torch.int64)
+    return _tensor(tokenizer(text, verbose=False).input_ids)
+
+
+def _tensor(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int, shown: str) -> None:
@@ -96,8 +97,10 @@ def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, shown: str) -> torch.Tensor:
     """Tokens `[n]` of a prompt; with `chat` as what a user says, by the tokenizer's chat template.
 
-    Raises `UsageError` if there is no such template, or the prompt is empty.
+    Raises `UsageError` if there is no such template, or the prompt is empty or no text.
     """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UsageError("the prompt is not text in UTF-8", hint="give --prompt - and the text on stdin, in UTF-8")
     if not chat:
         tokens = encode(tokenizer, prompt)
     elif not tokenizer.chat_template:
@@ -108,37 +111,36 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
             text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
             raise CorruptInput(f"{shown}: its chat template fails: {escape(str(error))}") from error
-        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].to(torch.int64)
+        tokens = _tensor(tokenizer(text, add_special_tokens=False).input_ids)
     if len(tokens) == 0:
         raise UsageError("the prompt is empty, and the tokenizer begins with no special token", hint="give --prompt")
     return tokens
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens as they come; a character that takes several tokens comes with the last of them."""
-    kept = list(prompt[-_CONTEXT:])
-    shown = len(kept)
-
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    for token in tokens:
-        kept.append(token)
-        before, now = text(kept[:shown]), text(kept)
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
-            kept = kept[-_CONTEXT:]
-            shown = len(kept)
-    before, now = text(kept[:shown]), text(kept)
-    if len(now) > len(before):
-        yield now[len(before) :]
-
-
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: by generation_config.json, else config.json, else the tokenizer."""
+    """Tokens that end a text: by generation_config.json, else config.json, else the tokenizer.
+
+    Raises `CorruptInput` for what is no number of a token.
+    """
     data = checkpoint.sidecar("generation_config.json")
     settings = strict_json.load_object(data, f"{checkpoint.name}: generation_config.json") if data is not None else {}
-    for found in (settings.get("eos_token_id"), checkpoint.config().get("eos_token_id"), tokenizer.eos_token_id):
+    for name, document in (("generation_config.json", settings), ("config.json", checkpoint.config())):
+        found = document.get("eos_token_id")
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
+            return frozenset(_token_ids(found, f"{escape(checkpoint.name)}: {name}", tokenizer))
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+
+def _token_ids(value: object, where: str, tokenizer: Any) -> list[int]:
+    given = value if isinstance(value, list) else [value]
+    ids = [token for token in given if type(token) is int]
+    if len(ids) == len(given):
+        return ids
+    odd = next(token for token in given if type(token) is not int)
+    known = tokenizer.get_vocab().get(odd) if isinstance(odd, str) else None
+    raise CorruptInput(
+        f"{where}: eos_token_id is {escape(json.dumps(value))[:80]}, expected the number of a token or a list of such",
+        hint="write the token's number there, or null for the tokenizer's own end"
+        if known is None
+        else f"write {known}, which is the number of {escape(json.dumps(odd))}",
+    )
