@@ -158,6 +158,8 @@ def evaluate(
         # A block is dequantised once, for all windows: nothing is faster, so that is what `auto` means.
         if engine == "packed":
             model.keep_packed()
+    for model in models:
+        model.refuse_joined_blocks()
     seq_len = _seq_len(models, seq_len)
     readers = [_read(m, c, text, seq_len) for m, c in zip(models, given, strict=True)]
     if reference is not None:

@@ -61,7 +61,7 @@ class Generation:
         self._prompt = encode_prompt(self._tokenizer, prompt, chat=chat, shown=self._model.shown)
         check_tokens(self._prompt, self._tokenizer, self._model.vocab_size, self._model.shown)
         self._max_new_tokens = self._room(max_new_tokens)
-        self._end = end_tokens(checkpoint, self._tokenizer)
+        self._end = end_tokens(checkpoint, self._tokenizer, chat=chat)
         refuse_unquantized(engine, [self._model.shown], is_any=bool(self._model.packable))
         room = max_nbytes if max_nbytes is not None else _room_on(device)
         self.dequantized_nbytes = _whole_nbytes(self._model)

@@ -15,7 +15,7 @@ from weightops.engine.control import Control
 from weightops.engine.limits import release_freed
 from weightops.errors import UsageError
 from weightops.inference import skeleton
-from weightops.inference.arguments import BlockArguments
+from weightops.inference.arguments import BlockArguments, beyond_hidden_states
 from weightops.inference.names import Part, match, split_experts
 from weightops.inference.packed import Engine, PackedWeight, find_packed
 from weightops.inference.weights import read_all
@@ -73,7 +73,7 @@ class BlockModel:
         self.module: PreTrainedModel = skeleton.build(self.config, self.shown, dtype)
         self.checkpoint = checkpoint = split_experts(self.module, checkpoint)
         self.blocks: list[str] = skeleton.find_blocks(self.module, self.shown)
-        self._parts = match(self.module, checkpoint, self.shown)
+        self._parts, self._left_out = match(self.module, checkpoint, self.shown, self._control)
         self.packable: dict[str, PackedWeight] = find_packed(self.module, self._parts) if self.quantized else {}
         """By the names of their parameters, weights that `keep_packed` keeps as integers."""
         self.is_packed = False
@@ -99,11 +99,12 @@ class BlockModel:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What there is to say about the checkpoint's files."""
+        found = (*self.checkpoint.warnings, *self._left_out)
         rest = len(self.quantized) - len(self.packable)
         if not self.is_packed or rest <= 0:
-            return self.checkpoint.warnings
+            return found
         left = f"{rest} of {len(self.quantized)} quantised layers are dequantised, because {type(self.module).__name__}"
-        return (*self.checkpoint.warnings, f"{self.shown}: {left} has no plain linear layers for them")
+        return (*found, f"{self.shown}: {left} has no plain linear layers for them")
 
     @property
     def max_positions(self) -> int | None:
@@ -170,8 +171,8 @@ class BlockModel:
         for part in self.parts_of(name):
             self._place(part, torch.empty(part.tensor.spec.shape, dtype=part.dtype, device="meta"))
 
-    def _place(self, part: Part, tensor: torch.Tensor) -> None:
-        placed = tensor if part.is_buffer else nn.Parameter(tensor, requires_grad=False)
+    def _place(self, part: Part, tensor: torch.Tensor, *, requires_grad: bool = False) -> None:
+        placed = tensor if part.is_buffer else nn.Parameter(tensor, requires_grad)
         for name in part.names:
             skeleton.place(self.module, name, placed)
 
@@ -194,13 +195,7 @@ class BlockModel:
         architecture; for `run` they serve for other tokens too, if `B` and `T` are the same. Needs `load("")`. Raises
         `UsageError` for a model whose blocks are not run apart, or are given other arguments for other tokens.
         """
-        found = self._caught(tokens.to(self.device))
-        if found is None:
-            # The model took the first of what a block returned, which was a tensor: so it expects a tuple.
-            self._returns_tuples = True
-            found = self._caught(tokens.to(self.device))
-        assert found is not None
-        hidden, given = found
+        hidden, given = self._entering(tokens.to(self.device))
         shape, before = self._given
         if shape == tokens.shape and before is not None and not before.equals(given):
             raise UsageError(
@@ -209,6 +204,35 @@ class BlockModel:
             )
         self._given = (tokens.shape, given)
         return hidden, given
+
+    def refuse_joined_blocks(self) -> None:
+        """Raise `UsageError` for a model whose blocks are not run apart, before weights are read.
+
+        Its forward says so with zeros for weights, which take no memory. Nothing may be loaded yet.
+        """
+        tokens = torch.zeros((1, 3), dtype=torch.int64, device=self.device)
+        for part in self.parts_of(""):
+            zeros = torch.zeros((), dtype=part.dtype, device=self.device).expand(part.tensor.spec.shape)
+            self._place(part, zeros, requires_grad=zeros.is_floating_point())
+        with torch.enable_grad():
+            hidden, given = self._entering(tokens)
+        self.unload("")
+        name = beyond_hidden_states(given.of_blocks, tokens)
+        if hidden.ndim != 3 or name is not None:
+            what = f"gives its blocks {name}" if name else f"has hidden states of {hidden.ndim - 1} dimensions a token"
+            raise UsageError(
+                f"{self.shown}: {type(self.module).__name__} {what}, so it is not run block by block",
+                hint="`weightops generate` runs it whole",
+            )
+
+    def _entering(self, tokens: torch.Tensor) -> tuple[torch.Tensor, BlockArguments]:
+        found = self._caught(tokens)
+        if found is None:
+            # The model took the first of what a block returned, which was a tensor: so it expects a tuple.
+            self._returns_tuples = True
+            found = self._caught(tokens)
+        assert found is not None
+        return found
 
     def _caught(self, tokens: torch.Tensor) -> tuple[torch.Tensor, BlockArguments] | None:
         entered: list[torch.Tensor] = []
@@ -243,8 +267,8 @@ class BlockModel:
         """Block `i` alone, which must be loaded: hidden states `[B, T, hidden]` to such; `kwargs` are from `embed`."""
         given = kwargs.of_blocks[i] if isinstance(kwargs, BlockArguments) else kwargs
         result = self.module.get_submodule(self.blocks[i])(hidden.to(self.device), **given)
-        self._returns_tuples = isinstance(result, tuple)
-        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+        self._returns_tuples = isinstance(result, tuple | list)  # GPT-1 gives a list
+        return result[0] if self._returns_tuples else result  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

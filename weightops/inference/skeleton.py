@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+from weightops.formats.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from weightops.inference.linears import make_linears
 from weightops.io.escape import escape
 from weightops.operations.modules import last_part
@@ -37,6 +38,12 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
     shown = escape(checkpoint.name)
     config = checkpoint.config()
+    is_adapter = ADAPTER_CONFIG in checkpoint.sidecars
+    if is_adapter and (not config or all(name.startswith("base_model.") for name in checkpoint)):
+        raise UsageError(
+            f"{shown}: is an adapter, no model",
+            hint=f"`weightops merge-lora --base BASE --adapter {shown} --out OUT` makes a model of it and its base",
+        )
     if not config:
         raise SourceMissing(
             f"{shown}: has no config.json, so nothing says how to run it",
@@ -60,7 +67,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(plain)
     except Exception as error:  # transformers and its validators raise what they like
         raise IncompatibleInputs(
-            f"{shown}: transformers does not take its config.json: {escape(str(error).splitlines()[0])}"
+            f"{shown}: transformers does not take its config.json: {escape(' '.join(str(error).split()))[:300]}"
         ) from error
 
 

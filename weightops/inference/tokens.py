@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def _without_code(config: bytes, shown: str) -> bytes:
     """config.json without what names other files or weights: a tokenizer needs its model_type at most."""
     kept = ("model_type", "tokenizer_class")
-    document = strict_json.load_object(config, f"{shown}: config.json")
+    document = strict_json.load_object(config, f"{shown}: config.json", constants=True)
     return json.dumps({key: document[key] for key in kept if key in document}).encode()
 
 
@@ -76,11 +76,8 @@ def read_text(paths: Iterable[Path]) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Tokens `[n]` int64 of a text, with the special tokens that the tokenizer puts around it (a bos, mostly)."""
-    return _tensor(tokenizer(text, verbose=False).input_ids)
-
-
-def _tensor(tokens: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(tokens, dtype=torch.int64)
+    found: torch.Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return found.to(torch.int64)
 
 
 def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int, shown: str) -> None:
@@ -111,24 +108,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
             text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
             raise CorruptInput(f"{shown}: its chat template fails: {escape(str(error))}") from error
-        tokens = _tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].to(torch.int64)
     if len(tokens) == 0:
         raise UsageError("the prompt is empty, and the tokenizer begins with no special token", hint="give --prompt")
     return tokens
 
 
-def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+def end_tokens(checkpoint: Checkpoint, tokenizer: Any, *, chat: bool = False) -> frozenset[int]:
     """Tokens that end a text: by generation_config.json, else config.json, else the tokenizer.
 
-    Raises `CorruptInput` for what is no number of a token.
+    A turn of a `chat` ends with the tokenizer's own end too, which the files of many chat models leave out. Raises
+    `CorruptInput` for what is no number of a token.
     """
+    own = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
     data = checkpoint.sidecar("generation_config.json")
     settings = strict_json.load_object(data, f"{checkpoint.name}: generation_config.json") if data is not None else {}
     for name, document in (("generation_config.json", settings), ("config.json", checkpoint.config())):
         found = document.get("eos_token_id")
         if found is not None:
-            return frozenset(_token_ids(found, f"{escape(checkpoint.name)}: {name}", tokenizer))
-    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+            stated = frozenset(_token_ids(found, f"{escape(checkpoint.name)}: {name}", tokenizer))
+            return stated | own if chat else stated
+    return own
 
 
 def _token_ids(value: object, where: str, tokenizer: Any) -> list[int]:

@@ -122,6 +122,8 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     if options.method == "gptq" and calibration is None:
         raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
     model = BlockModel(source, dtype=compute_dtype(source, device), device=device)
+    if calibration is not None:
+        model.refuse_joined_blocks()
     modules = find_modules(model, options)
     # The model's checkpoint, in which experts that were stored in one tensor have one each.
     return Run(model.checkpoint, model, modules, options, calibration, tuple(_warnings(model, modules, calibration)))
