@@ -39,6 +39,11 @@ def pick_device(name: str) -> str:
     return name
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model was made for, in tokens; None if its positions have no end."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 class BlockModel:
     """A decoder-only transformers model without weights, filled from a checkpoint part by part.
 
@@ -109,7 +114,7 @@ class BlockModel:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the model was made for, in tokens; None if its positions have no end."""
-        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return max_positions(self.config)
 
     def parts_of(self, name: str) -> list[Part]:
         """The parameters and persistent buffers below module `name`, or outside the blocks if it is ""."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,16 +62,21 @@ def _without_code(config: bytes, shown: str) -> bytes:
 
 
 def read_text(paths: Iterable[Path]) -> str:
-    """Text files, joined by blank lines. Raises `SourceMissing`, or `CorruptInput` for what is not text in UTF-8."""
-    found = []
-    for path in paths:
-        try:
-            found.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise CorruptInput(f"{escape(str(path))}: is not text in UTF-8: {error.reason}") from None
-        except OSError as error:
-            raise SourceMissing(f"{escape(str(path))}: cannot be read: {error.strerror}") from None
-    return "\n\n".join(found)
+    """Text files, joined by blank lines, with line feeds at the ends of lines; raises as `read_utf8` does."""
+    return "\n\n".join(read_utf8(path).replace("\r\n", "\n").replace("\r", "\n") for path in paths)
+
+
+def read_utf8(path: Path) -> str:
+    """A text file, without the mark that some begin with.
+
+    Raises `SourceMissing`, or `CorruptInput` for what is not text in UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptInput(f"{escape(str(path))}: is not text in UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise SourceMissing(f"{escape(str(path))}: cannot be read: {error.strerror}") from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
@@ -103,15 +108,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     elif not tokenizer.chat_template:
         raise UsageError(f"{shown}: its tokenizer has no chat template", hint="leave out --chat")
     else:
-        conversation = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
-            raise CorruptInput(f"{shown}: its chat template fails: {escape(str(error))}") from error
-        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].to(torch.int64)
+        tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}], shown, is_whole=False)
     if len(tokens) == 0:
         raise UsageError("the prompt is empty, and the tokenizer begins with no special token", hint="give --prompt")
     return tokens
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str, *, is_whole: bool
+) -> torch.Tensor:
+    """Tokens `[n]` of a conversation by the tokenizer's chat template, which asks for an answer unless it `is_whole`.
+
+    Raises `CorruptInput` if the template refuses it.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=not is_whole, tokenize=False
+        )
+    except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
+        raise CorruptInput(f"{where}: the tokenizer's chat template fails: {escape(str(error))}") from error
+    found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    return found.to(torch.int64)
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any, *, chat: bool = False) -> frozenset[int]:
