@@ -21,7 +21,7 @@ from weightops.errors import IncompatibleInputs
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.linears import Experts, expert_weights, left_as_they_are, make_linears, routers
 from weightops.inference.model import BlockModel
-from weightops.inference.skeleton import place
+from weightops.layouts.skeleton import place
 
 TOKENS = torch.randint(2, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 COUNT, HIDDEN, INNER = 5, 24, 16

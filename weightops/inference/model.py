@@ -14,12 +14,13 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.limits import release_freed
 from weightops.errors import UsageError
-from weightops.inference import skeleton
 from weightops.inference.arguments import BlockArguments, beyond_hidden_states
 from weightops.inference.names import Part, match, split_experts
 from weightops.inference.packed import Engine, PackedWeight, find_packed
+from weightops.inference.skeleton import build, find_blocks
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.layouts.skeleton import place, read_config
 from weightops.spec import DType
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ class BlockModel:
         if self.quantized:
             checkpoint = _dequantized(checkpoint, self._control)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.config: PretrainedConfig = skeleton.read_config(checkpoint)
-        self.module: PreTrainedModel = skeleton.build(self.config, self.shown, dtype)
+        self.config: PretrainedConfig = read_config(checkpoint)
+        self.module: PreTrainedModel = build(self.config, self.shown, dtype)
         self.checkpoint = checkpoint = split_experts(self.module, checkpoint)
-        self.blocks: list[str] = skeleton.find_blocks(self.module, self.shown)
+        self.blocks: list[str] = find_blocks(self.module, self.shown)
         self._parts, self._left_out = match(self.module, checkpoint, self.shown, self._control)
         self.packable: dict[str, PackedWeight] = find_packed(self.module, self._parts) if self.quantized else {}
         """By the names of their parameters, weights that `keep_packed` keeps as integers."""
@@ -86,7 +87,7 @@ class BlockModel:
         """Linears whose places kernels have, by name."""
         for name, buffer in list(self.module.named_buffers()):
             if buffer.device.type != "meta":
-                skeleton.place(self.module, name, buffer.to(device))
+                place(self.module, name, buffer.to(device))
         self._returns_tuples = False
         self._given: tuple[torch.Size, BlockArguments | None] = (torch.Size(), None)
         """What blocks were given last, for tokens of which shape."""
@@ -179,7 +180,7 @@ class BlockModel:
     def _place(self, part: Part, tensor: torch.Tensor, *, requires_grad: bool = False) -> None:
         placed = tensor if part.is_buffer else nn.Parameter(tensor, requires_grad)
         for name in part.names:
-            skeleton.place(self.module, name, placed)
+            place(self.module, name, placed)
 
     @contextmanager
     def loaded(self, *names: str) -> Iterator[None]:

@@ -13,9 +13,9 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.errors import IncompatibleInputs
 from weightops.inference.linears import TransposedLinear, expert_weights
-from weightops.inference.skeleton import is_persistent
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.layouts.skeleton import is_persistent
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
 from weightops.ops.elementwise import Reinterpret

@@ -23,8 +23,8 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
-from weightops.inference.skeleton import read_config
 from weightops.io.escape import escape
+from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor
 from weightops.operations.pairing import refuse_delta
 from weightops.plan import identity_of
