@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +13,12 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
 from weightops.formats.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from weightops.io.escape import escape
+from weightops.layouts.architecture import beyond_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 META = torch.device("meta")
-_COUNTS = re.compile(r"(?!max_)(.*_)?(n_layer|(hidden_|n_)?layers|num_.*layer|num_blocks|(n|num)_.*blocks|depth)")
-_EXPERTS = re.compile(r"(n|num)_.*experts|num_experts")
 _PER_TENSOR, _AT_LEAST = 4, 1000
 """How many parameters a model may have for each tensor of its files (a fused one is several), and how many at least."""
 
@@ -78,29 +76,6 @@ def parse_config(config: Mapping[str, Any], shown: str) -> PretrainedConfig:
         raise IncompatibleInputs(
             f"{shown}: transformers does not take its config.json: {escape(' '.join(str(error).split()))[:300]}"
         ) from error
-
-
-def beyond_files(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
-    """A sentence on the first count of layers or experts in config.json for which the files have too few tensors.
-
-    Such a config costs time and memory as soon as it is read. A stacked tensor may hold as many experts as it is high.
-    """
-    most = len(checkpoint)
-    experts = max([most, *(tensor.spec.shape[0] for tensor in checkpoint.values() if tensor.spec.shape)])
-    for key, value in _numbers(config, ""):
-        name = key.rpartition(".")[2]
-        limit = most if _COUNTS.fullmatch(name) else experts if _EXPERTS.fullmatch(name) else None
-        if limit is not None and value > limit:
-            return f"config.json: {escape(key)} is {str(value)[:80]}, the files have {most} tensors"
-    return None
-
-
-def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif type(value) is int:
-            yield f"{prefix}{key}", value
 
 
 class EmptyOnMeta(TorchFunctionMode):
