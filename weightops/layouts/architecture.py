@@ -88,6 +88,8 @@ def find(config: Mapping[str, Any], checkpoint: Checkpoint, cache: Path | None) 
 
     Raises `NotKnown`, before anything is built for a config that is `BeyondFiles`.
     """
+    if all(key.endswith("_id") for key, _ in _numbers(config, "")):
+        raise NotKnown("config.json does not say how large the model is")
     excess = beyond_files(config, checkpoint)
     if excess:
         raise BeyondFiles(excess)

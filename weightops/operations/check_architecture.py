@@ -74,8 +74,9 @@ def architecture_findings(
         zip((architecture.stored, architecture.loaded), forms, strict=True), key=lambda pair: len(pair[1])
     )
     present = {*known, *quantised}
-    tied = {name for group in architecture.tied if present.intersection(group) for name in group}
-    missing = [n for n in form if n not in present and n not in tied and not _matches(n, architecture.may_lack)]
+    spared = {name for group in architecture.tied for name in _spared(group, present, form)}
+    there = present | spared
+    missing = [n for n in form if n not in there and not _matches(n, architecture.may_lack)]
     taken = set(known.values())
     left = [n for n in own if n not in taken and not _matches(n, architecture.may_have)]
     if missing and left:
@@ -89,6 +90,12 @@ def architecture_findings(
         text = f"{len(left)} tensors are no part of {architecture.name}: {listed(left)}"
         yield Finding("warning", "unexpected", left[0], text, "transformers leaves them out")
     yield from _shape_findings(checkpoint, architecture, {n: s for n, s in known.items() if n not in quantised}, form)
+
+
+def _spared(group: Collection[str], present: Collection[str], form: Shapes) -> list[str]:
+    """Those of tied names that need not be there: all if one is, else all but the one that files have."""
+    names = [name for name in group if name in form]
+    return names if any(name in present for name in group) else names[1:]
 
 
 def _shape_findings(
