@@ -69,6 +69,30 @@ def taken_apart(module: nn.Module) -> Experts:
     return experts
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("odd", ["has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"])
+def test_experts_that_are_odd_in_one_way_are_left_whole(kind: type[nn.Module], odd: str) -> None:
+    module = stacked(kind)
+    setattr(module, odd, odd != "is_concatenated")
+    model = nn.ModuleDict({"experts": module})
+    make_linears(model)
+    assert model["experts"] is module
+    assert expert_weights(model) == {}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_so_are_experts_with_another_parameter_buffer_or_shape(kind: type[nn.Module]) -> None:
+    extra, buffered, uneven, flat = (stacked(kind) for _ in range(4))
+    extra.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    buffered.register_buffer("seen", torch.ones(1))
+    uneven.down_proj = nn.Parameter(torch.ones(COUNT, HIDDEN + 1, INNER))
+    flat.down_proj = nn.Parameter(torch.ones(COUNT * HIDDEN, INNER))
+    for module in (extra, buffered, uneven, flat):
+        model = nn.ModuleDict({"experts": module})
+        make_linears(model)
+        assert model["experts"] is module
+
+
 @st.composite
 def routed(draw: st.DrawFn, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, and which experts up to number `most` get them, with what weights."""

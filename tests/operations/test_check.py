@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from small_tokenizers import sentencepiece_model
 from support import write_checkpoint
 
+from weightops import api
 from weightops.checkpoint import Checkpoint
 from weightops.cli import check_command
 from weightops.cli.check_html import page
-from weightops.engine.control import Control
+from weightops.engine.control import Control, Progress
 from weightops.errors import CorruptInput, Interrupted, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.operations.check import check
@@ -478,6 +479,30 @@ def test_it_stops_when_it_is_asked_to(tmp_path: Path) -> None:
     control.cancel()
     with pytest.raises(Interrupted):
         check_model(tmp_path, llama(), control=control)
+
+
+def test_the_api_hands_on_who_may_stop_it_and_who_watches(tmp_path: Path) -> None:
+    check_model(tmp_path, llama())
+    stopped = Control()
+    stopped.cancel()
+    with pytest.raises(Interrupted):
+        api.check(tmp_path, control=stopped)
+    watched = Control(Steps())
+    assert api.check(tmp_path, control=watched).verdict
+    assert watched.progress.seen == sum(t.nbytes for t in llama().values())
+    assert api.check(tmp_path, values=False).examined is False
+    assert api.check(tmp_path, max_abs=0.5, workers=1).counts["warning"] > 20
+    assert api.check(tmp_path, max_abs=0.5, ignore=["range"]).ignored == ("range",)
+
+
+class Steps(Progress):
+    """Adds up what was done."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def advance(self, nbytes: int) -> None:
+        self.seen += nbytes
 
 
 def test_a_file_that_was_cut_after_it_was_opened(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ MANY: dict[str, Family] = {
         {
             "text_config": {**LARGE, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
             "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
+            **{f"{token}_token_id": i for i, token in enumerate(("image", "video", "vision_start", "vision_end"), 3)},
         },
     ),
 }
@@ -162,7 +163,9 @@ COMPOSITE = ("text_config", "d_model", "image_size")
 def make(folder: Path, family: str, **options: Any) -> PreTrainedModel:
     """Save a model of a family with random weights; returns it."""
     name, own = (FEW | MANY)[family]
-    sizes = {} if any(key in own for key in COMPOSITE) and family != "mpt" else LARGE
+    sizes = {} if any(key in own for key in COMPOSITE) and family != "mpt" else dict(LARGE)
+    if family == "falcon":
+        del sizes["head_dim"]  # which its config computes
     torch.manual_seed(0)
     kind = getattr(transformers, name)
     model: PreTrainedModel = kind(CONFIG_MAPPING[family](**{**sizes, **own}))
