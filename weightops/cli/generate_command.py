@@ -99,8 +99,9 @@ def command(
 
 
 def _stdin() -> str:
+    data = getattr(sys.stdin, "buffer", None)
     try:
-        return click.get_text_stream("stdin", encoding="utf-8", errors="strict").read()
+        return sys.stdin.read() if data is None else str(data.read(), "utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"stdin is not text in UTF-8: {error.reason}") from None
 
