@@ -20,6 +20,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from weightops.errors import CorruptInput, NoRoom, UsageError
 from weightops.formats.folder import open_checkpoint
+from weightops.inference import tokens
 from weightops.inference.generate import Generation
 from weightops.inference.sampling import Sampling
 from weightops.inference.tokens import end_tokens
@@ -278,6 +279,19 @@ def test_a_lora_is_refused_with_the_verb_that_makes_a_model_of_it(tmp_path: Path
         Generation(open_checkpoint(tmp_path), PROMPT)
     assert caught.value.hint is not None
     assert "weightops merge-lora" in caught.value.hint
+
+
+def test_a_tokenizer_for_which_transformers_lacks_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0e no such thing")
+    monkeypatch.setattr(tokens, "_is_installed", lambda library: library != "protobuf")
+    with pytest.raises(UsageError, match=r"reads tokenizer\.model with protobuf, which is not installed") as caught:
+        Generation(open_checkpoint(tmp_path), PROMPT)
+    assert caught.value.hint == "pip install protobuf"
+    monkeypatch.setattr(tokens, "_is_installed", lambda _: True)
+    with pytest.raises(CorruptInput, match="transformers cannot read its tokenizer"):
+        Generation(open_checkpoint(tmp_path), PROMPT)
 
 
 @pytest.mark.parametrize("chat", [False, True])

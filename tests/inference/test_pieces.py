@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
+from weightops import model_api
 from weightops.cli.generate_command import command
 from weightops.cli.main import main
 from weightops.inference.pieces import pieces
@@ -142,6 +144,36 @@ def test_mixed_texts_texts_that_end_anywhere_and_any_tokens(tokenizer: Any) -> N
 @pytest.mark.slow
 def test_three_thousand_mixed_texts(tokenizer: Any) -> None:
     check(tokenizer, mixed_strings(3000))
+
+
+def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stdout and JSON hold of a model that says each text, is its decode."""
+    prompt = tokenizer("once upon", add_special_tokens=False).input_ids
+
+    class Said(SimpleNamespace):
+        def __iter__(self) -> Any:
+            return pieces(tokenizer, prompt, self.tokens)
+
+    for text in texts:
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        facts = {"warnings": (), "streams_weights": False, "saves_memory": False, "engine": None, "finish": "eos"}
+        said = Said(tokens=tokens, prompt_tokens=prompt, **facts)
+        monkeypatch.setattr(model_api, "generate", lambda *_, said=said, **__: said)
+        expected = decoded(tokenizer, prompt, tokens)
+        line = [str(folder), "--prompt", "x"]
+        assert CliRunner().invoke(command, line).stdout_bytes.decode() == expected + "\n"
+        assert json.loads(CliRunner().invoke(command, [*line, "--json"]).stdout_bytes)["text"] == expected
+
+
+def test_texts_through_stdout_and_json(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through_the_command(tokenizer, mixed_strings(40), tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_three_thousand_through_stdout_and_json(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through_the_command(tokenizer, mixed_strings(3000), tmp_path, monkeypatch)
 
 
 def test_pieces_come_as_soon_as_no_token_changes_them() -> None:

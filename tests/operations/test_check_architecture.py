@@ -15,9 +15,10 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_models import GEMMA_3N, GEMMA_4
+from tiny_models import GEMMA_3N, GEMMA_4, save_tiny
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+import weightops
 from weightops.cli import check_command
 from weightops.cli.check_html import page
 from weightops.formats.folder import open_checkpoint
@@ -370,6 +371,22 @@ def test_parts_of_quantised_weights_stand_for_them(qwen: tuple[Path, dict[str, t
     del tensors["model.norm.weight"]
     save(folder, tensors)
     assert findings(check(open_checkpoint(folder), values=False)) == [("error", "missing", "model.norm.weight")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "qwen2", "gpt_neox", "mixtral"])
+def test_models_quantised_by_gptq_are_held_as_what_they_stand_for(tmp_path: Path, kind: str) -> None:
+    save_tiny(tmp_path / "full", kind)
+    weightops.quantize(tmp_path / "full", tmp_path / "quantized", method="rtn", group_size=32, mse=False)
+    report = check(open_checkpoint(tmp_path / "quantized"), values=False)
+    assert findings(report) == []
+    assert report.held_against is not None
+    path = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(path)
+    module = next(name for name in tensors if name.endswith(".qweight")).removesuffix("qweight")
+    save_file({n: t for n, t in tensors.items() if not n.startswith(module)}, path, metadata={"format": "pt"})
+    assert ("error", "missing", f"{module}weight") in findings(
+        check(open_checkpoint(tmp_path / "quantized"), values=False)
+    )
 
 
 def test_what_was_found_is_kept_under_the_config_s_digest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 _BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_FOR_SENTENCEPIECE = {"protobuf": ("google", "google.protobuf"), "sentencepiece": ("sentencepiece",)}
+"""Libraries that transformers reads tokenizer.model with, and their modules."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint's files, as transformers reads it; no network, no code from the checkpoint.
 
-    Raises `SourceMissing` if there is none, `CorruptInput` if transformers cannot read it.
+    Raises `SourceMissing` if there is none, `CorruptInput` if transformers cannot read it, `UsageError` if it lacks a
+    library for that.
     """
     from transformers import AutoTokenizer
 
@@ -49,9 +53,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 name, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers and tokenizers raise what they like
+            lacking = [library for library in _FOR_SENTENCEPIECE if not _is_installed(library)]
+            if lacking and "tokenizer.json" not in checkpoint.sidecars and "tokenizer.model" in checkpoint.sidecars:
+                raise UsageError(
+                    f"{shown}: has no tokenizer.json, and transformers reads tokenizer.model with "
+                    f"{' and '.join(lacking)}, which {'are' if len(lacking) > 1 else 'is'} not installed",
+                    hint=f"pip install {' '.join(lacking)}",
+                ) from error
             reason = str(error).splitlines()[0].replace(name, checkpoint.name) if str(error) else type(error).__name__
             raise CorruptInput(f"{shown}: transformers cannot read its tokenizer: {escape(reason)}") from error
     return found
+
+
+def _is_installed(library: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in _FOR_SENTENCEPIECE[library])
 
 
 def _without_code(config: bytes, shown: str) -> bytes:
