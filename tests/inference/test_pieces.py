@@ -23,8 +23,7 @@ from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
 from weightops import model_api
-from weightops.cli.generate_command import command
-from weightops.cli.main import main
+from weightops.cli.main import cli, main
 from weightops.inference.pieces import pieces
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -160,9 +159,9 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
         said = Said(tokens=tokens, prompt_tokens=prompt, **facts)
         monkeypatch.setattr(model_api, "generate", lambda *_, said=said, **__: said)
         expected = decoded(tokenizer, prompt, tokens)
-        line = [str(folder), "--prompt", "x"]
-        assert CliRunner().invoke(command, line).stdout_bytes.decode() == expected + "\n"
-        assert json.loads(CliRunner().invoke(command, [*line, "--json"]).stdout_bytes)["text"] == expected
+        line = ["generate", str(folder), "--prompt", "x"]
+        assert CliRunner().invoke(cli, line).stdout_bytes.decode() == expected + "\n"
+        assert json.loads(CliRunner().invoke(cli, [*line, "--json"]).stdout_bytes)["text"] == expected
 
 
 def test_texts_through_stdout_and_json(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +283,9 @@ def test_json_and_stdout_are_the_text_of_transformers(chinese: tuple[Path, list[
     )
     expected = decoded(tokenizer, prompt.input_ids[0].tolist(), out[0, prompt.input_ids.shape[1] :].tolist())
     limit = ["--max-new-tokens", str(count)] if count else []
-    found = CliRunner().invoke(command, [str(folder), "--prompt", "一", *limit])
+    found = CliRunner().invoke(cli, ["generate", str(folder), "--prompt", "一", *limit])
     assert found.stdout == expected + "\n"
-    document = json.loads(CliRunner().invoke(command, [str(folder), "--prompt", "一", "--json", *limit]).stdout)
+    document = json.loads(CliRunner().invoke(cli, ["generate", str(folder), "--prompt", "一", "--json", *limit]).stdout)
     assert document["text"] == expected
     assert document["tokens"] == said[:count]
 

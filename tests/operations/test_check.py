@@ -24,8 +24,8 @@ from support import write_checkpoint
 
 from weightops import api
 from weightops.checkpoint import Checkpoint
-from weightops.cli import check_command
 from weightops.cli.check_html import page
+from weightops.cli.main import cli
 from weightops.engine.control import Control, Progress
 from weightops.errors import CorruptInput, Interrupted, UsageError
 from weightops.formats.folder import open_checkpoint
@@ -537,7 +537,7 @@ def test_every_code_of_a_finding_is_known() -> None:
 
 def run(*arguments: Any) -> Result:
     """The command."""
-    return CliRunner().invoke(check_command.command, [*map(str, arguments), "--quiet"])
+    return CliRunner().invoke(cli, ["check", *map(str, arguments), "--quiet"])
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from weightops.operations.pairing import listed
 
 _MOST_SHAPES = 20
 _NUMBER = re.compile(r"\d+")
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
+_STACKED = {"gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The layers of an expert -> what holds those of all of them in transformers' modules."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def architecture_findings(
     taken = set(known.values())
     left = [n for n in own if n not in taken and not _matches(n, architecture.may_have)]
     if missing and left:
-        missing, left = _as_older(checkpoint, config, form, missing, left)
+        target = _targets(checkpoint, config, architecture, [*missing, *left])
+        missing, left = _as_older(checkpoint, target, form, missing, left)
     if missing:
         count = f"{len(missing)} tensor{'s' * (len(missing) != 1)}"
         text = f"{count} of {architecture.name} {'are' if len(missing) > 1 else 'is'} missing: {listed(missing)}"
@@ -153,15 +157,28 @@ def _stands_for(name: str) -> tuple[str, ...]:
     return (stem, f"{stem}.weight") if found else ()
 
 
+def _targets(
+    checkpoint: Checkpoint, config: Mapping[str, Any], architecture: Architecture, names: Collection[str]
+) -> dict[str, str]:
+    """What names are loaded into: as transformers knows older ones, and experts apart, as quantising leaves them."""
+    found = older_names(config, checkpoint, names)
+    for name in names:
+        expert = _EXPERT.fullmatch(name)
+        for stacked in _STACKED[expert[2]] if expert and name not in found else ():
+            if f"{expert[1]}.{stacked}" in architecture.loaded:
+                found[name] = f"{expert[1]}.{stacked}"
+                break
+    return found
+
+
 def _as_older(
-    checkpoint: Checkpoint, config: Mapping[str, Any], form: Shapes, missing: list[str], left: list[str]
+    checkpoint: Checkpoint, target: Mapping[str, str], form: Shapes, missing: list[str], left: list[str]
 ) -> tuple[list[str], list[str]]:
     """What is missing and left once older names, and other ways to stack or split tensors, are taken for what they are.
 
     Names are paired that transformers loads into the same parameter: one by one, or all where they have as many
     elements.
     """
-    target = older_names(config, checkpoint, [*missing, *left])
     lacking: dict[str, list[str]] = {}
     given: dict[str, list[str]] = {}
     for names, by_target in ((missing, lacking), (left, given)):
