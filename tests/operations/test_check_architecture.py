@@ -15,7 +15,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_models import GEMMA_3N, GEMMA_4, save_tiny
+from tiny_models import CONFIGS, GEMMA_3N, GEMMA_4, quantize_tiny, save_tiny
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import weightops
@@ -387,6 +387,25 @@ def test_models_quantised_by_gptq_are_held_as_what_they_stand_for(tmp_path: Path
     save_file({n: t for n, t in tensors.items() if n not in parts}, path, metadata={"format": "pt"})
     expected = [("error", "missing", f"{module}weight")]
     assert findings(check(open_checkpoint(tmp_path / "quantized"), values=False)) == expected
+
+
+def test_biases_of_zeros_of_quantised_layers_are_no_finding(tmp_path: Path) -> None:
+    quantize_tiny(make_qwen3(tmp_path / "full"), tmp_path / "quantized")
+    path = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(path)
+    biases = {f"{n[:-7]}bias": torch.zeros(t.shape[1]).half() for n, t in tensors.items() if n.endswith(".qweight")}
+    save_file(tensors | biases, path, metadata={"format": "pt"})
+    assert [f for f in findings(check(open_checkpoint(path.parent))) if f[1] != "quantization"] == []
+    name = "model.layers.1.mlp.up_proj.bias"
+    biases[name][3] = 1
+    save_file(tensors | biases, path, metadata={"format": "pt"})
+    assert ("warning", "unexpected", name) in findings(check(open_checkpoint(path.parent)))
+
+
+def make_qwen3(folder: Path) -> Path:
+    settings = {**CONFIGS["llama"], "head_dim": 16}
+    save_tiny(folder, "qwen3", **settings)
+    return folder
 
 
 def test_what_was_found_is_kept_under_the_config_s_digest(

@@ -164,7 +164,7 @@ def _findings(
         yield Finding("note", "unchecked", "config.json", text)
     else:
         yield from check_gptq.gptq_findings(checkpoint, tensors, evaluate)
-        yield from _held_findings(subject)
+        yield from _held_findings(subject, tensors)
         yield from token_findings(checkpoint, config, beside(checkpoint, None), vocabulary_rows(checkpoint))
         yield from tie_findings(subject.plain, config, tensors, missing=subject.held.architecture is None)
     for name, report in tensors.items():
@@ -176,12 +176,13 @@ def _findings(
     yield from check_values.duplicate_findings(checkpoint, tensors, [pair])
 
 
-def _held_findings(subject: _Subject) -> Iterator[Finding]:
+def _held_findings(subject: _Subject, tensors: dict[str, TensorReport]) -> Iterator[Finding]:
     """Names, shapes and dtypes, against an architecture where there is one and else by what tables say."""
     plain, config, held = subject.plain, subject.plain_config, subject.held
     if held.architecture is not None:
+        zeros = check_gptq.biases_of_zeros(subject.checkpoint, tensors)
         yield from dtype_findings(plain, config)
-        yield from architecture_findings(plain, config, held.architecture)
+        yield from architecture_findings(plain, config, held.architecture, zeros)
         return
     found = list(config_findings(plain, config))
     yield from found

@@ -59,9 +59,12 @@ def held_against(checkpoint: Checkpoint, config: Mapping[str, Any], cache: Path 
 
 
 def architecture_findings(
-    checkpoint: Checkpoint, config: Mapping[str, Any], architecture: Architecture
+    checkpoint: Checkpoint, config: Mapping[str, Any], architecture: Architecture, may_have: Collection[str] = ()
 ) -> Iterator[Finding]:
-    """Tensors that the model has and the files lack, those that it does not have, and other shapes."""
+    """Tensors that the model has and the files lack, those that it does not have, and other shapes.
+
+    That there are those of `may_have` is no finding.
+    """
     if not checkpoint:
         return
     prefix = _wrapping(checkpoint, architecture)
@@ -81,6 +84,7 @@ def architecture_findings(
     there = present | spared
     missing = [n for n in form if n not in there and not _matches(n, architecture.may_lack)]
     taken = set(known.values())
+    taken.update(may_have)
     left = [n for n in own if n not in taken and not _matches(n, architecture.may_have)]
     if missing and left:
         target = _targets(checkpoint, config, architecture, [*missing, *left])
@@ -164,10 +168,9 @@ def _targets(
     found = older_names(config, checkpoint, names)
     for name in names:
         expert = _EXPERT.fullmatch(name)
-        for stacked in _STACKED[expert[2]] if expert and name not in found else ():
-            if f"{expert[1]}.{stacked}" in architecture.loaded:
-                found[name] = f"{expert[1]}.{stacked}"
-                break
+        if expert is not None and name not in found:
+            stacked = (f"{expert[1]}.{layer}" for layer in _STACKED[expert[2]])
+            found[name] = next((known for known in stacked if known in architecture.loaded), name)
     return found
 
 

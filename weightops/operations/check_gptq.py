@@ -97,6 +97,16 @@ def as_plain(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
+def biases_of_zeros(checkpoint: Checkpoint, tensors: Mapping[str, TensorReport]) -> list[str]:
+    """Biases of quantised modules that add nothing, as far as values were read: AutoGPTQ gave every layer one."""
+    found = []
+    for name in (f"{prefix}.bias" for prefix in prefixes(checkpoint) if f"{prefix}.bias" in checkpoint):
+        statistics = tensors[name].statistics
+        if statistics is None or (statistics.is_constant and not statistics.minimum):
+            found.append(name)
+    return found
+
+
 def _config_findings(checkpoint: Checkpoint, config: QuantizeConfig | None) -> Iterator[Finding]:
     """Which of the two files say how the model is quantised, and whether readers know what they say."""
     if config is None:
