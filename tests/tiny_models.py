@@ -62,7 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Of qwen2 the second layer attends to a window of 8 tokens, so that its layers are given different masks."""
 
-_APART: dict[str, Any] = {
+GEMMA_3N: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": [96] * 2,
     "num_hidden_layers": 2,
@@ -76,7 +76,21 @@ _APART: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "activation_sparsity_pattern": [0.0] * 2,
 }
-"""Of Gemma 3n, which is not run block by block."""
+GEMMA_4: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "max_position_embeddings": 128,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+"""Of Gemma 3n and 4, which are not run block by block."""
 
 
 @functools.cache
@@ -97,7 +111,7 @@ def trained() -> Tokenizer:
 def tiny(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of random weights, in float32; its predictions are far from uniform."""
     torch.manual_seed(seed)
-    settings = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, **CONFIGS.get(kind, _APART), **changes}
+    settings = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, **CONFIGS.get(kind, {}), **changes}
     settings.setdefault("pad_token_id", None)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings), dtype=torch.float32)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from weightops.outputs import Output, local, one
 from weightops.recipes.execute import Result, StrPath, connected, several
 
 if TYPE_CHECKING:
-    from weightops.operations.check_report import CheckReport
+    from weightops.operations.check_report import CheckOptions, CheckReport
     from weightops.operations.download import Download
     from weightops.operations.inspect import Inspection
     from weightops.operations.verify_report import VerifyReport
@@ -284,24 +284,15 @@ def inspect(path: StrPath, *, web: Web | None = None) -> Inspection:
         return operation(read_place(place, web), place, os.fspath(path))
 
 
-def check(
-    source: StrPath,
-    *,
-    values: bool = True,
-    max_abs: float | None = None,
-    ignore: str | Sequence[str] = (),
-    workers: int | None = None,
-    control: Control | None = None,
-) -> CheckReport:
-    """Look for what is wrong with a checkpoint; see `weightops.operations.check`."""
+def check(source: StrPath, *, control: Control | None = None, **options: Unpack[CheckOptions]) -> CheckReport:
+    """Look for what is wrong with a checkpoint; see `weightops.operations.check` for it and the options."""
     from weightops.operations.check import check as operation
 
     control = control or Control()
     with connected({"control": control}, is_remote(source)) as web:
-        checkpoint = open_checkpoint(source, web)
-        return operation(
-            checkpoint, values=values, max_abs=max_abs, ignore=several(ignore), workers=workers, control=control
-        )
+        if "ignore" in options:
+            options["ignore"] = several(options["ignore"])
+        return operation(open_checkpoint(source, web), control=control, **options)
 
 
 def verify(

@@ -141,9 +141,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 return None
 
     def config(self) -> dict[str, Any]:
-        """config.json as data, empty when there is none."""
+        """config.json as data, empty when there is none; transformers 4 wrote Infinity into it (`time_step_limit`)."""
         data = self.sidecar("config.json")
-        return strict_json.load_object(data, f"{self.name}: config.json") if data is not None else {}
+        where = f"{self.name}: config.json"
+        return strict_json.load_object(data, where, constants=True) if data is not None else {}
 
     def with_config(self, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Checkpoint:
         """This checkpoint with an edited config.json; nothing happens when there is none, or no change."""

@@ -60,7 +60,7 @@ def quantize(
     method: Literal["gptq", "rtn"] = "gptq",
     calibration: Sequence[StrPath] = (),
     samples: int = 128,
-    seq_len: int = 2048,
+    seq_len: int | None = None,
     seed: int = 0,
     damp_percent: float = 0.01,
     mse: bool = True,
@@ -72,17 +72,17 @@ def quantize(
 ) -> Quantization:
     """Quantise the linear layers of a model's blocks; see `weightops.quantization.driver`.
 
-    `calibration`: text or JSONL files, of which `samples` windows of `seq_len` tokens are drawn with `seed`. `skip`:
-    globs of layers that stay as they are. `device`: where to compute; `auto` is a GPU if there is one. Of `max_memory`,
-    or half of what is free, what a block does not need saves time. The same call continues at its block what an earlier
-    one began.
+    `calibration`: text or JSONL files, of which `samples` windows of `seq_len` tokens are drawn with `seed`: 2048
+    tokens, or as many as the model has positions. `skip`: globs of layers that stay as they are. `device`: where to
+    compute; `auto` is a GPU if there is one. Of `max_memory`, or half of what is free, what a block does not need saves
+    time. The same call continues at its block what an earlier one began.
     """
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import check_tokens, load_tokenizer
     from weightops.ops.gptq import Settings
-    from weightops.quantization.calibration import calibrate, read_texts
+    from weightops.quantization.calibration import calibrate, read_documents
     from weightops.quantization.options import Options
-    from weightops.quantization.run import prepare, quantized
+    from weightops.quantization.run import prepare, quantized, sample_length
     from weightops.quantization.work import SCHEMA, blocks_of
 
     files, running = split_output(output)
@@ -105,8 +105,9 @@ def quantize(
     options = Options(settings, method, skip=tuple(skip), checkpoint_format=checkpoint_format)
     tokenizer = data = None
     if method == "gptq" and calibration:
+        length = sample_length(checkpoint, seq_len)
         tokenizer = load_tokenizer(checkpoint)
-        data = calibrate(tokenizer, read_texts(map(Path, calibration)), samples, seq_len, seed)
+        data = calibrate(tokenizer, read_documents(map(Path, calibration)), samples, length, seed)
     run = prepare(checkpoint, options, data, device=pick_device(device))
     if tokenizer is not None and data is not None:
         check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)

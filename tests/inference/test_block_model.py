@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, VOCAB, save_tiny, tiny
+from tiny_models import CONFIGS, GEMMA_3N, GEMMA_4, VOCAB, save_tiny, text, tiny
 from transformers import AutoModelForCausalLM
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, SourceMissing, UsageError, WeightopsError
 from weightops.formats.folder import open_checkpoint
+from weightops.inference.arguments import beyond_hidden_states
+from weightops.inference.evaluate import evaluate
 from weightops.inference.model import BlockModel
 from weightops.operations.recover import recover
 from weightops.operations.shard import shard
@@ -122,12 +124,50 @@ def test_what_old_checkpoints_hold_beside_weights_is_left_alone(tmp_path: Path) 
 
 def test_blocks_that_are_given_more_of_the_tokens_are_refused(tmp_path: Path) -> None:
     """Gemma 3n's get an embedding of their own: what was caught for one window is wrong for the next."""
-    save_tiny(tmp_path, "gemma3n_text")
+    save_tiny(tmp_path, "gemma3n_text", **GEMMA_3N)
     model = BlockModel(open_checkpoint(tmp_path))
     model.load("")
     model.embed(TOKENS)
     with pytest.raises(UsageError, match="gives its blocks more of the tokens"):
         model.embed(TOKENS.flip(1))
+
+
+JOINED = {"gemma3n_text": GEMMA_3N, "gemma4_text": GEMMA_4}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_models_whose_blocks_are_not_run_apart_are_refused_before_weights_are_read(tmp_path: Path, kind: str) -> None:
+    words = "gives its blocks per_layer_input"
+    save_tiny(tmp_path, kind, **JOINED[kind])
+    checkpoint = open_checkpoint(tmp_path)
+    model = BlockModel(checkpoint)
+    with pytest.raises(UsageError, match=f"{words}, so it is not run block by block"):
+        model.refuse_joined_blocks()
+    assert all(parameter.device.type == "meta" for parameter in model.module.parameters())
+    (tmp_path / "model.safetensors").unlink()  # nobody looks for it any more
+    with pytest.raises(UsageError, match=words):
+        evaluate([checkpoint], text(), seq_len=32)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"mask": None, "places": (torch.ones(2), torch.ones(2)), "masks": {"a": torch.ones(1)}, "cache": False}, None),
+        ({"mask": None, "own": torch.ones(2, requires_grad=True)}, "own"),
+        ({"both": [None, (torch.ones(2, requires_grad=True),)]}, "both"),
+        ({"shared": {}}, "shared"),
+        ({"by_kind": {"full": torch.ones(2, requires_grad=True)}}, "by_kind"),
+        ({"tokens": TOKENS}, "tokens"),
+    ],
+)
+def test_what_blocks_are_given_beyond_hidden_states_and_places(given: dict[str, object], expected: str | None) -> None:
+    assert beyond_hidden_states([{}, given], TOKENS) == expected
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_others_are_not(tmp_path: Path, kind: str) -> None:
+    save_tiny(tmp_path, kind)
+    BlockModel(open_checkpoint(tmp_path)).refuse_joined_blocks()
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small_tokenizers import mixed_strings
-from tiny_models import CONFIGS, save_tiny, save_tokenizer, tiny, trained
-from transformers import AutoTokenizer, PreTrainedModel
+from tiny_models import CONFIGS, GEMMA_3N, GEMMA_4, VOCAB, save_tiny, save_tokenizer, tiny, trained
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from weightops.errors import NoRoom, UsageError
+from weightops.errors import CorruptInput, IncompatibleInputs, NoRoom, UsageError
 from weightops.formats.folder import open_checkpoint
+from weightops.inference import tokens
 from weightops.inference.generate import Generation
 from weightops.inference.sampling import Sampling
-from weightops.inference.tokens import load_tokenizer, pieces
+from weightops.inference.tokens import end_tokens
 from weightops.operations.recover import recover
 
 PROMPT = "Streaming tensors,"
@@ -43,6 +46,79 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, kind: str) -> N
     assert found.tokens == expected
     assert not found.streams_weights
     assert said == AutoTokenizer.from_pretrained(tmp_path).decode(expected, skip_special_tokens=True)
+
+
+LONG, SHORT = [1.0, 2.0, 4.0, 8.0, 8.0, 16.0, 16.0, 32.0], [1.0] * 8
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"factor": 4.0}),
+    "dynamic": ("llama", {"factor": 4.0}),
+    "yarn": ("llama", {"factor": 4.0}),
+    "longrope": ("llama", {"factor": 2.0, "short_factor": SHORT, "long_factor": LONG}),
+    "llama3": ("llama", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    "proportional": ("llama", {"factor": 2.0, "partial_rotary_factor": 0.5}),
+    "longrope of Phi-3": ("phi3", {"short_factor": SHORT, "long_factor": LONG}),
+    "longrope of Phi-MoE": (
+        "phimoe",
+        {"short_factor": SHORT, "long_factor": LONG, "short_mscale": 1.0, "long_mscale": 1.2},
+    ),
+}
+
+
+def begins_anew(kind: str, rope: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes a model of CONFIGS["llama"] one whose original context is 32 tokens, and which never ends a text."""
+    own: dict[str, Any] = {"num_local_experts": 4} if kind == "phimoe" else {}
+    parameters = {"rope_type": rope.split()[0], "rope_theta": 1e4, "original_max_position_embeddings": 32, **settings}
+    own |= {"original_max_position_embeddings": 32, "rope_parameters": parameters, "eos_token_id": VOCAB}
+    return {**CONFIGS["llama"], **own}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_greedy_tokens_are_those_of_transformers_beyond_the_original_context(
+    tmp_path: Path, rope: str, streamed: bool
+) -> None:
+    kind, settings = ROPES[rope]
+    model = save_tiny(tmp_path, kind, **begins_anew(kind, rope, settings))
+    prompt = PROMPT[:9]
+    expected = reference(model, 50, prompt)
+    nbytes = sum(p.numel() * 4 for p in model.parameters()) + (64 << 20) if streamed else None
+    found = Generation(open_checkpoint(tmp_path), prompt, max_new_tokens=50, max_nbytes=nbytes)
+    list(found)
+    assert found.streams_weights == streamed
+    assert len(found.prompt_tokens) < 32 < len(found.prompt_tokens) + len(expected)
+    assert found.tokens == expected
+
+
+RECURRENT = {"state_size": 8, "time_step_rank": 4, "hidden_size": 64, "num_hidden_layers": 2}
+MAMBA_2 = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16}
+CACHES: dict[str, dict[str, Any]] = {
+    "mamba": RECURRENT,
+    "mamba2": RECURRENT | MAMBA_2,
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "sliding_window": None},
+    "gemma4_text": GEMMA_4,
+    "gemma3n_text": GEMMA_3N,
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_so_are_those_of_models_with_caches_of_their_own(tmp_path: Path, kind: str) -> None:
+    model = save_tiny(tmp_path, kind, **CACHES[kind])
+    expected = reference(model, 30)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=30)
+    list(found)
+    assert found.tokens == expected
+
+
+@pytest.mark.parametrize("literal", ["Infinity", '{"__float__": "Infinity"}'])
+def test_infinity_in_config_json_is_read_as_transformers_4_and_5_write_it(tmp_path: Path, literal: str) -> None:
+    model = save_tiny(tmp_path, "mamba2", **CACHES["mamba2"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["time_step_limit"]
+    text = json.dumps(config).removesuffix("}") + f', "time_step_limit": [0.0, {literal}]}}'
+    (tmp_path / "config.json").write_text(text)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=5)
+    list(found)
+    assert found.tokens == reference(model, 5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
@@ -91,6 +167,35 @@ def test_it_stops_at_the_end_of_the_text(tmp_path: Path) -> None:
     assert found.finish == "eos"
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("ends", ["</s>", True, 2.0, [1, "</s>"], {"id": 1}, [None], [[1]]])
+def test_ends_that_are_no_numbers_of_tokens_are_refused(tmp_path: Path, file: str, ends: object) -> None:
+    save_tiny(tmp_path, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for name in ("generation_config.json", "config.json"):
+        config = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**config, "eos_token_id": ends if name == file else None}))
+    words = rf"{file}: eos_token_id is .*, expected the number of a token or a list of such"
+    with pytest.raises(CorruptInput, match=words) as caught:
+        end_tokens(open_checkpoint(tmp_path), tokenizer)
+    assert caught.value.hint == ('write 1, which is the number of "</s>"' if "</s>" in str(ends) else NUMBER_HINT)
+
+
+NUMBER_HINT = "write the token's number there, or null for the tokenizer's own end"
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(None, {1}), (7, {7}), ([7, 9], {7, 9}), ([], set())])
+def test_ends_are_those_of_the_first_file_that_names_some(tmp_path: Path, ends: object, expected: set[int]) -> None:
+    save_tiny(tmp_path, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for name in ("generation_config.json", "config.json"):
+        config = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**config, "eos_token_id": ends}))
+        ends = None if ends is None else 3
+    assert end_tokens(open_checkpoint(tmp_path), tokenizer) == expected
+    assert end_tokens(open_checkpoint(tmp_path), tokenizer, chat=True) == expected | {1}
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     checkpoint = open_checkpoint(tmp_path)
@@ -125,22 +230,6 @@ def test_probabilities_are_those_of_transformers_warpers(
     assert torch.equal(found, expected[0].softmax(-1))
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tiny(folder, "llama")
-    return folder
-
-
-def test_pieces_are_the_text_without_halves_of_characters(tokenizer_folder: Path) -> None:
-    tokenizer = load_tokenizer(open_checkpoint(tokenizer_folder))
-    for text in mixed_strings(150):
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        found = list(pieces(tokenizer, [0], iter(ids)))
-        assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=True), repr(text)
-        assert not any("\ufffd" in piece for piece in found[:-1]) or "\ufffd" in text
-
-
 def test_a_chat_prompt_goes_through_the_template(tmp_path: Path) -> None:
     model = save_tiny(tmp_path, "llama")
     checkpoint = open_checkpoint(tmp_path)
@@ -161,6 +250,59 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     whole = Generation(checkpoint, "abcd")
     assert sum(1 for _ in whole) >= 1
     assert len(whole.tokens) == 128 - len(whole.prompt_tokens) or whole.finish == "eos"
+
+
+def test_in_float16_the_error_says_that_values_between_layers_are_too_large(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, "llama")
+    with torch.no_grad():
+        for name, factor in (("up", 3e3), ("gate", 3e2), ("down", 3e2)):
+            model.get_parameter(f"model.layers.0.mlp.{name}_proj.weight").mul_(factor)
+    model.bfloat16().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    list(Generation(checkpoint, PROMPT, max_new_tokens=2, dtype=torch.bfloat16))
+    with pytest.raises(UsageError, match="NaN or infinity in float16, which ends at 65504: what passes") as caught:
+        list(Generation(checkpoint, PROMPT, max_new_tokens=2, dtype=torch.float16))
+    assert caught.value.hint is not None
+    assert "--dtype bfloat16 or float32" in caught.value.hint
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = 7e4
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CorruptInput, match=r"infinity, as model\.layers\.1\.mlp\.up_proj\.weight does in float16"):
+        list(Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=2, dtype=torch.float16))
+
+
+def test_a_lora_is_refused_with_the_verb_that_makes_a_model_of_it(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(IncompatibleInputs, match="is a LoRA adapter, not a model") as caught:
+        Generation(open_checkpoint(tmp_path), PROMPT)
+    assert caught.value.hint is not None
+    assert "weightops merge-lora" in caught.value.hint
+
+
+def test_a_tokenizer_for_which_transformers_lacks_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0e no such thing")
+    monkeypatch.setattr(tokens, "_is_installed", lambda library: library != "protobuf")
+    with pytest.raises(UsageError, match=r"reads tokenizer\.model with protobuf, which is not installed") as caught:
+        Generation(open_checkpoint(tmp_path), PROMPT)
+    assert caught.value.hint == "pip install protobuf"
+    monkeypatch.setattr(tokens, "_is_installed", lambda _: True)
+    with pytest.raises(CorruptInput, match="transformers cannot read its tokenizer"):
+        Generation(open_checkpoint(tmp_path), PROMPT)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_without_a_token_and_prompts_that_are_no_text_are_refused(tmp_path: Path, chat: bool) -> None:
+    save_tiny(tmp_path, "llama")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), chat_template="{{ messages[0].content }}")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="the prompt is empty, and the tokenizer begins with no special token"):
+        Generation(open_checkpoint(tmp_path), "", chat=chat)
+    with pytest.raises(UsageError, match="the prompt is not text in UTF-8"):
+        Generation(open_checkpoint(tmp_path), "\udce4", chat=chat)
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 5}, {"temperature": 1.0, "top_p": 1.5}])

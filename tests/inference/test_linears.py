@@ -21,7 +21,7 @@ from weightops.errors import IncompatibleInputs
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.linears import Experts, expert_weights, left_as_they_are, make_linears, routers
 from weightops.inference.model import BlockModel
-from weightops.inference.skeleton import place
+from weightops.layouts.skeleton import place
 
 TOKENS = torch.randint(2, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 COUNT, HIDDEN, INNER = 5, 24, 16
@@ -67,6 +67,30 @@ def taken_apart(module: nn.Module) -> Experts:
     experts = model["experts"]
     assert isinstance(experts, Experts)
     return experts
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("odd", ["has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"])
+def test_experts_that_are_odd_in_one_way_are_left_whole(kind: type[nn.Module], odd: str) -> None:
+    module = stacked(kind)
+    setattr(module, odd, odd != "is_concatenated")
+    model = nn.ModuleDict({"experts": module})
+    make_linears(model)
+    assert model["experts"] is module
+    assert expert_weights(model) == {}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_so_are_experts_with_another_parameter_buffer_or_shape(kind: type[nn.Module]) -> None:
+    extra, buffered, uneven, flat = (stacked(kind) for _ in range(4))
+    extra.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    buffered.register_buffer("seen", torch.ones(1))
+    uneven.down_proj = nn.Parameter(torch.ones(COUNT, HIDDEN + 1, INNER))
+    flat.down_proj = nn.Parameter(torch.ones(COUNT * HIDDEN, INNER))
+    for module in (extra, buffered, uneven, flat):
+        model = nn.ModuleDict({"experts": module})
+        make_linears(model)
+        assert model["experts"] is module
 
 
 @st.composite

@@ -13,6 +13,7 @@ import torch
 from gptq_models import Scheme, bloom, llama, quantised, without
 from tiny_models import quantize_tiny, save_tiny, text
 from transformers import FalconConfig, FalconForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from weightops_kernels import cpu
 from weightops_kernels.linear import QuantLinear
 
@@ -187,14 +188,24 @@ def test_packed_is_refused_where_nothing_is_packed(folders: Path) -> None:
         evaluate([open_checkpoint(folders / "full")], text(20), engine="packed")
 
 
-def test_layers_that_are_no_plain_linear_ones_are_dequantised() -> None:
-    """transformers has a Linear with a forward of its own for Falcon; nobody knows what the next one does."""
+def falcon() -> FalconForCausalLM:
     config = FalconConfig(
         vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bias=True, alibi=False
     )
     torch.manual_seed(0)
-    model = FalconForCausalLM(config).half().eval()
-    found = BlockModel(quantised(model, Scheme()).checkpoint)
+    return FalconForCausalLM(config).half().eval()
+
+
+def test_a_linear_with_a_forward_of_its_own_that_says_the_same_stays_packed() -> None:
+    checkpoint = quantised(falcon(), Scheme()).checkpoint
+    expected = logits(checkpoint, torch.float32, packed=False)
+    assert relative(logits(checkpoint, torch.float32, packed=True), expected) < 2e-6
+
+
+@pytest.mark.parametrize("forward", [lambda self, x: x @ self.weight.T * 2, lambda self, x: (x, x), lambda self: None])
+def test_layers_that_are_no_plain_linear_ones_are_dequantised(monkeypatch: pytest.MonkeyPatch, forward: Any) -> None:
+    monkeypatch.setattr(FalconLinear, "forward", forward)
+    found = BlockModel(quantised(falcon(), Scheme()).checkpoint)
     assert len(found.quantized) == 8
     assert found.packable == {}
     found.keep_packed()

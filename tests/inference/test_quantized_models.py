@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import quantize_tiny, save_tiny, text, trained
 
 from weightops import model_api
+from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.evaluate import evaluate
 from weightops.inference.generate import Generation
+from weightops.inference.packed import Engine
 
 
 @pytest.fixture
@@ -85,6 +87,42 @@ def test_each_modules_output_error_is_on_its_own_inputs(
         x, before, after = inputs[name].flatten(0, 1), original[f"{name}.weight"], weights[f"{name}.weight"]
         expected = (x @ (after - before).T).square().sum() / (x @ before.T).square().sum()
         assert error == pytest.approx(float(expected), rel=1e-3), name
+
+
+@pytest.mark.parametrize("engine", ["dequantized", "packed"])
+def test_biases_of_zeros_are_left_out_with_a_note_and_others_refused(tmp_path: Path, engine: Engine) -> None:
+    """AutoGPTQ gave every layer one."""
+    save_tiny(tmp_path / "full", "llama")
+    quantize_tiny(tmp_path / "full", tmp_path / "quantized")
+    expected = Generation(open_checkpoint(tmp_path / "quantized"), "the stream", max_new_tokens=8, engine=engine)
+    list(expected)
+    state = load_file(tmp_path / "quantized" / "model.safetensors")
+    biases = {n[:-7] + "bias": torch.zeros(t.shape[1]).half() for n, t in state.items() if n.endswith(".qweight")}
+    biases["model.layers.0.mlp.up_proj.bias"] = -biases["model.layers.0.mlp.up_proj.bias"]
+
+    def save() -> Checkpoint:
+        save_file(state | biases, tmp_path / "quantized" / "model.safetensors", metadata={"format": "pt"})
+        return open_checkpoint(tmp_path / "quantized")
+
+    found = Generation(save(), "the stream", max_new_tokens=8, engine=engine)
+    list(found)
+    assert found.tokens == expected.tokens
+    assert found.warnings[-1].startswith("quantized: 21 biases of zeros are left out: model.layers.0.mlp.down_proj")
+    (score,) = evaluate([open_checkpoint(tmp_path / "quantized")], text(), seq_len=64, engine=engine).scores
+    assert score.engine == engine
+    biases["model.layers.1.mlp.up_proj.bias"][5] = 1e-4
+    with pytest.raises(IncompatibleInputs, match=r"holds model\.layers\.1\.mlp\.up_proj\.bias, which L") as caught:
+        Generation(save(), "the stream", engine=engine)
+    assert caught.value.hint is not None
+    assert "mlp_bias" in caught.value.hint
+
+
+def test_biases_of_zeros_of_a_plain_model_are_left_out_too(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, "llama")
+    zeros = {"model.layers.0.mlp.up_proj.bias": torch.zeros(96)}
+    save_file({**model.state_dict(), **zeros}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = Generation(open_checkpoint(tmp_path), "the stream")
+    assert "1 biases of zeros are left out: model.layers.0.mlp.up_proj.bias" in found.warnings[0]
 
 
 def test_a_reference_of_another_model_is_refused(tmp_path: Path) -> None:

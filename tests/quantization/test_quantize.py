@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import weightops
 from weightops.cli.main import run
+from weightops.cli.progress import human
 from weightops.engine.control import Control
 from weightops.errors import (
     CorruptInput,
@@ -26,9 +31,11 @@ from weightops.errors import (
     UsageError,
     WeightopsError,
 )
+from weightops.formats.folder import open_checkpoint
+from weightops.inference.generate import Generation
 from weightops.model_api import quantize
 from weightops.operations.cast import cast
-from weightops.quantization.run import compute_dtype
+from weightops.quantization.run import _pattern, compute_dtype
 from weightops.spec import DType
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,6 +154,94 @@ def test_another_run_does_not_continue_it(model: Models, text: Path, tmp_path: P
     quantize(model("llama"), tmp_path / "out", calibration=[text], bits=3, restart=True, **SMALL)
 
 
+GLOBS = [
+    "*.mlp.*",
+    "model.layers.?.self_attn.[qk]_proj",
+    "model.layers.[01].*",
+    "*[!0-1].mlp.up_proj",
+    "*[]x]*",
+    "*.[q-k]_proj",
+    "model.layers.1.mlp.up_proj",
+    "*layers[.]2*",
+    "*.[!_proj",
+]
+
+
+@pytest.mark.parametrize("glob", GLOBS)
+def test_skipped_layers_are_those_that_dynamic_names(model: Models, tmp_path: Path, glob: str) -> None:
+    """As GPTQModel reads it: a regular expression that is to match at the beginning."""
+    source = open_checkpoint(model("llama"))
+    everything = {n.removesuffix(".weight") for n in source if n.endswith("_proj.weight")}
+    done = quantize(model("llama"), tmp_path / "out", method="rtn", group_size=32, mse=False, skip=[glob])
+    skipped = everything - {report.module for report in done.modules}
+    assert skipped == {name for name in everything if fnmatchcase(name, glob)}
+    stated = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "quantize_config.json")]
+    for dynamic in (stated[0]["quantization_config"]["dynamic"], stated[1]["dynamic"]):
+        (pattern,) = dynamic
+        assert pattern.startswith("-:")
+        assert {name for name in everything if re.match(pattern[2:], name)} == skipped
+    found = Generation(open_checkpoint(tmp_path / "out"), "the stream", max_new_tokens=2)
+    list(found)
+    assert len(found.tokens) == 2
+
+
+@given(st.text("ab.[]!-*?^\\", max_size=8), st.lists(st.text("ab.[]!-^\\", max_size=6), min_size=5))
+def test_patterns_match_what_globs_do(glob: str, names: list[str]) -> None:
+    assert [bool(re.match(_pattern(glob), name)) for name in names] == [fnmatchcase(name, glob) for name in names]
+
+
+def test_the_default_window_is_at_most_what_the_model_was_made_for(model: Models, text: Path, tmp_path: Path) -> None:
+    done = quantize(model("llama"), tmp_path / "out", calibration=[text], group_size=32, samples=3, mse=False)
+    assert {module.tokens for module in done.modules} == {3 * 128}
+    with pytest.raises(UsageError, match=r"has \d+ tokens, one sample is to have 2048"):
+        quantize(model("bloom"), tmp_path / "bloom", calibration=[tiny_text(tmp_path)], group_size=32)
+
+
+def tiny_text(folder: Path) -> Path:
+    (folder / "few.txt").write_text("A few words.")
+    return folder / "few.txt"
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_estimate_is_what_is_written_and_held(model: Models, text: Path, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"calibration": [text], **SMALL}
+    estimate = quantize(model(kind), tmp_path / "out", dry_run=True, **options).estimate
+    assert not (tmp_path / "out").exists()
+    done = quantize(model(kind), tmp_path / "out", **options)
+    assert estimate == done.estimate
+    written = open_checkpoint(tmp_path / "out")
+    packed = [t for n, t in written.items() if n.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")]
+    assert estimate.n_modules == len(done.modules) == len(packed) // 4
+    assert estimate.n_blocks == len({module.module.split(".")[2] for module in done.modules})
+    assert estimate.packed_nbytes == sum(tensor.nbytes for tensor in packed)
+    assert estimate.hidden_nbytes == 40 * 64 * 64 * 4
+    widest = max(module.in_features for module in done.modules)
+    blocks: dict[str, int] = {}
+    outputs: dict[str, int] = {}
+    for name, tensor in open_checkpoint(model(kind)).items():
+        if ".layers." in name:
+            blocks[name.split(".")[2]] = blocks.get(name.split(".")[2], 0) + tensor.spec.numel * 4
+    for module in done.modules:
+        outputs[module.module.split(".")[2]] = outputs.get(module.module.split(".")[2], 0) + module.out_features
+    assert estimate.memory_nbytes == max(blocks.values()) + 3 * widest**2 * 4 + (1 << 30)
+    assert estimate.kept_nbytes == 40 * 64 * max(outputs.values()) * 4
+
+
+def test_dry_run_shows_the_estimate(
+    model: Models, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimate = quantize(model("llama"), tmp_path / "out", dry_run=True, calibration=[text], **SMALL).estimate
+    line = ["quantize", str(model("llama")), "--out", str(tmp_path / "out"), "--calibration", str(text), "--dry-run"]
+    line += ["--group-size", "32", "--samples", "40", "--seq-len", "64"]
+    assert run([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"schema": "weightops-write/1", "written": False, **vars(estimate)}
+    assert run(line) == 0
+    shown = capsys.readouterr().out
+    assert f"layers   21 in 3 blocks, {human(estimate.packed_nbytes)} when packed" in shown
+    assert f"at most {human(estimate.memory_nbytes)}, and up to {human(estimate.kept_nbytes)} more" in shown
+    assert human(2 * estimate.packed_nbytes + 2 * estimate.hidden_nbytes) in shown
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -157,7 +252,7 @@ def test_another_run_does_not_continue_it(model: Models, text: Path, tmp_path: P
         ),
         ({"bits": 5}, UsageError, "5 bits"),
         ({"calibration": ()}, UsageError, "GPTQ needs text"),
-        ({"seq_len": 10**6}, UsageError, "tokens, one sample is to have"),
+        ({"seq_len": 129}, UsageError, "was made for 128 tokens, one sample is to have 129"),
         ({"skip": ["*"]}, UsageError, "no linear layer"),
         ({"device": "cuda:99"}, UsageError, "--device"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, connected, epilog, report_options
+from weightops.cli.options import SOURCE, cache_folder, connected, epilog, report_options
 from weightops.cli.output import escape_lines, print_json, save_report, table
 from weightops.cli.progress import human
 from weightops.io.atomic import check_target
@@ -23,6 +23,7 @@ _SHOWN = 10
 @click.argument("source", metavar="SRC", type=SOURCE)
 @click.option("--strict", is_flag=True, help="Exit with 3 if there is an error or a warning.")
 @click.option("--no-values", is_flag=True, help="Headers and the files beside them only: reads no tensor.")
+@click.option("--no-architecture", is_flag=True, help="Do not ask transformers what tensors the model has; faster.")
 @click.option("--max-abs", type=float, metavar="X", help="Warn of magnitudes above X.")
 @click.option(
     "--ignore",
@@ -38,6 +39,7 @@ def command(
     source: Path | str,
     strict: bool,
     no_values: bool,
+    no_architecture: bool,
     max_abs: float | None,
     ignore: tuple[str, ...],
     html: Path | None,
@@ -48,8 +50,9 @@ def command(
     """Look for what is wrong with a checkpoint, in one pass over its tensors.
 
     SRC is a folder, a weight file, hf://org/name[@revision] or a URL. Looked for are NaN, infinities, tensors of zeros
-    or of one value, equal tensors, shapes that config.json does not say, missing tensors and layers, a tokenizer that
-    does not fit, and leftovers of training, LoRA and quantising. --json has the statistics of every tensor.
+    or of one value, equal tensors, names and shapes that transformers' class for config.json does not have, missing
+    tensors and layers, a tokenizer that does not fit, and leftovers of training, LoRA and quantising. --json has the
+    statistics of every tensor.
 
     \b
     Example:
@@ -60,7 +63,14 @@ def command(
         check_target(html)
     with connected(quiet or as_json, source) as control:
         report = api.check(
-            source, values=not no_values, max_abs=max_abs, ignore=ignore, workers=workers, control=control
+            source,
+            values=not no_values,
+            max_abs=max_abs,
+            ignore=ignore,
+            architecture=not no_architecture,
+            cache=cache_folder("architectures"),
+            workers=workers,
+            control=control,
         )
     if as_json:
         print_json(report.to_json())
@@ -98,5 +108,7 @@ def _summary(report: CheckReport) -> str:
     counts = ", ".join(f"{n} {severity}" + "s" * (n != 1) for severity, n in report.counts.items() if n)
     ignored = f", {report.ignored_count} ignored" if report.ignored_count else ""
     read = "" if report.examined else "; values not read"
-    size = f"{len(report.tensors)} tensors, {human(report.nbytes)}{read}"
+    held = f"held against {report.held_against}" if report.held_against else "held against no architecture"
+    why = f": {report.not_held}" if report.not_held else ""
+    size = f"{len(report.tensors)} tensors, {human(report.nbytes)}{read}; {held}{escape(why)}"
     return f"{escape(report.name)}: {counts or 'nothing found'}{ignored} ({size})"

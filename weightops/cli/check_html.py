@@ -43,6 +43,7 @@ def _facts(report: CheckReport) -> dict[str, str]:
         "size": f"{human(report.nbytes)} ({report.nbytes:,} bytes)",
         "dtypes": ", ".join(f"{name} ({n})" for name, n in dtypes.most_common()),
         "values": "all read" if report.examined else "not read",
+        "architecture": report.held_against or f"held against none: {report.not_held}",
     }
     if report.ignored_count:
         found["ignored"] = f"{report.ignored_count} ({', '.join(report.ignored)})"

@@ -15,6 +15,7 @@ from weightops.cli.model_options import run_model_options
 from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options
 from weightops.cli.output import print_json, running, warn
 from weightops.cli.progress import human
+from weightops.errors import UsageError
 
 if TYPE_CHECKING:
     from weightops.inference.generate import Generation
@@ -63,7 +64,7 @@ def command(
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
     """
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _stdin()
     with running(quiet or as_json) as control:
         found = model_api.generate(
             folder,
@@ -95,6 +96,14 @@ def command(
         print_json(
             document | {"elapsed_s": round(elapsed_s, 3), "tokens_per_s": round(len(found.tokens) / elapsed_s, 3)}
         )
+
+
+def _stdin() -> str:
+    data = getattr(sys.stdin, "buffer", None)
+    try:
+        return sys.stdin.read() if data is None else str(data.read(), "utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not text in UTF-8: {error.reason}") from None
 
 
 def _slow(found: Generation, dtype: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,9 @@ def _told(error: OSError) -> tuple[str, str | None, int]:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    # Text of models and names of files have characters that a terminal's encoding may lack.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # OpenMP's threads wait for each other in a loop, which beside other work takes several times as long as computing.
     # To be woken each time takes as long as adding 100,000 numbers; so GNU's look a while (some 50 us), and then sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

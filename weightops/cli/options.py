@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,3 +228,11 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
         ]
     )
+
+
+def cache_folder(name: str) -> Path | None:
+    """Where what can be found again is kept for this user, by XDG's rules; None for one without a home."""
+    for base in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(base):
+            return Path(base) / "weightops" / name
+    return None

@@ -36,7 +36,7 @@ _SHOWN = 5
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL; repeatable."
 )
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of calibration text.")
-@click.option("--seq-len", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window.")
+@click.option("--seq-len", type=click.IntRange(8), metavar="N", help="Tokens of a window; default: 2048 at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn.")
 @click.option("--damp-percent", default=0.01, show_default=True, help="Of the Hessian's mean diagonal, added to it.")
 @click.option("--mse/--no-mse", default=True, show_default=True, help="Search every grid's best clipping.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,23 @@ class BlockArguments(dict[str, Any]):
     def equals(self, other: BlockArguments) -> bool:
         """Whether every block is given the same; tensors that several share are looked at once."""
         return _equal(list(self.of_blocks), list(other.of_blocks), set())
+
+
+def beyond_hidden_states(of_blocks: Sequence[dict[str, Any]], tokens: torch.Tensor) -> str | None:
+    """The name of an argument by which blocks get at more of a text than hidden states and places; None if none does.
+
+    That is one computed from weights, which require gradients here, or from the tokens (embeddings of a layer's own),
+    or a mapping that blocks hand on what they have found in (keys and values that later ones share).
+    """
+    return next((name for given in of_blocks for name, value in given.items() if _is_of_text(value, tokens)), None)
+
+
+def _is_of_text(value: Any, tokens: torch.Tensor) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value is tokens or value.requires_grad
+    if isinstance(value, MutableMapping):
+        return not value or any(_is_of_text(each, tokens) for each in value.values())
+    return isinstance(value, list | tuple) and any(_is_of_text(each, tokens) for each in value)
 
 
 def _equal(left: Any, right: Any, seen: set[tuple[int, int]]) -> bool:

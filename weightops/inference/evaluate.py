@@ -19,7 +19,8 @@ import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
+from weightops.errors import IncompatibleInputs, UsageError
+from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
 from weightops.inference.module_error import ModuleErrors
 from weightops.inference.packed import Engine, refuse_unquantized
@@ -157,6 +158,8 @@ def evaluate(
         # A block is dequantised once, for all windows: nothing is faster, so that is what `auto` means.
         if engine == "packed":
             model.keep_packed()
+    for model in models:
+        model.refuse_joined_blocks()
     seq_len = _seq_len(models, seq_len)
     readers = [_read(m, c, text, seq_len) for m, c in zip(models, given, strict=True)]
     if reference is not None:
@@ -288,9 +291,5 @@ def _score(
 def _log_probabilities(model: BlockModel, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the next token, `[B, T, vocab]` float32, from hidden states `[B, T, hidden]`."""
     logits = model.logits(hidden).float()
-    if not bool(torch.isfinite(logits).all()):
-        raise CorruptInput(
-            f"{model.shown}: its logits hold NaN or infinity",
-            hint=f"`weightops check {model.shown}` finds NaN and infinity in weights",
-        )
+    check_finite(model, logits, "its logits hold")
     return logits.log_softmax(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,11 +12,14 @@ from torch import nn
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.limits import available_memory
-from weightops.errors import CorruptInput, NoRoom, UsageError
+from weightops.errors import NoRoom, UsageError
+from weightops.inference.finite import check_finite
+from weightops.inference.forwards import forwards
 from weightops.inference.model import BlockModel
 from weightops.inference.packed import Engine, are_faster, refuse_unquantized
+from weightops.inference.pieces import pieces
 from weightops.inference.sampling import Sampling
-from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer, pieces
+from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 _WORKING_NBYTES = 64 << 20
@@ -58,7 +61,7 @@ class Generation:
         self._prompt = encode_prompt(self._tokenizer, prompt, chat=chat, shown=self._model.shown)
         check_tokens(self._prompt, self._tokenizer, self._model.vocab_size, self._model.shown)
         self._max_new_tokens = self._room(max_new_tokens)
-        self._end = end_tokens(checkpoint, self._tokenizer)
+        self._end = end_tokens(checkpoint, self._tokenizer, chat=chat)
         refuse_unquantized(engine, [self._model.shown], is_any=bool(self._model.packable))
         room = max_nbytes if max_nbytes is not None else _room_on(device)
         self.dequantized_nbytes = _whole_nbytes(self._model)
@@ -126,36 +129,28 @@ class Generation:
 
     @torch.no_grad()
     def _generate(self) -> Iterator[int]:
-        from transformers import DynamicCache
-
-        model = self._model
         self.tokens, self.finish = [], None
         draw = torch.Generator().manual_seed(self._sampling.seed)
         with ExitStack() as stack:
             if self.streams_weights:
-                stack.enter_context(model.loaded(""))
-                for name in model.blocks:
-                    _load_on_call(stack, model, name)
+                stack.enter_context(self._model.loaded(""))
+                for name in self._model.blocks:
+                    _load_on_call(stack, self._model, name)
             else:
                 self._load_all(stack)
-            cache = DynamicCache(config=model.config)
-            entering = self._prompt[None].to(model.device)
+            text = self._prompt[None].to(self._model.device)  # [1, T]
+            steps = forwards(self._model.module, text, self._max_new_tokens)
+            token = None
             while len(self.tokens) < self._max_new_tokens:
                 self._control.check()
-                found = model.module(entering, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                logits = found.logits[0, -1]
-                if not bool(torch.isfinite(logits).all()):
-                    raise CorruptInput(
-                        f"{model.shown}: its logits hold NaN or infinity after {len(self.tokens)} new tokens",
-                        hint=f"`weightops check {model.shown}` finds NaN and infinity in weights",
-                    )
+                logits = steps.send(token)
+                check_finite(self._model, logits[None], f"after {len(self.tokens)} new tokens its logits hold")
                 token = self._sampling.choose(logits, draw)
                 self.tokens.append(token)
                 yield token
                 if token in self._end:
                     self.finish = "eos"
                     return
-                entering = torch.tensor([[token]], device=model.device)
             self.finish = "length"
 
     def _load_all(self, stack: ExitStack) -> None:
@@ -195,9 +190,19 @@ def _room_on(device: str) -> int:
 
 
 def _cache_nbytes(model: BlockModel, tokens: int) -> int:
-    """What keys and values of so many tokens take, of a model that keeps those of all tokens in all blocks."""
-    config = model.config.get_text_config(decoder=True)
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * len(model.blocks) * tokens * kv_heads * head_dim * model.dtype.itemsize
+    """What keys and values of so many tokens take, of a model that keeps those of all tokens in all blocks.
+
+    Layers may differ in their heads (Gemma 4), or have none (Mamba, whose states are small).
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "per_layer_config", None) or [config] * len(model.blocks)
+    return 2 * sum(map(_cached_width, layers)) * tokens * model.dtype.itemsize
+
+
+def _cached_width(layer: Any) -> int:
+    """Elements of the keys of a token in one layer."""
+    heads = getattr(layer, "num_attention_heads", None)
+    if not heads:
+        return 0
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return int(kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads))

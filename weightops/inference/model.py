@@ -14,12 +14,13 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.limits import release_freed
 from weightops.errors import UsageError
-from weightops.inference import skeleton
-from weightops.inference.arguments import BlockArguments
+from weightops.inference.arguments import BlockArguments, beyond_hidden_states
 from weightops.inference.names import Part, match, split_experts
 from weightops.inference.packed import Engine, PackedWeight, find_packed
+from weightops.inference.skeleton import build, find_blocks
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.layouts.skeleton import place, read_config
 from weightops.operations.pairing import refuse_adapter
 from weightops.spec import DType
 
@@ -38,6 +39,11 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {escape(name)}: {str(error).splitlines()[0]}", hint="give auto or cpu") from None
     return name
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model was made for, in tokens; None if its positions have no end."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 class BlockModel:
@@ -71,11 +77,11 @@ class BlockModel:
             checkpoint = _dequantized(checkpoint, self._control)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         refuse_adapter(checkpoint, "the model")
-        self.config: PretrainedConfig = skeleton.read_config(checkpoint)
-        self.module: PreTrainedModel = skeleton.build(self.config, self.shown, dtype)
+        self.config: PretrainedConfig = read_config(checkpoint)
+        self.module: PreTrainedModel = build(self.config, self.shown, dtype)
         self.checkpoint = checkpoint = split_experts(self.module, checkpoint)
-        self.blocks: list[str] = skeleton.find_blocks(self.module, self.shown)
-        self._parts = match(self.module, checkpoint, self.shown)
+        self.blocks: list[str] = find_blocks(self.module, self.shown)
+        self._parts, self._left_out = match(self.module, checkpoint, self.shown, self._control)
         self.packable: dict[str, PackedWeight] = find_packed(self.module, self._parts) if self.quantized else {}
         """By the names of their parameters, weights that `keep_packed` keeps as integers."""
         self.is_packed = False
@@ -83,7 +89,7 @@ class BlockModel:
         """Linears whose places kernels have, by name."""
         for name, buffer in list(self.module.named_buffers()):
             if buffer.device.type != "meta":
-                skeleton.place(self.module, name, buffer.to(device))
+                place(self.module, name, buffer.to(device))
         self._returns_tuples = False
         self._given: tuple[torch.Size, BlockArguments | None] = (torch.Size(), None)
         """What blocks were given last, for tokens of which shape."""
@@ -101,16 +107,17 @@ class BlockModel:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What there is to say about the checkpoint's files."""
+        found = (*self.checkpoint.warnings, *self._left_out)
         rest = len(self.quantized) - len(self.packable)
         if not self.is_packed or rest <= 0:
-            return self.checkpoint.warnings
+            return found
         left = f"{rest} of {len(self.quantized)} quantised layers are dequantised, because {type(self.module).__name__}"
-        return (*self.checkpoint.warnings, f"{self.shown}: {left} has no plain linear layers for them")
+        return (*found, f"{self.shown}: {left} has no plain linear layers for them")
 
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the model was made for, in tokens; None if its positions have no end."""
-        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return max_positions(self.config)
 
     def parts_of(self, name: str) -> list[Part]:
         """The parameters and persistent buffers below module `name`, or outside the blocks if it is ""."""
@@ -172,10 +179,10 @@ class BlockModel:
         for part in self.parts_of(name):
             self._place(part, torch.empty(part.tensor.spec.shape, dtype=part.dtype, device="meta"))
 
-    def _place(self, part: Part, tensor: torch.Tensor) -> None:
-        placed = tensor if part.is_buffer else nn.Parameter(tensor, requires_grad=False)
+    def _place(self, part: Part, tensor: torch.Tensor, *, requires_grad: bool = False) -> None:
+        placed = tensor if part.is_buffer else nn.Parameter(tensor, requires_grad)
         for name in part.names:
-            skeleton.place(self.module, name, placed)
+            place(self.module, name, placed)
 
     @contextmanager
     def loaded(self, *names: str) -> Iterator[None]:
@@ -196,13 +203,7 @@ class BlockModel:
         architecture; for `run` they serve for other tokens too, if `B` and `T` are the same. Needs `load("")`. Raises
         `UsageError` for a model whose blocks are not run apart, or are given other arguments for other tokens.
         """
-        found = self._caught(tokens.to(self.device))
-        if found is None:
-            # The model took the first of what a block returned, which was a tensor: so it expects a tuple.
-            self._returns_tuples = True
-            found = self._caught(tokens.to(self.device))
-        assert found is not None
-        hidden, given = found
+        hidden, given = self._entering(tokens.to(self.device))
         shape, before = self._given
         if shape == tokens.shape and before is not None and not before.equals(given):
             raise UsageError(
@@ -211,6 +212,35 @@ class BlockModel:
             )
         self._given = (tokens.shape, given)
         return hidden, given
+
+    def refuse_joined_blocks(self) -> None:
+        """Raise `UsageError` for a model whose blocks are not run apart, before weights are read.
+
+        Its forward says so with zeros for weights, which take no memory. Nothing may be loaded yet.
+        """
+        tokens = torch.zeros((1, 3), dtype=torch.int64, device=self.device)
+        for part in self.parts_of(""):
+            zeros = torch.zeros((), dtype=part.dtype, device=self.device).expand(part.tensor.spec.shape)
+            self._place(part, zeros, requires_grad=zeros.is_floating_point())
+        with torch.enable_grad():
+            hidden, given = self._entering(tokens)
+        self.unload("")
+        name = beyond_hidden_states(given.of_blocks, tokens)
+        if hidden.ndim != 3 or name is not None:
+            what = f"gives its blocks {name}" if name else f"has hidden states of {hidden.ndim - 1} dimensions a token"
+            raise UsageError(
+                f"{self.shown}: {type(self.module).__name__} {what}, so it is not run block by block",
+                hint="`weightops generate` runs it whole",
+            )
+
+    def _entering(self, tokens: torch.Tensor) -> tuple[torch.Tensor, BlockArguments]:
+        found = self._caught(tokens)
+        if found is None:
+            # The model took the first of what a block returned, which was a tensor: so it expects a tuple.
+            self._returns_tuples = True
+            found = self._caught(tokens)
+        assert found is not None
+        return found
 
     def _caught(self, tokens: torch.Tensor) -> tuple[torch.Tensor, BlockArguments] | None:
         entered: list[torch.Tensor] = []
@@ -245,8 +275,8 @@ class BlockModel:
         """Block `i` alone, which must be loaded: hidden states `[B, T, hidden]` to such; `kwargs` are from `embed`."""
         given = kwargs.of_blocks[i] if isinstance(kwargs, BlockArguments) else kwargs
         result = self.module.get_submodule(self.blocks[i])(hidden.to(self.device), **given)
-        self._returns_tuples = isinstance(result, tuple)
-        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+        self._returns_tuples = isinstance(result, tuple | list)  # GPT-1 gives a list
+        return result[0] if self._returns_tuples else result  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

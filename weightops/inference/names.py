@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
 from weightops.errors import IncompatibleInputs
 from weightops.inference.linears import TransposedLinear, expert_weights
-from weightops.inference.skeleton import is_persistent
+from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.layouts.skeleton import is_persistent
 from weightops.lazy import LazyTensor
 from weightops.operations.loaded_names import renaming
 from weightops.ops.arrange import cut
@@ -47,8 +50,13 @@ class Part:
         return self.tensor.spec.numel * self.dtype.itemsize
 
 
-def match(module: PreTrainedModel, checkpoint: Checkpoint, shown: str) -> list[Part]:
-    """What each parameter and persistent buffer is filled from; refuses names and shapes that do not fit."""
+def match(
+    module: PreTrainedModel, checkpoint: Checkpoint, shown: str, control: Control
+) -> tuple[list[Part], tuple[str, ...]]:
+    """What each parameter and persistent buffer is filled from, and warnings; refuses names and shapes that do not fit.
+
+    Biases of zeros that the model does not have are left out: AutoGPTQ gave one to every layer that it quantised.
+    """
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -76,8 +84,12 @@ def match(module: PreTrainedModel, checkpoint: Checkpoint, shown: str) -> list[P
         elif buffer.device.type == "meta":
             missing.append(name)
     _refuse_missing(missing, module, shown)
-    _refuse_unexpected(found.left, module, shown)
-    return [replace(part, tensor=_as_in_module(module, part, shown)) for part in parts]
+    weights = {part.source for part in parts}
+    biases = {n: checkpoint[n] for n in sorted(found.left) if f"{n.removesuffix('bias')}weight" in weights}
+    zeros = _of_zeros(biases, control)
+    _refuse_unexpected(found.left - set(zeros), set(biases), module, shown)
+    warnings = (f"{shown}: {len(zeros)} biases of zeros are left out: {_listed(zeros)}",) if zeros else ()
+    return [replace(part, tensor=_as_in_module(module, part, shown)) for part in parts], warnings
 
 
 class _Found:
@@ -183,13 +195,21 @@ def _refuse_missing(missing: list[str], module: PreTrainedModel, shown: str) -> 
         raise IncompatibleInputs(f"{shown}: lacks {_listed(missing)}, which {type(module).__name__} has", hint=hint)
 
 
-def _refuse_unexpected(left: set[str], module: PreTrainedModel, shown: str) -> None:
+def _of_zeros(tensors: Mapping[str, LazyTensor], control: Control) -> list[str]:
+    values = read_all([(tensor, torch.float32) for tensor in tensors.values()], "cpu", control)
+    return [name for name, value in zip(tensors, values, strict=True) if not bool(value.any())]
+
+
+def _refuse_unexpected(left: set[str], biases: set[str], module: PreTrainedModel, shown: str) -> None:
     known = [*_NOT_LOADED, *(module._keys_to_ignore_on_load_unexpected or ())]
     strange = sorted(name for name in left if not any(re.search(pattern, name) for pattern in known))
     if strange:
+        hint = "`weightops shard --drop` leaves tensors out, `--drop-prefix` and `--rename` give others names"
+        if biases.issuperset(strange):
+            hint = "they are not zero; config.json has a setting for biases (attention_bias and mlp_bias of LLaMA)"
         raise IncompatibleInputs(
             f"{shown}: holds {_listed(strange)}, which {type(module).__name__} by its config.json does not have",
-            hint="`weightops shard --drop` leaves tensors out, `--drop-prefix` and `--rename` give others names",
+            hint=hint,
         )
 
 

@@ -6,6 +6,7 @@ takes the tensors and settings of `ops.gptq_tensors.Dequantize` apart, so it kno
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -85,10 +86,26 @@ def find_packed(module: PreTrainedModel, parts: Iterable[Part]) -> dict[str, Pac
     for part in parts:
         (name, *others), op = part.names, part.tensor.op
         owner, _, leaf = name.rpartition(".")
-        is_linear = type(module.get_submodule(owner)).forward is nn.Linear.forward
-        if isinstance(op, Dequantize) and is_linear and leaf == "weight" and not others and not part.is_buffer:
+        if not isinstance(op, Dequantize) or leaf != "weight" or others or part.is_buffer:
+            continue
+        if _is_plain(module.get_submodule(owner)):
             found[name] = PackedWeight(owner, part.tensor, op)
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it gives what a Linear gives: it has Linear's forward, or its own says the same of a small layer."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    weight, inputs = torch.arange(6.0).view(2, 3), torch.arange(15.0).view(1, 5, 3)
+    bias = None if module.bias is None else torch.ones(2)
+    small = copy.copy(module)
+    small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    try:
+        result = small.forward(inputs)
+    except Exception:  # routers and the like, of which nothing is known
+        return False
+    return isinstance(result, torch.Tensor) and torch.equal(result, nn.functional.linear(inputs, weight, bias))
 
 
 def are_faster(weights: Sequence[PackedWeight], dtype: torch.dtype, device: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 _BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_FOR_SENTENCEPIECE = {"protobuf": ("google", "google.protobuf"), "sentencepiece": ("sentencepiece",)}
+"""Libraries that transformers reads tokenizer.model with, and their modules."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_CONTEXT = 5
-"""Tokens before the new ones that decide how these are written: a space before a word, say."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint's files, as transformers reads it; no network, no code from the checkpoint.
 
-    Raises `SourceMissing` if there is none, `CorruptInput` if transformers cannot read it.
+    Raises `SourceMissing` if there is none, `CorruptInput` if transformers cannot read it, `UsageError` if it lacks a
+    library for that.
     """
     from transformers import AutoTokenizer
 
@@ -51,29 +53,45 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 name, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers and tokenizers raise what they like
+            lacking = [library for library in _FOR_SENTENCEPIECE if not _is_installed(library)]
+            if lacking and "tokenizer.json" not in checkpoint.sidecars and "tokenizer.model" in checkpoint.sidecars:
+                raise UsageError(
+                    f"{shown}: has no tokenizer.json, and transformers reads tokenizer.model with "
+                    f"{' and '.join(lacking)}, which {'are' if len(lacking) > 1 else 'is'} not installed",
+                    hint=f"pip install {' '.join(lacking)}",
+                ) from error
             reason = str(error).splitlines()[0].replace(name, checkpoint.name) if str(error) else type(error).__name__
             raise CorruptInput(f"{shown}: transformers cannot read its tokenizer: {escape(reason)}") from error
     return found
 
 
+def _is_installed(library: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in _FOR_SENTENCEPIECE[library])
+
+
 def _without_code(config: bytes, shown: str) -> bytes:
     """config.json without what names other files or weights: a tokenizer needs its model_type at most."""
     kept = ("model_type", "tokenizer_class")
-    document = strict_json.load_object(config, f"{shown}: config.json")
+    document = strict_json.load_object(config, f"{shown}: config.json", constants=True)
     return json.dumps({key: document[key] for key in kept if key in document}).encode()
 
 
 def read_text(paths: Iterable[Path]) -> str:
-    """Text files, joined by blank lines. Raises `SourceMissing`, or `CorruptInput` for what is not text in UTF-8."""
-    found = []
-    for path in paths:
-        try:
-            found.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise CorruptInput(f"{escape(str(path))}: is not text in UTF-8: {error.reason}") from None
-        except OSError as error:
-            raise SourceMissing(f"{escape(str(path))}: cannot be read: {error.strerror}") from None
-    return "\n\n".join(found)
+    """Text files, joined by blank lines, with line feeds at the ends of lines; raises as `read_utf8` does."""
+    return "\n\n".join(read_utf8(path).replace("\r\n", "\n").replace("\r", "\n") for path in paths)
+
+
+def read_utf8(path: Path) -> str:
+    """A text file, without the mark that some begin with.
+
+    Raises `SourceMissing`, or `CorruptInput` for what is not text in UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptInput(f"{escape(str(path))}: is not text in UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise SourceMissing(f"{escape(str(path))}: cannot be read: {error.strerror}") from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
@@ -96,49 +114,65 @@ def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, shown: str) -> torch.Tensor:
     """Tokens `[n]` of a prompt; with `chat` as what a user says, by the tokenizer's chat template.
 
-    Raises `UsageError` if there is no such template, or the prompt is empty.
+    Raises `UsageError` if there is no such template, or the prompt is empty or no text.
     """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UsageError("the prompt is not text in UTF-8", hint="give --prompt - and the text on stdin, in UTF-8")
     if not chat:
         tokens = encode(tokenizer, prompt)
     elif not tokenizer.chat_template:
         raise UsageError(f"{shown}: its tokenizer has no chat template", hint="leave out --chat")
     else:
-        conversation = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
-            raise CorruptInput(f"{shown}: its chat template fails: {escape(str(error))}") from error
-        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].to(torch.int64)
+        tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}], shown, is_whole=False)
     if len(tokens) == 0:
         raise UsageError("the prompt is empty, and the tokenizer begins with no special token", hint="give --prompt")
     return tokens
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens as they come; a character that takes several tokens comes with the last of them."""
-    kept = list(prompt[-_CONTEXT:])
-    shown = len(kept)
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str, *, is_whole: bool
+) -> torch.Tensor:
+    """Tokens `[n]` of a conversation by the tokenizer's chat template, which asks for an answer unless it `is_whole`.
 
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    for token in tokens:
-        kept.append(token)
-        before, now = text(kept[:shown]), text(kept)
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
-            kept = kept[-_CONTEXT:]
-            shown = len(kept)
-    before, now = text(kept[:shown]), text(kept)
-    if len(now) > len(before):
-        yield now[len(before) :]
+    Raises `CorruptInput` if the template refuses it.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=not is_whole, tokenize=False
+        )
+    except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
+        raise CorruptInput(f"{where}: the tokenizer's chat template fails: {escape(str(error))}") from error
+    found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    return found.to(torch.int64)
 
 
-def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: by generation_config.json, else config.json, else the tokenizer."""
+def end_tokens(checkpoint: Checkpoint, tokenizer: Any, *, chat: bool = False) -> frozenset[int]:
+    """Tokens that end a text: by generation_config.json, else config.json, else the tokenizer.
+
+    A turn of a `chat` ends with the tokenizer's own end too, which the files of many chat models leave out. Raises
+    `CorruptInput` for what is no number of a token.
+    """
+    own = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
     data = checkpoint.sidecar("generation_config.json")
     settings = strict_json.load_object(data, f"{checkpoint.name}: generation_config.json") if data is not None else {}
-    for found in (settings.get("eos_token_id"), checkpoint.config().get("eos_token_id"), tokenizer.eos_token_id):
+    for name, document in (("generation_config.json", settings), ("config.json", checkpoint.config())):
+        found = document.get("eos_token_id")
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
+            stated = frozenset(_token_ids(found, f"{escape(checkpoint.name)}: {name}", tokenizer))
+            return stated | own if chat else stated
+    return own
+
+
+def _token_ids(value: object, where: str, tokenizer: Any) -> list[int]:
+    given = value if isinstance(value, list) else [value]
+    ids = [token for token in given if type(token) is int]
+    if len(ids) == len(given):
+        return ids
+    odd = next(token for token in given if type(token) is not int)
+    known = tokenizer.get_vocab().get(odd) if isinstance(odd, str) else None
+    raise CorruptInput(
+        f"{where}: eos_token_id is {escape(json.dumps(value))[:80]}, expected the number of a token or a list of such",
+        hint="write the token's number there, or null for the tokenizer's own end"
+        if known is None
+        else f"write {known}, which is the number of {escape(json.dumps(odd))}",
+    )

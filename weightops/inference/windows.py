@@ -10,7 +10,7 @@ import torch
 
 from weightops.engine.control import Control
 from weightops.engine.limits import available_memory
-from weightops.errors import CorruptInput
+from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
 from weightops.inference.states import hidden_states
 
@@ -58,7 +58,7 @@ def final_states(
                 hidden, given = model.embed(chosen)
                 arguments.setdefault(len(chosen), given)
                 states[start : start + batch].copy_(hidden)
-        check_finite(model, states, "the embedding")
+        check_finite(model, states, "the embedding gives")
         control.progress.advance(model.nbytes(""))
         for i, name in enumerate(model.blocks):
             left = nbytes = model.nbytes(name)
@@ -72,15 +72,6 @@ def final_states(
                     done = nbytes * len(chosen_states) // len(windows)
                     control.progress.advance(done)
                     left -= done
-                    check_finite(model, chosen_states, name)
+                    check_finite(model, chosen_states, f"{name} gives")
             control.progress.advance(left)
         yield states
-
-
-def check_finite(model: BlockModel, states: torch.Tensor, where: str) -> None:
-    """Raise `CorruptInput` for NaN or infinity in what leaves `where`."""
-    if not all(bool(torch.isfinite(window).all()) for window in states):
-        hint = f"`weightops check {model.shown}` finds NaN and infinity in weights"
-        if model.dtype != torch.float32:
-            hint += "; --dtype float32 has room for larger values"
-        raise CorruptInput(f"{model.shown}: {where} gives NaN or infinity", hint=hint)

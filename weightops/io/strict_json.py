@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any, NoReturn
+from typing import Any
 
 from weightops.errors import CorruptInput
 from weightops.io.escape import escape
@@ -13,8 +13,8 @@ MAX_BYTES = 100_000_000
 """The safetensors format's own limit on a header, and ample for any index or config."""
 
 
-def loads(data: bytes, what: str) -> Any:
-    """Parse UTF-8 JSON; `what` names the document in errors.
+def loads(data: bytes, what: str, *, constants: bool = False) -> Any:
+    """Parse UTF-8 JSON; `what` names the document in errors. `constants` lets Infinity and NaN through, as floats.
 
     Raises `CorruptInput` for anything that two parsers could read in two ways.
     """
@@ -28,12 +28,14 @@ def loads(data: bytes, what: str) -> Any:
             raise CorruptInput(f"{what}: the key {escape(key)!r} occurs twice")
         return result
 
-    def reject_constant(name: str) -> NoReturn:
+    def constant(name: str) -> float:
+        if constants:
+            return float(name)
         raise CorruptInput(f"{what}: {name} is not JSON")
 
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=reject_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise CorruptInput(f"{what}: not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -47,9 +49,9 @@ def loads(data: bytes, what: str) -> Any:
     return value
 
 
-def load_object(data: bytes, what: str) -> dict[str, Any]:
+def load_object(data: bytes, what: str, *, constants: bool = False) -> dict[str, Any]:
     """Like `loads`, for documents whose top level must be an object."""
-    value = loads(data, what)
+    value = loads(data, what, constants=constants)
     if not isinstance(value, dict):
         raise CorruptInput(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value

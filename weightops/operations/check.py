@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
@@ -19,7 +21,14 @@ from weightops.io.escape import escape
 from weightops.layouts.source import beside
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations import check_gptq, check_values
-from weightops.operations.check_config import config_findings, embedding_and_head, tie_findings, vocabulary_rows
+from weightops.operations.check_architecture import Held, architecture_findings, held_against
+from weightops.operations.check_config import (
+    config_findings,
+    dtype_findings,
+    embedding_and_head,
+    tie_findings,
+    vocabulary_rows,
+)
 from weightops.operations.check_files import file_findings, leftover_findings, opening_findings, token_findings
 from weightops.operations.check_report import CODES, SEVERITIES, CheckReport, Finding, TensorReport
 from weightops.ops.statistics import TensorStatistics, has_statistics, statistics
@@ -32,6 +41,8 @@ def check(
     values: bool = True,
     max_abs: float | None = None,
     ignore: Sequence[str] = (),
+    architecture: bool = True,
+    cache: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     control: Control | None = None,
 ) -> CheckReport:
@@ -39,7 +50,8 @@ def check(
 
     With `values` every tensor is read once, by one thread per core unless `workers` says otherwise; without, headers
     and the files beside them are all that is looked at. Magnitudes above `max_abs` are findings. Those of the codes in
-    `ignore` are left out.
+    `ignore` are left out. Names, shapes and ties are held against transformers' class for config.json, unless
+    `architecture` is False; importing that takes seconds, which `cache`, a folder for what it says, saves next time.
     Raises `UsageError` for unknown codes or a `max_abs` that is no bound, `CorruptInput` for tensors that cannot be
     read; whatever else is wrong with the checkpoint is part of the report.
     """
@@ -53,7 +65,8 @@ def check(
     control = control or Control()
     tensors = _examine(checkpoint, workers, control) if values else _unread(checkpoint)
     evaluate = partial(values_of, control=control) if values else None
-    findings = list(_findings(checkpoint, tensors, max_abs, evaluate))
+    subject = _Subject.of(checkpoint, None if cache is None else Path(cache), architecture=architecture)
+    findings = list(_findings(subject, tensors, max_abs, evaluate))
     kept = [finding for finding in findings if finding.code not in ignore]
     return CheckReport(
         name=checkpoint.name,
@@ -63,7 +76,41 @@ def check(
         nbytes=checkpoint.nbytes,
         ignored=tuple(ignore),
         ignored_count=len(findings) - len(kept),
+        held_against=subject.held.by,
+        not_held=subject.held.reason,
     )
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A checkpoint with its config, as the model that it stands for, and what this is held against."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    plain: Checkpoint
+    """With the weights of a model that is quantised in a way that is understood."""
+    plain_config: dict[str, Any]
+    held: Held
+    errors: tuple[Finding, ...] = ()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, cache: Path | None, *, architecture: bool) -> _Subject:
+        errors: tuple[Finding, ...] = ()
+        config: dict[str, Any] = {}
+        try:
+            config = checkpoint.config()
+        except CorruptInput as error:
+            errors = (Finding("error", "config", "config.json", str(error), error.hint or ""),)
+        if DELTA_NAME in checkpoint.sidecars or is_adapter(checkpoint):
+            kind = "an exact delta" if DELTA_NAME in checkpoint.sidecars else "an adapter"
+            return cls(checkpoint, config, checkpoint, config, Held(reason=f"it is {kind}, no model"), errors)
+        plain = check_gptq.as_plain(checkpoint)
+        own = config if plain is checkpoint else {k: v for k, v in config.items() if k != "quantization_config"}
+        return cls(checkpoint, config, plain, own, held_against(plain, own, cache, wanted=architecture), errors)
+
+    @property
+    def is_model(self) -> bool:
+        return DELTA_NAME not in self.checkpoint.sidecars and not is_adapter(self.checkpoint)
 
 
 def _unread(checkpoint: Checkpoint) -> dict[str, TensorReport]:
@@ -99,28 +146,27 @@ def _examine(checkpoint: Checkpoint, workers: int | None, control: Control) -> d
 
 
 def _findings(
-    checkpoint: Checkpoint, tensors: dict[str, TensorReport], max_abs: float | None, evaluate: Evaluate | None
+    subject: _Subject, tensors: dict[str, TensorReport], max_abs: float | None, evaluate: Evaluate | None
 ) -> Iterator[Finding]:
+    checkpoint, config = subject.checkpoint, subject.config
     yield from opening_findings(checkpoint)
     if checkpoint.folder is not None:
         yield from file_findings(checkpoint.folder.names())
-    config: dict[str, Any] = {}
-    try:
-        config = checkpoint.config()
-    except CorruptInput as error:
-        yield Finding("error", "config", "config.json", str(error), error.hint or "")
+    yield from subject.errors
+    if not checkpoint:
+        text = f"{escape(checkpoint.name)} holds no tensor"
+        yield Finding("error", "missing", checkpoint.name, text, "was it saved before it was filled?")
     yield from leftover_findings(checkpoint, config)
     yield from check_values.empty_findings(checkpoint)
     yield from check_values.unexamined_findings(checkpoint)
-    if DELTA_NAME in checkpoint.sidecars or is_adapter(checkpoint):
-        kind = "an exact delta" if DELTA_NAME in checkpoint.sidecars else "an adapter"
-        text = f"{escape(checkpoint.name)} is {kind}, no model: its shapes are held against nothing"
+    if not subject.is_model:
+        text = f"{escape(checkpoint.name)}: {subject.held.reason}: its shapes are held against nothing"
         yield Finding("note", "unchecked", "config.json", text)
     else:
         yield from check_gptq.gptq_findings(checkpoint, tensors, evaluate)
-        yield from _held_against_config(checkpoint, config)
+        yield from _held_findings(subject, tensors)
         yield from token_findings(checkpoint, config, beside(checkpoint, None), vocabulary_rows(checkpoint))
-        yield from tie_findings(checkpoint, config, tensors)
+        yield from tie_findings(subject.plain, config, tensors, missing=subject.held.architecture is None)
     for name, report in tensors.items():
         if report.statistics is not None:
             yield from check_values.value_findings(name, report.spec, report.statistics, max_abs)
@@ -130,9 +176,16 @@ def _findings(
     yield from check_values.duplicate_findings(checkpoint, tensors, [pair])
 
 
-def _held_against_config(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
-    """Names, shapes and dtypes; those of the plain model, if it is quantised in a way that is understood."""
-    plain = check_gptq.as_plain(checkpoint)
-    if plain is not checkpoint:
-        config = {key: value for key, value in config.items() if key != "quantization_config"}
-    yield from config_findings(plain, config)
+def _held_findings(subject: _Subject, tensors: dict[str, TensorReport]) -> Iterator[Finding]:
+    """Names, shapes and dtypes, against an architecture where there is one and else by what tables say."""
+    plain, config, held = subject.plain, subject.plain_config, subject.held
+    if held.architecture is not None:
+        zeros = check_gptq.biases_of_zeros(subject.checkpoint, tensors)
+        yield from dtype_findings(plain, config)
+        yield from architecture_findings(plain, config, held.architecture, zeros)
+        return
+    found = list(config_findings(plain, config))
+    yield from found
+    if held.is_beyond_files and not any((f.severity, f.code) == ("error", "config-layers") for f in found):
+        hint = "are config.json and the weights of one model?"
+        yield Finding("error", "config-layers", "config.json", held.reason, hint)

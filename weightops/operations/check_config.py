@@ -47,10 +47,20 @@ _ORIGINS = {
 }
 
 
+def is_told_by_a_table(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether what is written down here says all that transformers' class for a config.json would say."""
+    architectures = config.get("architectures")
+    is_causal = architectures is None or (
+        isinstance(architectures, list) and architectures[:1] in (["LlamaForCausalLM"], ["MistralForCausalLM"])
+    )
+    has_more = any(config.get(key) for key in ("attention_bias", "mlp_bias", "auto_map", "text_config"))
+    return is_causal and not has_more and config.get("model_type") in _PLAIN and not why_unknown(checkpoint, config)
+
+
 def config_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Names, shapes and dtypes against config.json, as far as that and the architecture are understood."""
+    """Names, shapes and dtypes against config.json, as far as that and the architecture are understood here."""
     family, layers = config.get("model_type"), layers_of(checkpoint)
-    why = _why_unknown(checkpoint, config)
+    why = why_unknown(checkpoint, config)
     severity: Severity = "warning" if why else "error"
     if why:
         text = f"{escape(checkpoint.name)}: {why}: layers are held against one another, and not against a known model"
@@ -65,7 +75,7 @@ def config_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterat
         yield from _membership(checkpoint, layers, config)
     if not config:
         return
-    yield from _dtype_findings(checkpoint, config)
+    yield from dtype_findings(checkpoint, config)
     if "text_config" in config:
         return
     yield from layer_count_findings(layers, config, severity)
@@ -75,7 +85,7 @@ def config_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterat
         yield from _embedding_findings(checkpoint, config)
 
 
-def _why_unknown(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
+def why_unknown(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
     """Why nothing is known of what the tensors should be; empty if it is known."""
     layout = find_layout(checkpoint)
     if layout not in (None, "hf"):
@@ -90,7 +100,7 @@ def _why_unknown(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
     return "" if layout else f"has no {EMBEDDING.name('hf', 0)}, as {family} models have"
 
 
-def _dtype_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+def dtype_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
     """The dtype in config.json against that of most bytes; and whether there is more than one."""
     nbytes: Counter[DType] = Counter()
     for name, tensor in checkpoint.items():
@@ -230,9 +240,12 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
 
 
 def tie_findings(
-    checkpoint: Checkpoint, config: Mapping[str, Any], tensors: Mapping[str, TensorReport]
+    checkpoint: Checkpoint, config: Mapping[str, Any], tensors: Mapping[str, TensorReport], *, missing: bool
 ) -> Iterator[Finding]:
-    """Input and output embedding against what config.json says: whether there should be one or two of them."""
+    """Input and output embedding against what config.json says: whether there should be one or two of them.
+
+    That one is missing is said only if it is to be, for whoever knows the architecture says so anyway.
+    """
     embedding, head = embedding_and_head(checkpoint)
     if embedding is None or not config:
         return
@@ -241,7 +254,7 @@ def tie_findings(
     is_base = isinstance(architectures, list) and not any(str(a).endswith("ForCausalLM") for a in architectures)
     if head is None:
         untied = tied is False or (tied is None and config.get("model_type") in _UNTIED_BY_DEFAULT)
-        if untied and not is_base:
+        if missing and untied and not is_base:
             text = f"{HEAD.name('hf', 0)} is missing, and config.json does not tie it to {embedding}"
             hint = "loading makes a random one; set tie_word_embeddings if they are tied"
             yield Finding("error", "tie", HEAD.name("hf", 0), text, hint)

@@ -23,7 +23,7 @@ ReadFile = Callable[[str], bytes | None]
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
 _TRAINING = re.compile(r"(^|[._])(exp_avg(_sq)?|momentum_buffer|grad_norm)$|^(optimizer|optim|scheduler|ema)\.")
 _LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|original_module)(\.|$)|lora_E$")
-_QUANTISED = re.compile(
+QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight_format|absmax|quant_map|quant_state\..*|nested_absmax|nested_quant_map"
     r"|weight_scale|weight_scale_inv|weight_zero_point|weight_packed|input_scale)$|_(blocks|scales)$|\.scales$"
 )
@@ -39,6 +39,11 @@ _OPENING: tuple[tuple[str, str, Severity], ...] = (
     ("a Git LFS pointer", "file", "error"),
     ("code, carried along", "file", "note"),
 )
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether a wrapper (DDP, FSDP, torch.compile) has put its name into that of a tensor."""
+    return _WRAPPERS.search(name) is not None
 
 
 def opening_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -68,7 +73,7 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
     names = list(checkpoint)
     rotary = [n for n in names if is_derived(n.rpartition("/")[2]) or n.endswith(ROTARY_SUFFIX)]
     yield from group(rotary, "note", "leftover", "of rotary frequencies, computed anew from config.json", "")
-    wrapped = [n for n in names if _WRAPPERS.search(n)]
+    wrapped = [n for n in names if is_wrapped(n)]
     yield from group(
         wrapped, "error", "leftover", "named by a wrapper (DDP, FSDP, torch.compile)", "save the model inside it"
     )
@@ -79,7 +84,7 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
         yield from group(
             lora, "error", "lora", "of a LoRA among those of a model", "merge the adapter, or store it apart"
         )
-    quantised = [n for n in names if _QUANTISED.search(n)]
+    quantised = [n for n in names if QUANTISED.search(n)]
     stated = config.get("quantization_config") or "quantize_config.json" in checkpoint.sidecars
     if not stated:
         hint = "without quantization_config in config.json no library knows how to read them"

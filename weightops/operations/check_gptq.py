@@ -26,6 +26,7 @@ from weightops.formats.gptq_zeros import CARRIES, ZeroEvidence, examine_zeros, m
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.check_report import Finding, Severity, TensorReport
+from weightops.operations.modules import is_conv1d
 from weightops.operations.pairing import listed
 from weightops.ops.rows import Repeat
 from weightops.spec import DType
@@ -78,6 +79,7 @@ def as_plain(checkpoint: Checkpoint) -> Checkpoint:
     if not found:
         return checkpoint
     tensors: dict[str, LazyTensor] = {}
+    model_type = _stated(checkpoint).get("model_type")
     # Weights are of any type; that of the tensors that are not quantised is what config.json names.
     kinds = Counter({DType.F16: 0})
     for name, tensor in checkpoint.items():
@@ -90,8 +92,19 @@ def as_plain(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = tensor
         elif part == "qweight":
             shape = found[prefix].out_features, found[prefix].in_features
+            shape = shape[::-1] if is_conv1d(prefix, model_type) else shape
             tensors[f"{prefix}.weight"] = LazyTensor.make(Repeat(dtype, shape, bytes(dtype.itemsize)))
     return replace(checkpoint, tensors=tensors)
+
+
+def biases_of_zeros(checkpoint: Checkpoint, tensors: Mapping[str, TensorReport]) -> list[str]:
+    """Biases of quantised modules that add nothing, as far as values were read: AutoGPTQ gave every layer one."""
+    found = []
+    for name in (f"{prefix}.bias" for prefix in prefixes(checkpoint) if f"{prefix}.bias" in checkpoint):
+        statistics = tensors[name].statistics
+        if statistics is None or (statistics.is_constant and not statistics.minimum):
+            found.append(name)
+    return found
 
 
 def _config_findings(checkpoint: Checkpoint, config: QuantizeConfig | None) -> Iterator[Finding]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from weightops.ops.statistics import TensorStatistics
 from weightops.spec import TensorSpec
@@ -50,6 +51,17 @@ CODES: Mapping[str, str] = {
     "file": "a file is not part of the checkpoint, or not what it should be",
 }
 """Every code that a finding may have; part of the interface."""
+
+
+class CheckOptions(TypedDict, total=False):
+    """What there is to choose for a check; see `weightops.operations.check`."""
+
+    values: bool
+    max_abs: float | None
+    ignore: Sequence[str]
+    architecture: bool
+    cache: str | os.PathLike[str] | None
+    workers: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,8 @@ class CheckReport:
     """The outcome of one check: findings, gravest first, and every tensor in state-dict order.
 
     `examined` says whether values were read; `nbytes` are those of all tensors. Findings of `ignored` codes are
-    counted in `ignored_count`, and left out.
+    counted in `ignored_count`, and left out. `held_against` is the architecture that names, shapes and ties were held
+    against; where there is none `not_held` says why.
     """
 
     name: str
@@ -109,6 +122,8 @@ class CheckReport:
     nbytes: int
     ignored: tuple[str, ...] = ()
     ignored_count: int = 0
+    held_against: str | None = None
+    not_held: str = ""
 
     @property
     def verdict(self) -> bool:
@@ -130,6 +145,7 @@ class CheckReport:
             "counts": dict(self.counts),
             "examined": self.examined,
             "nbytes": self.nbytes,
+            "architecture": {"held_against": self.held_against, "not_held": self.not_held or None},
             "ignored": {"codes": list(self.ignored), "findings": self.ignored_count},
             "findings": [asdict(finding) for finding in self.findings],
             "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},

@@ -5,11 +5,11 @@ Adapters name modules as the model does, of the version of transformers that the
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from weightops.checkpoint import Checkpoint
+from weightops.layouts.architecture import beyond_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 STACKED = (".gate_up_proj", ".down_proj")
 """Parameters that hold a matrix for each expert; the first those of two layers, one below the other."""
-_COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|stages?)|(encoder|decoder)_layers|depths?|n_?layers?")
-"""Settings that say how many modules there are."""
-_EXPERTS = re.compile(r"\w*num_experts|(n|num)_\w*experts|moe_num_experts")
-_MAX_EXPERTS = 4096
-"""They are stacked in few parameters."""
 
 
 class LoadedNames:
@@ -39,7 +34,7 @@ class LoadedNames:
         self._renamed: Callable[[str], str] = str
         self._converters: list[WeightConverter] = []
         self._prefix = ""
-        model = _skeleton(base.config(), len(base))
+        model = _skeleton(base)
         if model is not None:
             self._read(model)
 
@@ -49,7 +44,8 @@ class LoadedNames:
         from transformers.core_model_loading import WeightConverter
         from transformers.pytorch_utils import Conv1D
 
-        self.parameters = frozenset(name for name, _ in model.named_parameters())
+        # Tied ones are parameters of their own in a model without weights.
+        self.parameters = frozenset(name for name, _ in model.named_parameters()) - model.all_tied_weights_keys.keys()
         self.modules = tuple(name for name, _ in model.named_modules() if name)
         self.linears = frozenset(name for name, part in model.named_modules() if isinstance(part, Linear | Conv1D))
         self._known, self._prefix = frozenset(model.state_dict()), f"{model.base_model_prefix}."
@@ -112,37 +108,14 @@ def renaming(model: PreTrainedModel) -> Callable[[str], str]:
     return renamed
 
 
-def _skeleton(config: Mapping[str, Any], n_tensors: int) -> PreTrainedModel | None:
+def _skeleton(base: Checkpoint) -> PreTrainedModel | None:
     """The model on meta, by its class in config.json; None where there is none, or it cannot be that of the files."""
-    if not config or not _is_credible(config, n_tensors):
-        return None
-    import torch
-    import transformers
+    from weightops.layouts.skeleton import build_for_names, parse_config
 
-    model_type = str(config.get("model_type"))
-    if model_type not in transformers.CONFIG_MAPPING:
+    config = {key: value for key, value in base.config().items() if key != "auto_map"}
+    if not config or beyond_files(config, base):
         return None
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
-        made = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
-        with torch.device("meta"):
-            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-                return kind(made)
-            return transformers.AutoModelForCausalLM.from_config(made)  # type: ignore[no-any-return, no-untyped-call]
+        return build_for_names(parse_config(config, ""), config.get("architectures"), len(base))
     except Exception:  # transformers and its validators raise what they like: then nothing is known of this model
         return None
-
-
-def _is_credible(config: Mapping[str, Any], n_tensors: int) -> bool:
-    """Whether a config asks for no more modules than there are tensors, before a model of them all is made."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and not _is_credible(value, n_tensors):
-            return False
-        counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
-        limit = n_tensors if _COUNT.fullmatch(key) else _MAX_EXPERTS if _EXPERTS.fullmatch(key) else None
-        if limit is not None and any(count > limit for count in counts):
-            return False
-    return True

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from weightops.engine.control import Control
 from weightops.engine.limits import release_freed
+from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
-from weightops.inference.windows import check_finite
 from weightops.ops.gptq import (
     Factor,
     Hessian,
@@ -118,7 +118,7 @@ class Block:
                 self._control.check()
                 kept.begin(a, is_last=True)
                 states = walk.run(self._i, inputs, a, b)
-                check_finite(walk.model, states, self._name)
+                check_finite(walk.model, states, f"{self._name} gives")
                 outputs.write(a, states)
             outputs.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -22,9 +23,10 @@ from weightops.engine.sample import sample
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.linears import left_as_they_are
-from weightops.inference.model import BlockModel
+from weightops.inference.model import BlockModel, max_positions
 from weightops.io.escape import escape
 from weightops.io.source import FileReader
+from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor
 from weightops.operations.pairing import refuse_adapter, refuse_delta
 from weightops.plan import identity_of
@@ -36,6 +38,9 @@ from weightops.spec import DType
 from weightops.versions import library_versions
 
 REPORT = "quantize_report.json"
+DEFAULT_SEQ_LEN = 2048
+_GLOB = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)
+"""The parts of a glob: a set of characters, or any other character."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,7 @@ class Run:
         }
 
 
-def prepare(source: Checkpoint, options: Options, calibration: Calibration | None, *, device: str = "cpu") -> Run:
-    """Look at everything that can be known before work starts.
-
-    Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for layers that do not fit or a
-    method without data.
-    """
+def _refuse_quantized(source: Checkpoint) -> None:
     refuse_delta(source, "the source")
     refuse_adapter(source, "the source")
     if CONFIG_KEY in source.config() or prefixes(source):
@@ -125,9 +125,37 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
             f"{escape(source.name)} is quantised already",
             hint="quantise the original; or `weightops dequantize` it first, which does not bring back what was lost",
         )
+
+
+def sample_length(source: Checkpoint, seq_len: int | None) -> int:
+    """Tokens of a calibration window: 2048 unless `seq_len` says otherwise, and at most the model's positions.
+
+    Raises `UsageError` for a `seq_len` beyond them, and what `prepare` raises for what the source is.
+    """
+    _refuse_quantized(source)
+    limit = max_positions(read_config(source))
+    if seq_len is None:
+        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if limit is not None and seq_len > limit:
+        raise UsageError(
+            f"{escape(source.name)}: was made for {limit} tokens, one sample is to have {seq_len}",
+            hint=f"give --seq-len {limit} or less",
+        )
+    return seq_len
+
+
+def prepare(source: Checkpoint, options: Options, calibration: Calibration | None, *, device: str = "cpu") -> Run:
+    """Look at everything that can be known before work starts.
+
+    Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for layers that do not fit or a
+    method without data.
+    """
+    _refuse_quantized(source)
     if options.method == "gptq" and calibration is None:
         raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
     model = BlockModel(source, dtype=compute_dtype(source, device), device=device)
+    if calibration is not None:
+        model.refuse_joined_blocks()
     modules = find_modules(model, options)
     # The model's checkpoint, in which experts that were stored in one tensor have one each.
     return Run(model.checkpoint, model, modules, options, calibration, tuple(_warnings(model, modules, calibration)))
@@ -241,6 +269,14 @@ def _described(
 
 
 def _pattern(glob: str) -> str:
-    """A glob as a regular expression, which is what GPTQModel has in `dynamic`."""
-    parts = {"*": ".*", "?": "."}
-    return "^" + "".join(parts.get(c, re.escape(c)) for c in glob) + "$"
+    """A glob as a regular expression, which is what GPTQModel has in `dynamic`; it matches what `fnmatchcase` does."""
+    return "^" + "".join(_part(part) for part in _GLOB.findall(glob)) + "$"
+
+
+def _part(part: str) -> str:
+    if part in ("*", "?"):
+        return ".*" if part == "*" else "."
+    if len(part) == 1:
+        return re.escape(part)
+    # Between `(?s:` and `)\\Z`.
+    return fnmatch.translate(part)[4:-3]
