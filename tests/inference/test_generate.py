@@ -109,6 +109,16 @@ def test_so_are_those_of_models_with_caches_of_their_own(tmp_path: Path, kind: s
     assert found.tokens == expected
 
 
+@pytest.mark.parametrize("pad", [0, 1, 52])
+def test_a_prompt_that_holds_the_pad_token_is_no_shorter_for_it(tmp_path: Path, pad: int) -> None:
+    """Token 0 is bos, token 52 the first of the prompt."""
+    model = save_tiny(tmp_path, "llama", pad_token_id=pad)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=10)
+    list(found)
+    assert found.prompt_tokens[:2] == [0, 52]
+    assert found.tokens == reference(model, 10)
+
+
 @pytest.mark.parametrize("literal", ["Infinity", '{"__float__": "Infinity"}'])
 def test_infinity_in_config_json_is_read_as_transformers_4_and_5_write_it(tmp_path: Path, literal: str) -> None:
     model = save_tiny(tmp_path, "mamba2", **CACHES["mamba2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,12 @@ def forwards(module: PreTrainedModel, tokens: Tensor, max_new_tokens: int) -> Fo
     from transformers import GenerationConfig
 
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)  # type: ignore[no-untyped-call]
-    started: Any = module.generate(tokens, generation_config=settings, custom_generate=_forwards)  # type: ignore[operator]
+    # Without a mask transformers takes tokens that are the pad token for padding, and bos may be that.
+    has_mask = "attention_mask" in inspect.signature(module.forward).parameters
+    mask = {"attention_mask": torch.ones_like(tokens)} if has_mask else {}
+    started: Any = module.generate(  # type: ignore[operator]
+        tokens, generation_config=settings, custom_generate=_forwards, **mask
+    )
     return cast(Forwards, started)
 
 

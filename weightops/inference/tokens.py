@@ -14,6 +14,7 @@ import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
+from weightops.inference.pieces import pieces as pieces  # the way back
 from weightops.io import strict_json
 from weightops.io.escape import escape
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _COUNTS = re.compile(r"(?!max_)(.*_)?(n_layer|(hidden_|n_)?layers|num_.*layer|num_blocks|(n|num)_.*blocks|depth)")
-_EXPERTS = re.compile(r"(n|num)_.*experts|num_experts")
+_EXPERTS = re.compile(r"(n|num)_(.*_)?experts")
+"""Keys of config.json that count layers, and experts."""
 _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config", "use_cache")
 _MAX_NBYTES = 100 << 20
 
@@ -143,7 +144,7 @@ def older_names(config: Mapping[str, Any], checkpoint: Checkpoint, names: Collec
         converters = [each for each in mapping if isinstance(each, WeightConverter)]
         state, prefix = model.state_dict(), model.base_model_prefix
         found = {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in names}
-    except Exception:  # as above
+    except Exception:  # transformers raises what it likes
         return {}
     return {name: target for name, target in found.items() if target in state}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,16 +76,13 @@ def architecture_findings(
         return
     quantised = {base for name in checkpoint for base in _stands_for(name)} if _may_be_quantised(config) else set()
     own = [name for name in checkpoint if not quantised or not QUANTISED.search(name)]
-    forms = (_match(own, form, architecture.prefix) for form in (architecture.stored, architecture.loaded))
-    form, known = max(
-        zip((architecture.stored, architecture.loaded), forms, strict=True), key=lambda pair: len(pair[1])
-    )
-    present = {*known, *quantised}
-    spared = {name for group in architecture.tied for name in _spared(group, present, form)}
-    there = present | spared
+    # Files have the names that transformers writes, or those of its modules; which ones, most of them say.
+    forms = [(form, _match(own, form, architecture.prefix)) for form in (architecture.stored, architecture.loaded)]
+    form, known = max(forms, key=lambda pair: len(pair[1]))
+    there = {*known, *quantised}
+    there |= {name for group in architecture.tied for name in _spared(group, there, form)}
     missing = [n for n in form if n not in there and not _matches(n, architecture.may_lack)]
-    taken = set(known.values())
-    taken.update(may_have)
+    taken = {*known.values(), *may_have}
     left = [n for n in own if n not in taken and not _matches(n, architecture.may_have)]
     if missing and left:
         target = _targets(checkpoint, config, architecture, [*missing, *left])
@@ -190,7 +188,7 @@ def _as_older(
     explained: set[str] = set()
     for parameter, names in lacking.items():
         others = given.get(parameter, [])
-        sizes = [_numel(form[name]) for name in names], [checkpoint[name].spec.numel for name in others]
+        sizes = [math.prod(form[name]) for name in names], [checkpoint[name].spec.numel for name in others]
         if others and sum(sizes[0]) == sum(sizes[1]):
             explained.update(names, others)
             continue
@@ -202,10 +200,3 @@ def _as_older(
                 free.remove(pair)
                 explained.update((name, pair))
     return [n for n in missing if n not in explained], [n for n in left if n not in explained]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
