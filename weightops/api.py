@@ -306,7 +306,7 @@ def verify(
     workers: int | None = None,
     control: Control | None = None,
 ) -> VerifyReport:
-    """Hold a folder against its own manifest, another one, a checksum list or a published name.
+    """Hold a folder or file against its own manifest, another one, a checksum list or a published name.
 
     A folder that differs is a report whose verdict is False, not an error.
     """

@@ -29,6 +29,7 @@ from tiny_models import quantize_tiny, save_tiny, text
 from weightops import cli as package
 from weightops import errors
 from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli, run
+from weightops.formats.manifest import FileEntry, Manifest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -63,6 +64,11 @@ def examples(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def prepare_examples(command: str, family: Path, found: list[str]) -> None:
     """Small models of the kinds that a command's examples are about."""
+    if any("./zhixi.gguf" in line for line in found):
+        (family / "zhixi.gguf").write_bytes(b"GGUF")
+        entry = FileEntry(nbytes=4, digests={"md5": hashlib.md5(b"GGUF").hexdigest()})
+        made = Manifest(schema="weightops-manifest/1", files={"zhixi.gguf": entry})
+        (family / "zhixi.gguf.weightops-manifest.json").write_bytes(made.to_bytes())
     if command == "convert":
         meta_download(family / "llama-2-7b")
         assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0

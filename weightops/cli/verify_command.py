@@ -45,7 +45,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check a folder: one line per file, a verdict, and exit code 0 or 3.
+    """Check a folder, or a single file with a manifest: one line per file, a verdict, and exit code 0 or 3.
 
     Reads weightops manifests, md5sum, sha256sum, b3sum and xxhsum lists in GNU or BSD form, and Meta's checklist.chk.
     When files differ it says whether the tensors in them do, and which.
@@ -54,6 +54,7 @@ def command(
     Example:
       weightops verify ./zhixi
       weightops verify ./zhixi --manifest zhixi-13b-base
+      weightops verify ./zhixi.gguf
     """
     if junit is not None:
         check_target(junit)

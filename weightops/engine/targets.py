@@ -96,7 +96,7 @@ class FileTarget(Target):
 
     @property
     def manifest(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.{manifest.NAME}")
+        return manifest.beside(self.out)
 
     def refuse_existing(self) -> None:
         for path in (self.out, self.manifest):

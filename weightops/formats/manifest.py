@@ -26,6 +26,16 @@ NAME = "weightops-manifest.json"
 SCHEMA: Final = "weightops-manifest/1"
 
 
+def beside(file: Path) -> Path:
+    """Where the manifest of an output lies that is a single file."""
+    return file.with_name(f"{file.name}.{NAME}")
+
+
+def is_manifest_name(name: str) -> bool:
+    """Whether a file of this name is a manifest of ours: of its folder, or of the single file that it stands beside."""
+    return name == NAME or name.endswith(f".{NAME}")
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One file: its size in bytes and lower-case hexadecimal digests by algorithm name."""
 

@@ -115,7 +115,7 @@ def find_sidecars(
 
 def _is_about_files(name: str) -> bool:
     """Whether a file describes these very files, so that the output has one of its own or needs none."""
-    return name == manifest.NAME or name.endswith(".index.json") or checksums.is_checksum_list(name)
+    return manifest.is_manifest_name(name) or name.endswith(".index.json") or checksums.is_checksum_list(name)
 
 
 def _code(folder: Folder, names: Collection[str]) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.escape import escape, is_harmless
 
-_TEMPORARY = (".partial", ".partial.replaced")
+_TEMPORARY = ".partial"
 
 
 def check_relative(name: str, what: str) -> str:

@@ -54,9 +54,10 @@ def verify(
     structure: StructureCheck | None = None,
     control: Control | None = None,
 ) -> VerifyReport:
-    """Compare `folder` with `manifest`: our own when its name ends in .json, else a checksum list.
+    """Compare `folder`, or a single file, with `manifest`: our own when its name ends in .json, else a checksum list.
 
-    Without `manifest` the folder's own `weightops-manifest.json`, `checklist.chk` or `...SUMS` serves. By default
+    Without `manifest` the folder's own `weightops-manifest.json`, `checklist.chk` or `...SUMS` serves, or the file's
+    `FILE.weightops-manifest.json`; of a file, only what is said of it counts. By default
     every file is read; when some are not as listed and the manifest knows the tensors, these are compared too, for
     the same tensors may well lie in other files. `quick` compares sizes and asks `structure`; `content` compares
     only tensors, through `tensors`. `extra` is the policy on files that are not listed: fail, warn or ignore.
@@ -68,17 +69,21 @@ def verify(
         raise UsageError(f"unknown policy {extra!r} for extra files, expected one of {', '.join(EXTRA_POLICIES)}")
     if quick and content:
         raise UsageError("quick reads no tensors, and content nothing else: choose one of them")
-    if not os.path.isdir(folder):
-        raise SourceMissing(f"{escape(str(folder))}: no such folder")
-    path = manifest or _default_manifest(folder)
+    file = folder.name if os.path.isfile(folder) else None
+    if file is None and not os.path.isdir(folder):
+        raise SourceMissing(f"{escape(str(folder))}: no such folder or file")
+    root = folder if file is None else folder.parent
+    path = manifest or (_default_manifest(folder) if file is None else _manifest_beside(folder))
     known = read_manifest(path) if path.name.endswith(".json") else None
     report = VerifyReport(str(folder), str(path), "quick" if quick else "content" if content else "full", extra)
     if known is not None:
         expected = _from_manifest(known, path, algorithm)
     else:
-        found = read_checksums(path, algorithm, folder)
+        found = read_checksums(path, algorithm, root)
         expected = {name: _Expected(digests) for name, digests in found.by_file().items()}
         report = replace(report, warnings=found.notes)
+    if file is not None:
+        expected, report = _of_file(expected, file, escape(str(path))), replace(report, extra="ignore")
     control = control or Control()
     if content:
         if known is None or tensors is None:
@@ -88,7 +93,7 @@ def verify(
             )
         report = _with_content(report, folder, known, tensors)
     else:
-        report = _with_files(report, folder, path, expected, workers, control)
+        report = _with_files(report, root, path, expected, workers, control)
         if quick and structure is not None:
             report = replace(report, problems=tuple(structure(folder)))
         differs = any(file.status not in ("ok", "extra") for file in report.files)
@@ -105,6 +110,25 @@ def _default_manifest(folder: Path) -> Path:
         f"{escape(str(folder))}: holds no manifest (looked for {', '.join(_DEFAULT_MANIFESTS)})",
         hint="name a manifest, a checksum list or a published list; `weightops manifest` makes one",
     )
+
+
+def _manifest_beside(file: Path) -> Path:
+    path = own.beside(file)
+    if not os.path.lexists(path):
+        raise SourceMissing(
+            f"{escape(str(file))}: there is no {escape(path.name)} beside it",
+            hint="name a manifest or checksum list that lists it: --manifest FILE",
+        )
+    return path
+
+
+def _of_file(expected: Mapping[str, _Expected], file: str, shown: str) -> dict[str, _Expected]:
+    """What a listing says of one file. If it lists no other, it is of this one, whatever that is called now."""
+    if file in expected:
+        return {file: expected[file]}
+    if len(expected) == 1:
+        return {file: next(iter(expected.values()))}
+    raise UsageError(f"{shown} does not list {escape(file)}", hint="verify the folder that it lists")
 
 
 def _from_manifest(manifest: Manifest, path: Path, algorithm: str | None) -> dict[str, _Expected]:
@@ -213,7 +237,7 @@ def _extras(folder: Path, manifest: Path, listed: Collection[str]) -> list[FileR
 def is_listing(name: str) -> bool:
     """Whether a file lists others: a manifest or a checksum list."""
     base = name.rpartition("/")[2]
-    return base == own.NAME or is_checksum_list(base)
+    return own.is_manifest_name(base) or is_checksum_list(base)
 
 
 def _decoded(name: str) -> str:
