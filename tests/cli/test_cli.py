@@ -123,7 +123,7 @@ def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest
         words = [digest if word == "HEX" else word for word in words]
         words = [word.replace("https://example.org", f"{os.environ['HF_ENDPOINT']}/static/files") for word in words]
         if command == "verify" and expected == 0:
-            assert run(["manifest", "./zhixi"]) == 0
+            assert run(["manifest", "./zhixi", "--overwrite"]) == 0
         assert run(words) == expected, line
 
 
