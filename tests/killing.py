@@ -15,7 +15,7 @@ from typing import Any
 from weightops.cli.main import run
 
 CHANGES = ("mkdir", "open", "write", "pwrite", "posix_fallocate", "ftruncate", "fsync", "replace", "rename", "unlink")
-CHANGES += ("rmdir", "utime")
+CHANGES += ("rmdir", "utime", "link")
 
 
 def arm(fatal: int) -> None:

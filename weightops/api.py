@@ -238,6 +238,7 @@ def download(
     checksums: str | None = None,
     workers: int | None = None,
     prune: bool = False,
+    overwrite: bool = False,
     offline: bool = False,
     dry_run: bool = False,
     control: Control | None = None,
@@ -245,7 +246,8 @@ def download(
     """Fetch a repository, URL, list of URLs or published name into a folder, and prove every file right.
 
     `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
-    an earlier one began. See `weightops.operations.download`; the control's `web` knows hub, token, proxies and limits.
+    an earlier one began. Files that no download brought are kept if they are the ones wanted, and replaced only with
+    `overwrite`. See `weightops.operations.download`; the control's `web` knows hub, token, proxies and limits.
     """
     from weightops.operations.download_into import download_into
 
@@ -260,6 +262,7 @@ def download(
         checksums,
         workers,
         prune,
+        overwrite,
         offline,
         dry_run,
         control,

@@ -177,7 +177,7 @@ def test_a_file_of_the_same_name_stays_until_the_right_one_is_there(hub: Hub, tm
     (tmp_path / WEIGHTS).write_bytes(OTHER)
     hub.always[WEIGHTS] = Fault("flip", 5 * MIB)
     with pytest.raises(Differs):
-        fetch(hub, tmp_path)
+        fetch(hub, tmp_path, overwrite=True)
     assert files(tmp_path)[WEIGHTS] == OTHER
 
 

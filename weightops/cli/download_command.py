@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--deadline", type=click.FloatRange(0.1), help="Seconds for the whole.")
 @click.option("--prune", is_flag=True, help="Remove files of an earlier version that this one no longer has.")
+@click.option("--overwrite", is_flag=True, help="Replace files in the folder that no download brought.")
 @click.option("--offline", is_flag=True, help="Ask no server: is the folder complete as it is?")
 @click.option("-n", "--dry-run", is_flag=True, help="Show files, bytes and what is there; fetch nothing.")
 @report_options

@@ -35,9 +35,10 @@ from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.remote.listing import Listing, RemoteFile
-from weightops.remote.partial import STATE, Claims, key_of
+from weightops.remote.partial import STATE, Claims
+from weightops.remote.places import check_place, note_of, refuse_other, stamp_of
 from weightops.remote.small import read_whole
-from weightops.remote.transfer import Done, Transfer, check_place, stamp_of
+from weightops.remote.transfer import Done, Transfer
 from weightops.remote.web import Web
 
 OPERATION = "download"
@@ -57,7 +58,7 @@ class Download:
     """What was fetched, or would be: `files` are all of them, `have` the bytes of each that were there before.
 
     `manifest` is None as long as the folder is not complete. `stale` are files of an earlier version that the source
-    no longer has, `unproven` those that the source gives no digest of.
+    no longer has, `unproven` those that the source gives no digest of, `ours` those that may be replaced.
     """
 
     out: Path
@@ -68,6 +69,7 @@ class Download:
     stale: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
+    ours: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -185,10 +187,13 @@ def offline(out: Path, source: str, revision: str) -> Manifest:
     return found
 
 
-def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[str]) -> Download:
+def plan_download(
+    out: Path, listing: Listing, files: Files, warnings: Sequence[str], *, overwrite: bool = False
+) -> Download:
     """What is there already and what is not; refuses what cannot end well before anything is fetched.
 
-    Raises `OutputExists` for a folder that something else made, `CorruptInput` for links in the way, `NoRoom`.
+    Raises `OutputExists` for a folder that something else made, and for a file that no download brought and that is
+    not the one wanted, unless it may `overwrite`; `CorruptInput` for links in the way, `NoRoom`.
     """
     if os.path.lexists(out) and not out.is_dir():
         raise OutputExists(f"{escape(str(out))} exists and is not a folder")
@@ -205,6 +210,9 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
         check_place(out, file.name)
         if _stands(out, file, previous):
             have[file.name] = file.nbytes or 0
+    ours = frozenset(file.name for file in files) if overwrite else frozenset(_ever_fetched(previous))
+    for file in files:
+        refuse_other(out, file, ours)
     there = {file.name for file in listing.files}
     complete = recorded(out / manifest.NAME) if len(have) == len(files) else None
     if complete is not None and complete.recipe.get("commit") not in ("", listing.commit):
@@ -218,7 +226,7 @@ def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[
         raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
     unproven = tuple(file.name for file in files if not file.digests)
     notes = (*warnings, *_name_unproven(unproven))
-    return Download(out, listing, files, have, None if stale else complete, stale, notes, unproven)
+    return Download(out, listing, files, have, None if stale else complete, stale, notes, unproven, ours)
 
 
 def _ever_fetched(previous: Manifest | None) -> list[str]:
@@ -268,7 +276,7 @@ def _stands(out: Path, file: RemoteFile, previous: Manifest | None) -> bool:
     unknown = any(entry.digests.get(name) != digest for name, digest in file.digests.items() if name in HEX_DIGITS)
     if unknown or previous.recipe.get("etags", {}).get(file.name) != file.identity:
         return False
-    if os.path.lexists(out / STATE / f"{key_of(file.name)}.done"):
+    if os.path.lexists(note_of(out, file.name)):
         return False  # a later run has replaced it, and did not come to its end
     try:
         return (out / file.name).lstat().st_size == entry.nbytes
@@ -288,7 +296,7 @@ def fetch(
         raise write_failure(out, error) from None
     missing = [file for file in planned.files if file.name not in planned.have]
     control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
-    transfer = Transfer(out, web, _Reporter(control), workers)
+    transfer = Transfer(out, web, _Reporter(control), workers, planned.ours)
     stamps = {name: stamp_of(out / name) for name in planned.have}
     done = transfer.run(missing, lambda: _set_aside(out))
     control.progress.stop()

@@ -25,6 +25,7 @@ def download_into(
     checksums: str | None,
     workers: int | None,
     prune: bool,
+    overwrite: bool,
     offline: bool,
     dry_run: bool,
     control: Control,
@@ -48,7 +49,7 @@ def download_into(
         listing = sources.list_target(target, version, web)
         listing = operation.with_expected(listing, target.expected, target.expected_by)
         chosen, warnings = operation.select(listing, include, exclude)
-        planned = operation.plan_download(out, listing, chosen, warnings)
+        planned = operation.plan_download(out, listing, chosen, warnings, overwrite=overwrite)
         if dry_run or planned.manifest is not None:
             return planned
         return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)

@@ -6,7 +6,6 @@ Each file appears under its final name by a rename, when its digests are right a
 from __future__ import annotations
 
 import os
-import stat
 import threading
 import time
 from collections import deque
@@ -17,16 +16,15 @@ from typing import Protocol
 
 import msgspec
 
-from weightops.errors import CorruptInput, Interrupted, WeightopsError
+from weightops.errors import Interrupted, WeightopsError
 from weightops.io.atomic import publish, write_whole
-from weightops.io.direct import write_failure
-from weightops.io.escape import escape
 from weightops.remote.events import Events
 from weightops.remote.fetch import Fetch
 from weightops.remote.hashing import hash_fetched
 from weightops.remote.listing import RemoteFile
 from weightops.remote.partial import Claims, key_of
 from weightops.remote.pipe import Pipe
+from weightops.remote.places import Stamp, move_into, note_of, other_there, stamp_of, was_brought
 from weightops.remote.web import Web
 
 _TICK_S = 0.1
@@ -36,10 +34,6 @@ _GRACE_S = 0.6
 """How long workers may take to end after an interruption: who pressed Ctrl-C waits for it."""
 _FAST_RATE = 200e6
 """Bytes per second from which on more streams for one file gain nothing: hashing and the disk are the limit."""
-
-
-Stamp = tuple[int, int, int]
-"""A file's inode, modification time in ns and size: as long as they are the same, so is the file."""
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +79,11 @@ class Progress(Events, Protocol):
 class Transfer:
     """Files on their way into `out`; a context for the threads that bring them."""
 
-    def __init__(self, out: Path, web: Web, progress: Progress, workers: int) -> None:
+    def __init__(
+        self, out: Path, web: Web, progress: Progress, workers: int, ours: frozenset[str] = frozenset()
+    ) -> None:
+        """`ours` are names under which an earlier download brought a file: no other file is replaced."""
+        self._ours = ours
         self._out, self._web, self._progress = out, web, progress
         self._workers = workers
         self._claims = Claims(out)
@@ -180,6 +178,7 @@ class Transfer:
             self._claims.drop(key_of(file.name))
             self._finished(present)
             return None
+        self._refuse_other(file.name)
         fetch = Fetch(file, claim, self._web, self._progress)
         with self._lock:
             fetch.streams = 1
@@ -267,11 +266,22 @@ class Transfer:
         with self._lock:
             self._before_first()
         note = fetch.claim.folder / "done"  # what is not ours, a run that ends meanwhile removes
+        self._refuse_other(name)
         write_whole(note, msgspec.json.encode(done))
-        publish(note, self._claims.folder / f"{key}.done")
-        move_into(self._out, name, fetch.claim.data)
+        may_replace = self._is_ours(name)
+        publish(note, note_of(self._out, name))
+        move_into(self._out, name, fetch.claim.data, may_replace=may_replace)
         self._claims.drop(key)
         self._finished(done)
+
+    def _is_ours(self, name: str) -> bool:
+        return name in self._ours or was_brought(self._out, name)
+
+    def _refuse_other(self, name: str) -> None:
+        """Raise `OutputExists` for somebody else's file under the name; one that is right has been kept by now."""
+        path = self._out / name
+        if os.path.lexists(path) and not self._is_ours(name):
+            raise other_there(path)
 
     def _finished(self, done: Done) -> None:
         self._progress.finished(done)
@@ -282,7 +292,7 @@ class Transfer:
     def _noted(self, file: RemoteFile) -> Done | None:
         """What an earlier run noted of the file, if that is the one which stands under its name, untouched since."""
         try:
-            done = msgspec.json.decode((self._claims.folder / f"{key_of(file.name)}.done").read_bytes(), type=Done)
+            done = msgspec.json.decode(note_of(self._out, file.name).read_bytes(), type=Done)
         except (OSError, msgspec.MsgspecError):
             return None
         if done.stamp != stamp_of(self._out / file.name) or not done.satisfies(file):
@@ -315,49 +325,3 @@ class Transfer:
 def _streams(files: Sequence[RemoteFile]) -> int:
     """How many workers can have something to do."""
     return sum(1 + (file.nbytes or 0) // (32 << 20) for file in files)
-
-
-def stamp_of(path: Path) -> Stamp | None:
-    """The stamp of what stands at `path`, not following links; None if nothing does."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def check_place(root: Path, name: str) -> None:
-    """Refuse a name under which a link, or something other than a file, stands already, or below which lies one."""
-    *parents, _ = parts = name.split("/")
-    for i in range(1, len(parts) + 1):
-        path = root.joinpath(*parts[:i])
-        try:
-            mode = path.lstat().st_mode
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise write_failure(path, error) from None
-        expected = stat.S_ISDIR(mode) if i <= len(parents) else stat.S_ISREG(mode)
-        if not expected:
-            what = "a link" if stat.S_ISLNK(mode) else "no folder" if i <= len(parents) else "no file"
-            raise CorruptInput(f"{escape(str(path))} is {what}, so {escape(name)} cannot be written there")
-
-
-def move_into(root: Path, name: str, source: Path) -> None:
-    """Rename `source` to `root/name`, durably, making folders and following no links."""
-    *parents, base = name.split("/")
-    with ExitStack() as stack:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        try:
-            folder = os.open(root, flags)
-            stack.callback(os.close, folder)
-            for parent in parents:
-                with suppress(FileExistsError):
-                    os.mkdir(parent, dir_fd=folder)
-                    os.fsync(folder)
-                folder = os.open(parent, flags | os.O_NOFOLLOW, dir_fd=folder)
-                stack.callback(os.close, folder)
-            os.replace(source, base, dst_dir_fd=folder)
-            os.fsync(folder)
-        except OSError as error:
-            raise write_failure(root / name, error) from None
