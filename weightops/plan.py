@@ -254,7 +254,7 @@ def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:
     if ours == theirs:
         return None
     shown = [escape(json.dumps(v)[:80]) for v in (theirs, ours)]
-    return f"{escape(where)} was {shown[0]}, now {shown[1]}"
+    return f"{escape(where) or 'the plan'} was {shown[0]}, now {shown[1]}"
 
 
 def make_plan(

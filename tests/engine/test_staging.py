@@ -388,3 +388,23 @@ def test_sidecars_are_copied_piece_by_piece_and_held_against_what_was_planned(
     with pytest.raises(CorruptInput, match=r"tokenizer\.json: changed while it was being read"):
         shard(model, overwrite=True)
     assert (done.out / "tokenizer.json").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        {"fingerprint": None, "files": None, "plan": None},
+        {"fingerprint": "x", "files": ["a", None, 3], "plan": {"shards": [{"name": None}], "recipe": 5}},
+        {"fingerprint": 5, "finished": None, "replaces": "x", "files": {"a": 1}, "plan": [[None]]},
+        {"fingerprint": "x", "plan": {"container": "safetensors", "shards": [{"nbytes": None}]}},
+    ],
+    ids=str,
+)
+def test_a_damaged_plan_is_another_plan(model: Path, document: dict[str, object]) -> None:
+    folder = partial(model.parent / "out")
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"schema": staging.SCHEMA, **document}))
+    with pytest.raises(PlanDiffers, match=r"is the partial output of another plan: \w.* was .*, now "):
+        shard(model)
+    assert shard(model, restart=True).manifest is not None
