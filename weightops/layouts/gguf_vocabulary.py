@@ -1,0 +1,283 @@
+"""The tokenizer part of a GGUF file, from the files of a Hugging Face folder, as llama.cpp's converter takes it.
+
+A sentencepiece model, or a tokenizer.json of that kind, is llama.cpp's tokenizer "llama"; any other BPE is its "gpt2",
+with the pre-tokenizer's name.
+Source: llama.cpp (TextModel and LlamaModel of its converter), gguf 0.19 (LlamaHfVocab).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightops.errors import CorruptInput, UsageError
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.layouts import sentencepiece
+from weightops.layouts.pretokenizers import name_of
+from weightops.layouts.special_vocab import CONFIG, TOKENIZER, TOKENIZER_CONFIG, special_vocab
+from weightops.layouts.tokenizer import Kind
+from weightops.layouts.tokenizer_json import TokenizerJson, read_tokenizer_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PIECES, ADDED, SPECIAL_MAP, GENERATION = (
+    *("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "generation_config.json"),
+)
+Metadata = dict[str, dict[str, Any]]
+
+_SPACE = "\u2581"
+_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_CODE_LLAMA_ROWS, _GRANITE_ROWS = 32016, 49152
+_CODE_LLAMA = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+_ENDS_BY_NAME = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+    *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+    *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"),
+)
+"""What llama.cpp takes for an end by its text alone."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The keys of a GGUF file, in their order, and what of the folder has no place in it."""
+
+    metadata: Metadata
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Tokens:
+    """Tokens by id: text, score (of "llama" only) and type."""
+
+    texts: list[str]
+    scores: list[float]
+    kinds: list[Kind]
+
+    @classmethod
+    def unused(cls, count: int) -> _Tokens:
+        return cls([f"[PAD{i}]" for i in range(count)], [_UNUSED_SCORE] * count, [Kind.UNUSED] * count)
+
+    def put(self, number: int, text: str, score: float, kind: Kind) -> None:
+        self.texts[number], self.scores[number], self.kinds[number] = text, score, kind
+
+
+def vocabulary(files: Mapping[str, bytes], rows: int, where: str) -> Vocabulary:
+    """The tokenizer in `files`, by name, of a model whose embedding has `rows`; `where` names their folder in errors.
+
+    Raises `UsageError` where there is none, for kinds that llama.cpp has no name for, and for more tokens than rows;
+    `CorruptInput` for damaged files.
+    """
+    config = _object(files, TOKENIZER_CONFIG, where)
+    metadata: Metadata = {}
+    if isinstance(prefix := config.get("add_prefix_space"), bool):
+        metadata["tokenizer.ggml.add_space_prefix"] = {"bool": prefix}
+    warnings: list[str] = []
+    merges: list[str] = []
+    if files.get(PIECES, b"").startswith(b"\n"):
+        tokens, warnings = _of_pieces(files, rows, where)
+        model, pre = "llama", "default"
+    elif TOKENIZER in files:
+        found = read_tokenizer_json(files[TOKENIZER], f"{where}/{TOKENIZER}")
+        if _is_pieces(found):
+            tokens = _of_pieces_in_json(found, _named_tokens(files, where), rows, where)
+            model, pre = "llama", "default"
+        else:
+            model, pre = "gpt2", _pre_tokenizer(found, files, where)
+            tokens = _of_bytes(found, files, rows, where)
+            merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in found.merges]
+    else:
+        raise UsageError(
+            f"{where}: has no tokenizer that GGUF can hold", hint="give --tokenizer tokenizer.model or tokenizer.json"
+        )
+    metadata |= {_key("model"): {"string": model}, _key("pre"): {"string": pre}}
+    metadata[_key("tokens")] = {"array": ["string", tokens.texts]}
+    if model == "llama":
+        metadata[_key("scores")] = {"array": ["float32", tokens.scores]}
+    metadata[_key("token_type")] = {"array": ["int32", [int(kind) for kind in tokens.kinds]]}
+    if merges:
+        metadata[_key("merges")] = {"array": ["string", merges]}
+    special = special_vocab(files, rows, where)
+    metadata |= special.metadata()
+    if rows == _CODE_LLAMA_ROWS:
+        metadata |= {_key(f"{name}_token_id"): {"uint32": number} for name, number in _CODE_LLAMA.items()}
+    if rows == _GRANITE_ROWS:
+        metadata[_key("add_bos_token")] = {"bool": False}
+    ends = {special.ids[kind] for kind in ("eos", "eot", "eom") if kind in special.ids}
+    warnings += [*special.warnings, *_other_ends(files, tokens.texts, ends, where)]
+    return Vocabulary(metadata, tuple(warnings))
+
+
+def _key(name: str) -> str:
+    return f"tokenizer.ggml.{name}"
+
+
+def _of_pieces(files: Mapping[str, bytes], rows: int, where: str) -> tuple[_Tokens, list[str]]:
+    """The pieces of a sentencepiece model, those of added_tokens.json, and what tokenizer_config.json says of any."""
+    pieces = sentencepiece.parse(files[PIECES], f"{where}/{PIECES}").tokens
+    _check_count(len(pieces), rows, f"{where}/{PIECES}")
+    tokens = _Tokens.unused(rows)
+    for number, piece in enumerate(pieces):
+        kind = Kind.NORMAL if piece.kind is Kind.USER_DEFINED else piece.kind
+        tokens.put(number, piece.data.decode(), piece.score, kind)
+    beyond = set()
+    for text, number in _object(files, ADDED, where).items():
+        if type(number) is not int or number < 0:
+            raise CorruptInput(f"{where}/{ADDED}: the id of {escape(text)!r} is no number")
+        if number < rows:
+            tokens.put(number, text, _ADDED_SCORE, Kind.USER_DEFINED)
+        else:
+            beyond.add((number, text))
+    for number, text, special in _added_by_config(files, where):
+        if number < rows:
+            kind = Kind.CONTROL if special or _looks_special(text) else Kind.USER_DEFINED
+            shown = text if kind is Kind.CONTROL else text.replace(_SPACE, " ")
+            tokens.put(number, shown, _ADDED_SCORE, kind)
+        else:
+            beyond.add((number, text))
+    return tokens, [
+        f"the token {escape(text)} ({number}) is left out: the embedding has {rows} rows"
+        for number, text in sorted(beyond)
+    ]
+
+
+def _added_by_config(files: Mapping[str, bytes], where: str) -> Iterator[tuple[int, str, bool]]:
+    """The `added_tokens_decoder` of tokenizer_config.json: id, text, and whether the token is special."""
+    added = _object(files, TOKENIZER_CONFIG, where).get("added_tokens_decoder", {})
+    for number, token in added.items() if isinstance(added, dict) else ():
+        match token:
+            case {"content": str(text)} if number.isdecimal():
+                yield int(number), text, bool(token.get("special"))
+            case _:
+                raise CorruptInput(f"{where}/{TOKENIZER_CONFIG}: added_tokens_decoder: {escape(number)} is no token")
+
+
+def _is_pieces(found: TokenizerJson) -> bool:
+    match found.document.get("decoder"):
+        case {"type": "Sequence"}:
+            return found.is_byte_fallback
+    return False
+
+
+def _of_pieces_in_json(found: TokenizerJson, named: Iterable[str], rows: int, where: str) -> _Tokens:
+    """The tokens of a tokenizer.json that was made from a sentencepiece model."""
+    named = set(named)
+    count = max([*found.vocabulary.values(), *found.added], default=-1) + 1
+    _check_count(count, rows, f"{where}/{TOKENIZER}")
+    tokens = _Tokens.unused(rows)
+    for text, number in found.vocabulary.items():
+        kind = Kind.CONTROL if text in named else Kind.NORMAL
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+            kind = Kind.BYTE
+        tokens.put(number, text, _ADDED_SCORE, kind)
+    for number, token in found.added.items():
+        if (text := token.data.decode()) not in found.vocabulary:
+            tokens.put(number, text, _ADDED_SCORE, Kind.CONTROL if text in named else Kind.USER_DEFINED)
+    return tokens
+
+
+def _of_bytes(found: TokenizerJson, files: Mapping[str, bytes], rows: int, where: str) -> _Tokens:
+    """The tokens of a byte-level BPE."""
+    backend = _backend(files, where)
+    texts = backend.get_vocab(with_added_tokens=True)
+    _check_count(max(texts.values(), default=-1) + 1, rows, f"{where}/{TOKENIZER}")
+    tokens, added = _Tokens.unused(rows), backend.get_added_tokens_decoder()
+    for text, number in texts.items():
+        if number not in added:
+            tokens.put(number, text, 0.0, Kind.NORMAL)
+            continue
+        if not added[number].normalized:  # llama.cpp looks for these in texts as they are
+            text = backend.decode(backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+        if added[number].special or _looks_special(text):
+            tokens.put(number, text, 0.0, Kind.CONTROL)
+        else:
+            tokens.put(number, text.replace(_SPACE, " "), 0.0, Kind.USER_DEFINED)
+    return tokens
+
+
+def _pre_tokenizer(found: TokenizerJson, files: Mapping[str, bytes], where: str) -> str:
+    if found.model != "BPE":
+        raise UsageError(
+            f"{where}/{TOKENIZER}: a tokenizer of the kind {escape(found.model)[:80]}, expected BPE, as LLaMA has",
+            hint="--tokenizer names another",
+        )
+    name = name_of(_backend(files, where), found.document)
+    if name is None:
+        raise UsageError(
+            f"{where}/{TOKENIZER}: llama.cpp has no name for the way in which it cuts a text before it merges tokens",
+            hint="it would cut texts otherwise; --tokenizer names another, such as that of the base model",
+        )
+    return name
+
+
+def _backend(files: Mapping[str, bytes], where: str) -> Tokenizer:
+    """The tokenizer as transformers builds it: with the tokens that its other files add or name."""
+    from tokenizers import AddedToken, Tokenizer
+
+    try:
+        backend = Tokenizer.from_str(files[TOKENIZER].decode())
+    except Exception as error:  # the library raises no other
+        raise CorruptInput(f"{where}/{TOKENIZER}: cannot be read: {escape(str(error))[:200]}") from None
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    named = list(_named_tokens(files, where))
+    added = [(text, special or text in named) for _, text, special in sorted(_added_by_config(files, where))]
+    for text, special in (*added, *((text, True) for text in named)):
+        if text not in known:
+            known.add(text)
+            backend.add_tokens([AddedToken(text, special=special, normalized=not special)])
+    return backend
+
+
+def _named_tokens(files: Mapping[str, bytes], where: str) -> Iterator[str]:
+    """The tokens that have a role by name, and those that are only called special."""
+    config, older = (_object(files, name, where) for name in (TOKENIZER_CONFIG, SPECIAL_MAP))
+    if "added_tokens_decoder" in config:
+        older = {}  # which transformers then takes for what it says already
+    defaults = {}
+    if re.match("(Code)?Llama", str(config.get("tokenizer_class"))):
+        defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    both = {**defaults, **config, **older}
+    entries = [both.get(f"{name}_token") for name in _NAMED]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = both.get(name)
+        entries += more if isinstance(more, list) else ()
+    for entry in entries:
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str) and text:
+            yield text
+
+
+def _looks_special(text: str) -> bool:
+    """Whether a token that nobody called special is one, by its text: as llama.cpp's converter decides it."""
+    return (
+        text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+    )
+
+
+def _check_count(count: int, rows: int, what: str) -> None:
+    if count > rows:
+        raise UsageError(
+            f"{what}: the tokenizer has {count} tokens, the embedding {rows} rows",
+            hint="is it that of this model? --tokenizer names another",
+        )
+
+
+def _other_ends(files: Mapping[str, bytes], texts: Sequence[str], ends: set[int], where: str) -> Iterator[str]:
+    """Ends of a text that the model's configuration states, and a GGUF file does not: it has room for one."""
+    for name in (GENERATION, CONFIG):
+        stated = _object(files, name, where).get("eos_token_id")
+        ids = [i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int and 0 <= i < len(texts)]
+        lost = [f"{escape(texts[i])} ({i})" for i in ids if i not in ends and texts[i] not in _ENDS_BY_NAME]
+        if lost:
+            yield f"{name} ends texts with {', '.join(lost)} too: left out, since GGUF has a place for one end"
+
+
+def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    return strict_json.load_object(files[name], f"{where}/{name}") if name in files else {}
