@@ -8,25 +8,31 @@ Source: llama.cpp (TextModel and LlamaModel of its converter), gguf 0.19 (LlamaH
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import CorruptInput, UsageError
-from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts import sentencepiece
 from weightops.layouts.pretokenizers import name_of
-from weightops.layouts.special_vocab import CONFIG, TOKENIZER, TOKENIZER_CONFIG, special_vocab
-from weightops.layouts.tokenizer import Kind
+from weightops.layouts.special_vocab import special_vocab
+from weightops.layouts.tokenizer import Kind, refuse_larger
+from weightops.layouts.tokenizer_files import (
+    CONFIG,
+    GENERATION,
+    PIECES,
+    SENTENCEPIECE,
+    SPECIAL_MAP,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TokenizerFiles,
+)
 from weightops.layouts.tokenizer_json import TokenizerJson, read_tokenizer_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PIECES, ADDED, SPECIAL_MAP, GENERATION = (
-    *("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "generation_config.json"),
-)
 Metadata = dict[str, dict[str, Any]]
 
 _SPACE = "\u2581"
@@ -37,7 +43,7 @@ _CODE_LLAMA = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
 _ENDS_BY_NAME = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
     *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
-    *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"),
+    *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~["),
 )
 """What llama.cpp takes for an end by its text alone."""
 
@@ -66,33 +72,34 @@ class _Tokens:
         self.texts[number], self.scores[number], self.kinds[number] = text, score, kind
 
 
-def vocabulary(files: Mapping[str, bytes], rows: int, where: str) -> Vocabulary:
-    """The tokenizer in `files`, by name, of a model whose embedding has `rows`; `where` names their folder in errors.
+def vocabulary(files: TokenizerFiles, rows: int) -> Vocabulary:
+    """The tokenizer in the files, of a model whose embedding has `rows`.
 
     Raises `UsageError` where there is none, for kinds that llama.cpp has no name for, and for more tokens than rows;
     `CorruptInput` for damaged files.
     """
-    config = _object(files, TOKENIZER_CONFIG, where)
+    config = files.document(TOKENIZER_CONFIG)
     metadata: Metadata = {}
     if isinstance(prefix := config.get("add_prefix_space"), bool):
         metadata["tokenizer.ggml.add_space_prefix"] = {"bool": prefix}
     warnings: list[str] = []
     merges: list[str] = []
-    if files.get(PIECES, b"").startswith(b"\n"):
-        tokens, warnings = _of_pieces(files, rows, where)
+    if files.files.get(PIECES, b"").startswith(SENTENCEPIECE):
+        tokens, warnings = _of_pieces(files, rows)
         model, pre = "llama", "default"
     elif TOKENIZER in files:
-        found = read_tokenizer_json(files[TOKENIZER], f"{where}/{TOKENIZER}")
+        found = read_tokenizer_json(files.files[TOKENIZER], files.shown(TOKENIZER))
         if _is_pieces(found):
-            tokens = _of_pieces_in_json(found, _named_tokens(files, where), rows, where)
+            tokens = _of_pieces_in_json(found, files, rows)
             model, pre = "llama", "default"
         else:
-            model, pre = "gpt2", _pre_tokenizer(found, files, where)
-            tokens = _of_bytes(found, files, rows, where)
+            model, pre = "gpt2", _pre_tokenizer(found, files)
+            tokens = _of_bytes(found, files, rows)
             merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in found.merges]
     else:
         raise UsageError(
-            f"{where}: has no tokenizer that GGUF can hold", hint="give --tokenizer tokenizer.model or tokenizer.json"
+            f"{files.where}: has no tokenizer that GGUF takes: neither tokenizer.model nor tokenizer.json",
+            hint="give --tokenizer FILE",
         )
     metadata |= {_key("model"): {"string": model}, _key("pre"): {"string": pre}}
     metadata[_key("tokens")] = {"array": ["string", tokens.texts]}
@@ -101,14 +108,14 @@ def vocabulary(files: Mapping[str, bytes], rows: int, where: str) -> Vocabulary:
     metadata[_key("token_type")] = {"array": ["int32", [int(kind) for kind in tokens.kinds]]}
     if merges:
         metadata[_key("merges")] = {"array": ["string", merges]}
-    special = special_vocab(files, rows, where)
+    special = special_vocab(files, rows)
     metadata |= special.metadata()
     if rows == _CODE_LLAMA_ROWS:
         metadata |= {_key(f"{name}_token_id"): {"uint32": number} for name, number in _CODE_LLAMA.items()}
     if rows == _GRANITE_ROWS:
         metadata[_key("add_bos_token")] = {"bool": False}
     ends = {special.ids[kind] for kind in ("eos", "eot", "eom") if kind in special.ids}
-    warnings += [*special.warnings, *_other_ends(files, tokens.texts, ends, where)]
+    warnings += [*special.warnings, *_other_ends(files, tokens.texts, ends)]
     return Vocabulary(metadata, tuple(warnings))
 
 
@@ -116,44 +123,27 @@ def _key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def _of_pieces(files: Mapping[str, bytes], rows: int, where: str) -> tuple[_Tokens, list[str]]:
+def _of_pieces(files: TokenizerFiles, rows: int) -> tuple[_Tokens, list[str]]:
     """The pieces of a sentencepiece model, those of added_tokens.json, and what tokenizer_config.json says of any."""
-    pieces = sentencepiece.parse(files[PIECES], f"{where}/{PIECES}").tokens
-    _check_count(len(pieces), rows, f"{where}/{PIECES}")
+    pieces = sentencepiece.parse(files.files[PIECES], files.shown(PIECES)).tokens
+    refuse_larger(len(pieces), rows, files.shown(PIECES))
     tokens = _Tokens.unused(rows)
     for number, piece in enumerate(pieces):
-        kind = Kind.NORMAL if piece.kind is Kind.USER_DEFINED else piece.kind
-        tokens.put(number, piece.data.decode(), piece.score, kind)
+        role = Kind.NORMAL if piece.kind is Kind.USER_DEFINED else piece.kind
+        tokens.put(number, piece.data.decode(), piece.score, role)
     beyond = set()
-    for text, number in _object(files, ADDED, where).items():
-        if type(number) is not int or number < 0:
-            raise CorruptInput(f"{where}/{ADDED}: the id of {escape(text)!r} is no number")
-        if number < rows:
-            tokens.put(number, text, _ADDED_SCORE, Kind.USER_DEFINED)
-        else:
+    for number, text, special in files.added():
+        if number >= rows:
             beyond.add((number, text))
-    for number, text, special in _added_by_config(files, where):
-        if number < rows:
-            kind = Kind.CONTROL if special or _looks_special(text) else Kind.USER_DEFINED
-            shown = text if kind is Kind.CONTROL else text.replace(_SPACE, " ")
-            tokens.put(number, shown, _ADDED_SCORE, kind)
+        elif special or (special is not None and _looks_special(text)):
+            tokens.put(number, text, _ADDED_SCORE, Kind.CONTROL)
         else:
-            beyond.add((number, text))
+            shown = text if special is None else text.replace(_SPACE, " ")
+            tokens.put(number, shown, _ADDED_SCORE, Kind.USER_DEFINED)
     return tokens, [
         f"the token {escape(text)} ({number}) is left out: the embedding has {rows} rows"
         for number, text in sorted(beyond)
     ]
-
-
-def _added_by_config(files: Mapping[str, bytes], where: str) -> Iterator[tuple[int, str, bool]]:
-    """The `added_tokens_decoder` of tokenizer_config.json: id, text, and whether the token is special."""
-    added = _object(files, TOKENIZER_CONFIG, where).get("added_tokens_decoder", {})
-    for number, token in added.items() if isinstance(added, dict) else ():
-        match token:
-            case {"content": str(text)} if number.isdecimal():
-                yield int(number), text, bool(token.get("special"))
-            case _:
-                raise CorruptInput(f"{where}/{TOKENIZER_CONFIG}: added_tokens_decoder: {escape(number)} is no token")
 
 
 def _is_pieces(found: TokenizerJson) -> bool:
@@ -163,11 +153,11 @@ def _is_pieces(found: TokenizerJson) -> bool:
     return False
 
 
-def _of_pieces_in_json(found: TokenizerJson, named: Iterable[str], rows: int, where: str) -> _Tokens:
+def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens:
     """The tokens of a tokenizer.json that was made from a sentencepiece model."""
-    named = set(named)
+    named = set(_named_tokens(files))
     count = max([*found.vocabulary.values(), *found.added], default=-1) + 1
-    _check_count(count, rows, f"{where}/{TOKENIZER}")
+    refuse_larger(count, rows, files.shown(TOKENIZER))
     tokens = _Tokens.unused(rows)
     for text, number in found.vocabulary.items():
         kind = Kind.CONTROL if text in named else Kind.NORMAL
@@ -180,11 +170,11 @@ def _of_pieces_in_json(found: TokenizerJson, named: Iterable[str], rows: int, wh
     return tokens
 
 
-def _of_bytes(found: TokenizerJson, files: Mapping[str, bytes], rows: int, where: str) -> _Tokens:
+def _of_bytes(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens:
     """The tokens of a byte-level BPE."""
-    backend = _backend(files, where)
+    backend = _backend(files)
     texts = backend.get_vocab(with_added_tokens=True)
-    _check_count(max(texts.values(), default=-1) + 1, rows, f"{where}/{TOKENIZER}")
+    refuse_larger(max(texts.values(), default=-1) + 1, rows, files.shown(TOKENIZER))
     tokens, added = _Tokens.unused(rows), backend.get_added_tokens_decoder()
     for text, number in texts.items():
         if number not in added:
@@ -199,32 +189,33 @@ def _of_bytes(found: TokenizerJson, files: Mapping[str, bytes], rows: int, where
     return tokens
 
 
-def _pre_tokenizer(found: TokenizerJson, files: Mapping[str, bytes], where: str) -> str:
+def _pre_tokenizer(found: TokenizerJson, files: TokenizerFiles) -> str:
     if found.model != "BPE":
         raise UsageError(
-            f"{where}/{TOKENIZER}: a tokenizer of the kind {escape(found.model)[:80]}, expected BPE, as LLaMA has",
+            f"{files.shown(TOKENIZER)}: a tokenizer of the kind {escape(found.model)[:80]}, expected BPE, as LLaMA has",
             hint="--tokenizer names another",
         )
-    name = name_of(_backend(files, where), found.document)
+    name = name_of(_backend(files), found.document)
     if name is None:
         raise UsageError(
-            f"{where}/{TOKENIZER}: llama.cpp has no name for the way in which it cuts a text before it merges tokens",
-            hint="it would cut texts otherwise; --tokenizer names another, such as that of the base model",
+            f"{files.shown(TOKENIZER)}: cuts texts in a way that llama.cpp has no name for, before it merges tokens",
+            hint="llama.cpp would make other tokens; --tokenizer names another, such as that of the base model",
         )
     return name
 
 
-def _backend(files: Mapping[str, bytes], where: str) -> Tokenizer:
+def _backend(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer as transformers builds it: with the tokens that its other files add or name."""
     from tokenizers import AddedToken, Tokenizer
 
     try:
-        backend = Tokenizer.from_str(files[TOKENIZER].decode())
+        backend = Tokenizer.from_str(files.files[TOKENIZER].decode())
     except Exception as error:  # the library raises no other
-        raise CorruptInput(f"{where}/{TOKENIZER}: cannot be read: {escape(str(error))[:200]}") from None
+        raise CorruptInput(f"{files.shown(TOKENIZER)}: cannot be read: {escape(str(error))[:200]}") from None
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    named = list(_named_tokens(files, where))
-    added = [(text, special or text in named) for _, text, special in sorted(_added_by_config(files, where))]
+    named = list(_named_tokens(files))
+    listed = sorted(each for each in files.added() if each[2] is not None)
+    added = [(text, bool(special) or text in named) for _, text, special in listed]
     for text, special in (*added, *((text, True) for text in named)):
         if text not in known:
             known.add(text)
@@ -232,9 +223,9 @@ def _backend(files: Mapping[str, bytes], where: str) -> Tokenizer:
     return backend
 
 
-def _named_tokens(files: Mapping[str, bytes], where: str) -> Iterator[str]:
+def _named_tokens(files: TokenizerFiles) -> Iterator[str]:
     """The tokens that have a role by name, and those that are only called special."""
-    config, older = (_object(files, name, where) for name in (TOKENIZER_CONFIG, SPECIAL_MAP))
+    config, older = (files.document(name) for name in (TOKENIZER_CONFIG, SPECIAL_MAP))
     if "added_tokens_decoder" in config:
         older = {}  # which transformers then takes for what it says already
     defaults = {}
@@ -256,28 +247,16 @@ def _looks_special(text: str) -> bool:
     return (
         text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
         or (text.startswith("<|") and text.endswith("|>"))
-        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<\uff5c") and text.endswith("\uff5c>"))
         or (text.startswith("<unused") and text.endswith(">"))
     )
 
 
-def _check_count(count: int, rows: int, what: str) -> None:
-    if count > rows:
-        raise UsageError(
-            f"{what}: the tokenizer has {count} tokens, the embedding {rows} rows",
-            hint="is it that of this model? --tokenizer names another",
-        )
-
-
-def _other_ends(files: Mapping[str, bytes], texts: Sequence[str], ends: set[int], where: str) -> Iterator[str]:
+def _other_ends(files: TokenizerFiles, texts: Sequence[str], ends: set[int]) -> Iterator[str]:
     """Ends of a text that the model's configuration states, and a GGUF file does not: it has room for one."""
     for name in (GENERATION, CONFIG):
-        stated = _object(files, name, where).get("eos_token_id")
+        stated = files.document(name).get("eos_token_id")
         ids = [i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int and 0 <= i < len(texts)]
         lost = [f"{escape(texts[i])} ({i})" for i in ids if i not in ends and texts[i] not in _ENDS_BY_NAME]
         if lost:
             yield f"{name} ends texts with {', '.join(lost)} too: left out, since GGUF has a place for one end"
-
-
-def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
-    return strict_json.load_object(files[name], f"{where}/{name}") if name in files else {}

@@ -1,9 +1,9 @@
 """Which pre-tokenizer a byte-level BPE has: what cuts a text before tokens are merged, by llama.cpp's names.
 
-llama.cpp has each of them as code, and knows a published tokenizer by a digest of the tokens that it makes of one fixed
-text. A tokenizer that was trained anew, or got other tokens, has another digest; its pre-tokenizer is then compared with
-those that have a name.
-Source: llama.cpp (get_vocab_base_pre of its converter, llama-vocab.cpp), and the tokenizer.json of the models named there.
+llama.cpp has each of them as code, and its converter knows published tokenizers by a digest of the tokens that they
+make of one fixed text. One that was trained anew, or got other tokens, has another digest: its pre-tokenizer is then
+compared with those that have a name.
+Source: llama.cpp (get_vocab_base_pre of its converter, llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CHECK_TEXT = (
-    '\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫'
-    '️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333'
-    '333 33333333 3.3 3..3 3...3 កាន់តែពិសេស'
-    'អាច😁 ?我想在apple工作1314151天～ ------======'
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫"
+    "️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333"
+    "333 33333333 3.3 3..3 3...3 កាន់តែពិសេស"
+    "អាច😁 ?我想在apple工作1314151天\uff5e ------======"
     "= нещо на Български ''"
-    '\'\'\'\'```````""""......!!!!!!?????? I\'ve been \'told he\'s there, \'RE you sure? \'M not sure '
+    "''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
     "I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 
@@ -119,7 +119,7 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _DEEPSEEK = (
     r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[一-龥\u3040-ゟ\u30a0-ヿ]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.tokenizer import MAX_MERGES, MAX_TOKEN_BYTES, MAX_TOKENS, Kind, Token, Tokenizer
-from weightops.layouts.tokenizer_json import read_tokenizer_json
+from weightops.layouts.tokenizer_json import TokenizerJson
 
 Generation = Literal["3", "3.1"]
 """Which special tokens there are: those of Llama 3, or those of 3.1, 3.2, 3.3 and Llama Guard 3."""
@@ -143,17 +143,16 @@ def merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return result
 
 
-def from_tokenizer_json(data: bytes, what: str = "tokenizer.json") -> Tokenizer:
+def from_tokenizer_json(found: TokenizerJson, what: str = "tokenizer.json") -> Tokenizer:
     """The tokenizer in a `tokenizer.json` of Llama 3, with the special tokens that it names, as of a base model.
 
     The rank file is made anew, which works because ids of tokens are ranks: merges are checked to say the same.
     Raises `CorruptInput` for a damaged file, and `UsageError` for tokenizers of other kinds.
     """
-    found = read_tokenizer_json(data, what)
-    if not cuts_like_llama(found.document):
+    if not _cuts_like_llama(found.document):
         raise UsageError(
-            f"{what}: not a tokenizer of Llama 3",
-            hint="put the tokenizer.model that it was made from into the folder",
+            f"{what}: not a tokenizer of Llama 3, nor of sentencepiece's kind: tokenizer.model cannot hold it",
+            hint="--to gguf takes it; --no-tokenizer converts the weights alone",
         )
     vocabulary, added = found.vocabulary, found.added
     count = len(vocabulary.keys() - {token.data.decode() for token in added.values()})
@@ -221,7 +220,7 @@ def _render(tokens: Iterable[bytes]) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
-def cuts_like_llama(document: Mapping[str, Any]) -> bool:
+def _cuts_like_llama(document: Mapping[str, Any]) -> bool:
     """Whether text is cut by Llama 3's pattern and nothing else, and written as bytes."""
     match document:
         case {

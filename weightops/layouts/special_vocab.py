@@ -1,8 +1,8 @@
 """Special tokens and chat templates of a Hugging Face folder, as `gguf.SpecialVocab` takes them from it.
 
-Its rules are followed to the letter, since what llama.cpp does at the ends of a text rests on them: tokenizer_config.json
-names tokens, whose ids come from tokenizer.json alone; config.json gives what is still missing; the post-processor says
-what is put around a text.
+Its rules are followed to the letter, since what llama.cpp does at the ends of a text rests on them:
+tokenizer_config.json names tokens, whose ids come from tokenizer.json alone; config.json gives what is still missing;
+the post-processor says what is put around a text.
 Source: gguf 0.19 (vocab.py, gguf_writer.py).
 """
 
@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightops.errors import CorruptInput
-from weightops.io import strict_json
 from weightops.io.escape import escape
-
-CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
-TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates/"
+from weightops.layouts.tokenizer_files import (
+    CONFIG,
+    MORE_TEMPLATES,
+    OLD_TEMPLATE,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TokenizerFiles,
+)
 
 _TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # seperator: so it is spelt in the format
@@ -55,29 +60,22 @@ class SpecialVocab:
         return result
 
 
-def special_vocab(files: Mapping[str, bytes], rows: int, where: str) -> SpecialVocab:
-    """What the files of a folder, by name, say of special tokens and templates; `rows` is the number of tokens.
-
-    Raises `CorruptInput` for damaged files. `where` names the folder in errors.
-    """
-
-    def document(name: str) -> dict[str, Any]:
-        return strict_json.load_object(files[name], f"{where}/{name}") if name in files else {}
-
-    tokenizer, config = document(TOKENIZER), document(TOKENIZER_CONFIG)
+def special_vocab(files: TokenizerFiles, rows: int) -> SpecialVocab:
+    """What the files say of special tokens and templates; `rows` is the number of tokens. Raises `CorruptInput`."""
+    tokenizer, config = files.document(TOKENIZER), files.document(TOKENIZER_CONFIG)
     found = SpecialVocab()
     types = list(_TYPES)
     if tokenizer:
         _around_a_text(tokenizer, config, types, found.added)
     if config:
-        _take_templates(files, config, found, where)
+        _take_templates(files, config, found)
     ids = {_content(token): _get(token, "id") for token in reversed(_items(tokenizer.get("added_tokens")))}
     stated: list[tuple[str, object]] = []
     for kind in types if config else ():
         if isinstance(added := config.get(f"add_{kind}_token"), bool):
             found.added[kind] = added
         stated.append((kind, ids.get(content) if (content := _content(config.get(f"{kind}_token"))) else None))
-    numbers = document(CONFIG)
+    numbers = files.document(CONFIG)
     stated += [(kind, numbers.get(f"{kind}_token_id")) for kind in types]
     for kind, number in stated:
         if type(number) is not int or number < 0 or kind in found.ids:
@@ -146,30 +144,26 @@ def _between(pair: list[Any], first: str | None, last: str | None) -> list[Any]:
     return inner[1:-1]
 
 
-def _take_templates(files: Mapping[str, bytes], config: Mapping[str, Any], found: SpecialVocab, where: str) -> None:
+def _take_templates(files: TokenizerFiles, config: Mapping[str, Any], found: SpecialVocab) -> None:
     """tokenizer_config.json's own templates, or else those of files; which are left out is said."""
-    beside = _templates_beside(files, where)
+    beside = _templates_beside(files)
     own = dict(_named(config["chat_template"])) if "chat_template" in config else None
-    taken = beside if own is None else own
-    found.templates |= taken
+    found.templates |= beside if own is None else own
     if own is not None and beside and beside != own:
-        found.warnings.append(
-            f"the chat template is that of {TOKENIZER_CONFIG}, as llama.cpp takes it; another in "
-            f"{TEMPLATE if TEMPLATE in files else OLD_TEMPLATE} is left out"
-        )
-    more = [name for name in files if name.startswith(MORE_TEMPLATES)]
-    if more and TEMPLATE not in files:
-        found.warnings.append(f"{', '.join(map(escape, sorted(more)))}: left out, as llama.cpp does without {TEMPLATE}")
+        other = TEMPLATE if TEMPLATE in files else OLD_TEMPLATE
+        found.warnings.append(f"{other} is left out: llama.cpp takes the chat template of {TOKENIZER_CONFIG}")
+    if (more := files.added_templates()) and TEMPLATE not in files:
+        found.warnings.append(f"{', '.join(map(escape, more))}: left out, as llama.cpp does without {TEMPLATE}")
 
 
-def _templates_beside(files: Mapping[str, bytes], where: str) -> dict[str, str]:
+def _templates_beside(files: TokenizerFiles) -> dict[str, str]:
     if TEMPLATE in files:
-        more = sorted(name for name in files if name.startswith(MORE_TEMPLATES))
-        named = [{"name": n.removeprefix(MORE_TEMPLATES).removesuffix(".jinja"), "template": _text(files, n)} for n in more]
+        named = [
+            {"name": name.removeprefix(MORE_TEMPLATES).removesuffix(".jinja"), "template": _text(files, name)}
+            for name in files.added_templates()
+        ]
         return {**dict(_named(named)), "": _text(files, TEMPLATE)}
-    if OLD_TEMPLATE in files:
-        return dict(_named(strict_json.load_object(files[OLD_TEMPLATE], f"{where}/{OLD_TEMPLATE}").get("chat_template")))
-    return {}
+    return dict(_named(files.document(OLD_TEMPLATE).get("chat_template")))
 
 
 def _named(value: object) -> Iterator[tuple[str, str]]:
@@ -190,12 +184,12 @@ def _named(value: object) -> Iterator[tuple[str, str]]:
         yield "", default
 
 
-def _text(files: Mapping[str, bytes], name: str) -> str:
+def _text(files: TokenizerFiles, name: str) -> str:
     try:
         # As Python reads text: any line end is one.
-        return files[name].decode().replace("\r\n", "\n").replace("\r", "\n")
+        return files.files[name].decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
-        raise CorruptInput(f"{name} is not UTF-8") from None
+        raise CorruptInput(f"{escape(files.shown(name))}: not UTF-8") from None
 
 
 def _content(token: object) -> str | None:

@@ -32,7 +32,7 @@ class TokenizerJson:
 
 
 def read_tokenizer_json(data: bytes, what: str) -> TokenizerJson:
-    """The parts of a tokenizer.json; raises `CorruptInput` for a damaged one. Those of other models have no vocabulary."""
+    """The parts of a tokenizer.json, of other models than BPE without a vocabulary; raises `CorruptInput`."""
     document = strict_json.load_object(data, what)
     model = document.get("model")
     if not isinstance(model, dict):
