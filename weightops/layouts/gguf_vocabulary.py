@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts import sentencepiece
+from weightops.layouts.pieces_json import merges_by_score, piece_scores
 from weightops.layouts.pretokenizers import name_of
 from weightops.layouts.special_vocab import special_vocab
 from weightops.layouts.tokenizer import Kind, refuse_larger
@@ -92,6 +93,9 @@ def vocabulary(files: TokenizerFiles, rows: int) -> Vocabulary:
         if _is_pieces(found):
             tokens = _of_pieces_in_json(found, files, rows)
             model, pre = "llama", "default"
+            if not merges_by_score(found):
+                said = "its merges are not in the order of scores, so llama.cpp may cut some texts otherwise"
+                warnings.append(f"{files.shown(TOKENIZER)}: {said}")
         else:
             model, pre = "gpt2", _pre_tokenizer(found, files)
             tokens = _of_bytes(found, files, rows)
@@ -159,11 +163,13 @@ def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -
     count = max([*found.vocabulary.values(), *found.added], default=-1) + 1
     refuse_larger(count, rows, files.shown(TOKENIZER))
     tokens = _Tokens.unused(rows)
+    scores = piece_scores(found)
     for text, number in found.vocabulary.items():
         kind = Kind.CONTROL if text in named else Kind.NORMAL
         if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
             kind = Kind.BYTE
-        tokens.put(number, text, _ADDED_SCORE, kind)
+        # llama.cpp's converter gives all of them one score, and then llama.cpp merges them in another order.
+        tokens.put(number, text, scores[text] if kind is Kind.NORMAL else _ADDED_SCORE, kind)
     for number, token in found.added.items():
         if (text := token.data.decode()) not in found.vocabulary:
             tokens.put(number, text, _ADDED_SCORE, Kind.CONTROL if text in named else Kind.USER_DEFINED)

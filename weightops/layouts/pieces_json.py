@@ -44,6 +44,11 @@ def from_tokenizer_json(found: TokenizerJson, files: TokenizerFiles) -> Tokenize
     texts = {number: text for text, number in found.vocabulary.items()}
     if sorted(texts) != list(range(len(texts))):
         raise CorruptInput(f"{what}: {len(texts)} tokens do not have the ids 0 to {len(texts) - 1}")
+    if not merges_by_score(found):
+        raise UsageError(
+            f"{what}: its merges are not those of a sentencepiece model, in the order of scores",
+            hint="it was trained by another library, and tokenizer.model cannot hold it; --no-tokenizer does without",
+        )
     unknown = found.document["model"].get("unk_token")
     scores = piece_scores(found)
     pieces = bytearray()
@@ -58,9 +63,7 @@ def from_tokenizer_json(found: TokenizerJson, files: TokenizerFiles) -> Tokenize
             trainer += _field(number, name.encode())
     normalizer = _field(1, b"identity") + _field(3, int(_puts_space(found.document, what)))
     normalizer += _field(4, 0) + _field(5, 1)
-    tokenizer = sentencepiece.parse(bytes(pieces) + _field(2, trainer) + _field(3, normalizer), what)
-    _check_merges(found, tokenizer, scores, what)
-    return tokenizer
+    return sentencepiece.parse(bytes(pieces) + _field(2, trainer) + _field(3, normalizer), what)
 
 
 def _kind(number: int, text: str, found: TokenizerJson, unknown: object) -> Kind:
@@ -94,22 +97,17 @@ def _puts_space(document: Mapping[str, Any], what: str) -> bool:
     )
 
 
-def _check_merges(found: TokenizerJson, tokenizer: Tokenizer, scores: Mapping[str, float], what: str) -> None:
-    """Refuse merges that sentencepiece would not do, or do in another order: it merges whatever makes up a piece."""
+def merges_by_score(found: TokenizerJson) -> bool:
+    """Whether its merges are what `piece_scores` lead to, where whatever makes up a piece is merged."""
+    scores, known = piece_scores(found), found.vocabulary.keys() - {t.data.decode() for t in found.added.values()}
+    order = [scores.get(left + right, 1.0) for left, right in found.merges]
     pairs = set(found.merges)
-    made = [scores.get(left + right, 1.0) for left, right in found.merges]
-    normal = {token.data.decode() for token in tokenizer.tokens if token.kind is Kind.NORMAL}
-    all_pairs = {
-        (text[:cut], text[cut:])
-        for text in normal
+    return order == sorted(order, reverse=True) and all(
+        (text[:cut], text[cut:]) in pairs
+        for text in known
         for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal
-    }
-    if made != sorted(made, reverse=True) or not pairs >= all_pairs:
-        raise UsageError(
-            f"{what}: its merges are not those of a sentencepiece model, in the order of scores",
-            hint="it was trained by another library: tokenizer.model cannot hold it",
-        )
+        if text[:cut] in known and text[cut:] in known
+    )
 
 
 def _field(number: int, value: bytes | int) -> bytes:
