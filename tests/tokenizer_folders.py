@@ -73,13 +73,13 @@ def spm_both() -> Files:
     return {**spm_converted(), **spm(add_bos_token=True), "chat_template.jinja": CHATML.encode(), **more}
 
 
-def spm_converted(pad: str | None = None) -> Files:
-    """The same with tokenizer.json alone, as transformers 5 saves it."""
+def spm_converted(*, tokens: tuple[str, str] = (STARTS, ENDS)) -> Files:
+    """The same with tokenizer.json alone, as transformers 5 saves it, and two tokens added to it."""
     files = hf_files(sentencepiece.parse(sentencepiece_model(), "tokenizer.model"), 2048)
     document = json.loads(files["tokenizer.json"])
-    document["added_tokens"] += [{"id": 1500 + i, **added(text)} for i, text in enumerate((STARTS, ENDS))]
+    document["added_tokens"] += [{"id": 1500 + i, **added(text)} for i, text in enumerate(tokens)]
     config = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": ENDS, "unk_token": "<unk>"}
-    config |= {"extra_special_tokens": [STARTS], **({"pad_token": pad} if pad else {})}
+    config |= {"extra_special_tokens": [STARTS]}
     return {
         "tokenizer.json": dumped(document),
         "tokenizer_config.json": dumped(config),
