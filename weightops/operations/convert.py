@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -236,8 +236,8 @@ def _with_files(model: Model, source: Source, *, to: str, unchanged: Sequence[st
     sidecars = {name: found[name] for name in found if name in goes}
     if to != "gguf" and GENERATION not in sidecars and CONFIG in model.files:
         config = model.files.document(CONFIG)
-        ids: dict[str, Any] = {name: config[name] for name in _ENDS if name in config}
-        sidecars[GENERATION] = written_json({"_from_model_config": True, **ids})
+        if ids := {name: config[name] for name in _ENDS if name in config}:
+            sidecars[GENERATION] = written_json({"_from_model_config": True, **ids})
     read = {*_REWRITTEN, *model.files.files} if to == "gguf" else {*_REWRITTEN, PIECES}
     lost = sorted(name for name in found if name not in goes and name not in read)
     notes = (f"{', '.join(map(escape, lost))}: left out, as {to} has no place for it",) if lost else ()
