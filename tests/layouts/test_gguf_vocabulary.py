@@ -71,6 +71,17 @@ def test_a_published_tokenizer_is_known_by_its_tokens(monkeypatch: pytest.Monkey
     assert fields(qwen(), 905)["tokenizer.ggml.pre"] == "megrez"
 
 
+def test_bos_counts_as_the_config_says_it_is_put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DeepSeek V3 and JoyAI differ in nothing else."""
+    files = KINDS["DeepSeek V3"][0]()
+    tokens = AutoTokenizer.from_pretrained(save(files, tmp_path)).encode(pretokenizers.CHECK_TEXT)
+    digests = {hashlib.sha256(str(ids).encode()).hexdigest(): f"{len(ids)}" for ids in (tokens, tokens[1:])}
+    monkeypatch.setattr(pretokenizers, "DIGESTS", digests)
+    assert fields(files, 904)["tokenizer.ggml.pre"] == f"{len(tokens)}"
+    without = change(files, "tokenizer_config.json", add_bos_token=False)
+    assert fields(without, 904)["tokenizer.ggml.pre"] == f"{len(tokens) - 1}"
+
+
 def test_known_pre_tokenizers_cut_texts_in_different_ways() -> None:
     """No two names stand for the same, so that the one that is found is right."""
     cuts = set()
@@ -104,6 +115,16 @@ def test_a_pre_tokenizer_without_a_name_is_refused(pre_tokenizer: Any, normalize
     files = change(bpe("gpt-2"), "tokenizer.json", pre_tokenizer=pre_tokenizer, normalizer=normalizer)
     with pytest.raises(UsageError, match=r"model/tokenizer\.json: cuts texts in a way that llama\.cpp has no name for"):
         made(files, 902)
+
+
+def test_line_ends_in_a_pattern_may_be_written_as_they_are() -> None:
+    """As DeepSeek's are, and what does nothing to a text may be written as a list."""
+    files = KINDS["DeepSeek V3"][0]()
+    document = json.loads(files["tokenizer.json"])
+    pattern = document["pre_tokenizer"]["pretokenizers"][2]["pattern"]
+    pattern["Regex"] = pattern["Regex"].replace(r"\r", "\r").replace(r"\n", "\n")
+    document["normalizer"] = {"type": "Sequence", "normalizers": []}
+    assert fields({**files, "tokenizer.json": dumped(document)}, 904)["tokenizer.ggml.pre"] == "deepseek-v3"
 
 
 def test_other_models_of_tokenizers_are_refused() -> None:

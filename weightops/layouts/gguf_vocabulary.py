@@ -160,6 +160,8 @@ def _is_pieces(found: TokenizerJson) -> bool:
 def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens:
     """The tokens of a tokenizer.json that was made from a sentencepiece model."""
     named = set(_named_tokens(files))
+    if re.match("(Code)?Llama", str(files.document(TOKENIZER_CONFIG).get("tokenizer_class"))):
+        named |= {"<s>", "</s>", "<unk>"}  # what these classes take where nothing is named
     count = max([*found.vocabulary.values(), *found.added], default=-1) + 1
     refuse_larger(count, rows, files.shown(TOKENIZER))
     tokens = _Tokens.unused(rows)
@@ -201,7 +203,7 @@ def _pre_tokenizer(found: TokenizerJson, files: TokenizerFiles) -> str:
             f"{files.shown(TOKENIZER)}: a tokenizer of the kind {escape(found.model)[:80]}, expected BPE, as LLaMA has",
             hint="--tokenizer names another",
         )
-    name = name_of(_backend(files), found.document)
+    name = name_of(_backend(files), found.document, files.document(TOKENIZER_CONFIG))
     if name is None:
         raise UsageError(
             f"{files.shown(TOKENIZER)}: cuts texts in a way that llama.cpp has no name for, before it merges tokens",
@@ -234,10 +236,7 @@ def _named_tokens(files: TokenizerFiles) -> Iterator[str]:
     config, older = (files.document(name) for name in (TOKENIZER_CONFIG, SPECIAL_MAP))
     if "added_tokens_decoder" in config:
         older = {}  # which transformers then takes for what it says already
-    defaults = {}
-    if re.match("(Code)?Llama", str(config.get("tokenizer_class"))):
-        defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    both = {**defaults, **config, **older}
+    both = {**config, **older}
     entries = [both.get(f"{name}_token") for name in _NAMED]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = both.get(name)
@@ -260,9 +259,12 @@ def _looks_special(text: str) -> bool:
 
 def _other_ends(files: TokenizerFiles, texts: Sequence[str], ends: set[int]) -> Iterator[str]:
     """Ends of a text that the model's configuration states, and a GGUF file does not: it has room for one."""
+    said = set(ends)
     for name in (GENERATION, CONFIG):
         stated = files.document(name).get("eos_token_id")
         ids = [i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int and 0 <= i < len(texts)]
-        lost = [f"{escape(texts[i])} ({i})" for i in ids if i not in ends and texts[i] not in _ENDS_BY_NAME]
+        lost = [i for i in ids if i not in said and texts[i] not in _ENDS_BY_NAME]
+        said.update(lost)
         if lost:
-            yield f"{name} ends texts with {', '.join(lost)} too: left out, since GGUF has a place for one end"
+            named = ", ".join(f"{escape(texts[i])} ({i})" for i in lost)
+            yield f"{name} ends texts with {named} too: left out, since GGUF has a place for one end"

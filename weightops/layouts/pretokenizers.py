@@ -120,7 +120,7 @@ _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _DEEPSEEK = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ\u30a0-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 _GPT2, _DIGIT = "GPT-2's own pattern", "single digits"
@@ -138,17 +138,48 @@ KNOWN: Mapping[tuple[str, ...], str] = {
 """Names by the patterns that cut a text one after the other. Of several names for the same, one is taken."""
 
 
-def name_of(backend: Tokenizer, document: Mapping[str, Any]) -> str | None:
-    """The name of a tokenizer's pre-tokenizer, None if it has none; `document` is its tokenizer.json."""
-    for special in (True, False):  # llama.cpp asks with bos and eos; a fine-tuned model may have others than its base
-        tokens = str(backend.encode(CHECK_TEXT, add_special_tokens=special).ids)
-        found = DIGESTS.get(hashlib.sha256(tokens.encode()).hexdigest())
+def name_of(backend: Tokenizer, document: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """The name of a tokenizer's pre-tokenizer, None if it has none; from tokenizer.json and tokenizer_config.json."""
+    for tokens in _check_tokens(backend, config):
+        found = DIGESTS.get(hashlib.sha256(str(tokens).encode()).hexdigest())
         if found is not None:
             return found
-    match document:
-        case {"normalizer": None | {"type": "NFC"}, "pre_tokenizer": dict(step)}:
-            return KNOWN.get(tuple(_patterns(step)))
+    if set(_normalizers(document.get("normalizer"))) <= {"NFC"} and isinstance(document.get("pre_tokenizer"), dict):
+        return KNOWN.get(tuple(_patterns(document["pre_tokenizer"])))
     return None
+
+
+def _check_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> Iterator[list[int]]:
+    """The tokens of `CHECK_TEXT`: as transformers makes them, as tokenizer.json alone does, and without bos and eos.
+
+    A fine-tuned model may have others around a text than its base, and is cut like it all the same.
+    """
+    plain = backend.encode(CHECK_TEXT, add_special_tokens=False).ids
+    flags = [config.get(f"add_{kind}_token") for kind in ("bos", "eos")]
+    if any(isinstance(flag, bool) for flag in flags):
+        names = [config.get(f"{kind}_token") for kind in ("bos", "eos")]
+        texts = [name.get("content") if isinstance(name, dict) else name for name in names]
+        first, last = (
+            backend.token_to_id(text) if flag and isinstance(text, str) else None
+            for flag, text in zip(flags, texts, strict=True)
+        )
+        yield [number for number in (first, *plain, last) if number is not None]
+    yield backend.encode(CHECK_TEXT).ids
+    yield plain
+
+
+def _normalizers(step: object) -> Iterator[str]:
+    """The types of what is done to a text before it is cut."""
+    match step:
+        case None:
+            return
+        case {"type": "Sequence", "normalizers": list(steps)}:
+            for each in steps:
+                yield from _normalizers(each)
+        case {"type": str(kind)}:
+            yield kind
+        case _:
+            yield "another"
 
 
 def _patterns(step: Mapping[str, Any]) -> Iterator[str]:
@@ -158,9 +189,9 @@ def _patterns(step: Mapping[str, Any]) -> Iterator[str]:
             for each in steps:
                 yield from _patterns(each)
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-            yield pattern
+            yield pattern.replace("\r", r"\r").replace("\n", r"\n")
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
-            yield pattern  # these leave nothing between their matches
+            yield pattern  # nothing is left between the matches of those that are known
         case {"type": "Digits", "individual_digits": True}:
             yield _DIGIT
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(cuts)}:
