@@ -152,7 +152,8 @@ def name_of(backend: Tokenizer, document: Mapping[str, Any], config: Mapping[str
 def _check_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> Iterator[list[int]]:
     """The tokens of `CHECK_TEXT`: with the bos and eos that the config wants, those of tokenizer.json, and without.
 
-    transformers 4 puts the first, with which the digests were made, and 5 the second. A fine-tuned model may have others around a text than its base, and is cut like it all the same.
+    transformers 4 puts the first, with which the digests were made, and 5 the second. A fine-tuned model may have
+    others around a text than its base, and is cut like it all the same.
     """
     plain = backend.encode(CHECK_TEXT, add_special_tokens=False).ids
     flags = [config.get(f"add_{kind}_token") for kind in ("bos", "eos")]
