@@ -20,7 +20,7 @@ UNUSED, CONTROL, USER_DEFINED, NORMAL = 5, 3, 4, 1
 
 def tokenizer_fields(folder: Path, rows: int, pre: str) -> dict[str, Any]:
     """The `tokenizer.` keys; `pre` is the name for byte-level BPE, which hangs on published vocabularies."""
-    writer = gguf.GGUFWriter(folder / "rules.gguf", "llama")
+    writer = gguf.GGUFWriter(None, "llama")
     config = _json(folder / "tokenizer_config.json")
     if config.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(config["add_prefix_space"])
@@ -36,11 +36,15 @@ def tokenizer_fields(folder: Path, rows: int, pre: str) -> dict[str, Any]:
             _write(writer, "gpt2", pre, _of_bytes(folder, rows))
             special = gguf.SpecialVocab(folder, load_merges=True)
     special.add_to_gguf(writer, quiet=True)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    fields = gguf.GGUFReader(folder / "rules.gguf").fields
-    return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    if rows == 32016:  # Code Llama
+        special = gguf.SpecialVocab(folder, special_token_types=["prefix", "suffix", "middle", "eot"])
+        for kind, number in (("prefix", 32007), ("suffix", 32008), ("middle", 32009), ("eot", 32010)):
+            special._set_special_token(kind, number)
+        special.add_to_gguf(writer, quiet=True)
+    if rows == 49152:  # Granite
+        writer.add_add_bos_token(False)
+    kept = {key: value.value for shard in writer.kv_data for key, value in shard.items()}
+    return {key: value for key, value in kept.items() if key.startswith("tokenizer.")}
 
 
 def _write(writer: gguf.GGUFWriter, model: str, pre: str, tokens: Tokens) -> None:

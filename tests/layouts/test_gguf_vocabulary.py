@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tokenizer_folders import ENDS, KINDS, STARTS, Files, bpe, dumped, qwen, spm
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from weightops.errors import CorruptInput, UsageError
+from weightops.errors import CorruptInput, UsageError, WeightopsError
 from weightops.layouts import pretokenizers, sentencepiece
 from weightops.layouts.gguf_vocabulary import Vocabulary, vocabulary
 from weightops.layouts.tokenizer_files import TokenizerFiles
@@ -49,6 +51,12 @@ def test_keys_and_values_are_those_of_the_converter(tmp_path: Path, kind: str) -
         del found["tokenizer.ggml.scores"], expected["tokenizer.ggml.scores"]
     assert list(found) == list(expected)
     assert found == expected
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("sentencepiece alone", 32016), ("DeepSeek V3", 49152)])
+def test_models_known_by_their_rows_get_what_the_converter_says_of_them(tmp_path: Path, kind: str, rows: int) -> None:
+    make, pre, _ = KINDS[kind]
+    assert fields(make(), rows) == tokenizer_fields(save(make(), tmp_path), rows, pre)
 
 
 def test_scores_of_a_tokenizer_json_give_the_order_of_its_merges() -> None:
@@ -171,6 +179,7 @@ def bpe_json(vocabulary: dict[str, int], merges: list[str]) -> bytes:
         ("tokenizer.json", b"[1]", "expected a JSON object"),
         ("tokenizer.json", bpe_json({"a": -1}, []), "no number"),
         ("tokenizer.json", bpe_json({"a": 0}, ["a b"]), "cannot be read"),
+        ("tokenizer.json", bpe_json({"a" * 513: 0}, []), "a token of 513 characters, at most 512"),
         ("tokenizer.json", bpe_json({"a": 0}, ["a b c"]), "is no pair of tokens"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 1}}', "x is no token"),
         ("added_tokens.json", b'{"<a>": "1"}', "the id of '<a>' is no number"),
@@ -181,6 +190,19 @@ def test_damaged_files_are_refused_by_name(name: str, content: bytes, message: s
     files = bpe("gpt-2") if name == "tokenizer.json" else spm()
     with pytest.raises(CorruptInput, match=f"^model/{name}.*{message}" if name[0] == "t" else message):
         made({**files, name: content}, 1500)
+
+
+def test_nothing_but_errors_of_ours_comes_of_changed_files() -> None:
+    chance = random.Random(5)
+    for kind in ("sentencepiece with ChatML", "sentencepiece as tokenizer.json", "Tekken", "RoBERTa"):
+        files, rows = KINDS[kind][0](), KINDS[kind][2]
+        for _ in range(40):
+            name = chance.choice([name for name in files if name != "tokenizer.model"])
+            changed = bytearray(files[name])
+            at = chance.randrange(len(changed))
+            changed[at : at + chance.randrange(3)] = chance.choice([b"", b"null", b"[", b"0", b'"', b"-1", b"{}"])
+            with contextlib.suppress(WeightopsError):
+                made({**files, name: bytes(changed)}, rows)
 
 
 def test_ends_that_llama_cpp_knows_by_name_are_not_mentioned() -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, dict[str, Any]]
 
-_SPACE = "\u2581"
+_SPACE, _BYTE_SPACE = "\u2581", "\u0120"
+"""What stands for a space in sentencepiece's pieces, and in byte-level tokens."""
 _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_CODE_LLAMA_ROWS, _GRANITE_ROWS = 32016, 49152
-_CODE_LLAMA = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+_CODE_LLAMA_ROWS, _CODE_LLAMA_EOT, _GRANITE_ROWS = 32016, 32010, 49152
+"""Models that llama.cpp's converter knows by the rows of their embedding, and what it says of them."""
 _ENDS_BY_NAME = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
     *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
@@ -59,18 +60,33 @@ class Vocabulary:
 
 @dataclass
 class _Tokens:
-    """Tokens by id: text, score (of "llama" only) and type."""
+    """Tokens by id: text, score and type; for which of llama.cpp's tokenizers, with what else that needs."""
 
+    model: Literal["llama", "gpt2"]
     texts: list[str]
     scores: list[float]
     kinds: list[Kind]
+    pre: str = "default"
+    merges: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
-    def unused(cls, count: int) -> _Tokens:
-        return cls([f"[PAD{i}]" for i in range(count)], [_UNUSED_SCORE] * count, [Kind.UNUSED] * count)
+    def unused(cls, model: Literal["llama", "gpt2"], count: int) -> _Tokens:
+        return cls(model, [f"[PAD{i}]" for i in range(count)], [_UNUSED_SCORE] * count, [Kind.UNUSED] * count)
 
     def put(self, number: int, text: str, score: float, kind: Kind) -> None:
         self.texts[number], self.scores[number], self.kinds[number] = text, score, kind
+
+    def metadata(self) -> Metadata:
+        result: Metadata = {
+            _key("model"): {"string": self.model},
+            _key("pre"): {"string": self.pre},
+            _key("tokens"): {"array": ["string", self.texts]},
+        }
+        if self.model == "llama":
+            result[_key("scores")] = {"array": ["float32", self.scores]}
+        result[_key("token_type")] = {"array": ["int32", [int(kind) for kind in self.kinds]]}
+        return result | ({_key("merges"): {"array": ["string", self.merges]}} if self.merges else {})
 
 
 def vocabulary(files: TokenizerFiles, rows: int) -> Vocabulary:
@@ -79,59 +95,39 @@ def vocabulary(files: TokenizerFiles, rows: int) -> Vocabulary:
     Raises `UsageError` where there is none, for kinds that llama.cpp has no name for, and for more tokens than rows;
     `CorruptInput` for damaged files.
     """
-    config = files.document(TOKENIZER_CONFIG)
-    metadata: Metadata = {}
-    if isinstance(prefix := config.get("add_prefix_space"), bool):
-        metadata["tokenizer.ggml.add_space_prefix"] = {"bool": prefix}
-    warnings: list[str] = []
-    merges: list[str] = []
-    if files.files.get(PIECES, b"").startswith(SENTENCEPIECE):
-        tokens, warnings = _of_pieces(files, rows)
-        model, pre = "llama", "default"
-    elif TOKENIZER in files:
-        found = read_tokenizer_json(files.files[TOKENIZER], files.shown(TOKENIZER))
-        if _is_pieces(found):
-            tokens = _of_pieces_in_json(found, files, rows)
-            model, pre = "llama", "default"
-            if not merges_by_score(found):
-                said = "its merges are not in the order of scores, so llama.cpp may cut some texts otherwise"
-                warnings.append(f"{files.shown(TOKENIZER)}: {said}")
-        else:
-            model, pre = "gpt2", _pre_tokenizer(found, files)
-            tokens = _of_bytes(found, files, rows)
-            merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in found.merges]
-    else:
-        raise UsageError(
-            f"{files.where}: has no tokenizer that GGUF takes: neither tokenizer.model nor tokenizer.json",
-            hint="give --tokenizer FILE",
-        )
-    metadata |= {_key("model"): {"string": model}, _key("pre"): {"string": pre}}
-    metadata[_key("tokens")] = {"array": ["string", tokens.texts]}
-    if model == "llama":
-        metadata[_key("scores")] = {"array": ["float32", tokens.scores]}
-    metadata[_key("token_type")] = {"array": ["int32", [int(kind) for kind in tokens.kinds]]}
-    if merges:
-        metadata[_key("merges")] = {"array": ["string", merges]}
-    special = special_vocab(files, rows)
-    metadata |= special.metadata()
+    prefix = files.document(TOKENIZER_CONFIG).get("add_prefix_space")
+    metadata: Metadata = {_key("add_space_prefix"): {"bool": prefix}} if isinstance(prefix, bool) else {}
+    tokens, special = _tokens(files, rows), special_vocab(files, rows)
+    metadata |= tokens.metadata() | special.metadata()
     if rows == _CODE_LLAMA_ROWS:
-        metadata |= {_key(f"{name}_token_id"): {"uint32": number} for name, number in _CODE_LLAMA.items()}
+        metadata[_key("eot_token_id")] = {"uint32": _CODE_LLAMA_EOT}
     if rows == _GRANITE_ROWS:
         metadata[_key("add_bos_token")] = {"bool": False}
     ends = {special.ids[kind] for kind in ("eos", "eot", "eom") if kind in special.ids}
-    warnings += [*special.warnings, *_other_ends(files, tokens.texts, ends)]
-    return Vocabulary(metadata, tuple(warnings))
+    return Vocabulary(metadata, (*tokens.warnings, *special.warnings, *_other_ends(files, tokens.texts, ends)))
 
 
 def _key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def _of_pieces(files: TokenizerFiles, rows: int) -> tuple[_Tokens, list[str]]:
+def _tokens(files: TokenizerFiles, rows: int) -> _Tokens:
+    if files.files.get(PIECES, b"").startswith(SENTENCEPIECE):
+        return _of_pieces(files, rows)
+    if TOKENIZER not in files:
+        raise UsageError(
+            f"{files.where}: has no tokenizer that GGUF takes: neither tokenizer.model nor tokenizer.json",
+            hint="give --tokenizer FILE",
+        )
+    found = read_tokenizer_json(files.files[TOKENIZER], files.shown(TOKENIZER))
+    return _of_pieces_in_json(found, files, rows) if _is_pieces(found) else _of_bytes(found, files, rows)
+
+
+def _of_pieces(files: TokenizerFiles, rows: int) -> _Tokens:
     """The pieces of a sentencepiece model, those of added_tokens.json, and what tokenizer_config.json says of any."""
     pieces = sentencepiece.parse(files.files[PIECES], files.shown(PIECES)).tokens
     refuse_larger(len(pieces), rows, files.shown(PIECES))
-    tokens = _Tokens.unused(rows)
+    tokens = _Tokens.unused("llama", rows)
     for number, piece in enumerate(pieces):
         role = Kind.NORMAL if piece.kind is Kind.USER_DEFINED else piece.kind
         tokens.put(number, piece.data.decode(), piece.score, role)
@@ -144,10 +140,11 @@ def _of_pieces(files: TokenizerFiles, rows: int) -> tuple[_Tokens, list[str]]:
         else:
             shown = text if special is None else text.replace(_SPACE, " ")
             tokens.put(number, shown, _ADDED_SCORE, Kind.USER_DEFINED)
-    return tokens, [
+    tokens.warnings += [
         f"the token {escape(text)} ({number}) is left out: the embedding has {rows} rows"
         for number, text in sorted(beyond)
     ]
+    return tokens
 
 
 def _is_pieces(found: TokenizerJson) -> bool:
@@ -164,8 +161,10 @@ def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -
         named |= {"<s>", "</s>", "<unk>"}  # what these classes take where nothing is named
     count = max([*found.vocabulary.values(), *found.added], default=-1) + 1
     refuse_larger(count, rows, files.shown(TOKENIZER))
-    tokens = _Tokens.unused(rows)
-    scores = piece_scores(found)
+    tokens, scores = _Tokens.unused("llama", rows), piece_scores(found)
+    if not merges_by_score(found):
+        said = "its merges are not in the order of scores, so llama.cpp may cut some texts otherwise"
+        tokens.warnings.append(f"{files.shown(TOKENIZER)}: {said}")
     for text, number in found.vocabulary.items():
         kind = Kind.CONTROL if text in named else Kind.NORMAL
         if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
@@ -180,10 +179,24 @@ def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -
 
 def _of_bytes(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens:
     """The tokens of a byte-level BPE."""
+    where = files.shown(TOKENIZER)
+    if found.model != "BPE":
+        raise UsageError(
+            f"{where}: a tokenizer of the kind {escape(found.model)[:80]}, expected BPE, as LLaMA has",
+            hint="--tokenizer names another",
+        )
     backend = _backend(files)
-    texts = backend.get_vocab(with_added_tokens=True)
-    refuse_larger(max(texts.values(), default=-1) + 1, rows, files.shown(TOKENIZER))
-    tokens, added = _Tokens.unused(rows), backend.get_added_tokens_decoder()
+    pre = name_of(backend, found.document, files.document(TOKENIZER_CONFIG))
+    if pre is None:
+        raise UsageError(
+            f"{where}: cuts texts in a way that llama.cpp has no name for, before it merges tokens",
+            hint="llama.cpp would make other tokens; --tokenizer names another, such as that of the base model",
+        )
+    texts, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
+    refuse_larger(max(texts.values(), default=-1) + 1, rows, where)
+    tokens = _Tokens.unused("gpt2", rows)
+    tokens.pre = pre
+    tokens.merges = [" ".join(part.replace(" ", _BYTE_SPACE) for part in pair) for pair in found.merges]
     for text, number in texts.items():
         if number not in added:
             tokens.put(number, text, 0.0, Kind.NORMAL)
@@ -195,21 +208,6 @@ def _of_bytes(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens
         else:
             tokens.put(number, text.replace(_SPACE, " "), 0.0, Kind.USER_DEFINED)
     return tokens
-
-
-def _pre_tokenizer(found: TokenizerJson, files: TokenizerFiles) -> str:
-    if found.model != "BPE":
-        raise UsageError(
-            f"{files.shown(TOKENIZER)}: a tokenizer of the kind {escape(found.model)[:80]}, expected BPE, as LLaMA has",
-            hint="--tokenizer names another",
-        )
-    name = name_of(_backend(files), found.document, files.document(TOKENIZER_CONFIG))
-    if name is None:
-        raise UsageError(
-            f"{files.shown(TOKENIZER)}: cuts texts in a way that llama.cpp has no name for, before it merges tokens",
-            hint="llama.cpp would make other tokens; --tokenizer names another, such as that of the base model",
-        )
-    return name
 
 
 def _backend(files: TokenizerFiles) -> Tokenizer:

@@ -138,9 +138,13 @@ KNOWN: Mapping[tuple[str, ...], str] = {
 """Names by the patterns that cut a text one after the other. Of several names for the same, one is taken."""
 
 
+_MAX_PARTS = 16
+"""Of a template: far more than any real one has."""
+
+
 def name_of(backend: Tokenizer, document: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """The name of a tokenizer's pre-tokenizer, None if it has none; from tokenizer.json and tokenizer_config.json."""
-    for tokens in _check_tokens(backend, config):
+    for tokens in _check_tokens(backend, document, config):
         found = DIGESTS.get(hashlib.sha256(str(tokens).encode()).hexdigest())
         if found is not None:
             return found
@@ -149,7 +153,9 @@ def name_of(backend: Tokenizer, document: Mapping[str, Any], config: Mapping[str
     return None
 
 
-def _check_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> Iterator[list[int]]:
+def _check_tokens(
+    backend: Tokenizer, document: Mapping[str, Any], config: Mapping[str, Any]
+) -> Iterator[list[int | None]]:
     """The tokens of `CHECK_TEXT`: with the bos and eos that the config wants, those of tokenizer.json, and without.
 
     transformers 4 puts the first, with which the digests were made, and 5 the second. A fine-tuned model may have
@@ -161,12 +167,32 @@ def _check_tokens(backend: Tokenizer, config: Mapping[str, Any]) -> Iterator[lis
         names = [config.get(f"{kind}_token") for kind in ("bos", "eos")]
         texts = [name.get("content") if isinstance(name, dict) else name for name in names]
         first, last = (
-            backend.token_to_id(text) if flag and isinstance(text, str) else None
+            [backend.token_to_id(text)] if flag and isinstance(text, str) else []
             for flag, text in zip(flags, texts, strict=True)
         )
-        yield [number for number in (first, *plain, last) if number is not None]
-    yield backend.encode(CHECK_TEXT).ids
-    yield plain
+        yield [*first, *plain, *last]
+    for template in _templates(document.get("post_processor")):
+        # Applied here, since the library panics where a template names a token that is not there.
+        parts = [[backend.token_to_id(text)] if text is not None else plain for text in template]
+        yield [number for part in parts for number in part]
+    yield [*plain]
+
+
+def _templates(processor: object) -> Iterator[list[str | None]]:
+    """What is put around one text: the texts of tokens, and None for the text itself."""
+    match processor:
+        case {"type": "Sequence", "processors": list(processors)}:
+            for each in processors:
+                yield from _templates(each)
+        case {"type": "TemplateProcessing", "single": list(parts)} if len(parts) <= _MAX_PARTS:
+            found: list[str | None] = []
+            for part in parts:
+                match part:
+                    case {"SpecialToken": {"id": str(text)}}:
+                        found.append(text)
+                    case _:
+                        found.append(None)
+            yield found
 
 
 def _normalizers(step: object) -> Iterator[str]:

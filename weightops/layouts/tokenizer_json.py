@@ -9,7 +9,7 @@ from typing import Any
 from weightops.errors import CorruptInput
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.layouts.tokenizer import MAX_MERGES, MAX_TOKENS, Kind, Token
+from weightops.layouts.tokenizer import MAX_MERGES, MAX_TOKEN_BYTES, MAX_TOKENS, Kind, Token
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def token_ids(value: object, where: str) -> dict[str, int]:
         raise CorruptInput(f"{where}: expected an object of at most {MAX_TOKENS} tokens")
     for token, number in value.items():
         if type(number) is not int or number < 0:
-            raise CorruptInput(f"{where}: the id of {escape(token)!r} is no number")
+            raise CorruptInput(f"{where}: the id of {escape(token)[:80]!r} is no number")
+        if len(token) > MAX_TOKEN_BYTES:
+            raise CorruptInput(f"{where}: a token of {len(token)} characters, at most {MAX_TOKEN_BYTES} are read")
     if len(set(value.values())) != len(value):
         raise CorruptInput(f"{where}: an id is given to two tokens")
     return value
