@@ -7,9 +7,10 @@ REFERENCE := .venv-reference
 MERGEKIT := .venv-mergekit
 GPTQMODEL := .venv-gptqmodel
 AUTOGPTQ := .venv-autogptq
+LLAMACPP := .venv-llamacpp
 
 .PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq clean
+  mergekit gptqmodel autogptq llamacpp clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -25,6 +26,7 @@ help:
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
+	@echo "make llamacpp        llama-cpp-python 0.3.36 likewise, to which test-all holds GGUF files (a C++ compiler)"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
@@ -58,7 +60,7 @@ $(REFERENCE)/.ready:
 
 reference: $(REFERENCE)/.ready
 
-test-all: lint reference gptqmodel autogptq
+test-all: lint reference gptqmodel autogptq llamacpp
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 $(MERGEKIT)/.ready:
@@ -90,6 +92,13 @@ $(AUTOGPTQ)/.ready:
 
 autogptq: $(AUTOGPTQ)/.ready
 
+$(LLAMACPP)/.ready:
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
+llamacpp: $(LLAMACPP)/.ready
+
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep
 	$(BIN)/python benchmarks/download.py
@@ -117,4 +126,4 @@ bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) build dist
+	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) $(LLAMACPP) build dist

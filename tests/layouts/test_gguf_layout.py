@@ -18,15 +18,15 @@ from meta_model import meta_forward, whole_tensors
 from small_tokenizers import rank_tokens, render_ranks, sentencepiece_model
 from support import evaluate, to_bytes, torch_dtype
 
-from weightops.checkpoint import Checkpoint, Copied, Written
+from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.formats.gguf import gguf_layout
 from weightops.formats.layout import Data, Literal
-from weightops.io.source import SourceFile
 from weightops.layouts import ranks, sentencepiece
 from weightops.layouts.gguf import write
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.tokenizer import Kind, Token, Tokenizer
+from weightops.layouts.tokenizer_files import TokenizerFiles
 from weightops.lazy import LazyTensor
 from weightops.ops.rows import Given
 from weightops.spec import DType
@@ -117,6 +117,7 @@ def test_keys_and_their_order_are_those_of_the_converter(tmp_path: Path) -> None
         ("tokenizer.ggml.eos_token_id", 2),
         ("tokenizer.ggml.unknown_token_id", 0),
         ("tokenizer.ggml.add_bos_token", True),
+        ("tokenizer.ggml.add_sep_token", False),
         ("tokenizer.ggml.add_eos_token", False),
     ]
 
@@ -229,14 +230,10 @@ def test_a_tied_model_has_no_output_and_a_window_is_told_of() -> None:
     assert ["4096" in warning for warning in checkpoint.warnings] == [True]
 
 
-def test_the_chat_template_goes_into_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "chat_template.jinja"
-    path.write_text("{{ messages }}")
-    for sidecar in (Copied(SourceFile.at(path)), Written(b"{{ messages }}")):
-        checkpoint = write(replace(model(pieces()), sidecars={path.name: sidecar}), None)
-        assert checkpoint.metadata["tokenizer.chat_template"] == {"string": "{{ messages }}"}
-    remote = Copied(SourceFile("https://hub/chat_template.jinja", 14, 0))
-    assert "tokenizer.chat_template" not in write(replace(model(pieces()), sidecars={path.name: remote}), None).metadata
+def test_the_chat_template_goes_into_the_file() -> None:
+    files = TokenizerFiles({"chat_template.jinja": b"{{ messages }}"})
+    checkpoint = write(replace(model(pieces()), files=files), None)
+    assert checkpoint.metadata["tokenizer.chat_template"] == {"string": "{{ messages }}"}
 
 
 def test_what_llama_cpp_could_not_use_is_refused() -> None:

@@ -19,6 +19,8 @@ from weightops.layouts import ranks, sentencepiece
 from weightops.layouts.hf_tokenizer import hf_files
 from weightops.layouts.ranks import SPECIAL_TOKENS, Generation, from_tokenizer_json, from_unicode, to_unicode
 from weightops.layouts.tokenizer import Kind
+from weightops.layouts.tokenizer import Tokenizer as Read
+from weightops.layouts.tokenizer_json import read_tokenizer_json
 
 SMALL = (*(bytes([byte]) for byte in range(256)), b"ab", b" a", b"abc", b"bc")
 
@@ -108,7 +110,7 @@ def test_lines_in_any_order_and_of_windows_are_read() -> None:
 def test_tokens_that_were_added_have_no_place_in_a_rank_file() -> None:
     document = _document()
     document["added_tokens"].append({**document["added_tokens"][-1], "id": 516, "content": "[PAD]"})
-    tokenizer = from_tokenizer_json(json.dumps(document).encode())
+    tokenizer = _read(json.dumps(document).encode())
     with pytest.raises(UsageError, match="257 special tokens, expected 256"):
         ranks.rank_file(tokenizer)
 
@@ -116,14 +118,18 @@ def test_tokens_that_were_added_have_no_place_in_a_rank_file() -> None:
 def test_the_rank_file_comes_back_from_our_tokenizer_json() -> None:
     data = render_ranks(rank_tokens())
     tokenizer = ranks.parse(data, generation="3.1", instruct=False)
-    assert from_tokenizer_json(hf_files(tokenizer, None)["tokenizer.json"]) == tokenizer
+    assert _read(hf_files(tokenizer, None)["tokenizer.json"]) == tokenizer
 
 
 def test_the_rank_file_comes_back_from_a_tokenizer_json_with_one_merge_for_each_token() -> None:
     tokenizer = Tokenizer.from_str(trained_ranks().to_str())
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL_TOKENS["3.1"]])
-    read = from_tokenizer_json(tokenizer.to_str().encode())
+    read = _read(tokenizer.to_str().encode())
     assert read == ranks.parse(render_ranks(rank_tokens()), generation="3.1", instruct=False)
+
+
+def _read(data: bytes) -> Read:
+    return from_tokenizer_json(read_tokenizer_json(data, "tokenizer.json"))
 
 
 def _document() -> dict[str, Any]:
@@ -149,18 +155,18 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (_set("pre_tokenizer/pretokenizers/0/pattern/Regex", r"\s+"), UsageError, "not a tokenizer of Llama 3"),
         (_set("normalizer", {"type": "NFC"}), UsageError, "not a tokenizer of Llama 3"),
-        (_set("model", []), UsageError, "not a tokenizer of Llama 3"),
+        (_set("model", []), CorruptInput, "has no model"),
         (_set("model/vocab", []), CorruptInput, "expected an object of at most"),
         (_set("model/vocab/ab", True), CorruptInput, "the id of 'ab' is no number"),
         (_set("model/vocab/ab", 300), CorruptInput, "the id 300 is given to two tokens"),
         (_set("model/vocab/ab", 600), CorruptInput, "no token has the id 256"),
         (_set("model/vocab/ab", 257), CorruptInput, "an id is given to two tokens"),
         (_set("model/vocab/\u4e00", 260), CorruptInput, "the id 260 is given to two tokens"),
-        (_set("model/merges/0", "a"), CorruptInput, "merges: 'a' does not make up a token of two"),
-        (_set("model/merges/0", ["a", 1]), CorruptInput, "does not make up a token of two"),
+        (_set("model/merges/0", "a"), CorruptInput, "merges: 'a' is no pair of tokens"),
+        (_set("model/merges/0", ["a", 1]), CorruptInput, "is no pair of tokens"),
         (_set("model/merges/0", "x y"), CorruptInput, "merges: 'x y' does not make up a token of two"),
         (_set("model/merges/0", "a bc"), UsageError, "merges are not in the order of ids"),
-        (_set("model/merges", None), CorruptInput, "does not make up a token of two"),
+        (_set("model/merges", None), CorruptInput, "merges: expected a list of at most"),
         (_set("model/merges", ["a b"]), CorruptInput, "none makes up 3 tokens"),
         (_set("added_tokens/0/content", "<s>"), CorruptInput, r"no token <\|begin_of_text\|>"),
         (_set("added_tokens/0/id", 261), CorruptInput, "added_tokens: the id 261 is given to two tokens"),
@@ -175,15 +181,14 @@ def test_other_tokenizer_json_is_refused(
     document = _document()
     change(document)
     with pytest.raises(error, match=expected):
-        from_tokenizer_json(json.dumps(document).encode())
+        _read(json.dumps(document).encode())
 
 
-def test_tokenizer_json_of_a_sentencepiece_model_is_refused_with_a_hint() -> None:
+def test_tokenizer_json_of_another_kind_is_refused_with_a_hint() -> None:
     files = hf_files(sentencepiece.parse(sentencepiece_model(), "tokenizer.model"), None)
     with pytest.raises(UsageError, match="not a tokenizer of Llama 3") as caught:
-        from_tokenizer_json(files["tokenizer.json"])
-    assert caught.value.hint is not None
-    assert "tokenizer.model" in caught.value.hint
+        _read(files["tokenizer.json"])
+    assert caught.value.hint == "--to gguf takes it; --no-tokenizer converts the weights alone"
 
 
 def test_nothing_but_errors_of_ours_comes_of_changed_files() -> None:
@@ -192,7 +197,7 @@ def test_nothing_but_errors_of_ours_comes_of_changed_files() -> None:
     for _ in range(300):
         for data, read in (
             (lines, lambda changed: ranks.parse(changed, generation="3.1", instruct=True)),
-            (document, from_tokenizer_json),
+            (document, _read),
         ):
             changed = bytearray(data)
             changed[chance.randrange(len(data))] = chance.randrange(256)

@@ -12,12 +12,13 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.layouts import ranks
 from weightops.layouts.hf_tokenizer import hf_files, special_ids
 from weightops.layouts.tokenizer import Tokenizer, read_tokenizer
+from weightops.layouts.tokenizer_files import TokenizerFiles
 
 RANKS = render_ranks(rank_tokens())
 
 
 def read(files: dict[str, bytes], **given: Any) -> Tokenizer | None:
-    return read_tokenizer(files, **{"generation": "3.1", "instruct": None, **given}, where="llama")
+    return read_tokenizer(TokenizerFiles(files, "llama"), **{"generation": "3.1", "instruct": None, **given})
 
 
 def test_the_kind_is_seen_from_tokenizer_model() -> None:

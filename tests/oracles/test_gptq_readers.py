@@ -7,9 +7,6 @@ rounded to float16, which is what `dequantize` writes by default, gptqmodel in f
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +17,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from environments import environment, run_script
 from gptq_models import Scheme, bloom, llama, quantised, rounded
 
 import weightops
@@ -28,7 +26,7 @@ from weightops.ops.bitpack import BITS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-AUTOGPTQ, GPTQMODEL = (ROOT / f".venv-{name}" for name in ("autogptq", "gptqmodel"))
+AUTOGPTQ, GPTQMODEL = environment("autogptq"), environment("gptqmodel")
 TOKENS = torch.arange(40).reshape(2, 20)
 
 PLAIN = Scheme()
@@ -41,20 +39,6 @@ SCHEMES = {
     **{f"{bits}-bit": Scheme(bits=bits) for bits in (2, 3, 8)},
 }
 MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "bloom": bloom}
-
-
-def run_script(environment: Path, script: str, *arguments: object) -> None:
-    """Run a script of this folder in an environment; skips where that is missing."""
-    if not (environment / ".ready").exists():
-        pytest.skip(f"{environment.name} is missing: `make {environment.name.removeprefix('.venv-')}` makes it")
-    command = [environment / "bin/python", HERE / script, *map(str, arguments)]
-    settings = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # In a folder of its own: gptqmodel leaves logs where it runs.
-    with tempfile.TemporaryDirectory() as cwd:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **settings}
-        )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def our_logits(folder: Path, out: Path, dtype: str = "float32") -> np.ndarray:

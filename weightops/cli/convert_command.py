@@ -39,7 +39,7 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
 @click.option(
     "--tokenizer",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="tokenizer.model or tokenizer.json; default: in the folder, or the one above.",
+    help="tokenizer.model or tokenizer.json, with what lies beside it; default: in the folder, or the one above.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Convert the weights alone.")
 @click.option("--check", is_flag=True, help="First hold the source against its checklist.chk.")

@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from weightops.checkpoint import Checkpoint, Copied, Written
-from weightops.errors import CorruptInput, UsageError
-from weightops.io.escape import escape
-from weightops.io.source import read_source
+from weightops.checkpoint import Checkpoint
+from weightops.errors import UsageError
+from weightops.io import strict_json
+from weightops.layouts.gguf_vocabulary import vocabulary
+from weightops.layouts.hf_tokenizer import hf_files, special_ids
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import EMBEDDING, from_canonical
-from weightops.layouts.ranks import merges, to_unicode
-from weightops.layouts.tokenizer import Kind, Token, Tokenizer
+from weightops.layouts.tokenizer import Kind
+from weightops.layouts.tokenizer_files import CONFIG, TOKENIZER_CONFIG, TokenizerFiles
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
 from weightops.ops.ggml import Quantize
@@ -33,8 +33,6 @@ Metadata = dict[str, dict[str, Any]]
 _FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q8_0: 7, DType.BF16: 32}
 """Numbers of llama.cpp's `llama_ftype`."""
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
-_TEMPLATE = "chat_template.jinja"
-_PAD_SCORE = -10000.0
 
 
 def write(model: Model, dtype: DType | None) -> Checkpoint:
@@ -45,15 +43,15 @@ def write(model: Model, dtype: DType | None) -> Checkpoint:
     not known.
     """
     h = model.hyperparameters
-    if model.tokenizer is None:
-        raise UsageError(f"{escape(model.name)}: has no tokenizer, which GGUF needs", hint="give --tokenizer FILE")
+    files = _tokenizer_files(model)
     matrices = from_canonical("gguf", model.tensors, h)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in matrices.items()}
     if h.rope_scaling is not None:
         tensors = {"rope_freqs.weight": _rope_factors(h, h.rope_scaling), **tensors}
     rows = tensors[EMBEDDING.name("gguf", 0)].spec.shape[0]
-    metadata = _parameters(model, tensors, rows) | _vocabulary(model.tokenizer, rows) | _template(model)
-    warnings = []
+    tokens = vocabulary(files, rows)
+    metadata = _parameters(model, tensors, rows) | tokens.metadata
+    warnings = list(tokens.warnings)
     if h.sliding_window is not None:
         warnings.append(f"the sliding window of {h.sliding_window} tokens is left out: llama.cpp has none for LLaMA")
     return Checkpoint(
@@ -140,73 +138,21 @@ def _size_label(count: int) -> str:
     return f"{count * factor:.{max(2 - digits, 0)}f}{unit}"
 
 
-def _vocabulary(tokenizer: Tokenizer, rows: int) -> Metadata:
-    """The tokenizer, with unused tokens for rows of the embedding beyond it."""
-    tokens, padding = tokenizer.tokens, rows - len(tokenizer.tokens)
-    if padding < 0:
-        raise UsageError(
-            f"the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows",
-            hint="is it the tokenizer of this model?",
-        )
-    pieces = tokenizer.kind == "sentencepiece"
-    texts = [_piece(token) if pieces else _byte_level(token) for token in tokens]
-    texts += [f"[PAD{i}]" for i in range(len(tokens), rows)]
-    kinds = [int(token.kind) for token in tokens] + [int(Kind.UNUSED)] * padding
-    result: Metadata = {} if tokenizer.add_dummy_prefix or not pieces else {_key("add_space_prefix"): {"bool": False}}
-    result |= {
-        _key("model"): {"string": "llama" if pieces else "gpt2"},
-        _key("pre"): {"string": "default" if pieces else "llama-bpe"},
-        _key("tokens"): {"array": ["string", texts]},
+def _tokenizer_files(model: Model) -> TokenizerFiles:
+    """The files that llama.cpp's converter would read: those of the source, or what a tokenizer of its kind makes."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or model.files.is_hugging_face:
+        return model.files
+    made = hf_files(tokenizer, None)
+    config = strict_json.load_object(made[TOKENIZER_CONFIG], TOKENIZER_CONFIG)
+    if tokenizer.kind == "sentencepiece" and not tokenizer.add_dummy_prefix:
+        config["add_prefix_space"] = False
+    defined = {
+        str(i): {"content": token.data.decode(), "special": False}
+        for i, token in enumerate(tokenizer.tokens)
+        if token.kind is Kind.USER_DEFINED
     }
-    if pieces:
-        scores = [token.score for token in tokens] + [_PAD_SCORE] * padding
-        result[_key("scores")] = {"array": ["float32", scores]}
-    result[_key("token_type")] = {"array": ["int32", kinds]}
-    if not pieces:
-        pairs = merges([token.data for token in tokens if token.kind is Kind.NORMAL])
-        texts = [f"{to_unicode(left)} {to_unicode(right)}" for left, right in pairs]
-        result[_key("merges")] = {"array": ["string", texts]}
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_ids[-1] if tokenizer.eos_ids else None,
-        "unknown": tokenizer.unk_id,
-        "padding": tokenizer.pad_id,
-    }
-    result |= {_key(f"{name}_token_id"): {"uint32": number} for name, number in ids.items() if number is not None}
-    return result | {
-        _key("add_bos_token"): {"bool": tokenizer.bos_id is not None},
-        _key("add_eos_token"): {"bool": False},
-    }
-
-
-def _key(name: str) -> str:
-    return f"tokenizer.ggml.{name}"
-
-
-def _piece(token: Token) -> str:
-    """The text of a sentencepiece token. llama.cpp looks for those of users in text whose spaces are still spaces."""
-    text = _text(token.data, "a token")
-    return text.replace("\u2581", " ") if token.kind is Kind.USER_DEFINED else text
-
-
-def _byte_level(token: Token) -> str:
-    return to_unicode(token.data) if token.kind is Kind.NORMAL else _text(token.data, "a token")
-
-
-def _template(model: Model) -> Metadata:
-    """The chat template, if it lies here."""
-    match model.sidecars.get(_TEMPLATE):
-        case Written(data):
-            pass
-        case Copied(file) if not file.is_remote:
-            data = read_source(Path(file.path))[1]
-        case _:
-            return {}
-    return {"tokenizer.chat_template": {"string": _text(data, _TEMPLATE)}}
-
-
-def _text(data: bytes, what: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise CorruptInput(f"{what} is not UTF-8: {data[:80]!r}") from None
+    if defined:
+        config["added_tokens_decoder"] = defined
+    made |= {TOKENIZER_CONFIG: strict_json.dumps(config), CONFIG: strict_json.dumps(special_ids(tokenizer))}
+    return TokenizerFiles({**made, **model.files.files}, model.files.where)

@@ -12,7 +12,7 @@ from typing import Any
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
-from weightops.layouts.hf_tokenizer import hf_files, inexact, special_ids
+from weightops.layouts.hf_tokenizer import hf_files, inexact, special_ids, stated_ids
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import EMBEDDING, HEAD, LAYER, from_canonical, to_canonical
 from weightops.layouts.rotary import inverse_frequencies
@@ -146,7 +146,7 @@ def write(model: Model, *, as_in_2023: bool = False) -> Checkpoint:
     tensors = from_canonical("hf", _reordered(model.tensors, h, pairs_to_halves), h)
     if as_in_2023:
         tensors = _as_in_2023(tensors, h)
-    ids: dict[str, Any] = special_ids(model.tokenizer) if model.tokenizer else {}
+    ids = special_ids(model.tokenizer) if model.tokenizer else stated_ids(model.files, h.vocab_size)
     dtype = tensors[EMBEDDING.name("hf", 0)].spec.dtype.value
     biases = biased(tensors)
     _check_biases(tensors, h, biases)

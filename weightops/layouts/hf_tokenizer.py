@@ -16,7 +16,9 @@ from typing import Any
 from weightops.errors import CorruptInput
 from weightops.io import strict_json
 from weightops.layouts import ranks
+from weightops.layouts.special_vocab import special_vocab
 from weightops.layouts.tokenizer import MAX_MERGES, Kind, Token, Tokenizer
+from weightops.layouts.tokenizer_files import GENERATION, TokenizerFiles
 
 _SPACE = "\u2581"
 
@@ -57,6 +59,15 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
         "eos_token_id": (ends[0] if len(ends) == 1 else ends) if ends else None,
         "pad_token_id": tokenizer.pad_id,
     }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def stated_ids(files: TokenizerFiles, rows: int) -> dict[str, int | list[int]]:
+    """The same of the files of a tokenizer that go along as they are; what they were generated with comes first."""
+    generation = files.document(GENERATION)
+    found = special_vocab(files, rows).ids
+    ids = {f"{kind}_token_id": found.get(kind) for kind in ("bos", "eos", "pad")}
+    ids |= {name: generation[name] for name in ids if name in generation}
     return {name: value for name, value in ids.items() if value is not None}
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from weightops.checkpoint import Sidecar
 from weightops.errors import UsageError
 from weightops.layouts.tokenizer import Tokenizer
+from weightops.layouts.tokenizer_files import TokenizerFiles
 from weightops.lazy import LazyTensor
 
 
@@ -63,8 +64,12 @@ class Model:
     hyperparameters: Hyperparameters
     tensors: Mapping[str, LazyTensor]
     tokenizer: Tokenizer | None = None
+    """None without one, and where a layout takes `files` as they are."""
+    files: TokenizerFiles = field(default_factory=TokenizerFiles)
+    n_tokens: int | None = None
+    """What the embedding has rows for; None without a tokenizer."""
     sidecars: Mapping[str, Sidecar] = field(default_factory=dict)
-    """Files that any layout may take along as they are: licence, chat template."""
+    """Files that go along as they are."""
     dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What was derived rather than read, and from what."""

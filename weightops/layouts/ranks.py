@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from weightops.errors import CorruptInput, UsageError
-from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.tokenizer import MAX_MERGES, MAX_TOKEN_BYTES, MAX_TOKENS, Kind, Token, Tokenizer
+from weightops.layouts.tokenizer_json import TokenizerJson
 
 Generation = Literal["3", "3.1"]
 """Which special tokens there are: those of Llama 3, or those of 3.1, 3.2, 3.3 and Llama Guard 3."""
@@ -143,24 +143,18 @@ def merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return result
 
 
-def from_tokenizer_json(data: bytes, what: str = "tokenizer.json") -> Tokenizer:
+def from_tokenizer_json(found: TokenizerJson, what: str = "tokenizer.json") -> Tokenizer:
     """The tokenizer in a `tokenizer.json` of Llama 3, with the special tokens that it names, as of a base model.
 
     The rank file is made anew, which works because ids of tokens are ranks: merges are checked to say the same.
     Raises `CorruptInput` for a damaged file, and `UsageError` for tokenizers of other kinds.
     """
-    document = strict_json.load_object(data, what)
-    model = document.get("model")
-    if not isinstance(model, dict) or not _cuts_like_llama(document):
+    if not _cuts_like_llama(found.document):
         raise UsageError(
-            f"{what}: not a tokenizer of Llama 3",
-            hint="put the tokenizer.model that it was made from into the folder",
+            f"{what}: not a tokenizer of Llama 3, nor of sentencepiece's kind: tokenizer.model cannot hold it",
+            hint="--to gguf takes it; --no-tokenizer converts the weights alone",
         )
-    vocabulary = _ids(model.get("vocab"), f"{what}: vocab")
-    added = _added(document.get("added_tokens"), f"{what}: added_tokens")
-    for token, number in vocabulary.items():
-        if number in added and added[number].data != token.encode():
-            raise CorruptInput(f"{what}: the id {number} is given to two tokens")
+    vocabulary, added = found.vocabulary, found.added
     count = len(vocabulary.keys() - {token.data.decode() for token in added.values()})
     ranks = {number: token for token, number in vocabulary.items() if number not in added}
     try:
@@ -171,7 +165,7 @@ def from_tokenizer_json(data: bytes, what: str = "tokenizer.json") -> Tokenizer:
     except ValueError as error:
         raise CorruptInput(f"{what}: the token {escape(str(error))!r} does not stand for bytes") from None
     _check(tokens, what)
-    _check_merges(model.get("merges"), tokens, what)
+    _check_merges(found.merges, tokens, what)
     return _tokenizer(tokens, specials, _render(tokens), what)
 
 
@@ -243,46 +237,18 @@ def _cuts_like_llama(document: Mapping[str, Any]) -> bool:
     return False
 
 
-def _ids(value: object, where: str) -> dict[str, int]:
-    if not isinstance(value, dict) or len(value) > MAX_TOKENS:
-        raise CorruptInput(f"{where}: expected an object of at most {MAX_TOKENS} tokens")
-    for token, number in value.items():
-        if type(number) is not int or number < 0:
-            raise CorruptInput(f"{where}: the id of {escape(token)!r} is no number")
-    if len(set(value.values())) != len(value):
-        raise CorruptInput(f"{where}: an id is given to two tokens")
-    return value
-
-
-def _added(value: object, where: str) -> dict[int, Token]:
-    """Added tokens by id; those that are not special are kept as what users define."""
-    result: dict[int, Token] = {}
-    for entry in value if isinstance(value, list) else [None]:
-        match entry:
-            case {"id": int(number), "content": str(content), "special": bool(special)} if content:
-                if number in result or len(result) == MAX_TOKENS:
-                    raise CorruptInput(f"{where}: the id {number} is given to two tokens")
-                result[number] = Token(content.encode(), Kind.CONTROL if special else Kind.USER_DEFINED)
-            case _:
-                raise CorruptInput(f"{where}: expected a list of objects with id, content and special")
-    if len({token.data for token in result.values()}) != len(result):
-        raise CorruptInput(f"{where}: a token occurs twice")
-    return result
-
-
-def _check_merges(value: object, tokens: Sequence[bytes], what: str) -> None:
+def _check_merges(pairs: Iterable[tuple[str, str]], tokens: Sequence[bytes], what: str) -> None:
     """Refuse merges in another order than that of ranks, as of a vocabulary whose ids are not ranks.
 
     Writers list all pairs that make up a token, or only the one that happens: either is taken.
     """
-    expected = {to_unicode(a) + " " + to_unicode(b): a + b for a, b in merges(tokens)}
+    expected = {(to_unicode(a), to_unicode(b)): a + b for a, b in merges(tokens)}
     ranks = {token: rank for rank, token in enumerate(tokens)}
     before, made = -1, set()
-    for entry in value if isinstance(value, list) else [None]:
-        pair = " ".join(entry) if isinstance(entry, list) and all(isinstance(e, str) for e in entry) else entry
-        token = expected.get(pair) if isinstance(pair, str) else None
+    for pair in pairs:
+        token = expected.get(pair)
         if token is None:
-            raise CorruptInput(f"{what}: merges: {escape(repr(entry))} does not make up a token of two")
+            raise CorruptInput(f"{what}: merges: {escape(repr(' '.join(pair)))} does not make up a token of two")
         rank = ranks[token]
         if rank < before:
             raise UsageError(f"{what}: merges are not in the order of ids, so ids are no ranks as in Llama 3")

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.sidecars import Kind, kind_of
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.folder import LocalFolder
 from weightops.io.source import read_source
+from weightops.layouts.tokenizer_files import CONFIG, MORE_TEMPLATES, NAMES, TokenizerFiles
 from weightops.lazy import LazyTensor
 
 SETTINGS: Mapping[str, tuple[type, str]] = {
@@ -39,6 +41,8 @@ class Source:
     read_file: Callable[[str], bytes | None]
     evaluate: Callable[[LazyTensor], bytes]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    has_own_tokenizer: bool = True
+    """Whether its tokenizer, if any, is that of its folder."""
 
     @property
     def where(self) -> str:
@@ -58,6 +62,12 @@ class Source:
             raise UsageError(f"{self.where}/{name}: no such file", hint=hint)
         return found
 
+    def tokenizer_files(self, *, layout: str) -> TokenizerFiles:
+        """The files of its tokenizer, and its config.json where that is Hugging Face's."""
+        more = [name for name in self.checkpoint.sidecars if name.startswith(MORE_TEMPLATES)]
+        names = [name for name in (*NAMES, *more) if name != CONFIG or layout == "hf"]
+        return TokenizerFiles({n: data for n in names if (data := self.read_file(n)) is not None}, self.where)
+
     def setting(self, name: str, stated: Any = None) -> Any:
         """What the user has said, or else the file; raises `UsageError` if the two differ."""
         given = self.settings.get(name)
@@ -69,15 +79,20 @@ class Source:
 def beside(checkpoint: Checkpoint, tokenizer: Path | Literal[False] | None) -> Callable[[str], bytes | None]:
     """Reads the files that go with a checkpoint, by name: those of its folder, or its sidecars if it has none.
 
-    Tokenizers come from `tokenizer` if that is given, and from nowhere if it is False; Meta keeps its own in the
-    folder above those of the models.
+    If `tokenizer` is given, the tokenizer is that file, with what lies beside it; if it is False there is none. Meta
+    keeps its own in the folder above those of the models.
     """
     folder = checkpoint.folder
     above = LocalFolder(folder.root.resolve().parent) if isinstance(folder, LocalFolder) else None
 
     def read(name: str) -> bytes | None:
-        if name.startswith("tokenizer.") and tokenizer is not None:
-            return read_source(tokenizer)[1] if tokenizer and name.endswith(tokenizer.suffix) else None
+        if tokenizer is not None and kind_of(name) is Kind.TOKENIZER:
+            if not tokenizer:
+                return None
+            if name.startswith("tokenizer."):
+                return read_source(tokenizer)[1] if name.endswith(tokenizer.suffix) else None
+            companions = LocalFolder(tokenizer.parent)
+            return companions.read(name) if companions.has(name) else None
         if folder is None:
             return checkpoint.sidecar(name)
         if folder.has(name):

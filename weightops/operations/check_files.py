@@ -13,6 +13,7 @@ from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.names import is_derived
 from weightops.layouts.tokenizer import read_tokenizer
+from weightops.layouts.tokenizer_files import TokenizerFiles
 from weightops.operations.check_report import Finding, Severity
 from weightops.operations.pairing import ROTARY_SUFFIX, listed
 from weightops.spec import DType
@@ -167,7 +168,7 @@ def _count_tokens(name: str, data: bytes, where: str) -> int | None:
     """One more than the highest id in a tokenizer's file; None where a file has none. Raises `CorruptInput`."""
     if name == "tokenizer.model":
         # Where a text ends does not matter here, so any answer to whether it is an instruct model will do.
-        tokenizer = read_tokenizer({name: data}, generation="3.1", instruct=True, where=where)
+        tokenizer = read_tokenizer(TokenizerFiles({name: data}, where), generation="3.1", instruct=True)
         return len(tokenizer.tokens) if tokenizer else None
     document = strict_json.load_object(data, f"{where}/{name}")
     if name == "tokenizer_config.json":

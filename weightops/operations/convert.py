@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from weightops.checkpoint import Checkpoint, Copied
+from weightops.checkpoint import Checkpoint, Written, written_json
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
 from weightops.layouts.model import Model
 from weightops.layouts.names import find_layout
 from weightops.layouts.source import Source, beside, parse_settings
-from weightops.layouts.tokenizer import read_tokenizer
+from weightops.layouts.tokenizer import count_tokens, read_tokenizer, refuse_larger
+from weightops.layouts.tokenizer_files import CONFIG, GENERATION, PIECES, SENTENCEPIECE
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.pairing import refuse_adapter
 from weightops.ops.elementwise import cast
@@ -53,8 +55,16 @@ WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
     "gguf": lambda model, target: gguf.write(model, target.dtype),
 }
 GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
-_KEPT = ("LICENSE*", "USE_POLICY*", "NOTICE*", "chat_template.jinja")
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+_ANYWHERE = frozenset({Kind.NOTICE, Kind.CARD})
+_IN_A_FOLDER = _ANYWHERE | {Kind.TOKENIZER, Kind.TEMPLATE, Kind.GENERATION}
+_PLACES: Mapping[str, frozenset[Kind]] = {
+    "hf": _IN_A_FOLDER | {Kind.PROCESSOR},
+    **dict.fromkeys(("meta", "tencentpretrain", "llama_inference"), _IN_A_FOLDER),
+    "gguf": _ANYWHERE,
+}
+"""The kinds of files that a layout takes along as they are; Meta's code and TencentPretrain's pass over the others."""
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_REWRITTEN = ("config.json", "params.json")
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ def convert(
     if to not in WRITERS:
         raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(WRITERS)}")
     files = beside(source, False if no_tokenizer else Path(tokenizer) if tokenizer else None)
-    opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known)
+    own = not tokenizer and not no_tokenizer
+    opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=own)
     converted = convert_model(opened, to, Target(model_parallel, dtype, as_in_2023), layout)
     return replace(converted.checkpoint, dropped=converted.dropped)
 
@@ -114,10 +125,11 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     model = READERS[layout](source)
     _check_settings(model, source)
     _check_norms(model, source)
-    model = _with_files(model, source, unchanged=("params.json",) if to == layout and target.parts == own_parts else ())
+    unchanged = ("params.json",) if to == layout and target.parts == own_parts else ()
+    model = _with_files(_with_tokenizer(model, source, layout=layout, to=to), source, to=to, unchanged=unchanged)
     result = WRITERS[to](model, target)
-    if to != "gguf":  # which has types of its own
-        result = _in_dtype(result, target.dtype, to)
+    if to != "gguf":  # which has types and metadata of its own
+        result = replace(_in_dtype(result, target.dtype, to), metadata=source.checkpoint.metadata)
     return Converted(replace(result, warnings=_warnings(source, model, result)), layout, model.dropped)
 
 
@@ -141,11 +153,13 @@ def _warnings(source: Source, model: Model, result: Checkpoint) -> tuple[str, ..
     said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(model.dropped.items())[:1]]
     if len(model.dropped) > 1:
         said.append(f"and {len(model.dropped) - 1} more are left out; the manifest names them")
+    if result.container == "gguf" and (keys := sorted(source.checkpoint.metadata.keys() - {"format"})):
+        said.append(f"{', '.join(map(escape, keys))} of the source's __metadata__: left out, as gguf has its own")
     rows = model.hyperparameters.vocab_size
-    if model.tokenizer is None:
+    if model.n_tokens is None:
         said.append("there is no tokenizer in the output; --tokenizer names one")
-    elif len(model.tokenizer.tokens) < rows:
-        said.append(f"the embedding has {rows} rows, the tokenizer {len(model.tokenizer.tokens)} tokens")
+    elif model.n_tokens < rows:
+        said.append(f"the embedding has {rows} rows, the tokenizer {model.n_tokens} tokens")
     return tuple(said)
 
 
@@ -188,29 +202,45 @@ def _values(tensor: LazyTensor, source: Source) -> np.ndarray:
     return np.frombuffer(source.evaluate(cast(tensor, DType.F32)), dtype=np.float32)
 
 
-def _files(source: Source, names: Sequence[str]) -> dict[str, bytes]:
-    return {name: data for name in names if (data := source.read_file(name)) is not None}
+def _with_tokenizer(model: Model, source: Source, *, layout: str, to: str) -> Model:
+    """The model with its tokenizer: as it is where the target takes Hugging Face's files, or else read.
+
+    Raises `UsageError` for one that has more tokens than the embedding, or that the target cannot hold.
+    """
+    files, h = source.tokenizer_files(layout=layout), model.hyperparameters
+    n_tokens = count_tokens(files, h.vocab_size) if files.is_hugging_face else None
+    if to in ("gguf", "hf") and files.is_hugging_face:
+        return replace(model, files=files, n_tokens=n_tokens)
+    generation: Literal["3", "3.1"] = "3.1" if h.rope_scaling is not None else "3"
+    tokenizer = read_tokenizer(files, generation=generation, instruct=source.settings.get("instruct"))
+    if tokenizer is None:
+        return replace(model, files=files)
+    count, notes = len(tokenizer.tokens), model.notes
+    refuse_larger(count, h.vocab_size, source.where)
+    if n_tokens is not None and n_tokens > count:
+        added = f"{n_tokens - count} tokens that were added have no place in tokenizer.model"
+        notes = (*notes, f"{added}: they are in the files beside it")
+    return replace(model, tokenizer=tokenizer, files=files, n_tokens=max(count, n_tokens or 0), notes=notes)
 
 
-def _with_files(model: Model, source: Source, unchanged: Sequence[str]) -> Model:
-    """The model with its tokenizer, and the files that go along unchanged."""
-    own = source.read_file("tokenizer.model")
-    files = {"tokenizer.model": own} if own is not None else _files(source, _TOKENIZERS)
-    h = model.hyperparameters
-    tokenizer = read_tokenizer(
-        files,
-        generation="3.1" if h.rope_scaling is not None else "3",
-        instruct=source.settings.get("instruct"),
-        where=source.where,
-    )
-    if tokenizer is not None and len(tokenizer.tokens) > h.vocab_size:
-        raise UsageError(
-            f"{source.where}: the tokenizer has {len(tokenizer.tokens)} tokens, the embedding {h.vocab_size} rows",
-            hint="is it that of this model? --tokenizer names another, --no-tokenizer does without",
-        )
-    sidecars = {
-        name: sidecar
-        for name, sidecar in source.checkpoint.sidecars.items()
-        if isinstance(sidecar, Copied) and any(fnmatch(name, kept) for kept in (*_KEPT, *unchanged))
-    }
-    return replace(model, tokenizer=tokenizer, sidecars=sidecars)
+def _with_files(model: Model, source: Source, *, to: str, unchanged: Sequence[str]) -> Model:
+    """The model with the files that go along as they are, and a note on those that have no place."""
+    own = source.checkpoint.sidecars
+    found = {name: own[name] for name in own if source.has_own_tokenizer or kind_of(name) is not Kind.TOKENIZER}
+    if not source.has_own_tokenizer:
+        given = {name: data for name, data in model.files.files.items() if kind_of(name) is Kind.TOKENIZER}
+        found |= {name: Written(data) for name, data in given.items()}
+    goes = {name for name in found if kind_of(name) in _PLACES[to] or name in unchanged}
+    if not model.files.is_hugging_face:  # the layout makes its own
+        goes -= {name for name in found if kind_of(name) is Kind.TOKENIZER}
+    elif not model.files.files.get(PIECES, SENTENCEPIECE).startswith(SENTENCEPIECE) and to == "hf":
+        goes -= {PIECES}  # Llama 3's ranks, which transformers takes for a sentencepiece model
+    sidecars = {name: found[name] for name in found if name in goes}
+    if to != "gguf" and GENERATION not in sidecars and CONFIG in model.files:
+        config = model.files.document(CONFIG)
+        if ids := {name: config[name] for name in _ENDS if name in config}:
+            sidecars[GENERATION] = written_json({"_from_model_config": True, **ids})
+    read = {*_REWRITTEN, *model.files.files} if to == "gguf" else {*_REWRITTEN, PIECES}
+    lost = sorted(name for name in found if name not in goes and name not in read)
+    notes = (f"{', '.join(map(escape, lost))}: left out, as {to} has no place for it",) if lost else ()
+    return replace(model, sidecars=sidecars, notes=(*model.notes, *notes))
