@@ -313,7 +313,12 @@ def test_the_form_is_that_of_compressed_tensors(tmp_path: Path, strategy: Strate
             r"already \(gptq, says",
         ),
         ({Q_PROJ: (4, 4), f"{Q_PROJ}_scale": (4, 1)}, {}, IncompatibleInputs, f"already: it holds {Q_PROJ}_scale"),
-        ({Q_PROJ: (4, 4)}, {"model_type": "gpt2"}, UsageError, "the layers of gpt2 are transposed"),
+        (
+            {"h.0.attn.c_attn.weight": (4, 12)},
+            {"model_type": "gpt2"},
+            UsageError,
+            "there is no linear layer to quantise",
+        ),
         ({"lm_head.weight": (4, 4)}, {}, UsageError, "there is no linear layer to quantise"),
     ],
 )
