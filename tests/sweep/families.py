@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "intermediate_size": [96] * 4,
         "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 8,
+        "hidden_size_per_layer_input": 32,
         "num_kv_shared_layers": 0,
         "layer_types": _SLIDING,
         "sliding_window": 8,
@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "global_head_dim": 32,
         "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 8,
+        "hidden_size_per_layer_input": 32,
         "num_kv_shared_layers": 0,
         "layer_types": _SLIDING,
         "sliding_window": 8,
@@ -138,3 +138,49 @@ def settings(kind: str) -> dict[str, Any]:
     """What a family's configuration is made of."""
     common = {key: value for key, value in COMMON.items() if (kind, key) != ("falcon", "head_dim")}
     return {**common, **FAMILIES[kind]}
+
+
+VERBS = {
+    "check": "clean, held against transformers' class",
+    "shard": "in files of 100 kB; loads, the same logits",
+    "cast": "to float16 and bfloat16; the files that transformers saves after loading in that type",
+    "fp8": "`cast --scheme fp8`; loads with nothing missing or unexpected, every weight within 4 %",
+    "diff": "exact, and recovered to the bit",
+    "merge-lora": "an adapter of all linear layers; the files that peft's merge saves",
+    "extract-lora": "of that merge; peft loads it, and gets every difference within 1 %",
+    "quantize": "8 bits, rounded; dequantised it loads, every weight within 1 %, the packed one has its greedy tokens",
+    "eval": "the mean log-likelihood of a plain loop in transformers",
+    "generate": "greedy tokens of transformers",
+    "prune": "`shard --layers 0,3`; loads, the logits of the model with its other layers taken out",
+}
+"""What is done -> and what has to come of it."""
+_TRANSPOSED = "there is no linear layer to quantise"
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("gpt2", "fp8"): _TRANSPOSED,
+    ("diffllama", "prune"): "layers of a diffllama compute with their own numbers",
+    ("minimax", "prune"): "layers of a minimax compute with their own numbers",
+}
+"""What is refused, and a part of the sentence that it is refused with."""
+
+
+def page() -> str:
+    """docs/families.md."""
+    parts = ["# Families", "", "Written by `python tests/sweep/families.py`. A slow test (`make test-all`) makes a"]
+    parts += [
+        f"tiny model of each of {len(FAMILIES)} families with transformers, takes it through these verbs, and holds"
+    ]
+    parts += ["what comes of it against transformers and peft:", ""]
+    parts += ["| verb | proven |", "|---|---|", *(f"| {verb} | {text} |" for verb, text in VERBS.items()), ""]
+    parts += ["✓ is proven; a number is a refusal, with a sentence that the test holds it to:", ""]
+    reasons = list(dict.fromkeys(EXCEPTIONS.values()))
+    parts += [f"| | {' | '.join(VERBS)} |", "|---" * (len(VERBS) + 1) + "|"]
+    for kind in FAMILIES:
+        cells = (EXCEPTIONS.get((kind, verb)) for verb in VERBS)
+        marks = ("✓" if reason is None else str(reasons.index(reason) + 1) for reason in cells)
+        parts.append(f"| {kind} | {' | '.join(marks)} |")
+    parts += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
