@@ -19,8 +19,8 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-_LATENT |= {"num_key_value_heads": 4, "head_dim": 8}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+_LATENT |= {"num_key_value_heads": 4, "head_dim": 32}
 _DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 _DEEPSEEK |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -133,6 +133,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 4, "attention_heads": 4},
 }
 
+ODD_LAYERS = {
+    "bamba": ("*.mamba.in_proj",),
+    "gemma3n_text": ("*.altup.*",),
+    "jamba": ("*.mamba.x_proj", "*.mamba.dt_proj"),
+    "mamba": ("*.x_proj", "*.dt_proj"),
+    "qwen3_next": ("*.in_proj_ba",),
+}
+"""Layers of these models that GPTQ's form has no room for, and that `quantize --skip` leaves."""
+ADAPTED = {"mamba": ("in_proj", "x_proj")}
+"""What adapters are of where peft refuses some of all linear layers."""
+
 
 def settings(kind: str) -> dict[str, Any]:
     """What a family's configuration is made of."""
@@ -146,7 +157,7 @@ VERBS = {
     "cast": "to float16 and bfloat16; the files that transformers saves after loading in that type",
     "fp8": "`cast --scheme fp8`; loads with nothing missing or unexpected, every weight within 4 %",
     "diff": "exact, and recovered to the bit",
-    "merge-lora": "an adapter of all linear layers; the files that peft's merge saves",
+    "merge-lora": "an adapter of all linear layers and experts; the files that peft's merge saves",
     "extract-lora": "of that merge; peft loads it, and gets every difference within 1 %",
     "quantize": "8 bits, rounded; dequantised it loads, every weight within 1 %, the packed one has its greedy tokens",
     "eval": "the mean log-likelihood of a plain loop in transformers",
@@ -157,10 +168,17 @@ VERBS = {
 _TRANSPOSED = "there is no linear layer to quantise"
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("gpt2", "fp8"): _TRANSPOSED,
+    ("bamba", "eval"): "BambaForCausalLM is not run block by block",
+    ("gemma3n_text", "eval"): "gives its blocks per_layer_input",
+    ("gemma4_text", "eval"): "gives its blocks per_layer_input",
     ("diffllama", "prune"): "layers of a diffllama compute with their own numbers",
     ("minimax", "prune"): "layers of a minimax compute with their own numbers",
 }
 """What is refused, and a part of the sentence that it is refused with."""
+FAULTS: dict[tuple[str, str], str] = {
+    ("granitemoe", "quantize"): "what `dequantize` makes of it has experts apart, which transformers does not load",
+}
+"""What does not work yet."""
 
 
 def page() -> str:
@@ -172,10 +190,11 @@ def page() -> str:
     parts += ["what comes of it against transformers and peft:", ""]
     parts += ["| verb | proven |", "|---|---|", *(f"| {verb} | {text} |" for verb, text in VERBS.items()), ""]
     parts += ["✓ is proven; a number is a refusal, with a sentence that the test holds it to:", ""]
-    reasons = list(dict.fromkeys(EXCEPTIONS.values()))
+    excepted = {**EXCEPTIONS, **{place: f"a fault: {text}" for place, text in FAULTS.items()}}
+    reasons = list(dict.fromkeys(excepted.values()))
     parts += [f"| | {' | '.join(VERBS)} |", "|---" * (len(VERBS) + 1) + "|"]
     for kind in FAMILIES:
-        cells = (EXCEPTIONS.get((kind, verb)) for verb in VERBS)
+        cells = (excepted.get((kind, verb)) for verb in VERBS)
         marks = ("✓" if reason is None else str(reasons.index(reason) + 1) for reason in cells)
         parts.append(f"| {kind} | {' | '.join(marks)} |")
     parts += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]

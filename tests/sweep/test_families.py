@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import quietly
-from families import EXCEPTIONS, FAMILIES, VERBS, page, settings
+from families import ADAPTED, EXCEPTIONS, FAMILIES, FAULTS, ODD_LAYERS, VERBS, page, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import save_tokenizer, text
@@ -52,6 +52,8 @@ class Family:
     def through(self, verb: str) -> Iterator[None]:
         """The verb is run in here; where the table says so it is refused."""
         assert verb in VERBS
+        if (self.kind, verb) in FAULTS:
+            pytest.xfail(FAULTS[self.kind, verb])
         with quietly():
             if (self.kind, verb) in EXCEPTIONS:
                 with pytest.raises(WeightopsError, match=EXCEPTIONS[self.kind, verb]):
@@ -142,10 +144,24 @@ def test_fp8(family: Family) -> None:
         model = loaded(family.out)
         found = logits(model)  # after which the weights are plain ones
         assert distance(found, logits(family.model)) < 0.4
-        weights, expected = model.state_dict(), family.model.state_dict()
+        weights, expected = _with_experts_stacked(model.state_dict()), family.model.state_dict()
         changed = [distance(weights[name], tensor) for name, tensor in expected.items()]
         assert max(changed) < 0.04
         assert sum(each > 0 for each in changed) >= 4
+
+
+def _with_experts_stacked(state: State) -> State:
+    """With the experts that transformers has as layers in Llama 4, where it is quantised, as it has them elsewhere."""
+    result = dict(state)
+    for module in {name.partition(".experts.")[0] for name in state if ".experts.0.gate_proj.weight" in name}:
+        count = sum(name.startswith(f"{module}.experts.") and name.endswith("up_proj.weight") for name in state)
+        gate, up, down = (
+            torch.stack([state[f"{module}.experts.{expert}.{layer}.weight"].T for expert in range(count)])
+            for layer in ("gate_proj", "up_proj", "down_proj")
+        )
+        result[f"{module}.experts.gate_up_proj"] = torch.cat([gate, up], 2)
+        result[f"{module}.experts.down_proj"] = down
+    return result
 
 
 @pytest.mark.slow
@@ -174,7 +190,9 @@ def test_merge_lora(family: Family) -> None:
 def test_extract_lora(family: Family) -> None:
     with family.through("extract-lora"):
         _adapt(family)
-        weightops.extract_lora(family.folder, family.out.with_name("merged"), family.out, rank=4)
+        weightops.extract_lora(
+            family.folder, family.out.with_name("merged"), family.out, rank=8
+        )  # peft doubles that of experts
         model = PeftModel.from_pretrained(loaded(family.folder), family.out).merge_and_unload()
         base, tuned = family.model.state_dict(), loaded(family.out.with_name("merged")).state_dict()
         for name, tensor in model.state_dict().items():
@@ -185,7 +203,8 @@ def test_extract_lora(family: Family) -> None:
 def _adapt(family: Family) -> None:
     """An adapter by peft, and what peft merges it into."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = list(ADAPTED[family.kind]) if family.kind in ADAPTED else "all-linear"
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(loaded(family.folder), config)
     model.save_pretrained(family.out.with_name("adapter"))
     model.merge_and_unload().save_pretrained(family.out.with_name("merged"))
@@ -194,7 +213,8 @@ def _adapt(family: Family) -> None:
 @pytest.mark.slow
 def test_quantize(family: Family) -> None:
     with family.through("quantize"):
-        weightops.quantize(family.folder, family.out, method="rtn", bits=8, group_size=16, device="cpu")
+        skip = ODD_LAYERS.get(family.kind, ())
+        weightops.quantize(family.folder, family.out, method="rtn", bits=8, group_size=16, skip=skip, device="cpu")
         plain = family.out.with_name("plain")
         weightops.dequantize(family.out, plain, dtype="float32")
         found = loaded(plain)
