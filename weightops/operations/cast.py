@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.cast_fp8 import quantization, scaled
 from weightops.operations.check_config import is_told_by_a_table
-from weightops.operations.check_files import QUANTISED
 from weightops.operations.loaded_names import LoadedNames
 from weightops.operations.modules import last_part
 from weightops.operations.pairing import listed, matching, refuse_adapter, refuse_delta
@@ -23,8 +23,11 @@ from weightops.ops.loss import Overflow, counted_cast
 from weightops.spec import DType
 
 DTYPES = (DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2)
-_SCALES = ("_scale", "_scale_inv", "_scale_2")
-"""What the scale of a quantised weight is called beyond the weight's own name."""
+_SCALE = re.compile(r"(?P<weight>.+?)(_global_scale|_scale(_inv|_2)?|_scales|\.(nested_)?(absmax|quant_map))")
+"""What the scales of a quantised weight are called beyond its own name, or that of its packed form."""
+_SCALE_LEAVES = re.compile(r"scales?|(input|output|weight)_(global_)?scale(_inv)?|SCB")
+"""What they are called in the module of the weight."""
+_WEIGHTS = ("weight", "qweight", "weight_packed")
 _MAX_HINTS = 12
 
 
@@ -132,10 +135,12 @@ def _plain(
     source: Checkpoint, dtype: DType, kept: Collection[str], wide: Collection[str], on_overflow: Overflow
 ) -> Checkpoint:
     """Every floating-point tensor that is not kept in `dtype`, or in float32."""
-    scales = {name for name in source if name not in kept and _is_scale(source, name)}
+    pairs = [(weight, scale) for scale in source for weight in _weights_of(source, scale)]
+    scales = {scale for _, scale in pairs if scale not in kept}
     left = {*kept, *scales}
+    scaled_weights = {weight: scale for weight, scale in pairs if weight not in kept}
     for name in (name for name in source if name not in left):
-        _check_castable(source, name, dtype, kept)
+        _check_castable(source, name, dtype, scaled_weights)
     made: dict[LazyTensor, LazyTensor] = {}  # of a tensor with two names, counted under the first
     for name, tensor in source.items():
         if name not in left and tensor.spec.dtype.is_float and tensor not in made:
@@ -161,46 +166,34 @@ def _plain(
     return result.with_config(_compute_in_more_bits) if dtype.bits == 8 else result.with_dtype(dtype)
 
 
-def _is_scale(source: Checkpoint, name: str) -> bool:
-    """Whether a tensor is a scale or the like of a quantised weight that is there too."""
-    weights = (name.removesuffix(suffix) for suffix in _SCALES if name.endswith(suffix))
-    if any(weight in source for weight in weights):
-        return True
-    if not QUANTISED.search(name):
-        return False
-    module = name.removesuffix(last_part(name))
-    stored = (source.get(f"{module}{part}") for part in ("weight", "qweight", "weight_packed"))
-    return any(tensor is not None and _is_packed(tensor) for tensor in stored) or name.endswith("_scales")
+def _weights_of(source: Checkpoint, name: str) -> Iterator[str]:
+    """The quantised weights, of 8 bits or packed in integers, of which a tensor of floats is a scale by its name."""
+    if not source[name].spec.dtype.is_float:
+        return
+    matched, leaf = _SCALE.fullmatch(name), last_part(name)
+    names = [matched["weight"] + form for form in ("", "_blocks", "_packed")] if matched else []
+    if _SCALE_LEAVES.fullmatch(leaf):
+        names += [name.removesuffix(leaf) + weight for weight in _WEIGHTS]
+    for weight in names:
+        found = source[weight].spec.dtype if weight in source else None
+        if found is not None and (not found.is_float or found.bits <= 8):
+            yield weight
 
 
-def _is_packed(tensor: LazyTensor) -> bool:
-    return not tensor.spec.dtype.is_float or tensor.spec.dtype.bits <= 8
-
-
-def _check_castable(source: Checkpoint, name: str, dtype: DType, kept: Collection[str]) -> None:
+def _check_castable(source: Checkpoint, name: str, dtype: DType, scales: Mapping[str, str]) -> None:
     """Refuse floats that are not numbers by themselves."""
     found = source[name].spec.dtype
     if not found.is_float or found is dtype:
         return
     if found not in FORMATS:
         raise UsageError(f"{escape(name)} is {found.value}, which is not cast", hint=f"--keep {escape(name)}")
-    scale = _scale_of(source, name)
-    if scale is not None:
-        alike = [n for n in source if n not in kept and _scale_of(source, n) is not None]
+    if name in scales:
+        alike = [weight for weight in scales if source[weight].spec.dtype.is_float]
         raise IncompatibleInputs(
-            f"{escape(name)} is {found.value} with the scale {escape(scale)}: cast alone, it would be another weight",
+            f"{escape(name)} is {found.value} with the scale {escape(scales[name])}: cast alone, it would be another "
+            "weight",
             hint=f"{_keeping(alike)} leaves such weights and their scales as they are",
         )
-
-
-def _scale_of(source: Checkpoint, name: str) -> str | None:
-    """The name of the scale of an 8-bit weight."""
-    found = source[name].spec.dtype
-    if not found.is_float or found.bits != 8:
-        return None
-    module = name.removesuffix(last_part(name))
-    scales = (*(name + suffix for suffix in _SCALES), *(f"{module}{leaf}" for leaf in ("weight_scale", "scale")))
-    return next((scale for scale in scales if scale in source), None)
 
 
 def _keeping(names: Collection[str]) -> str:
