@@ -30,6 +30,7 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.operations.cast import DTYPES, cast
 from weightops.ops import fp8
 from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
+from weightops.ops.transpose import Transpose, transposed
 from weightops.spec import DType
 
 State = dict[str, torch.Tensor]
@@ -303,6 +304,19 @@ def test_scales_and_bits_are_those_of_compressed_tensors(
         patch.setattr(fp8, "_PIECE", block // 3 + 1)
         found = [from_bytes(evaluate(t, block), torch_dtype(t.spec.dtype), t.spec.shape) for t in (weight, scale)]
     assert same_bits(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+def test_what_is_computed_whole_is_computed_once_for_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, fill, calls = normal(64, 96), Transpose.fill, []
+    monkeypatch.setattr(Transpose, "fill", lambda *given: (calls.append(1), fill(*given)))
+    monkeypatch.setattr(fp8, "_BLOCK", 100)
+    weight, scale = scaled_fp8(transposed(given_tensor(x)), "channel", "x")
+    expected = quantise(x.T.contiguous(), "channel")
+    assert from_bytes(evaluate(scale, 1 << 20), torch.bfloat16, scale.spec.shape).equal(expected[1])
+    assert len(calls) == 1
+    found = from_bytes(evaluate(weight, 1 << 20), torch.float8_e4m3fn, weight.spec.shape)
+    assert same_bits({"x": found}, {"x": expected[0]})
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
