@@ -110,6 +110,7 @@ def cast(
     on_overflow: Literal["refuse", "saturate", "inf"] = "refuse",
     scheme: Literal["fp8"] | None = None,
     strategy: Literal["tensor", "channel"] = "channel",
+    cast_all: bool = False,
     **output: Unpack[Output],
 ) -> Result:
     """Convert weights to another dtype and count what is lost; see `weightops.operations.cast`."""
@@ -119,6 +120,7 @@ def cast(
         "on_overflow": on_overflow,
         "scheme": scheme,
         "strategy": strategy,
+        "cast_all": cast_all,
     }
     return one("cast", {"source": source}, out, output, options)
 

@@ -71,6 +71,7 @@ ROWS: dict[str, list[Row]] = {
         row("--on-overflow saturate", "on_overflow", "saturate"),
         row("--scheme fp8", "scheme", "fp8"),
         row("--strategy tensor", "strategy", "tensor"),
+        row("--cast-all", "cast_all", True),
     ],
     "merge-lora": [
         row("--weight 0.5", "weights", (0.5,)),

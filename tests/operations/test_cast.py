@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import settings as settings_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -28,9 +30,24 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.operations.cast import DTYPES, cast
 from weightops.ops import fp8
 from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
+from weightops.ops.transpose import Transpose, transposed
 from weightops.spec import DType
 
 State = dict[str, torch.Tensor]
+
+
+def model_of(kind: str) -> Any:
+    """A tiny model of a family of the sweep."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings_of(kind)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -165,6 +182,7 @@ def test_a_cast_that_changes_nothing_says_so(tmp_path: Path) -> None:
         ({"dtype": DType.I8}, "weights are not cast to int8"),
         ({"dtype": DType.F16, "strategy": "tensor"}, "only --scheme fp8 has scales"),
         ({"dtype": DType.F16, "scheme": "fp8"}, "--scheme fp8 stores float8_e4m3fn, --dtype says float16"),
+        ({"scheme": "fp8", "cast_all": True}, "--scheme fp8 casts linear layers alone"),
         ({"scheme": "fp8", "on_overflow": "inf"}, "nothing overflows with --scheme fp8"),
         ({"dtype": DType.F16, "keep": ["*.weight", "*.wieght"]}, r"model: no tensor matches --keep \*\.wieght"),
     ],
@@ -179,6 +197,71 @@ def test_eight_bit_weights_with_a_scale_are_not_cast_alone() -> None:
     with pytest.raises(IncompatibleInputs, match=f"{Q_PROJ} is float8_e4m3fn with the scale {Q_PROJ}_scale_inv"):
         cast(checkpoint(state), dtype=DType.BF16)
     assert cast(checkpoint(state), dtype=DType.BF16, keep=[Q_PROJ])[Q_PROJ].spec.dtype is DType.F8_E4M3
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "stored"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight_scale_inv", torch.float8_e4m3fn),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight_scale", torch.float8_e4m3fn),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.input_scale", torch.float8_e4m3fn),
+        ("mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales", torch.uint8),
+        ("layers.0.ffn.w1.weight", "layers.0.ffn.w1.scale", torch.float8_e4m3fn),
+        ("mlp.experts.down_proj", "mlp.experts.down_proj_scale_inv", torch.float8_e5m2),
+        ("model.layers.0.mlp.up_proj.qweight", "model.layers.0.mlp.up_proj.scales", torch.int32),
+        ("model.layers.0.mlp.up_proj.weight_packed", "model.layers.0.mlp.up_proj.weight_scale", torch.int32),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.SCB", torch.int8),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight.absmax", torch.uint8),
+    ],
+)
+def test_scales_stay_with_their_weights_and_the_hint_leads_there(weight: str, scale: str, stored: torch.dtype) -> None:
+    state = {weight: torch.ones(4, 4).to(stored), scale: torch.full((1, 1), 0.1), "norm.weight": torch.ones(4)}
+    source, keep = checkpoint(state), []
+    if stored.is_floating_point:
+        with pytest.raises(IncompatibleInputs, match="cast alone, it would be another weight") as caught:
+            cast(source, dtype=DType.BF16)
+        keep = re.findall("--keep '([^']+)'", str(caught.value.hint))
+    result = cast(source, dtype=DType.BF16, keep=keep)
+    assert (result[weight], result[scale]) == (source[weight], source[scale])
+    assert result["norm.weight"].spec.dtype is DType.BF16
+    assert any(f"scales of quantised weights, and left as they are: {scale}" in text for text in result.warnings)
+
+
+def test_scales_that_belong_to_no_quantised_weight_are_cast_like_others() -> None:
+    state = {"norm.scale": torch.ones(4), "attn.weight": torch.ones(4, 4), "attn.scales": torch.ones(4)}
+    assert {tensor.spec.dtype for tensor in cast(checkpoint(state), dtype=DType.BF16).values()} == {DType.BF16}
+
+
+def test_a_hint_of_many_kinds_of_weights_keeps_them_all() -> None:
+    names = [f"model.layers.{layer}.mlp.m{kind}.weight" for layer in range(2) for kind in range(30)]
+    state = {name: torch.ones(2, 2).to(torch.float8_e4m3fn) for name in names}
+    state |= {f"{name}_scale_inv": torch.ones(1, 1) for name in names}
+    with pytest.raises(IncompatibleInputs) as caught:
+        cast(checkpoint(state), dtype=DType.BF16)
+    keep = re.findall("--keep '([^']+)'", str(caught.value.hint))
+    assert all(cast(checkpoint(state), dtype=DType.BF16, keep=keep)[name].spec.dtype is DType.F8_E4M3 for name in names)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "phimoe"])
+def test_what_transformers_has_in_float32_is_float32(tmp_path: Path, kind: str, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model_of(kind).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype).save_pretrained(tmp_path / "expected")
+    result = weightops.cast(tmp_path / "model", tmp_path / "out", dtype=dtype)
+    expected = weights(tmp_path / "expected")
+    assert same_bits(weights(tmp_path / "out"), expected)
+    wide = {name for name, tensor in expected.items() if tensor.dtype is torch.float32}
+    assert bool(wide) == any("float32, as transformers has them" in text for text in result.warnings)
+    assert bool(wide) == (kind in ("deepseek_v3", "ernie4_5_moe") or (kind, dtype) == ("gpt_oss", "float16"))
+
+
+def test_what_transformers_has_in_float32_is_cast_if_all_are(tmp_path: Path) -> None:
+    model_of("deepseek_v3").save_pretrained(tmp_path / "model")
+    result = weightops.cast(tmp_path / "model", tmp_path / "out", dtype="bfloat16", cast_all=True)
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert result.warnings == ()
 
 
 def test_types_that_are_no_numbers_by_themselves_are_refused_by_name() -> None:
@@ -221,6 +304,19 @@ def test_scales_and_bits_are_those_of_compressed_tensors(
         patch.setattr(fp8, "_PIECE", block // 3 + 1)
         found = [from_bytes(evaluate(t, block), torch_dtype(t.spec.dtype), t.spec.shape) for t in (weight, scale)]
     assert same_bits(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+def test_what_is_computed_whole_is_computed_once_for_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, fill, calls = normal(64, 96), Transpose.fill, []
+    monkeypatch.setattr(Transpose, "fill", lambda *given: (calls.append(1), fill(*given)))
+    monkeypatch.setattr(fp8, "_BLOCK", 100)
+    weight, scale = scaled_fp8(transposed(given_tensor(x)), "channel", "x")
+    expected = quantise(x.T.contiguous(), "channel")
+    assert from_bytes(evaluate(scale, 1 << 20), torch.bfloat16, scale.spec.shape).equal(expected[1])
+    assert len(calls) == 1
+    found = from_bytes(evaluate(weight, 1 << 20), torch.float8_e4m3fn, weight.spec.shape)
+    assert same_bits({"x": found}, {"x": expected[0]})
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -313,7 +409,12 @@ def test_the_form_is_that_of_compressed_tensors(tmp_path: Path, strategy: Strate
             r"already \(gptq, says",
         ),
         ({Q_PROJ: (4, 4), f"{Q_PROJ}_scale": (4, 1)}, {}, IncompatibleInputs, f"already: it holds {Q_PROJ}_scale"),
-        ({Q_PROJ: (4, 4)}, {"model_type": "gpt2"}, UsageError, "the layers of gpt2 are transposed"),
+        (
+            {"h.0.attn.c_attn.weight": (4, 12)},
+            {"model_type": "gpt2"},
+            UsageError,
+            "there is no linear layer to quantise",
+        ),
         ({"lm_head.weight": (4, 4)}, {}, UsageError, "there is no linear layer to quantise"),
     ],
 )
@@ -328,6 +429,88 @@ def test_models_that_cannot_be_quantised_are_refused(
 def test_a_model_without_a_configuration_is_refused() -> None:
     with pytest.raises(UsageError, match=r"model: has no config\.json"):
         cast(checkpoint({Q_PROJ: normal(4, 4)}), scheme="fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.decoder.embed_positions.weight", True),
+        ("vision.patch_embedding.weight", True),
+        ("transformer.wpe.weight", True),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", True),
+        ("model.layers.0.layernorm.weight", True),
+        ("model.layers.0.mlp.gate.weight", True),
+        ("model.layers.0.mlp.router.classifier.weight", True),
+        ("lm_head.weight", True),
+        ("embed_out.weight", True),
+        ("visual.blocks.0.attn.qkv.weight", True),
+        ("audio_tower.layers.0.fc1.weight", True),
+        ("model.layers.0.mlp.gate_proj.weight", False),
+        ("model.layers.0.self_attn.q_proj.weight", False),
+        ("bert.encoder.layer.0.output.dense.weight", False),
+    ],
+)
+def test_what_its_name_says_is_no_linear_layer_to_quantise(tmp_path: Path, name: str, expected: bool) -> None:
+    write_checkpoint(tmp_path / "model", {Q_PROJ: normal(4, 4), name: normal(4, 8)}, {"model_type": "novel"})
+    result = weightops.cast(tmp_path / "model", tmp_path / "out", scheme="fp8")
+    ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    assert (f"{name}_scale" not in weights(tmp_path / "out")) == expected == (name.removesuffix(".weight") in ignored)
+    assert any("transformers makes no model of this config.json" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "ignored"),
+    [
+        ("phimoe", 64, "model.layers.0.mlp.router"),
+        ("phimoe", 64, "model.layers.0.block_sparse_moe.gate"),
+        ("llama4_text", 52, "model.layers.1.feed_forward.router"),
+        ("gpt_oss", 16, "lm_head"),
+        ("qwen3_next", 74, "model.layers.0.mlp.shared_expert_gate"),
+        ("granitemoe", 16, "model.layers.0.block_sparse_moe.router.layer"),
+    ],
+)
+def test_transformers_finds_every_scale_and_no_other(tmp_path: Path, kind: str, layers: int, ignored: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is the reference for its own format")
+    from transformers import AutoModelForCausalLM
+
+    model_of(kind).save_pretrained(tmp_path / "model")
+    weightops.cast(tmp_path / "model", tmp_path / "out", scheme="fp8")
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert sum(name.endswith("_scale") for name in weights(tmp_path / "out")) == layers
+    assert ignored in json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "problem"),
+    [
+        (
+            "mixtral",
+            "*.experts.1.w1.weight",
+            "transformers stacks 8 matrices to model.layers.0.mlp.experts",
+        ),
+        ("llama4_text", "*.experts.gate_up_proj", "transformers takes these experts apart in a quantised model"),
+    ],
+)
+def test_experts_that_the_loader_could_not_stack_are_refused(
+    tmp_path: Path, kind: str, keep: str, problem: str
+) -> None:
+    model_of(kind).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=problem):
+        weightops.cast(tmp_path / "model", tmp_path / "out", scheme="fp8", keep=[keep])
+
+
+def test_experts_are_kept_as_one(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is the reference for its own format")
+    from transformers import AutoModelForCausalLM
+
+    model = model_of("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    weightops.cast(tmp_path / "model", tmp_path / "out", scheme="fp8", keep=["*.experts.*"])
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert torch.equal(loaded.state_dict()[name], model.state_dict()[name])
 
 
 def llama(folder: Path) -> Any:

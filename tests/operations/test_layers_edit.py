@@ -13,14 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import evaluate, given_tensor, write_checkpoint
+from tiny_models import GEMMA_3N, GEMMA_4
 
 import weightops
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import IncompatibleInputs, UsageError, WeightopsError
-from weightops.operations.layer_config import edit_config
+from weightops.operations.layer_config import _OWN_PERIODS, edit_config
 from weightops.operations.layers import keep_layers, parse_layers
 
 Config = dict[str, Any]
+
+
+def shared(count: int, kinds: str) -> Config:
+    return {"num_kv_shared_layers": count, "layer_types": list(kinds)}
 
 
 def model(names: list[str], config: Mapping[str, Any] | None) -> Checkpoint:
@@ -184,6 +189,20 @@ def test_weights_without_a_config_are_edited_with_a_warning() -> None:
         ({"moe_layer_freq": [0, 1, 1, 1]}, [1, 0], {"moe_layer_freq": [1, 0]}),
         ({"attention_types": [[["g", "l"], 2]]}, [0, 3, 2], {"attention_types": [[["g", "l", "g"], 1]]}),
         ({"n_layer": 4}, [1], {"n_layer": 1}),
+        ({"moe_layer_end_index": 2}, [1, 2, 3], {"moe_layer_end_index": 1}),
+        ({"moe_layer_end_index": -1}, [1, 2], {"moe_layer_end_index": -1}),
+        ({"num_kv_shared_layers": 0}, [1, 2], {"num_kv_shared_layers": 0}),
+        (
+            shared(2, "abab"),
+            [0, 1, 3],
+            shared(1, "abb"),
+        ),
+        (shared(2, "abab"), [0, 1], shared(0, "ab")),
+        (
+            shared(1, "abab"),
+            [1, 3, 3],
+            shared(2, "bbb"),
+        ),
         ({"eos_token_id": [1, 2, 3, 4]}, [1], {"eos_token_id": [1, 2, 3, 4]}),
     ],
 )
@@ -202,7 +221,14 @@ def test_settings_of_layers_follow_them(settings_: Config, order: list[int], exp
         ({"sliding_window_pattern": 2}, UsageError, "period of 2, and layer 1 would be 0"),
         ({"sliding_window_pattern": "LLLG"}, UsageError, "sliding_window_pattern: layers differ with a period of 4"),
         ({"model_type": "gemma2"}, UsageError, "layers differ with a period of 2"),
-        ({"num_kv_shared_layers": 2}, UsageError, "num_kv_shared_layers is set"),
+        (
+            shared(2, "abab"),
+            UsageError,
+            "layers from 2 on share keys and values",
+        ),
+        ({"moe_layer_end_index": 1}, UsageError, "layers after 1 are of another kind"),
+        ({"model_type": "diffllama"}, UsageError, "layers of a diffllama compute with their own numbers"),
+        ({"num_kv_shared_layers": 2}, UsageError, "which layers share is not known without layer_types"),
         ({"scale_attn_by_inverse_layer_idx": True}, UsageError, "ties layers to their numbers"),
         ({"layer_types": ["a"]}, IncompatibleInputs, "layer_types has 1 entries for 4 layers"),
         ({"mlp_only_layers": [-1]}, IncompatibleInputs, "mlp_only_layers has -1, which is no number of 4 layers"),
@@ -215,6 +241,31 @@ def test_orders_that_a_config_cannot_describe_are_refused(
 ) -> None:
     with pytest.raises(error, match=problem):
         edited({"model_type": "llama", "num_hidden_layers": 4, **settings_}, [1, 2, 0])
+
+
+def test_a_layer_that_gives_its_keys_and_values_stays_the_one_that_does() -> None:
+    config = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": list("ababab")}
+    with pytest.raises(UsageError, match="layer 2 gives its keys and values to the 'a' layers from 4 on, and would be"):
+        edited(config, [0, 1, 3, 4])
+    with pytest.raises(
+        UsageError, match=r"layer 3 gives its keys .* to the 'b' layers from 4 on, and would not be the"
+    ):
+        edited(config, [0, 3, 1, 5])
+    assert edited(config, [0, 1, 3, 5])[0]["num_kv_shared_layers"] == 1
+
+
+def test_the_periods_of_the_table_are_those_of_transformers() -> None:
+    from transformers import CONFIG_MAPPING
+
+    for kind, periods in _OWN_PERIODS.items():
+        known = CONFIG_MAPPING[kind].from_dict({"num_hidden_layers": 48})
+        for key, period in periods.items():
+            found = getattr(known, key, None)
+            if found is None:
+                kinds = known.layer_types
+                shifts = (n for n in range(1, 24) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
+                found = next(shifts)
+            assert found == period, (kind, key)
 
 
 def test_settings_that_nobody_here_knows_are_named() -> None:
@@ -318,8 +369,46 @@ def _qwen3_moe() -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **heads, **moe))
 
 
-@pytest.mark.parametrize("make", [_llama, _gpt2, _gemma3, _qwen3_moe])
-@pytest.mark.parametrize("layers", ["0,1,3", "0-2,1-3"])
+def _gemma(kind: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    settings_ = {**(GEMMA_3N if kind == "gemma3n_text" else GEMMA_4), "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    settings_ |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size": 50, "pad_token_id": 0}
+    settings_ |= {"bos_token_id": 1, "eos_token_id": 2, "vocab_size_per_layer_input": 50}
+    if kind == "gemma3n_text":
+        settings_ |= {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.5]}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings_))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def _gemma3n() -> Any:
+    return _gemma("gemma3n_text")
+
+
+def _gemma4() -> Any:
+    return _gemma("gemma4_text")
+
+
+def _choose_packed(body: Any, order: list[int], count: int) -> None:
+    """Choose layers in the parameters of Gemma 3n and 4 that hold a part for each."""
+    with torch.no_grad():
+        for name, axis in (("embed_tokens_per_layer", 1), ("per_layer_model_projection", 0)):
+            module = getattr(body, name, None)
+            if module is not None:
+                parts = module.weight.chunk(count, axis)
+                module.weight = torch.nn.Parameter(torch.cat([parts[layer] for layer in order], axis))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        *((make, layers) for make in (_llama, _gpt2, _gemma3, _qwen3_moe) for layers in ("0,1,3", "0-2,1-3")),
+        *((make, layers) for make in (_gemma3n, _gemma4) for layers in ("0,1,3", "0,1,2,2,3", "0,0,1,3")),
+    ],
+)
 def test_the_edited_model_computes_what_the_edited_stack_computes(
     tmp_path: Path, make: Callable[[], Any], layers: str
 ) -> None:
@@ -337,6 +426,7 @@ def test_the_edited_model_computes_what_the_edited_stack_computes(
     order = parse_layers(layers, 4)
     setattr(body, name, torch.nn.ModuleList([getattr(body, name)[i] for i in order]))
     body.config.num_hidden_layers = len(order)
+    _choose_packed(body, order, 4)
     if getattr(body.config, "layer_types", None):
         body.config.layer_types = [body.config.layer_types[i] for i in order]
     tokens = torch.arange(12)[None] % 50

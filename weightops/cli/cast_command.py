@@ -33,17 +33,20 @@ from weightops.ops.loss import Overflow
     show_default=True,
     help="With --scheme: a scale for each row (output channel), or one for each tensor.",
 )
+@click.option("--cast-all", is_flag=True, help="Cast what transformers keeps in float32 as well.")
 @write_options
 def command(source: Path | str, out: Path, **options: Any) -> None:
     """Convert weights to another type, and say of every tensor what that loses.
 
     All floating-point tensors are rounded to nearest even, as torch does it, and what overflows, becomes zero, becomes
     subnormal or changes is counted as it streams by. A number beyond the new type's range stops the run unless
-    --on-overflow says what to make of it; nothing is published then.
+    --on-overflow says what to make of it; nothing is published then. What transformers has in float32 in models of any
+    type, such as correction biases of routers, stays float32 and is named. Scales of quantised weights stay as they
+    are.
 
     --scheme fp8 writes what compressed-tensors and transformers read: linear layers in float8_e4m3fn, a weight_scale
     beside each, activations to be scaled per token at run time (FP8_DYNAMIC). Embeddings, output head, norms, vision
-    layers and the routers of experts stay as they are.
+    layers, the routers of experts and what transformers does not have as a linear layer stay as they are.
 
     \b
     Example:

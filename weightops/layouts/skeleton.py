@@ -95,7 +95,8 @@ class EmptyOnMeta(TorchFunctionMode):
 def build_for_names(config: PretrainedConfig, architectures: object, n_tensors: int) -> PreTrainedModel:
     """The model that config.json names, wholly on meta, to be asked for names and shapes; it may be of any kind.
 
-    Raises `TooManyParts` if it has many more parameters than the files' `n_tensors`, and what transformers raises.
+    It is in bfloat16, whatever config.json says: what is float32 then is float32 in every model of its class. Raises
+    `TooManyParts` if it has many more parameters than the files' `n_tensors`, and what transformers raises.
     """
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights, no_tie_weights
 
@@ -103,7 +104,7 @@ def build_for_names(config: PretrainedConfig, architectures: object, n_tensors: 
     most = _PER_TENSOR * n_tensors + _AT_LEAST
     with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), no_tie_weights(), torch.no_grad():
         with EmptyOnMeta(most):
-            return kind._from_config(config)  # type: ignore[no-any-return]
+            return kind._from_config(config, dtype=torch.bfloat16)  # type: ignore[no-any-return]
 
 
 def _class_of(config: PretrainedConfig, architectures: object) -> Any:

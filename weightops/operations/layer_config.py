@@ -67,7 +67,7 @@ _PERIODS = {
 """One layer in so many is of another kind; and the list that says so in its stead."""
 _OWN_PERIODS: Mapping[str, Mapping[str, int]] = {
     "afmoe": {"global_attn_every_n_layers": 4},
-    "bailing_hybrid": {"layer_group_size": 8},
+    "bailing_hybrid": {"layer_group_size": 6},
     "cohere2": {"sliding_window_pattern": 4},
     "exaone4": {"sliding_window_pattern": 4},
     "gemma2": {"sliding_window_pattern": 2},
@@ -88,17 +88,22 @@ _OWN_PERIODS: Mapping[str, Mapping[str, int]] = {
 }
 """The periods that a model has although its config.json says nothing of them, by `model_type`."""
 _ALIKE = re.compile(
-    r"apertus|arcee|baichuan|bert|biogpt|bitnet|bloom|camembert|chatglm|codegen|cohere|dbrx|deberta|deberta-v2|"
-    r"deepseek_v2|distilbert|dots1|electra|ernie4_5|falcon|falcon_mamba|gemma|glm|glm4|gpt2|gpt_bigcode|gpt_neox|gptj|"
-    r"granite|granitemoe|helium|internlm[23]|llama|mamba2?|mistral|mixtral|mpt|nemotron|olmo2?|olmoe|opt|persimmon|phi|"
+    r"apertus|arcee|baichuan|bamba|bert|biogpt|bitnet|bloom|camembert|chatglm|codegen|cohere|dbrx|deberta|deberta-v2|"
+    r"deepseek_v2|distilbert|dots1|electra|ernie4_5|ernie4_5_moe|falcon|falcon_mamba|gemma|glm|glm4|gpt2|gpt_bigcode|gpt_neox|gptj|"
+    r"granite|granitemoe|helium|hunyuan_v1_dense|hunyuan_v1_moe|internlm[23]|llama|mamba2?|mistral|mixtral|mpt|nemotron|olmo2?|olmoe|opt|persimmon|phi|"
     r"phi3|phimoe|qwen|qwen2|qwen2_5_vl_text|qwen2_moe|qwen2_vl|qwen2_vl_text|qwen3|qwen3_moe|roberta|seed_oss|"
     r"stablelm|starcoder2|xglm|xlm-roberta"
 )
 """Models whose layers are all alike, but for what config.json says in so many words."""
-_TIED_TO_NUMBERS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
+_SHARED = "num_kv_shared_layers"
+"""How many layers, the last, take keys and values of the last layer of their type that has its own."""
+_LAST_WITH_EXPERTS = "moe_layer_end_index"
+_TIED_TO_NUMBERS = ("scale_attn_by_inverse_layer_idx",)
+_NUMBERED = ("beam", "diffllama", "inkling2", "inkling2_text", "minimax", "zaya")
+"""Models whose layers compute with their own numbers, whatever config.json says; minimax with their count too."""
 _UNADJUSTED = re.compile(r"layer|block|pattern|interval|period|every_n|_freq|indices|idxs?\b")
 _UNRELATED = re.compile(
-    r"norm|drop|eps|init|scale|block_size|per_layer_input|type_vocab|mtp|feature|token_i|adapter|vision|^arch|^keys_to"
+    r"norm|drop|eps|init|scale|block_size|per_layer_input|type_vocab|mtp|feature|token_i|adapter|vision|multiple_of|^arch|^keys_to"
 )
 
 
@@ -171,6 +176,12 @@ class _Editor:
         """The part with what is known of layers adjusted."""
         if self._is_changed:
             self._check_periods()
+            kind = self.document.get("model_type")
+            is_moved = any(new != old for new, old in enumerate(self._kept))
+            if kind in _NUMBERED and (is_moved or kind == "minimax"):
+                raise UsageError(
+                    f"{self.where}: layers of a {kind} compute with their own numbers, and would get others"
+                )
             for key in _TIED_TO_NUMBERS:
                 if self.document.get(key):
                     raise UsageError(f"{self.where}: {key} is set, which ties layers to their numbers")
@@ -190,6 +201,10 @@ class _Editor:
             return [new for new, old in enumerate(self._kept) if old in value]
         if key in _FIRST and type(value) is int:
             return self._first(key, value)
+        if key == _SHARED and type(value) is int and value:
+            return self._shared(value)
+        if key == _LAST_WITH_EXPERTS and type(value) is int and value != -1:
+            return self._last(value)
         if key == "per_layer_config" and isinstance(value, dict):
             return {str(new): value[str(old)] for new, old in enumerate(self._kept) if str(old) in value}
         if key == "attention_types" and isinstance(value, list):
@@ -212,6 +227,34 @@ class _Editor:
         if sorted(among, reverse=True) != among and has_effect:
             raise self._refused(key, f"the first {value} layers are of another kind, and would not be first", "")
         return sum(among)
+
+    def _last(self, value: int) -> int:
+        """The last layer that may have experts: the rest from there on has none."""
+        among = [old <= value for old in self._kept]
+        if sorted(among, reverse=True) != among:
+            raise self._refused(
+                _LAST_WITH_EXPERTS, f"layers after {value} are of another kind, and would not be last", ""
+            )
+        return sum(among) - 1
+
+    def _shared(self, value: int) -> int:
+        """How many layers take keys and values of another; refused unless it is the one that they took them of."""
+        first, kinds = self._old - value, self.document.get("layer_types")
+        if not self._is_changed:
+            return value
+        if not isinstance(kinds, list) or len(kinds) != self._old:
+            raise self._refused(_SHARED, "which layers share is not known without layer_types", "layer_types")
+        shares = [old >= first for old in self._kept]
+        if sorted(shares) != shares:
+            raise self._refused(_SHARED, f"layers from {first} on share keys and values, and would not be last", "")
+        own = [old for old in self._kept if old < first]
+        for kind in dict.fromkeys(kinds[old] for old in self._kept if old >= first):
+            giver = max((old for old in range(first) if kinds[old] == kind), default=None)
+            now = next((old for old in reversed(own) if kinds[old] == kind), None)
+            if giver != now:
+                reason = f"layer {giver} gives its keys and values to the {kind!r} layers from {first} on, and would "
+                raise self._refused(_SHARED, reason + ("be left out" if giver not in own else "not be the last"), "")
+        return sum(shares)
 
     @property
     def _slides(self) -> bool:
@@ -246,7 +289,17 @@ class _Editor:
         """What may depend on the layers, and is as it was."""
         if not self._is_changed:
             return []
-        known = {*_COUNTS, *_MTP, *_LISTS, *_NUMBERS, *_FIRST, *_PERIODS, *_TIED_TO_NUMBERS}
+        known = {
+            *_COUNTS,
+            *_MTP,
+            *_LISTS,
+            *_NUMBERS,
+            *_FIRST,
+            *_PERIODS,
+            *_TIED_TO_NUMBERS,
+            _SHARED,
+            _LAST_WITH_EXPERTS,
+        }
         known |= {"attention_types", "per_layer_config", "attn_layer_offset", "expert_layer_offset"}
         doubtful = [
             key
@@ -266,7 +319,7 @@ class _Editor:
         told = told or "first_k_dense_replace" in self.document or "num_dense_layers" in self.document
         # Qwen2-MoE's windows slide in every second layer, those of others from the layer that max_window_layers says.
         odd_windows = self._slides and (kind == "qwen2_moe" or "max_window_layers" not in self.document)
-        known_alike = kind in _OWN_PERIODS or (_ALIKE.fullmatch(kind) and not odd_windows)
+        known_alike = kind in (*_OWN_PERIODS, *_NUMBERED) or (_ALIKE.fullmatch(kind) and not odd_windows)
         if not told and not known_alike:
             notes.append(f"{self.where}: whether layers of a {escape(kind)} differ by their number is not known here")
         return notes

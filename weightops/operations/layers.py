@@ -14,11 +14,16 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.operations.layer_config import MAX_LAYERS, count_layers, edit_config, names_layers
+from weightops.operations.layers_held import hold
+from weightops.operations.modules import last_part
 from weightops.operations.pairing import listed
+from weightops.ops.arrange import concat, cut
 from weightops.ops.elementwise import Reinterpret
 
 _MAX_COPIES = 100
 _NUMBERED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.]+)\.(?P<number>0|[1-9]\d{0,5})\.(?P<rest>.+)")
+_PACKED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
+"""Modules whose weight holds a part for each layer, side by side along this axis (Gemma 3n and 4)."""
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|vit\b|mtp\b")
 
 
@@ -62,9 +67,11 @@ def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
     come in their new order, where the first of them was.
 
     config.json gets the new number of layers, and its settings of single layers follow them; those that nobody here
-    knows are named in a warning. Raises `UsageError` for layers that are not there, models whose layers cannot be told
-    and orders that the model's config.json has no way to describe, `IncompatibleInputs` if config.json and tensors
-    disagree.
+    knows are named in a warning. Tensors with a part for each layer get those of the chosen ones. The result is held
+    against transformers' class for config.json, see `layers_held.hold`.
+
+    Raises `UsageError` for layers that are not there, models whose layers cannot be told and orders that the model's
+    config.json has no way to describe, `IncompatibleInputs` if config.json and tensors disagree.
     """
     config = source.config()
     if not config and "params.json" in source.sidecars:
@@ -74,14 +81,17 @@ def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
     stack = find_stack(source, config, escape(source.name))
     chosen = parse_layers(layers, stack.count - stack.n_mtp)
     order = [*chosen, *range(stack.count - stack.n_mtp, stack.count)]
-    result = with_names(source, _renumbered(source, stack, order))
+    result = _with_parts(with_names(source, _renumbered(source, stack, order)), stack.count - stack.n_mtp, chosen)
     if not config:
         return _warned(result, [f"there is no config.json to say that the model has {len(chosen)} layers"])
     edited, notes = edit_config(config, order, stack.n_mtp, f"{escape(source.name)}/config.json")
     named = [key for key, value in config.items() if names_layers(value, stack.prefix)]
     if named and order != list(range(stack.count)):
         notes.append(f"{escape(source.name)}/config.json: names layers by their old numbers, in {listed(named)}")
-    return _warned(result.with_config(lambda _: edited), notes)
+    result = _warned(result.with_config(lambda _: edited), notes)
+    if order != list(range(stack.count)):
+        hold(source, result, chosen)
+    return result
 
 
 def with_names(source: Checkpoint, names: Iterable[tuple[str, str]]) -> Checkpoint:
@@ -105,6 +115,27 @@ def with_names(source: Checkpoint, names: Iterable[tuple[str, str]]) -> Checkpoi
         total_size=None,
         content_id=None,
     )
+
+
+def _with_parts(checkpoint: Checkpoint, count: int, chosen: Sequence[int]) -> Checkpoint:
+    """With the parts of the chosen layers in tensors that hold one for each of `count` layers."""
+    if list(chosen) == list(range(count)):
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.items():
+        module, _, leaf = name.rpartition(".")
+        axis, shape = _PACKED.get(last_part(module)), tensor.spec.shape
+        if axis is None:
+            continue
+        if leaf != "weight" or len(shape) != 2 or shape[axis] % count:
+            raise UsageError(
+                f"{escape(name)} is {tensor.spec}: it holds a part for each of {count} layers, and is not taken apart",
+                hint="edit the model before it is quantised",
+            )
+        width = shape[axis] // count
+        tensors[name] = concat([cut(tensor, axis, layer * width, (layer + 1) * width) for layer in chosen], axis)
+    digests = {name: found for name, found in checkpoint.digests.items() if tensors[name] is checkpoint[name]}
+    return replace(checkpoint, tensors=tensors, digests=digests)
 
 
 def _copy(tensor: LazyTensor, number: int) -> LazyTensor:

@@ -69,7 +69,8 @@ class Scale(Op, frozen=True):
         dtype, (rows, columns) = source.spec.dtype, source.spec.shape
         by_row, unit = self.strategy == "channel", np.dtype(f"<u{dtype.itemsize}")
         largest = np.zeros(rows if by_row else 1, unit)
-        for row, height, column, width in _areas(0, rows * columns, columns, _BLOCK):
+        limit = max(_BLOCK, source.grain // dtype.itemsize)  # what is computed whole is not computed for each area
+        for row, height, column, width in _areas(0, rows * columns, columns, limit):
             with read.scratch(height * width * dtype.itemsize) as buffer:
                 read(source, (row * columns + column) * dtype.itemsize, buffer)
                 magnitudes = np.frombuffer(buffer, unit).reshape(height, width)

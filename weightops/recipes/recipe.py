@@ -15,7 +15,7 @@ from weightops.plan import parse_size
 from weightops.recipes.document import Document, Place, read_document
 from weightops.recipes.verbs import Verb, find_verb
 
-CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy")
+CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy", "cast_all")
 """What an output may say of its tensors: they are cast last."""
 FILE_FIELDS = ("format", "max_shard_size", "expect", "digests", "card", "reflink")
 
