@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -234,6 +235,22 @@ def test_the_chat_template_goes_into_the_file() -> None:
     files = TokenizerFiles({"chat_template.jinja": b"{{ messages }}"})
     checkpoint = write(replace(model(pieces()), files=files), None)
     assert checkpoint.metadata["tokenizer.chat_template"] == {"string": "{{ messages }}"}
+
+
+def test_how_tokens_are_chosen_goes_into_the_file_as_gguf_takes_it(tmp_path: Path) -> None:
+    stated = {"temperature": 1, "top_p": 0.9, "top_k": 50, "min_p": None, "repetition_penalty": 1.1, "mirostat": True}
+    stated |= {"eos_token_id": [2, 3], "mirostat_tau": 5.0, "sequence": "top_k", "max_new_tokens": 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**stated, "mirostat": None}))
+    writer = gguf.GGUFWriter(None, "llama")
+    theirs = gguf.Metadata.load(model_path=tmp_path)
+    theirs.set_gguf_meta_model(writer)
+    expected = {key: value.value for key, value in writer.kv_data[0].items() if "sampling" in key}
+    files = TokenizerFiles({"generation_config.json": json.dumps(stated).encode()})
+    found = write(replace(model(pieces()), files=files), None).metadata
+    sampling = {key: value for key, value in found.items() if "sampling" in key}
+    assert {key: next(iter(value.values())) for key, value in sampling.items()} == expected
+    assert list(found).index("general.name") == 2 + len(expected)
+    assert len(expected) == 5
 
 
 def test_what_llama_cpp_could_not_use_is_refused() -> None:

@@ -20,7 +20,7 @@ from weightops.layouts.hf_tokenizer import hf_files, special_ids
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import EMBEDDING, from_canonical
 from weightops.layouts.tokenizer import Kind
-from weightops.layouts.tokenizer_files import CONFIG, TOKENIZER_CONFIG, TokenizerFiles
+from weightops.layouts.tokenizer_files import CONFIG, GENERATION, TOKENIZER_CONFIG, TokenizerFiles
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
 from weightops.ops.ggml import Quantize
@@ -32,6 +32,21 @@ Metadata = dict[str, dict[str, Any]]
 
 _FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q8_0: 7, DType.BF16: 32}
 """Numbers of llama.cpp's `llama_ftype`."""
+_SAMPLING: Mapping[str, tuple[str, type]] = {
+    "sequence": ("sequence", str),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "xtc_probability": ("xtc_probability", float),
+    "xtc_threshold": ("xtc_threshold", float),
+    "temperature": ("temp", float),
+    "penalty_last_n": ("penalty_last_n", int),
+    "penalty_repeat": ("penalty_repeat", float),
+    "mirostat": ("mirostat", int),
+    "mirostat_tau": ("mirostat_tau", float),
+    "mirostat_eta": ("mirostat_eta", float),
+}
+"""What gguf takes of generation_config.json: the keys there, those under `general.sampling.`, and their types."""
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
 
 
@@ -111,6 +126,7 @@ def _parameters(model: Model, tensors: Mapping[str, LazyTensor], rows: int) -> M
     return {
         "general.architecture": {"string": "llama"},
         "general.type": {"string": "model"},
+        **_sampling(model.files),
         "general.name": {"string": model.name},
         "general.size_label": {"string": _size_label(sum(t.spec.numel for t in tensors.values()))},
         "llama.block_count": {"uint32": h.n_layers},
@@ -128,6 +144,16 @@ def _parameters(model: Model, tensors: Mapping[str, LazyTensor], rows: int) -> M
         "llama.rope.dimension_count": {"uint32": h.head_dim},
         "general.quantization_version": {"uint32": 2},
     }
+
+
+def _sampling(files: TokenizerFiles) -> Metadata:
+    """How the model wants its tokens to be chosen, as far as the format has keys for it."""
+    stated, result = files.document(GENERATION), Metadata()
+    for name, (key, kind) in _SAMPLING.items():
+        value = stated.get(name)
+        if type(value) is kind or (kind is float and type(value) is int):
+            result[f"general.sampling.{key}"] = {{str: "string", int: "int32", float: "float32"}[kind]: value}
+    return result
 
 
 def _size_label(count: int) -> str:

@@ -29,7 +29,7 @@ from weightops.layouts.tokenizer_files import (
     TOKENIZER_CONFIG,
     TokenizerFiles,
 )
-from weightops.layouts.tokenizer_json import TokenizerJson, read_tokenizer_json
+from weightops.layouts.tokenizer_json import TokenizerJson, is_byte, read_tokenizer_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -166,9 +166,7 @@ def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -
         said = "its merges are not in the order of scores, so llama.cpp may cut some texts otherwise"
         tokens.warnings.append(f"{files.shown(TOKENIZER)}: {said}")
     for text, number in found.vocabulary.items():
-        kind = Kind.CONTROL if text in named else Kind.NORMAL
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
-            kind = Kind.BYTE
+        kind = Kind.BYTE if is_byte(text) else Kind.CONTROL if text in named else Kind.NORMAL
         # llama.cpp's converter gives all of them one score, and then llama.cpp merges them in another order.
         tokens.put(number, text, scores[text] if kind is Kind.NORMAL else _ADDED_SCORE, kind)
     for number, token in found.added.items():

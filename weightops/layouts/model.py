@@ -66,8 +66,9 @@ class Model:
     tokenizer: Tokenizer | None = None
     """None without one, and where a layout takes `files` as they are."""
     files: TokenizerFiles = field(default_factory=TokenizerFiles)
+    """Those that say what the tokenizer is, where they lie beside the weights."""
     n_tokens: int | None = None
-    """What the embedding has rows for; None without a tokenizer."""
+    """Tokens that have a row in the embedding; None without a tokenizer."""
     sidecars: Mapping[str, Sidecar] = field(default_factory=dict)
     """Files that go along as they are."""
     dropped: Mapping[str, str] = field(default_factory=dict)

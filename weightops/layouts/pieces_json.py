@@ -16,7 +16,7 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.layouts import sentencepiece
 from weightops.layouts.tokenizer import Kind, Tokenizer
 from weightops.layouts.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, TokenizerFiles
-from weightops.layouts.tokenizer_json import TokenizerJson
+from weightops.layouts.tokenizer_json import TokenizerJson, is_byte
 
 _SPACE = "\u2581"
 
@@ -69,7 +69,7 @@ def from_tokenizer_json(found: TokenizerJson, files: TokenizerFiles) -> Tokenize
 def _kind(number: int, text: str, found: TokenizerJson, unknown: object) -> Kind:
     if text == unknown:
         return Kind.UNKNOWN
-    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+    if is_byte(text):
         return Kind.BYTE
     return found.added[number].kind if number in found.added else Kind.NORMAL
 

@@ -101,6 +101,9 @@ def _decisive(files: TokenizerFiles) -> str | None:
         _refuse_stand_ins(files.files[name], files.shown(name))
     if len(names) == 2 and not files.files[PIECES].startswith(SENTENCEPIECE):
         return TOKENIZER
+    if PIECES in names and len(files.files[PIECES]) > MAX_FILE_BYTES:
+        nbytes = len(files.files[PIECES])
+        raise CorruptInput(f"{files.shown(PIECES)}: {nbytes} bytes, at most {MAX_FILE_BYTES} are read")
     return names[0] if names else None
 
 
@@ -130,8 +133,6 @@ def read_tokenizer(
         if instruct is None:
             return replace(tokenizer, eos_ids=_stated_ends(files, tokenizer))
         return ranks.as_instruct(tokenizer, what) if instruct else tokenizer
-    if len(data) > MAX_FILE_BYTES:
-        raise CorruptInput(f"{what}: {len(data)} bytes, at most {MAX_FILE_BYTES} are read")
     if data.startswith(SENTENCEPIECE):
         return sentencepiece.parse(data, what)
     if not data[:1].isalnum() and data[:1] not in (b"+", b"/"):

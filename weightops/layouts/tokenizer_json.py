@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,11 @@ def read_tokenizer_json(data: bytes, what: str) -> TokenizerJson:
         if number in added and added[number].data != token.encode():
             raise CorruptInput(f"{what}: the id {number} is given to two tokens")
     return TokenizerJson(document, kind, vocabulary, added, merge_pairs(model.get("merges"), f"{what}: merges"))
+
+
+def is_byte(text: str) -> bool:
+    """Whether a token stands for a byte, as sentencepiece's do."""
+    return re.fullmatch("<0x[0-9A-Fa-f]{2}>", text) is not None
 
 
 def token_ids(value: object, where: str) -> dict[str, int]:

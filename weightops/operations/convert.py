@@ -129,7 +129,8 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     model = _with_files(_with_tokenizer(model, source, layout=layout, to=to), source, to=to, unchanged=unchanged)
     result = WRITERS[to](model, target)
     if to != "gguf":  # which has types and metadata of its own
-        result = replace(_in_dtype(result, target.dtype, to), metadata=source.checkpoint.metadata)
+        metadata = {**result.metadata, **source.checkpoint.metadata}
+        result = replace(_in_dtype(result, target.dtype, to), metadata=metadata)
     return Converted(replace(result, warnings=_warnings(source, model, result)), layout, model.dropped)
 
 
