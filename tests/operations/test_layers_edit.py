@@ -144,6 +144,7 @@ def test_copies_of_a_layer_are_tensors_of_their_own(tmp_path: Path, container: s
         (llama_names(2), {"num_hidden_layers": 2, "n_layer": 3}, UsageError, "it says 2, 3"),
         (llama_names(2), {"num_hidden_layers": "2"}, UsageError, "it says 2"),
         (["e.block.0.x", "d.block.0.x"], {"num_layers": 1}, UsageError, "cannot tell which layers are meant: d.block"),
+        (["d.layers.0.x"], {"is_encoder_decoder": True}, UsageError, "layers of encoder-decoders are not edited"),
         (["e.block.0.x", "d.block.0.x"], None, UsageError, "cannot tell which layers are meant"),
     ],
 )
@@ -174,6 +175,7 @@ def test_weights_without_a_config_are_edited_with_a_warning() -> None:
     ("settings_", "order", "expected"),
     [
         ({"layer_types": ["a", "b", "c", "d"]}, [0, 3, 3], {"layer_types": ["a", "d", "d"]}),
+        ({"num_hidden_layers": None, "layers_block_type": list("abcd")}, [3, 0], {"layers_block_type": ["d", "a"]}),
         ({"hybrid_override_pattern": "M*E-"}, [3, 0], {"hybrid_override_pattern": "-M"}),
         ({"mlp_only_layers": [0, 2]}, [2, 1, 2], {"mlp_only_layers": [0, 2]}),
         ({"cross_attention_layers": [1]}, [0, 2, 3], {"cross_attention_layers": []}),
@@ -209,7 +211,8 @@ def test_weights_without_a_config_are_edited_with_a_warning() -> None:
 def test_settings_of_layers_follow_them(settings_: Config, order: list[int], expected: Config) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 4, **settings_}
     result, notes = edited(config, order)
-    assert result == {**config, "num_hidden_layers": len(order), **expected}
+    counted = {"num_hidden_layers": len(order)} if config["num_hidden_layers"] else {}
+    assert result == {**config, **counted, **expected}
     assert notes == []
 
 

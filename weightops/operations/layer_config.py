@@ -87,13 +87,15 @@ _OWN_PERIODS: Mapping[str, Mapping[str, int]] = {
     "vaultgemma": {"sliding_window_pattern": 2},
 }
 """The periods that a model has although its config.json says nothing of them, by `model_type`."""
-_ALIKE = re.compile(
-    r"apertus|arcee|baichuan|bamba|bert|biogpt|bitnet|bloom|camembert|chatglm|codegen|cohere|dbrx|deberta|deberta-v2|"
-    r"deepseek_v2|distilbert|dots1|electra|ernie4_5|ernie4_5_moe|falcon|falcon_mamba|gemma|glm|glm4|gpt2|gpt_bigcode|gpt_neox|gptj|"
-    r"granite|granitemoe|helium|hunyuan_v1_dense|hunyuan_v1_moe|internlm[23]|llama|mamba2?|mistral|mixtral|mpt|nemotron|olmo2?|olmoe|opt|persimmon|phi|"
-    r"phi3|phimoe|qwen|qwen2|qwen2_5_vl_text|qwen2_moe|qwen2_vl|qwen2_vl_text|qwen3|qwen3_moe|roberta|seed_oss|"
-    r"stablelm|starcoder2|xglm|xlm-roberta"
-)
+_ALIKE = """
+    apertus arcee baichuan bamba bert biogpt bitnet bloom camembert chatglm codegen cohere ctrl dbrx deberta
+    deberta-v2 deepseek_v2 distilbert dots1 electra ernie4_5 ernie4_5_moe falcon falcon_h1 falcon_mamba flex_olmo
+    gemma glm glm4 gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe internlm2 internlm3 jetmoe llama mamba mamba2 minimax_m2 ministral3 mistral mixtral mpt nanochat
+    nemotron olmo olmo2 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl
+    qwen2_vl_text qwen3 qwen3_moe qwen3_vl_moe_text qwen3_vl_text roberta seed_oss solar_open stablelm starcoder2
+    xglm xlm-roberta
+"""
 """Models whose layers are all alike, but for what config.json says in so many words."""
 _SHARED = "num_kv_shared_layers"
 """How many layers, the last, take keys and values of the last layer of their type that has its own."""
@@ -114,7 +116,9 @@ def _levels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(document: Mapping[str, Any]) -> list[Any]:
-    return [document[key] for key in _COUNTS if document.get(key) is not None]
+    found = [document[key] for key in _COUNTS if document.get(key) is not None]
+    kinds = document.get("layers_block_type")  # Nemotron-H says how many there are by this alone
+    return found or ([len(kinds)] if isinstance(kinds, list) and kinds else [])
 
 
 def count_layers(config: Mapping[str, Any], where: str) -> tuple[int, int]:
@@ -319,7 +323,7 @@ class _Editor:
         told = told or "first_k_dense_replace" in self.document or "num_dense_layers" in self.document
         # Qwen2-MoE's windows slide in every second layer, those of others from the layer that max_window_layers says.
         odd_windows = self._slides and (kind == "qwen2_moe" or "max_window_layers" not in self.document)
-        known_alike = kind in (*_OWN_PERIODS, *_NUMBERED) or (_ALIKE.fullmatch(kind) and not odd_windows)
+        known_alike = kind in (*_OWN_PERIODS, *_NUMBERED) or (kind in _ALIKE.split() and not odd_windows)
         if not told and not known_alike:
             notes.append(f"{self.where}: whether layers of a {escape(kind)} differ by their number is not known here")
         return notes

@@ -170,6 +170,8 @@ def find_stack(names: Iterable[str], config: Mapping[str, Any], where: str) -> S
     Names like `model.layers.3.mlp.experts.7.w1` count for the outermost number. Raises `UsageError` if there are none
     or several, `IncompatibleInputs` if their number is not that of config.json.
     """
+    if config.get("is_encoder_decoder") is True:
+        raise UsageError(f"{where}: layers of encoder-decoders are not edited")
     numbers: dict[str, set[int]] = {}
     for name in names:
         if matched := _NUMBERED.fullmatch(name):
