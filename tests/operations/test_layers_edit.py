@@ -293,10 +293,24 @@ def test_nothing_is_said_where_all_layers_stay_where_they_are() -> None:
 
 
 def test_lists_of_exceptions_that_name_layers_are_pointed_out() -> None:
-    ignore = {"ignore": ["lm_head", "model.layers.1.mlp.gate"]}
+    ignore = {"ignore": ["lm_head", r"re:.*layers\.1\..*", "re:.*layers.[01].x"]}
     config = {"model_type": "llama", "num_hidden_layers": 2, "quantization_config": ignore}
     result = keep_layers(model(llama_names(2), config), "1")
     assert result.warnings == ("model/config.json: names layers by their old numbers, in quantization_config",)
+    assert result.config()["quantization_config"] == ignore
+
+
+def test_lists_of_modules_get_the_new_numbers_of_their_layers() -> None:
+    names = ["lm_head", "model.layers.0.mlp.gate", "model.layers.2.mlp.gate", "language_model.model.layers.2"]
+    other = ["vision_tower.encoder.layers.0.fc", "re:.*lm_head", "model.layers"]
+    method = {"ignore": [*names, *other], "modules_to_not_convert": ["model.layers.1.mlp.experts.1.w1"]}
+    config = {"model_type": "llama", "num_hidden_layers": 3, "quantization_config": method}
+    result = keep_layers(model(llama_names(3), config), "2,0,2")
+    assert result.warnings == ()
+    layers = [f"model.layers.{number}.mlp.gate" for number in (1, 0, 2)]
+    inner = [f"language_model.model.layers.{number}" for number in (0, 2)]
+    found = result.config()["quantization_config"]
+    assert found == {"ignore": ["lm_head", *layers, *inner, *other], "modules_to_not_convert": []}
 
 
 def _derived(config: Any) -> dict[str, list[Any]]:

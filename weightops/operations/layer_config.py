@@ -15,10 +15,13 @@ from typing import Any
 
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
+from weightops.operations.modules import last_part
 from weightops.operations.pairing import listed
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """Where config.json of a model for more than text describes its language model."""
+OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|vit\b|mtp\b")
+"""In the names of what is beside the language model."""
 MAX_LAYERS = 100_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _MTP = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -329,10 +332,33 @@ class _Editor:
         return notes
 
 
-def names_layers(value: Any, prefix: str) -> bool:
-    """Whether a setting names a layer by its number, as quantisation's lists of exceptions do."""
+def renumbered(value: Any, prefix: str, order: Sequence[int]) -> tuple[Any, bool]:
+    """A setting whose lists name modules of layers, as quantisation's exceptions do, with the layers' new numbers.
+
+    Files and loaders may call what is before `layers` differently. Also says whether there is something in it, such as
+    an expression, that names layers and is as it was.
+    """
     if isinstance(value, dict):
-        return any(names_layers(part, prefix) for part in (*value, *value.values()))
-    if isinstance(value, list):
-        return any(names_layers(part, prefix) for part in value)
-    return isinstance(value, str) and re.search(rf"\b{re.escape(prefix)}\.\d", value) is not None
+        parts = {key: renumbered(part, prefix, order) for key, part in value.items()}
+        left = any(part[1] for part in parts.values()) or any(_names_layers(key, prefix) for key in value)
+        return {key: part[0] for key, part in parts.items()}, left
+    if not isinstance(value, list):
+        return value, isinstance(value, str) and _names_layers(value, prefix)
+    plain = re.compile(rf"((?:[\w-]+\.)*{re.escape(last_part(prefix))})\.(\d+)((?:\.[\w-]+)*)")
+    found, left = [], False
+    for part in value:
+        matched = plain.fullmatch(part) if isinstance(part, str) else None
+        if matched is None:
+            own, is_left = renumbered(part, prefix, order)
+            found.append(own)
+            left = left or is_left
+        elif OTHER_TOWERS.search(matched[1]):
+            found.append(part)
+        else:
+            numbers = [new for new, old in enumerate(order) if old == int(matched[2])]
+            found += [f"{matched[1]}.{number}{matched[3]}" for number in numbers]
+    return found, left
+
+
+def _names_layers(text: str, prefix: str) -> bool:
+    return re.search(rf"\b{re.escape(last_part(prefix))}(\.|\\\.)[\d(\[\\]", text) is not None
