@@ -426,6 +426,15 @@ def test_models_that_cannot_be_quantised_are_refused(
         weightops.cast(tmp_path / "model", tmp_path / "out", scheme="fp8")
 
 
+def test_layers_that_are_transposed_stay_and_are_named(tmp_path: Path) -> None:
+    state = {"h.0.attn.c_attn.weight": normal(4, 12), Q_PROJ: normal(4, 4)}
+    write_checkpoint(tmp_path / "model", state, {"model_type": "gpt2", "n_layer": 99})
+    result = weightops.cast(tmp_path / "model", tmp_path / "out", scheme="fp8")
+    assert {name for name in weights(tmp_path / "out") if name.endswith("_scale")} == {f"{Q_PROJ}_scale"}
+    text = "Conv1D, with transposed weights, and left as they are: h.0.attn.c_attn"
+    assert text in result.warnings
+
+
 def test_a_model_without_a_configuration_is_refused() -> None:
     with pytest.raises(UsageError, match=r"model: has no config\.json"):
         cast(checkpoint({Q_PROJ: normal(4, 4)}), scheme="fp8")

@@ -144,6 +144,7 @@ def test_copies_of_a_layer_are_tensors_of_their_own(tmp_path: Path, container: s
         (llama_names(2), {"num_hidden_layers": 2, "n_layer": 3}, UsageError, "it says 2, 3"),
         (llama_names(2), {"num_hidden_layers": "2"}, UsageError, "it says 2"),
         (["e.block.0.x", "d.block.0.x"], {"num_layers": 1}, UsageError, "cannot tell which layers are meant: d.block"),
+        (["d.layers.0.x"], {"is_encoder_decoder": True}, UsageError, "layers of encoder-decoders are not edited"),
         (["e.block.0.x", "d.block.0.x"], None, UsageError, "cannot tell which layers are meant"),
     ],
 )
@@ -174,6 +175,7 @@ def test_weights_without_a_config_are_edited_with_a_warning() -> None:
     ("settings_", "order", "expected"),
     [
         ({"layer_types": ["a", "b", "c", "d"]}, [0, 3, 3], {"layer_types": ["a", "d", "d"]}),
+        ({"num_hidden_layers": None, "layers_block_type": list("abcd")}, [3, 0], {"layers_block_type": ["d", "a"]}),
         ({"hybrid_override_pattern": "M*E-"}, [3, 0], {"hybrid_override_pattern": "-M"}),
         ({"mlp_only_layers": [0, 2]}, [2, 1, 2], {"mlp_only_layers": [0, 2]}),
         ({"cross_attention_layers": [1]}, [0, 2, 3], {"cross_attention_layers": []}),
@@ -209,7 +211,8 @@ def test_weights_without_a_config_are_edited_with_a_warning() -> None:
 def test_settings_of_layers_follow_them(settings_: Config, order: list[int], expected: Config) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 4, **settings_}
     result, notes = edited(config, order)
-    assert result == {**config, "num_hidden_layers": len(order), **expected}
+    counted = {"num_hidden_layers": len(order)} if config["num_hidden_layers"] else {}
+    assert result == {**config, **counted, **expected}
     assert notes == []
 
 
@@ -290,10 +293,24 @@ def test_nothing_is_said_where_all_layers_stay_where_they_are() -> None:
 
 
 def test_lists_of_exceptions_that_name_layers_are_pointed_out() -> None:
-    ignore = {"ignore": ["lm_head", "model.layers.1.mlp.gate"]}
+    ignore = {"ignore": ["lm_head", r"re:.*layers\.1\..*", "re:.*layers.[01].x"]}
     config = {"model_type": "llama", "num_hidden_layers": 2, "quantization_config": ignore}
     result = keep_layers(model(llama_names(2), config), "1")
     assert result.warnings == ("model/config.json: names layers by their old numbers, in quantization_config",)
+    assert result.config()["quantization_config"] == ignore
+
+
+def test_lists_of_modules_get_the_new_numbers_of_their_layers() -> None:
+    names = ["lm_head", "model.layers.0.mlp.gate", "model.layers.2.mlp.gate", "language_model.model.layers.2"]
+    other = ["vision_tower.encoder.layers.0.fc", "re:.*lm_head", "model.layers"]
+    method = {"ignore": [*names, *other], "modules_to_not_convert": ["model.layers.1.mlp.experts.1.w1"]}
+    config = {"model_type": "llama", "num_hidden_layers": 3, "quantization_config": method}
+    result = keep_layers(model(llama_names(3), config), "2,0,2")
+    assert result.warnings == ()
+    layers = [f"model.layers.{number}.mlp.gate" for number in (1, 0, 2)]
+    inner = [f"language_model.model.layers.{number}" for number in (0, 2)]
+    found = result.config()["quantization_config"]
+    assert found == {"ignore": ["lm_head", *layers, *inner, *other], "modules_to_not_convert": []}
 
 
 def _derived(config: Any) -> dict[str, list[Any]]:

@@ -169,8 +169,8 @@ _TRANSPOSED = "there is no linear layer to quantise"
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("gpt2", "fp8"): _TRANSPOSED,
     ("bamba", "eval"): "BambaForCausalLM is not run block by block",
-    ("gemma3n_text", "eval"): "gives its blocks per_layer_input",
-    ("gemma4_text", "eval"): "gives its blocks per_layer_input",
+    ("gemma3n_text", "eval"): "ForCausalLM gives its blocks per_layer_input, so it is not run block by block",
+    ("gemma4_text", "eval"): "ForCausalLM gives its blocks per_layer_input, so it is not run block by block",
     ("diffllama", "prune"): "layers of a diffllama compute with their own numbers",
     ("minimax", "prune"): "layers of a minimax compute with their own numbers",
 }

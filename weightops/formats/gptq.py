@@ -111,14 +111,15 @@ def parse_config(document: Mapping[str, Any], where: str) -> QuantizeConfig:
     stated = document.get("checkpoint_format") or document.get("format")
     other = document.get("format")
     known = ("gptq", "gptq_v2")
-    if method != "gptq" or document.get("is_marlin_format") or (stated or "gptq") not in known:
-        shown = [
-            escape(str(value))[:80]
-            for value in (method, "marlin" if document.get("is_marlin_format") else stated or "gptq")
-        ]
+    if method != "gptq":
         raise IncompatibleInputs(
-            f"{where}: quantised by {shown[0]} in the format {shown[1]}, expected gptq in the format "
-            f"{' or '.join(known)}",
+            f"{where}: quantised by {escape(str(method))[:80]}, expected gptq, which alone is read here",
+            hint="use the library that wrote it, or transformers; `weightops cast --keep` leaves such weights alone",
+        )
+    if document.get("is_marlin_format") or (stated or "gptq") not in known:
+        shown = escape(str("marlin" if document.get("is_marlin_format") else stated))[:80]
+        raise IncompatibleInputs(
+            f"{where}: quantised by gptq in the format {shown}, expected the format {' or '.join(known)}",
             hint="use the library that wrote it",
         )
     if other in known and other != stated:

@@ -87,13 +87,12 @@ def _choose(source: Checkpoint, kept: Collection[str]) -> _Layers:
     loader = LoadedNames(source, quantised=True)
     if any(loader.has(loader.of_file(name)) for name in source):
         return _by_loader(_with_experts_apart(source, loader, kept), loader, kept)
-    if config.get("model_type") in ("llama", "mistral"):
-        return _by_names(source, kept)
     note = (
         f"{escape(source.name)}: transformers makes no model of this config.json to which the names belong, so linear "
         "layers were told by their names; modules with other names may not load"
     )
-    return replace(_by_names(source, kept), notes=[note])
+    found = _by_names(source, kept)
+    return replace(found, notes=[note, *found.notes])
 
 
 def _matrices(source: Checkpoint) -> Iterator[str]:
@@ -103,17 +102,18 @@ def _matrices(source: Checkpoint) -> Iterator[str]:
 def _by_names(source: Checkpoint, kept: Collection[str]) -> _Layers:
     """Every matrix that is not of an embedding or another module that is told by its name."""
     model_type = source.config().get("model_type")
-    conv1d = [name for name in _matrices(source) if is_conv1d(name.removesuffix(".weight"), model_type)]
+    conv1d = {name.removesuffix(".weight") for name in _matrices(source)}
+    conv1d = {module for module in conv1d if is_conv1d(module, model_type)}
     excluded = {source[name] for name in source if name in kept or is_excluded(name)}
     quantised: set[str] = set()
     ignored = ["lm_head"]
     for name in _matrices(source):
         module = name.removesuffix(".weight")
-        if name in conv1d or source[name] in excluded:
+        if module in conv1d or source[name] in excluded:
             ignored.append(module)
         else:
             quantised.add(name)
-    return _Layers(source, quantised, list(dict.fromkeys(ignored)), reason=_CONV1D if conv1d else None)
+    return _layers(source, quantised, ignored, conv1d)
 
 
 def _by_loader(source: Checkpoint, loader: LoadedNames, kept: Collection[str]) -> _Layers:
@@ -136,8 +136,13 @@ def _by_loader(source: Checkpoint, loader: LoadedNames, kept: Collection[str]) -
         reached.add(module)
     _check_experts(source, experts, quantised)
     ignored += sorted(loader.quantisable - reached)
-    reason = _CONV1D if loader.linears - loader.quantisable else None
-    return _Layers(source, quantised, list(dict.fromkeys(ignored)), reason=reason)
+    return _layers(source, quantised, ignored, loader.linears - loader.quantisable)
+
+
+def _layers(source: Checkpoint, quantised: set[str], ignored: Sequence[str], conv1d: Collection[str]) -> _Layers:
+    """With what there is to say of layers that are Conv1D."""
+    notes = [f"Conv1D, with transposed weights, and left as they are: {listed(conv1d)}"] if conv1d else []
+    return _Layers(source, quantised, list(dict.fromkeys(ignored)), notes, _CONV1D if conv1d else None)
 
 
 def _check_experts(source: Checkpoint, experts: Mapping[str, Sequence[str]], quantised: Collection[str]) -> None:

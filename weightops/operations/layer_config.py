@@ -15,10 +15,13 @@ from typing import Any
 
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
+from weightops.operations.modules import last_part
 from weightops.operations.pairing import listed
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """Where config.json of a model for more than text describes its language model."""
+OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|vit\b|mtp\b")
+"""In the names of what is beside the language model."""
 MAX_LAYERS = 100_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _MTP = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -87,13 +90,15 @@ _OWN_PERIODS: Mapping[str, Mapping[str, int]] = {
     "vaultgemma": {"sliding_window_pattern": 2},
 }
 """The periods that a model has although its config.json says nothing of them, by `model_type`."""
-_ALIKE = re.compile(
-    r"apertus|arcee|baichuan|bamba|bert|biogpt|bitnet|bloom|camembert|chatglm|codegen|cohere|dbrx|deberta|deberta-v2|"
-    r"deepseek_v2|distilbert|dots1|electra|ernie4_5|ernie4_5_moe|falcon|falcon_mamba|gemma|glm|glm4|gpt2|gpt_bigcode|gpt_neox|gptj|"
-    r"granite|granitemoe|helium|hunyuan_v1_dense|hunyuan_v1_moe|internlm[23]|llama|mamba2?|mistral|mixtral|mpt|nemotron|olmo2?|olmoe|opt|persimmon|phi|"
-    r"phi3|phimoe|qwen|qwen2|qwen2_5_vl_text|qwen2_moe|qwen2_vl|qwen2_vl_text|qwen3|qwen3_moe|roberta|seed_oss|"
-    r"stablelm|starcoder2|xglm|xlm-roberta"
-)
+_ALIKE = """
+    apertus arcee baichuan bamba bert biogpt bitnet bloom camembert chatglm codegen cohere ctrl dbrx deberta
+    deberta-v2 deepseek_v2 distilbert dots1 electra ernie4_5 ernie4_5_moe falcon falcon_h1 falcon_mamba flex_olmo
+    gemma glm glm4 gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe internlm2 internlm3 jetmoe llama mamba mamba2 minimax_m2 ministral3 mistral mixtral mpt nanochat
+    nemotron olmo olmo2 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl
+    qwen2_vl_text qwen3 qwen3_moe qwen3_vl_moe_text qwen3_vl_text roberta seed_oss solar_open stablelm starcoder2
+    xglm xlm-roberta
+"""
 """Models whose layers are all alike, but for what config.json says in so many words."""
 _SHARED = "num_kv_shared_layers"
 """How many layers, the last, take keys and values of the last layer of their type that has its own."""
@@ -114,7 +119,9 @@ def _levels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(document: Mapping[str, Any]) -> list[Any]:
-    return [document[key] for key in _COUNTS if document.get(key) is not None]
+    found = [document[key] for key in _COUNTS if document.get(key) is not None]
+    kinds = document.get("layers_block_type")  # Nemotron-H says how many there are by this alone
+    return found or ([len(kinds)] if isinstance(kinds, list) and kinds else [])
 
 
 def count_layers(config: Mapping[str, Any], where: str) -> tuple[int, int]:
@@ -319,16 +326,39 @@ class _Editor:
         told = told or "first_k_dense_replace" in self.document or "num_dense_layers" in self.document
         # Qwen2-MoE's windows slide in every second layer, those of others from the layer that max_window_layers says.
         odd_windows = self._slides and (kind == "qwen2_moe" or "max_window_layers" not in self.document)
-        known_alike = kind in (*_OWN_PERIODS, *_NUMBERED) or (_ALIKE.fullmatch(kind) and not odd_windows)
+        known_alike = kind in (*_OWN_PERIODS, *_NUMBERED) or (kind in _ALIKE.split() and not odd_windows)
         if not told and not known_alike:
             notes.append(f"{self.where}: whether layers of a {escape(kind)} differ by their number is not known here")
         return notes
 
 
-def names_layers(value: Any, prefix: str) -> bool:
-    """Whether a setting names a layer by its number, as quantisation's lists of exceptions do."""
+def renumbered(value: Any, prefix: str, order: Sequence[int]) -> tuple[Any, bool]:
+    """A setting whose lists name modules of layers, as quantisation's exceptions do, with the layers' new numbers.
+
+    Files and loaders may call what is before `layers` differently. Also says whether there is something in it, such as
+    an expression, that names layers and is as it was.
+    """
     if isinstance(value, dict):
-        return any(names_layers(part, prefix) for part in (*value, *value.values()))
-    if isinstance(value, list):
-        return any(names_layers(part, prefix) for part in value)
-    return isinstance(value, str) and re.search(rf"\b{re.escape(prefix)}\.\d", value) is not None
+        parts = {key: renumbered(part, prefix, order) for key, part in value.items()}
+        left = any(part[1] for part in parts.values()) or any(_names_layers(key, prefix) for key in value)
+        return {key: part[0] for key, part in parts.items()}, left
+    if not isinstance(value, list):
+        return value, isinstance(value, str) and _names_layers(value, prefix)
+    plain = re.compile(rf"((?:[\w-]+\.)*{re.escape(last_part(prefix))})\.(\d+)((?:\.[\w-]+)*)")
+    found, left = [], False
+    for part in value:
+        matched = plain.fullmatch(part) if isinstance(part, str) else None
+        if matched is None:
+            own, is_left = renumbered(part, prefix, order)
+            found.append(own)
+            left = left or is_left
+        elif OTHER_TOWERS.search(matched[1]):
+            found.append(part)
+        else:
+            numbers = [new for new, old in enumerate(order) if old == int(matched[2])]
+            found += [f"{matched[1]}.{number}{matched[3]}" for number in numbers]
+    return found, left
+
+
+def _names_layers(text: str, prefix: str) -> bool:
+    return re.search(rf"\b{re.escape(last_part(prefix))}(\.|\\\.)[\d(\[\\]", text) is not None

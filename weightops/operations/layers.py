@@ -13,7 +13,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
-from weightops.operations.layer_config import MAX_LAYERS, count_layers, edit_config, names_layers
+from weightops.operations.layer_config import MAX_LAYERS, OTHER_TOWERS, count_layers, edit_config, renumbered
 from weightops.operations.layers_held import hold
 from weightops.operations.modules import last_part
 from weightops.operations.pairing import listed
@@ -24,7 +24,6 @@ _MAX_COPIES = 100
 _NUMBERED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.]+)\.(?P<number>0|[1-9]\d{0,5})\.(?P<rest>.+)")
 _PACKED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 """Modules whose weight holds a part for each layer, side by side along this axis (Gemma 3n and 4)."""
-_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|vit\b|mtp\b")
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,12 @@ def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
     if not config:
         return _warned(result, [f"there is no config.json to say that the model has {len(chosen)} layers"])
     edited, notes = edit_config(config, order, stack.n_mtp, f"{escape(source.name)}/config.json")
-    named = [key for key, value in config.items() if names_layers(value, stack.prefix)]
-    if named and order != list(range(stack.count)):
-        notes.append(f"{escape(source.name)}/config.json: names layers by their old numbers, in {listed(named)}")
+    if order != list(range(stack.count)):
+        settings = {key: renumbered(value, stack.prefix, order) for key, value in edited.items()}
+        edited = {key: value for key, (value, _) in settings.items()}
+        named = [key for key, (_, is_left) in settings.items() if is_left]
+        if named:
+            notes.append(f"{escape(source.name)}/config.json: names layers by their old numbers, in {listed(named)}")
     result = _warned(result.with_config(lambda _: edited), notes)
     if order != list(range(stack.count)):
         hold(source, result, chosen)
@@ -170,6 +172,8 @@ def find_stack(names: Iterable[str], config: Mapping[str, Any], where: str) -> S
     Names like `model.layers.3.mlp.experts.7.w1` count for the outermost number. Raises `UsageError` if there are none
     or several, `IncompatibleInputs` if their number is not that of config.json.
     """
+    if config.get("is_encoder_decoder") is True:
+        raise UsageError(f"{where}: layers of encoder-decoders are not edited")
     numbers: dict[str, set[int]] = {}
     for name in names:
         if matched := _NUMBERED.fullmatch(name):
@@ -179,7 +183,7 @@ def find_stack(names: Iterable[str], config: Mapping[str, Any], where: str) -> S
         raise UsageError(f"{where}: no tensors are named <prefix>.<number>.<rest> with numbers from 0 without a gap")
     count, n_mtp = count_layers(config, where) if config else (None, 0)
     fitting = {p: n for p, n in whole.items() if count is None or n in (count, count + n_mtp)}
-    main = {prefix: n for prefix, n in fitting.items() if not _OTHER_TOWERS.search(prefix)} or fitting
+    main = {prefix: n for prefix, n in fitting.items() if not OTHER_TOWERS.search(prefix)} or fitting
     shown = listed([f"{prefix} ({n})" for prefix, n in (main or whole).items()])
     if not main:
         raise IncompatibleInputs(
