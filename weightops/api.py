@@ -88,7 +88,7 @@ def extract_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    max_rank: int = 256,
+    max_rank: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     targets: str | Sequence[str] = (),

@@ -30,6 +30,7 @@ from weightops.formats import manifest
 from weightops.formats.manifest import FileEntry, Manifest
 from weightops.formats.sniff import check_answer, check_head
 from weightops.io.atomic import check_folder
+from weightops.io.brief import brief
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
@@ -68,6 +69,8 @@ class Download:
     stale: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
+
+    __repr__ = brief
 
     @property
     def nbytes(self) -> int:
@@ -185,15 +188,19 @@ def offline(out: Path, source: str, revision: str) -> Manifest:
     return found
 
 
+def check_out(out: Path) -> None:
+    """Refuse what is no folder, or cannot become one; raises `OutputExists`, or what `check_folder` raises."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise OutputExists(f"{escape(str(out))} exists and is not a folder")
+    if not os.path.isdir(out):
+        check_folder(out)
+
+
 def plan_download(out: Path, listing: Listing, files: Files, warnings: Sequence[str]) -> Download:
     """What is there already and what is not; refuses what cannot end well before anything is fetched.
 
     Raises `OutputExists` for a folder that something else made, `CorruptInput` for links in the way, `NoRoom`.
     """
-    if os.path.lexists(out) and not out.is_dir():
-        raise OutputExists(f"{escape(str(out))} exists and is not a folder")
-    if not os.path.isdir(out):
-        check_folder(out)
     previous = _previous(out)
     if previous is None and os.path.lexists(out / manifest.NAME):
         raise OutputExists(
