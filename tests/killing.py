@@ -62,7 +62,7 @@ def forked(arguments: Sequence[str], fatal: int | None) -> int:
             arm(fatal)
         code = run(arguments)
         with open(writing, "w") as file:
-            file.write("\n".join(sys.modules.keys() - before.keys()))
+            file.write("\n".join(name for name in sys.modules if name not in before))
         os._exit(code)
     os.close(writing)
     with open(reading) as file:

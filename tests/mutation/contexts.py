@@ -21,6 +21,10 @@ CONTEXT = "MUTANTS_CONTEXT"
 _log = (FOLDER / f"tests-{os.getpid()}.jsonl").open("a", buffering=1)
 
 
+def pytest_unconfigure() -> None:
+    _log.close()
+
+
 def _switch(context: str) -> str:
     before = os.environ.get(CONTEXT, "")
     os.environ[CONTEXT] = context

@@ -82,10 +82,10 @@ class Measured:
     elapsed_s: dict[str, float]
 
     def chosen(self, mutant: Mutant, budget_s: float) -> list[str]:
-        """The tests to run, in their order; those that run the file at all where a line runs only at import."""
+        """The tests to run, in their order; those that run the file at all where it runs at import."""
         by_line = self.tests.get(mutant.path, {})
-        wanted = set().union(*(by_line.get(line, ()) for line in range(mutant.first, mutant.last + 1)))
-        wanted = wanted or set().union(*by_line.values())
+        lines = by_line if mutant.is_imported else range(mutant.first, mutant.last + 1)
+        wanted = set().union(*(by_line.get(line, ()) for line in lines))
         files: dict[str, list[str]] = defaultdict(list)
         for test in wanted:
             files[test.partition("::")[0]].append(test)

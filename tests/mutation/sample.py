@@ -27,7 +27,10 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """`occurrence` of an operator in a file; `first` to `last` are the lines that run it."""
+    """`occurrence` of an operator in a file; `first` to `last` are the lines of its statement.
+
+    `is_imported`: the statement runs when the file is imported, not when somebody calls.
+    """
 
     key: str
     path: str
@@ -37,6 +40,7 @@ class Mutant:
     occurrence: int
     first: int
     last: int
+    is_imported: bool
 
     def mutated(self, root: Path) -> str:
         code = mutate_code((root / self.path).read_text(), OPERATORS[self.operator], self.occurrence)
@@ -72,17 +76,23 @@ def _candidates(root: Path, file: Path) -> Iterator[Mutant]:
             seen[text] += 1
             identity = f"{SEED} {path} {name} {text} {seen[text]}"
             key = hashlib.sha256(identity.encode()).hexdigest()[:10]
-            yield Mutant(key, path, line, text, name, occurrence, *spans.get(line, (line, line)))
+            yield Mutant(key, path, line, text, name, occurrence, *spans[line])
 
 
-def _statements(code: str) -> dict[int, tuple[int, int]]:
-    """For each line the lines of the innermost statement, of compound ones the head alone."""
-    found: dict[int, tuple[int, int]] = {}
-    for node in ast.walk(ast.parse(code)):  # outer ones first
+def _statements(code: str) -> dict[int, tuple[int, int, bool]]:
+    """For each line the lines of the innermost statement, and whether it runs when the file is imported."""
+    found: dict[int, tuple[int, int, bool]] = {}
+
+    def enter(node: ast.AST, is_imported: bool) -> None:
         if isinstance(node, ast.stmt):
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
             body = getattr(node, "body", None)
             last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno
-            found |= dict.fromkeys(range(node.lineno, last + 1), (node.lineno, last))
+            found.update(dict.fromkeys(range(first, (node.end_lineno or last) + 1), (first, last, is_imported)))
+        for child in ast.iter_child_nodes(node):
+            enter(child, is_imported and not isinstance(node, ast.FunctionDef | ast.Lambda))
+
+    enter(ast.parse(code), True)
     return found
 
 
