@@ -75,7 +75,7 @@ def test_same_bytes_whatever_the_blocks_and_threads(
 def test_a_finished_output_is_refused_or_replaced_on_request(pair: Path) -> None:
     recover(pair)
     before = digests(pair / "out")
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExists, match="out exists"):
         recover(pair)
     (pair / "out" / "stale").write_text("old")
     recover(pair, overwrite=True)
@@ -161,7 +161,7 @@ def test_a_source_cut_short_after_opening_is_refused(pair: Path) -> None:
     plan = recover(pair, dry_run=True).plan
     target = max((pair / "raw").glob("*.safetensors"), key=lambda p: p.stat().st_size)
     os.truncate(target, 1000)
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match="changed while it was being read"):
         run.run(plan, pair / "out")
 
 
@@ -210,7 +210,7 @@ class StopAfter(Control):
 
 
 def interrupt(folder: Path, blocks: int) -> None:
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(Interrupted, match="interrupted") as caught:
         recover(folder, workers=1, control=StopAfter(blocks))
     assert caught.value.exit_code == 143
 

@@ -137,7 +137,7 @@ def test_names_from_a_pickle_are_harmless_on_a_terminal() -> None:
     ],
 )
 def test_other_opcodes_are_refused(body: bytes) -> None:
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match=r"is none that torch.save writes|never executes code"):
         read(b"\x80\x02" + body)
 
 
@@ -183,7 +183,7 @@ def test_malformed_pickles_are_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("start", [b"", b"\x80", b"\x80\x01N.", b"\x80\x06N.", b"N.", b"(lp0\n."])
 def test_other_protocols_are_refused(start: bytes) -> None:
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match=r"is cut short|expected protocol 2, 3, 4 or 5"):
         read(start)
 
 

@@ -280,7 +280,7 @@ def test_sources_that_cannot_be_quantised_are_refused(model: Models, text: Path,
     quantize(model("llama"), tmp_path / "out", method="rtn", group_size=32)
     with pytest.raises(IncompatibleInputs, match="is quantised already"):
         quantize(tmp_path / "out", tmp_path / "again", calibration=[text], **SMALL)
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExists, match="out exists"):
         quantize(model("llama"), tmp_path / "out", calibration=[text], **SMALL)
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -67,7 +67,7 @@ def verify(
     if extra not in EXTRA_POLICIES:
         raise UsageError(f"unknown policy {extra!r} for extra files, expected one of {', '.join(EXTRA_POLICIES)}")
     if quick and content:
-        raise UsageError("quick reads no tensors, and content nothing else: choose one of them")
+        raise UsageError("quick reads no tensors, and content nothing else", hint="choose one of them")
     if not os.path.isdir(folder):
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     path = manifest or _default_manifest(folder)
