@@ -174,7 +174,7 @@ def test_tar_files_are_refused_with_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"P", b"PK", b"\x80", b"version https://git-lfs", b"<html>", b"\0" * 600])
 def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(CorruptInput, match=r"not a file that torch.save wrote|is cut short|this is a"):
+    with pytest.raises(CorruptInput, match=r"not a file that torch.save wrote|is cut short|this is a|no end record"):
         read_torch(tmp_path / "x")
 
 
