@@ -207,7 +207,7 @@ def test_a_lying_delta_document_is_refused(pair: Path, document: object) -> None
     path.write_bytes(document)
     with pytest.raises(
         CorruptInput,
-        match=r"not a delta that this version reads|not JSON|expected a JSON object|name different tensors|which cannot give",
+        match=r"not a delta that|not JSON|a JSON object|name different tensors|which cannot give",
     ):
         weightops.recover(pair / "raw", pair / "delta", pair / "out")
 
