@@ -13,7 +13,7 @@ AUTOGPTQ := .venv-autogptq
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
-	@echo "make test      lint, types and the test suite (under 10 minutes)"
+	@echo "make test      lint, types and the test suite (under 6 minutes)"
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
 	@echo "make mutants   what the tests notice of 200 small changes to the code (under two hours; continues when killed)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"

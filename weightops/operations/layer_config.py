@@ -67,7 +67,7 @@ _PERIODS = {
 """One layer in so many is of another kind; and the list that says so in its stead."""
 _OWN_PERIODS: Mapping[str, Mapping[str, int]] = {
     "afmoe": {"global_attn_every_n_layers": 4},
-    "bailing_hybrid": {"layer_group_size": 8},
+    "bailing_hybrid": {"layer_group_size": 6},
     "cohere2": {"sliding_window_pattern": 4},
     "exaone4": {"sliding_window_pattern": 4},
     "gemma2": {"sliding_window_pattern": 2},
