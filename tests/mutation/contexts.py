@@ -51,6 +51,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return result
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _log.write(json.dumps({"failed": report.nodeid}) + "\n")
+
+
 def _name(definition: Any, nodeid: str) -> str:
     """A fixture's context; one of a module is told apart by the module."""
     where = "" if definition.scope == "session" else nodeid.partition("::")[0]

@@ -67,8 +67,10 @@ def measure(jobs: int) -> None:
     env = environment(tree) | {"MUTANTS_CONTEXT": ""}
     env["PYTHONPATH"] = f"{env['PYTHONPATH']}{os.pathsep}{plugin}"
     done = subprocess.run(command, cwd=tree, env=env, check=False)
-    if done.returncode:
-        sys.exit("the suite fails as it is: nothing can be said of mutants")
+    if done.returncode == 1:
+        print("what fails as it is notices nothing, and is not run with mutants")
+    elif done.returncode:
+        sys.exit(f"pytest cannot run: exit code {done.returncode}")
     whole = coverage.Coverage(data_file=str(MEASURED / "coverage"), config_file=str(HERE / "coverage.ini"))
     whole.combine([str(MEASURED)])
     whole.save()
@@ -105,8 +107,12 @@ class Measured:
 def read_measured() -> Measured:
     elapsed_s: dict[str, float] = {}
     users: dict[str, list[str]] = defaultdict(list)
+    failed: set[str] = set()
     for log in MEASURED.glob("tests-*.jsonl"):
         for row in map(json.loads, log.read_text().splitlines()):
+            if "failed" in row:
+                failed.add(row["failed"])
+                continue
             elapsed_s[row["test"]] = row["elapsed_s"]
             for fixture in row["fixtures"]:
                 users[fixture].append(row["test"])
@@ -119,7 +125,7 @@ def read_measured() -> Measured:
         for line, contexts in data.contexts_by_lineno(file).items():
             for context in {part for each in contexts for part in each.split("|")}:
                 found = users.get(context, [context] if context in elapsed_s else [])
-                by_line.setdefault(line, set()).update(found)
+                by_line.setdefault(line, set()).update(test for test in found if test not in failed)
     return Measured(tests, elapsed_s)
 
 
