@@ -138,7 +138,7 @@ def try_one(mutant: Mutant, tree: Path, tests: Sequence[str], budget_s: float) -
     arguments.write_text("\n".join(tests))
     base = tree.with_name(f"{tree.name}-tmp")
     try:
-        file.write_text(mutant.mutated(ROOT))
+        file.write_text(mutant.mutated(tree))
         command = [*PYTEST, "-x", "--tb=line", "--hypothesis-seed=0", f"--basetemp={base}", f"@{arguments}"]
         done = subprocess.run(
             command,
