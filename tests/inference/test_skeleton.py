@@ -22,9 +22,9 @@ def test_what_is_no_decoder_is_refused(model_type: str, said: str) -> None:
         build(CONFIG_MAPPING[model_type](), "here", torch.float32)
 
 
-def test_a_config_that_cannot_be_built_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_that_cannot_be_built_is_told() -> None:
     config = CONFIG_MAPPING["llama"](**{**CONFIGS["llama"], "hidden_act": "none of them"})
-    with pytest.raises(UsageError, match="here: transformers makes no language model of llama .*none of them"):
+    with pytest.raises(UsageError, match=r"no language model of llama .*none of them"):
         build(config, "here", torch.float32)
 
 
