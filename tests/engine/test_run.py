@@ -300,6 +300,39 @@ def test_expectations_are_met_or_nothing_is_published(pair: Path) -> None:
         recover(pair, expect=listing)
 
 
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [({"drop": "c"}, "the tensor c is not in it"), ({"rename": {"^b$": "z"}}, "the tensor b is not in it")],
+)
+def test_an_expected_manifest_must_be_of_the_same_tensors(pair: Path, edit: dict[str, Any], said: str) -> None:
+    weightops.shard(pair / "raw", pair / "other", **edit)
+    with pytest.raises(UsageError, match=said):
+        recover(pair, expect=pair / "other/weightops-manifest.json")
+    with pytest.raises(UsageError, match=r"the tensor [bc] would not be written"):
+        weightops.shard(pair / "raw", pair / "out", drop=["b", "c"], expect=pair / "other/weightops-manifest.json")
+
+
+def test_where_a_file_system_is_mounted_nothing_can_be_put_in_its_place(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pair / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
+    with pytest.raises(OutputExists, match="out is where a file system is mounted"):
+        recover(pair, overwrite=True)
+
+
+@pytest.mark.parametrize(("container", "times"), [("torch", 1), ("torch-1.12", 2), ("safetensors", 2)])
+def test_the_index_counts_tied_tensors_as_often_as_its_writer_does(tmp_path: Path, container: str, times: int) -> None:
+    """torch stores them once, and 4.28 counted them twice even so; safetensors stores both."""
+    tensor, other = torch.randn(40, 8), torch.randn(50, 8)
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save({"head": tensor, "embed": tensor, "other": other}, source / "pytorch_model.bin")
+    weightops.shard(source, tmp_path / "out", format=container, max_shard_size=1500)
+    (index,) = (tmp_path / "out").glob("*.index.json")
+    assert json.loads(index.read_bytes())["metadata"]["total_size"] == times * tensor.nbytes + other.nbytes
+
+
 def test_plans_survive_json(pair: Path) -> None:
     plan = recover(pair, dry_run=True).plan
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
