@@ -59,10 +59,12 @@ class ReturnNone(_One):
 
 
 class DropKeyword(_One):
-    """`f(x, key=y)` without the key."""
+    """`f(x, key=y)` without the key; an error's hint is left, which is words alone."""
 
     def suits(self, node: Any) -> bool:
-        return node.type == "argument" and node.children[1] == "=" and node.parent.type == "arglist"
+        if node.type != "argument" or node.parent.type != "arglist":
+            return False
+        return node.children[1].get_code().strip() == "=" and node.children[0].value != "hint"
 
     def mutate(self, node: Any, index: int) -> Any:
         return _instead(node, "**{}")
