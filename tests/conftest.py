@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # a test that takes long beside others is not wrong
+settings.load_profile("untimed")
 
 
 @pytest.fixture

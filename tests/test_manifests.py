@@ -59,7 +59,7 @@ def test_misspelt_name_gets_a_suggestion(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qqq", "", "a\x1b[2J", "x" * 5000, "a\0b"])
 def test_unknown_name(name: str) -> None:
-    with pytest.raises(SourceMissing) as caught:
+    with pytest.raises(SourceMissing, match="no such file, and no published list of that name") as caught:
         find_manifest(name)
     assert caught.value.hint is None
     assert "\x1b" not in str(caught.value)

@@ -88,7 +88,7 @@ def extract_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    max_rank: int = 256,
+    max_rank: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     targets: str | Sequence[str] = (),
@@ -338,7 +338,7 @@ def manifest(
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     from weightops.operations.manifest import make_manifest
 
-    control, folder = control or Control(), local(folder)
+    control, folder, digests = control or Control(), local(folder), several(digests)
     if not folder.is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     for name in digests:
@@ -347,9 +347,7 @@ def manifest(
         checkpoint = open_checkpoint(folder)
     except NoWeights:
         checkpoint = Checkpoint(folder.name, {})
-    return make_manifest(
-        folder, checkpoint, digest_tensors(checkpoint, workers, control), several(digests), workers, control
-    )
+    return make_manifest(folder, checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control)
 
 
 def _structure(path: Path) -> Sequence[str]:

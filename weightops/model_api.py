@@ -17,11 +17,12 @@ from weightops.engine.staging import refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import UsageError
 from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.outputs import Output, split_output
 from weightops.plan import parse_size, sources_of
-from weightops.recipes.execute import Result, StrPath, Wanted, write_all
+from weightops.recipes.execute import Result, StrPath, Wanted, several, write_all
 
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
@@ -47,6 +48,8 @@ class Quantization:
     modules: tuple[ModuleReport, ...] = ()
     bits_per_weight: float = 0.0
 
+    __repr__ = brief
+
 
 def quantize(
     source: StrPath,
@@ -58,13 +61,13 @@ def quantize(
     act_order: bool = False,
     static_groups: bool = False,
     method: Literal["gptq", "rtn"] = "gptq",
-    calibration: Sequence[StrPath] = (),
+    calibration: StrPath | Sequence[StrPath] = (),
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
     damp_percent: float = 0.01,
     mse: bool = True,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
     device: str = "auto",
     max_memory: str | int | None = None,
@@ -102,12 +105,16 @@ def quantize(
         mse=mse,
         v1=checkpoint_format == "gptq",
     )
-    options = Options(settings, method, skip=tuple(skip), checkpoint_format=checkpoint_format)
+    options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
     tokenizer = data = None
-    if method == "gptq" and calibration:
+    texts = [Path(text) for text in several(calibration)]
+    if method == "rtn" and (texts or act_order or static_groups):
+        unused = "calibration" if texts else "act_order" if act_order else "static_groups"
+        raise UsageError(f"{unused} has no use with method rtn, which looks at no text", hint="leave it out")
+    if texts:
         length = sample_length(checkpoint, seq_len)
         tokenizer = load_tokenizer(checkpoint)
-        data = calibrate(tokenizer, read_documents(map(Path, calibration)), samples, length, seed)
+        data = calibrate(tokenizer, read_documents(texts), samples, length, seed)
     run = prepare(checkpoint, options, data, device=pick_device(device))
     if tokenizer is not None and data is not None:
         check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
@@ -117,7 +124,7 @@ def quantize(
     control = running.get("control") or Control()
     max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
-        recipe = _quantize_recipe(options, calibration, data, seed)
+        recipe = _quantize_recipe(options, texts, data, seed)
         # What was quantised is read once more, to know the source by its content and to hold it against its manifest.
         kept = set(found.checkpoint.values())
         gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
@@ -127,15 +134,13 @@ def quantize(
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 
 
-def _quantize_recipe(
-    options: Options, calibration: Sequence[StrPath], data: Calibration | None, seed: int
-) -> dict[str, Any]:
+def _quantize_recipe(options: Options, texts: Sequence[Path], data: Calibration | None, seed: int) -> dict[str, Any]:
     """How a model is quantised, as a manifest records it: calibration files by their digests, not by their places."""
     step = {"source": "source", **msgspec.to_builtins(options.settings), **msgspec.to_builtins(options)}
     del step["settings"]
     if data is not None:
         samples, seq_len = data.tokens.shape
-        files = [{"name": Path(path).name, **hash_file(Path(path), ["sha256"]).digests} for path in calibration]
+        files = [{"name": path.name, **hash_file(path, ["sha256"]).digests} for path in texts]
         step |= {"calibration": files, "samples": samples, "seq_len": seq_len, "seed": seed}
     return {"tensors": {"quantized": {"quantize": step}}, "output": {"from": "quantized"}}
 
@@ -163,11 +168,10 @@ def evaluate(
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import read_text
 
-    given = [sources] if isinstance(sources, str | os.PathLike | Checkpoint) else list(sources)
-    paths = [text] if isinstance(text, str | os.PathLike) else list(text)
+    given = [sources] if isinstance(sources, str | os.PathLike | Checkpoint) else sources
     return operation(
         [_opened(source) for source in given],
-        read_text(map(Path, paths)),
+        read_text(map(Path, several(text))),
         seq_len=seq_len,
         reference=_opened(reference) if reference is not None else None,
         dtype=getattr(torch, dtype),

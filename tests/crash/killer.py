@@ -1,9 +1,10 @@
 """Run one weightops command again and again, killed at its first, second, third, ... change to the disk.
 
-    python killer.py OUT[,OUT...] ARGUMENTS...
+    python killer.py STEP OUT[,OUT...] ARGUMENTS...
 
-After each kill the same command runs undisturbed; what it leaves is held against the outputs of a run that was
-never killed. Prints JSON: how many changes a whole run makes, and after which kills the result differed.
+Of the changes, each STEP-th is tried. After each kill the same command runs undisturbed; what it leaves is held
+against the outputs of a run that was never killed. Prints JSON: how many changes a whole run makes, and after which
+kills the result differed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def remove(outs: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    outs, arguments = [Path(out) for out in sys.argv[1].split(",")], sys.argv[2:]
+    step, outs, arguments = int(sys.argv[1]), [Path(out) for out in sys.argv[2].split(",")], sys.argv[3:]
     libtorch._library()
     remove(outs)
     assert forked(arguments, None) == 0
@@ -58,6 +59,7 @@ def main() -> None:
         # A run killed when it had all but cleaned up is finished: the next one says that the output exists.
         if again not in (0, 11) or not whole or left or (lost and "--overwrite" in arguments):
             wrong.append([kills, again, lost, left])
+        kills += step - 1
     print(json.dumps({"kills": kills, "wrong": wrong, "files": len(reference)}))
 
 

@@ -60,7 +60,7 @@ def test_without_locks_the_process_in_the_file_is_asked_for(
     said = said if isinstance(said, str) else holder(**said)
     path.write_text(said)
     if is_held:
-        with pytest.raises(Locked):
+        with pytest.raises(Locked, match="is being written by process"):
             take_lock(path)
         assert path.read_text() == said
     else:
@@ -74,7 +74,7 @@ def test_a_process_that_may_not_be_asked_lives(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "kill", kill)
     (tmp_path / "lock").write_text(holder())
-    with pytest.raises(Locked):
+    with pytest.raises(Locked, match="is being written by process"):
         take_lock(tmp_path / "lock")
 
 
@@ -97,7 +97,7 @@ def test_a_lock_that_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(fcntl, "flock", flock)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Locked):
+    with pytest.raises(Locked, match="is being written by another process"):
         take_lock(path)
     assert len(os.listdir("/proc/self/fd")) == before
 

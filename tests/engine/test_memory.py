@@ -76,8 +76,8 @@ def peak_nbytes(*arguments: str) -> int:
 def test_a_grown_vocabulary_is_averaged_in_little_more_than_torch_takes(tmp_path: Path) -> None:
     """The mean is the one operation that imports torch, which takes 150 MB itself, and twice that built for CUDA."""
     name = "model.embed_tokens.weight"
-    raw = sparse(tmp_path / "raw", DType.F16, {name: (32_000, 8192)})
-    diff = sparse(tmp_path / "diff", DType.F32, {name: (32_001, 8192)})
+    raw = sparse(tmp_path / "raw", DType.F16, {name: (16_000, 8192)})
+    diff = sparse(tmp_path / "diff", DType.F32, {name: (16_001, 8192)})
     arguments = ["--raw", str(raw), "--diff", str(diff), "--out", str(tmp_path / "out"), "--vocab", "mean"]
     peak = peak_nbytes("-m", "weightops", "recover", *arguments, "--workers", "1", "--quiet")
     assert peak - peak_nbytes("-c", "import time, torch; time.sleep(0.1)") < 96 << 20

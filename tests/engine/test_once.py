@@ -38,7 +38,7 @@ def test_what_failed_is_checked_again() -> None:
         raise CorruptInput("damaged")
 
     for _ in range(2):
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match="damaged"):
             once.do("key", fail)
     assert not once.is_done("key")
 

@@ -75,7 +75,7 @@ def test_same_bytes_whatever_the_blocks_and_threads(
 def test_a_finished_output_is_refused_or_replaced_on_request(pair: Path) -> None:
     recover(pair)
     before = digests(pair / "out")
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExists, match="out exists"):
         recover(pair)
     (pair / "out" / "stale").write_text("old")
     recover(pair, overwrite=True)
@@ -161,7 +161,7 @@ def test_a_source_cut_short_after_opening_is_refused(pair: Path) -> None:
     plan = recover(pair, dry_run=True).plan
     target = max((pair / "raw").glob("*.safetensors"), key=lambda p: p.stat().st_size)
     os.truncate(target, 1000)
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match="changed while it was being read"):
         run.run(plan, pair / "out")
 
 
@@ -210,7 +210,7 @@ class StopAfter(Control):
 
 
 def interrupt(folder: Path, blocks: int) -> None:
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(Interrupted, match="interrupted") as caught:
         recover(folder, workers=1, control=StopAfter(blocks))
     assert caught.value.exit_code == 143
 
@@ -298,6 +298,39 @@ def test_expectations_are_met_or_nothing_is_published(pair: Path) -> None:
     listing.write_text(f"{wrong}  pytorch_model.bin\n")
     with pytest.raises(UsageError, match=r"lists pytorch_model\.bin, which would not be written"):
         recover(pair, expect=listing)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [({"drop": "c"}, "the tensor c is not in it"), ({"rename": {"^b$": "z"}}, "the tensor b is not in it")],
+)
+def test_an_expected_manifest_must_be_of_the_same_tensors(pair: Path, edit: dict[str, Any], said: str) -> None:
+    weightops.shard(pair / "raw", pair / "other", **edit)
+    with pytest.raises(UsageError, match=said):
+        recover(pair, expect=pair / "other/weightops-manifest.json")
+    with pytest.raises(UsageError, match=r"the tensor [bc] would not be written"):
+        weightops.shard(pair / "raw", pair / "out", drop=["b", "c"], expect=pair / "other/weightops-manifest.json")
+
+
+def test_where_a_file_system_is_mounted_nothing_can_be_put_in_its_place(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pair / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
+    with pytest.raises(OutputExists, match="out is where a file system is mounted"):
+        recover(pair, overwrite=True)
+
+
+@pytest.mark.parametrize(("container", "times"), [("torch", 1), ("torch-1.12", 2), ("safetensors", 2)])
+def test_the_index_counts_tied_tensors_as_often_as_its_writer_does(tmp_path: Path, container: str, times: int) -> None:
+    """torch stores them once, and 4.28 counted them twice even so; safetensors stores both."""
+    tensor, other = torch.randn(40, 8), torch.randn(50, 8)
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save({"head": tensor, "embed": tensor, "other": other}, source / "pytorch_model.bin")
+    weightops.shard(source, tmp_path / "out", format=container, max_shard_size=1500)
+    (index,) = (tmp_path / "out").glob("*.index.json")
+    assert json.loads(index.read_bytes())["metadata"]["total_size"] == times * tensor.nbytes + other.nbytes
 
 
 def test_plans_survive_json(pair: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_partial_output_is_not_continued_with_other_headers(model: Path, monke
             super().check()
 
     options = {"max_shard_size": "2MB", "workers": 1}
-    with pytest.raises(weightops.errors.Interrupted):
+    with pytest.raises(weightops.errors.Interrupted, match="interrupted"):
         weightops.shard(model, model.parent / "out", reflink=True, control=Stops(), **options)
     with pytest.raises(PlanDiffers, match="reflink was true, now false"):
         weightops.shard(model, model.parent / "out", **options)
@@ -296,7 +296,7 @@ def test_of_another_file_than_was_planned_nothing_is_shared(
         DirectFile(tmp_path / "out", 1 << 20, shared=shared).close()
     else:
         path.unlink()
-        with pytest.raises(SourceMissing):
+        with pytest.raises(SourceMissing, match="source: no such file"):
             DirectFile(tmp_path / "out", 1 << 20, shared=shared)
     assert disk.count == 0
 

@@ -49,7 +49,7 @@ class StopAfter(Control):
 
 
 def interrupt(model: Path, shards: int = 1, **options: object) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="interrupted"):
         shard(model, control=StopAfter(partial(model.parent / "out"), shards), **options)
 
 
@@ -350,7 +350,7 @@ def test_what_was_watched_is_watched_again_with_other_sources(tmp_path: Path) ->
     write_checkpoint(tmp_path / "tuned", {name: tensor + 1 for name, tensor in state(0).items()}, shards=3)
     weightops.diff(raw, tmp_path / "tuned", tmp_path / "delta")
     stop = StopAfter(tmp_path / "out.partial", 1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="interrupted"):
         weightops.recover(raw, tmp_path / "delta", tmp_path / "out", max_shard_size="source", workers=1, control=stop)
     other_model(raw, lambda _: state(1))
     with pytest.raises(weightops.errors.IncompatibleInputs, match="is not the base"):

@@ -39,5 +39,5 @@ def test_values_in_one_thread_and_in_several(tmp_path: Path, monkeypatch: pytest
     stopped = Control()
     stopped.cancel()
     if not notable:
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="interrupted"):
             values(list(tensors.values()), stopped)

@@ -209,7 +209,7 @@ def test_a_folder_without_a_config_is_no_adapter(tmp_path: Path) -> None:
         read_adapter(open_checkpoint(tmp_path / "a"))
     assert caught.value.hint == "peft's save_pretrained writes it, with rank and scale: put it beside the adapter"
     (tmp_path / "a" / "config.json").write_text("{}")
-    with pytest.raises(SourceMissing) as caught:
+    with pytest.raises(SourceMissing, match=r"has no adapter_config.json") as caught:
         read_adapter(open_checkpoint(tmp_path / "a"))
     assert caught.value.hint == "this is a model, not an adapter"
 

@@ -213,7 +213,7 @@ MALFORMED = {
 def test_malformed_headers_are_refused(tmp_path: Path, fault: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(MALFORMED[fault])
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match=r"model\.gguf: ") as caught:
         read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -134,7 +134,7 @@ def malformed_file(content: bytes | tuple[bytes, int]) -> bytes:
 def test_malformed_headers_are_refused(tmp_path: Path, fault: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(malformed_file(MALFORMED[fault]))
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match=r"model\.safetensors: ") as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -146,7 +146,7 @@ def test_malformed_headers_are_refused(tmp_path: Path, fault: str) -> None:
 def test_files_of_another_kind_get_a_hint(tmp_path: Path, fault: str, word: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(malformed_file(MALFORMED[fault]))
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match="this is a") as caught:
         open_checkpoint(path)
     assert word in str(caught.value.hint)
 

@@ -129,7 +129,7 @@ def test_32_storages_of_another_size_are_refused(read_body: ReadBody, data: byte
 
 @pytest.mark.parametrize("numel", [1 << 60, 1 << 200, -1, True, None, "6", 6.0])
 def test_32_absurd_storage_sizes_are_refused(read_body: ReadBody, numel: object) -> None:
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match="a storage of unknown type, key or size"):
         read_body(forge({"w": tensor(storage(numel=numel))}))
 
 
@@ -195,7 +195,9 @@ def test_35_compressed_members_are_refused(tmp_path: Path, method: int) -> None:
     ],
 )
 def test_36_other_persistent_ids_are_refused(read_body: ReadBody, pid: Pid) -> None:
-    with pytest.raises(CorruptInput):
+    with pytest.raises(
+        CorruptInput, match=r"a storage of unknown type, key or size|an unusual dtype|no storage|is not in the archive"
+    ):
         read_body(forge({"w": tensor(pid)}))
 
 
@@ -213,7 +215,7 @@ def test_37_memo_bombs_are_skipped_without_walking_them(read_body: ReadBody) -> 
 def test_37_truncated_pickles_are_refused(read_body: ReadBody) -> None:
     body = forge({"w": tensor()})
     for length in range(len(body)):
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match=r"goes wrong at byte|is cut short"):
             read_body(body[:length])
     with pytest.raises(CorruptInput, match="1 bytes after its end"):
         read_body(body + b".")
@@ -224,7 +226,7 @@ def test_38_members_outside_the_folder_are_refused(tmp_path: Path, name: str) ->
     path = tmp_path / "x.bin"
     torch.save({"w": torch.ones(1)}, path)
     resave(path, lambda members: [*members, (name, b"x")])
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match=r"is not named by a plain path|lies outside") as caught:
         read_torch(path)
     assert "\x1b" not in str(caught.value)
 
@@ -241,7 +243,7 @@ def test_38_files_cut_short_anywhere_are_refused(tmp_path: Path) -> None:
     path, data, _ = valid(tmp_path)
     for length in [*range(0, len(data), 37), *range(len(data) - 100, len(data))]:
         path.write_bytes(data[:length])
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match=r"no end record|not a file that torch.save wrote"):
             read_torch(path)
 
 
@@ -313,7 +315,7 @@ def test_a_zip_file_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptInput, match=r"0 data\.pkl"):
         read_torch(path)
     write_archive(path, [])
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match=r"0 data\.pkl in its folders, expected 1"):
         read_torch(path)
 
 

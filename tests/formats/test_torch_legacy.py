@@ -96,7 +96,7 @@ def test_views_of_storages_are_read(tmp_path: Path) -> None:
     found = write(tmp_path / "x", {"w": tensor(part, offset=1, size=(3,), stride=(1,)), "v": tensor()})
     assert evaluate(found.tensors["w"]) == FLOATS[12:]
     for view in [("view", 3, 4), ("view", -1, 4), ("view", 0), ("view", 0, None), 3]:
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match=r"a malformed view of a storage|of a storage that has 6"):
             write(tmp_path / "x", {"w": tensor(Pid(*storage().parts, view))})
     with pytest.raises(CorruptInput, match="w: reaches up to byte 20 of storage 0, which has 16"):
         write(tmp_path / "x", {"w": tensor(part, offset=2, size=(3,), stride=(1,))})
@@ -140,7 +140,7 @@ def test_calls_are_refused_and_not_made(tmp_path: Path) -> None:
     for changes in ({"value": {"w": call}}, {"magic": call}, {"system": {"little_endian": call}}, {"keys": call}):
         with pytest.raises(CorruptInput, match=r"asks to run `os\.system`"):
             write(tmp_path / "x", **{"value": {"w": tensor()}, **changes})
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match=r"asks to run `os\.system`"):
         write(tmp_path / "x", {"w": tensor(Pid("module", Name("os system"), "x.py", "source"))})
     assert not canary.exists()
 
@@ -174,16 +174,16 @@ def test_tar_files_are_refused_with_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"P", b"PK", b"\x80", b"version https://git-lfs", b"<html>", b"\0" * 600])
 def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match=r"not a file that torch.save wrote|is cut short|this is a|no end record"):
         read_torch(tmp_path / "x")
 
 
 def test_numpy_objects_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([Evil("false")], dtype=object), allow_pickle=True)
     for path in (tmp_path / "x.npy", tmp_path):
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match=r"not a regular file|this is a NumPy file"):
             read_torch(path)
-    with pytest.raises(SourceMissing):
+    with pytest.raises(SourceMissing, match="missing: no such file"):
         read_torch(tmp_path / "missing")
 
 

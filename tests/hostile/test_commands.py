@@ -111,7 +111,7 @@ def test_nothing_is_allocated_before_the_checks(folders: Path, attack: str) -> N
     HOSTILE[attack](folders / "hostile")
     tracemalloc.start()
     try:
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match="hostile"):
             open_checkpoint(folders / "hostile")
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:

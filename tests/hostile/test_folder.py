@@ -66,7 +66,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("fault", EDITS)
 def test_lying_indexes_are_refused(folder: Path, fault: str) -> None:
     edit_index(folder, EDITS[fault])
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match=r"index\.json(: | lists 1 files that are missing)") as caught:
         open_checkpoint(folder)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
@@ -98,7 +98,7 @@ def make_special(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("name", [FIRST, INDEX])
 def test_shards_that_are_no_files_here_are_refused(folder: Path, kind: str, name: str) -> None:
     make_special(folder / name, kind)
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match=r"not a regular file|is a link that leaves the folder"):
         open_checkpoint(folder)
 
 
@@ -140,7 +140,7 @@ def test_folders_without_an_index_hold_one_complete_set(tmp_path: Path, names: l
     if readable:
         assert len(open_checkpoint(tmp_path)) == len(names)
     else:
-        with pytest.raises(CorruptInput):
+        with pytest.raises(CorruptInput, match="and no index"):
             open_checkpoint(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_the_same_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_there_is_not_corrupt(tmp_path: Path) -> None:
-    with pytest.raises(SourceMissing):
+    with pytest.raises(SourceMissing, match="nowhere: no such file or folder"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(SourceMissing, match="holds no weights"):
         open_checkpoint(tmp_path)

@@ -178,5 +178,5 @@ def test_documents_that_are_no_json_objects(models: Path, tmp_path: Path, layout
 def test_meta_may_not_be_claimed_of_anything(models: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "consolidated.00.pth")
     for folder in (tmp_path, models / "hf"):
-        with pytest.raises(WeightopsError):
+        with pytest.raises(WeightopsError, match=r"holds no (tensors|weights)"):
             api.convert(folder, tmp_path / "out", to="hf", layout="meta")

@@ -192,7 +192,7 @@ def test_cancelled_stops_within_a_block(tmp_path: Path, algorithms: list[str]) -
             raise Interrupted(15)
 
     started = time.monotonic()
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(Interrupted, match="interrupted") as caught:
         hash_files([(p, algorithms) for p in files], workers=2, on_bytes=advance, cancelled=cancelled)
     assert caught.value.exit_code == 143
     assert sum(told) <= 4 * digests._THREAD_BLOCK_NBYTES

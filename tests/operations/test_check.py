@@ -478,7 +478,7 @@ def test_models_of_transformers_have_nothing_wrong(model_type: str, tmp_path: Pa
 def test_it_stops_when_it_is_asked_to(tmp_path: Path) -> None:
     control = Control()
     control.cancel()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="interrupted"):
         check_model(tmp_path, llama(), control=control)
 
 
@@ -486,7 +486,7 @@ def test_the_api_hands_on_who_may_stop_it_and_who_watches(tmp_path: Path) -> Non
     check_model(tmp_path, llama())
     stopped = Control()
     stopped.cancel()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="interrupted"):
         api.check(tmp_path, control=stopped)
     watched = Control(Steps())
     assert api.check(tmp_path, control=watched).verdict
@@ -511,7 +511,7 @@ def test_a_file_that_was_cut_after_it_was_opened(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CorruptInput):
+    with pytest.raises(CorruptInput, match="changed while it was being read"):
         check(checkpoint)
 
 

@@ -359,7 +359,7 @@ def test_targets_get_factors_and_other_layers_are_named(targets: list[str], modu
 def test_every_option_of_the_python_function_reaches_the_operation(tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", state())
     tuned = write_checkpoint(tmp_path / "tuned", {**state(1), K: state()[K]})
-    options = {"rank": 2, "energy": 0.5, "max_rank": 3, "seed": 7, "dtype": "bfloat16", "targets": ["mlp.*"]}
+    options = {"rank": 2, "energy": 0.5, "seed": 7, "dtype": "bfloat16", "targets": ["mlp.*"]}
     weightops.extract_lora(base, tuned, tmp_path / "out", rest="drop", **options)
     expected = extract(base, tuned, rest="drop", **{**options, "dtype": DType.BF16})
     found = open_checkpoint(tmp_path / "out")
@@ -450,6 +450,8 @@ def test_names_without_a_prefix_are_those_of_a_model_without_its_head() -> None:
         ({"energy": 1.01}, "an energy of 1.01"),
         ({"energy": float("nan")}, "an energy of nan"),
         ({"energy": 0.9, "max_rank": 0}, "a largest rank of 0"),
+        ({"energy": 0.9, "rank": 2, "max_rank": 3}, "for an energy without a rank"),
+        ({"rank": 2, "max_rank": 3}, "for an energy without a rank"),
         ({"rank": 1, "seed": -1}, "the seed -1"),
         ({"rank": 1, "dtype": DType.F64}, "an adapter in float64"),
         ({"rank": 1, "targets": ["q_proj", "nothing"]}, "the target 'nothing' matches no Linear layer"),

@@ -205,7 +205,10 @@ def test_a_lying_delta_document_is_refused(pair: Path, document: object) -> None
         document = json.dumps(document(json.loads(path.read_bytes()))).encode()
     assert isinstance(document, bytes)
     path.write_bytes(document)
-    with pytest.raises(CorruptInput):
+    with pytest.raises(
+        CorruptInput,
+        match=r"not a delta that|not JSON|a JSON object|name different tensors|which cannot give",
+    ):
         weightops.recover(pair / "raw", pair / "delta", pair / "out")
 
 

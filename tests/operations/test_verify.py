@@ -274,7 +274,7 @@ def test_interrupted(folder: Path) -> None:
     write_manifest(folder)
     control = Control()
     control.cancel(15)
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(Interrupted, match="interrupted") as caught:
         verify(folder, control=control)
     assert caught.value.exit_code == 143
 
@@ -349,7 +349,7 @@ def test_tensors_that_cannot_be_read(folder: Path) -> None:
 
 def test_interrupt_while_reading_tensors(folder: Path) -> None:
     write_manifest(folder)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="interrupted"):
         verify(folder, content=True, tensors=failing(Interrupted(2)))
 
 
@@ -369,7 +369,7 @@ def test_bad_requests(folder: Path) -> None:
         verify(folder)
     listed = write_list(folder)
     for kwargs, message in (
-        ({"quick": True, "content": True}, "choose one"),
+        ({"quick": True, "content": True}, "quick reads no tensors"),
         ({"extra": "maybe"}, "unknown policy 'maybe'"),
         ({"content": True}, "knows tensors"),
         ({"workers": 0}, "0 workers"),

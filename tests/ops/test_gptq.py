@@ -293,5 +293,5 @@ def test_weights_below_the_least_scale_are_counted() -> None:
     "wrong", [{"bits": 5}, {"group_size": 0}, {"damp_percent": 0.0}, {"damp_percent": 1.0}, {"block_size": 0}]
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"damping is a share|cannot have [05] (columns|bits)"):
         Settings(**wrong)  # type: ignore[arg-type]

@@ -207,6 +207,21 @@ def test_rows_are_replaced(data: st.DataObject) -> None:
     assert evaluate(lazy, data.draw(st.integers(1, 30))) == to_bytes(expected)
 
 
+@pytest.mark.parametrize(
+    ("rows", "new", "said"),
+    [
+        ((0, 1), (3, 5), "cannot put .* into 2 rows"),
+        ((0, 1), (2, 4), "cannot put .* into 2 rows"),
+        ((1, 1), (2, 5), "not different rows"),
+        ((0, 4), (2, 5), "not different rows"),
+        ((-1, 0), (2, 5), "not different rows"),
+    ],
+)
+def test_rows_that_are_not_there_are_not_replaced(rows: tuple[int, ...], new: tuple[int, int], said: str) -> None:
+    with pytest.raises(IncompatibleInputs, match=said):
+        LazyTensor.make(ReplaceRows(rows), given_tensor(normal(4, 5, seed=0)), given_tensor(normal(*new, seed=1)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_biases_are_added_and_taken_off_in_turn(dtype: torch.dtype) -> None:
     bias, first, second = normal(50, seed=0).to(dtype), normal(50, seed=1), normal(50, seed=2)

@@ -118,7 +118,7 @@ def test_no_output_appears_before_all_are_whole(family: Path) -> None:
 def test_outputs_must_be_apart_and_new(family: Path) -> None:
     recipe: dict[str, Any] = {"sources": {"raw": str(family / "raw")}, "outputs": {str(family / "a"): {"from": "raw"}}}
     weightops.run(recipe)
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExists, match="a exists"):
         weightops.run(recipe)
     weightops.run(recipe, overwrite=True)
     for other in (family / "b/c", family / "b/../b"):

@@ -105,7 +105,7 @@ def test_circles_are_found_and_empty_parts() -> None:
 
 
 def test_a_recipe_that_cannot_be_read_is_said_to_be_so(tmp_path: Path) -> None:
-    with pytest.raises(SourceMissing):
+    with pytest.raises(SourceMissing, match=r"none\.yaml: no such file"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read"):

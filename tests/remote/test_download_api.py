@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fetching import (
@@ -23,7 +25,15 @@ from fetching import (
 from hub import Fault, Hub
 
 from weightops.cli.main import run
-from weightops.errors import CorruptInput, Differs, NetworkFailed, OutputExists, SourceMissing
+from weightops.errors import (
+    CorruptInput,
+    Differs,
+    NetworkFailed,
+    OutputExists,
+    SourceMissing,
+    UsageError,
+    WeightopsError,
+)
 
 DATA, OTHER = content(6 * MIB), content(6 * MIB, seed=1)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}
@@ -80,6 +90,29 @@ def test_listings_of_several_pages_are_fetched_whole(hub: Hub, tmp_path: Path) -
     hub.add(REPO, many)
     fetch(hub, tmp_path)
     assert_complete(tmp_path, many)
+
+
+def test_a_listing_without_end_is_given_up(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.page_size = 2
+    hub.add(REPO, {f"{i}.json": b"{}" for i in range(7)})
+    monkeypatch.setattr("weightops.remote.hub._MAX_FILES", 7)
+    assert len(fetch(hub, tmp_path / "whole").files) == 7
+    monkeypatch.setattr("weightops.remote.hub._MAX_FILES", 3)
+    with pytest.raises(UsageError, match="org/model: more than 3 files"):
+        fetch(hub, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_after_all_is_told(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    hub.add(REPO, MODEL)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(WeightopsError, match=r"out: .*Permission denied"):
+        fetch(hub, tmp_path / "out")
 
 
 def test_files_may_come_from_another_path_of_the_hub(hub: Hub, tmp_path: Path) -> None:
@@ -176,7 +209,7 @@ def test_files_that_are_right_already_are_not_fetched(hub: Hub, tmp_path: Path) 
 def test_a_file_of_the_same_name_stays_until_the_right_one_is_there(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(OTHER)
     hub.always[WEIGHTS] = Fault("flip", 5 * MIB)
-    with pytest.raises(Differs):
+    with pytest.raises(Differs, match=r"sha256 is .*, expected"):
         fetch(hub, tmp_path, overwrite=True)
     assert files(tmp_path)[WEIGHTS] == OTHER
 
@@ -187,7 +220,7 @@ def test_an_update_that_fails_leaves_the_old_files_and_one_that_succeeds_replace
     fetch(hub, tmp_path)
     hub.add(REPO, NEWER)
     hub.always[WEIGHTS] = Fault("status", 500)
-    with pytest.raises(NetworkFailed):
+    with pytest.raises(NetworkFailed, match="status 500"):
         fetch(hub, tmp_path)
     assert files(tmp_path)[WEIGHTS] == DATA
     hub.always.clear()
@@ -200,7 +233,7 @@ def test_going_back_after_half_an_update_brings_every_old_file_back(hub: Hub, tm
     fetch(hub, tmp_path)
     hub.add(REPO, NEWER)
     hub.always[WEIGHTS] = Fault("status", 500)
-    with pytest.raises(NetworkFailed):
+    with pytest.raises(NetworkFailed, match="status 500"):
         fetch(hub, tmp_path)
     assert files(tmp_path)["config.json"] == NEWER["config.json"]
     hub.always.clear()
@@ -285,7 +318,7 @@ def test_what_something_else_made_is_left_alone(hub: Hub, tmp_path: Path, there:
     else:
         out.mkdir()
         (out / FINAL).write_text('{"schema": "weightops-manifest/1", "files": {}}')
-    with pytest.raises(OutputExists) as caught:
+    with pytest.raises(OutputExists, match=r"exists and is not a folder|that was not downloaded") as caught:
         fetch(hub, out)
     assert caught.value.exit_code == 11
     assert hub.bytes_sent() == 0

@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_ends_it_and_more_room_continues_it(
     try:
         hub.add(REPO, {**MODEL, "model-2.safetensors": OTHER})
         monkeypatch.setattr("weightops.operations.download.free_disk", lambda _: 1 << 40)
-        with pytest.raises(NoRoom) as caught:
+        with pytest.raises(NoRoom, match="the disk is full") as caught:
             fetch(hub, mounted)
         assert caught.value.exit_code == 16
         found = files(mounted)
@@ -255,7 +255,7 @@ def test_a_run_goes_on_with_what_a_killed_one_left(hub: Hub, tmp_path: Path) -> 
 
 def test_chunks_that_the_disk_lost_are_fetched_again_and_no_others(hub: Hub, tmp_path: Path) -> None:
     hub.faults[WEIGHTS] = [Fault("cut", 9 * MIB), Fault("status", 418)]
-    with pytest.raises(NetworkFailed):
+    with pytest.raises(NetworkFailed, match="status 418"):
         fetch(hub, tmp_path)
     (data,) = (tmp_path / STATE).glob("*.part/data")
     with data.open("r+b") as file:

@@ -128,7 +128,7 @@ def test_what_lasts_is_said_and_leaves_no_file_under_the_name(hub: Hub, tmp_path
 
 def test_a_wrong_file_is_fetched_twice_and_not_again_and_again(hub: Hub, tmp_path: Path) -> None:
     hub.always[WEIGHTS] = Fault("flip", AT)
-    with pytest.raises(Differs):
+    with pytest.raises(Differs, match=r"sha256 is .*, expected"):
         fetch(hub, tmp_path)
     assert hub.bytes_sent(WEIGHTS) == 2 * len(DATA)
 
@@ -136,7 +136,7 @@ def test_a_wrong_file_is_fetched_twice_and_not_again_and_again(hub: Hub, tmp_pat
 def test_what_fails_leaves_no_file_open(hub: Hub, tmp_path: Path) -> None:
     hub.always[WEIGHTS] = Fault("flip", AT)
     for attempt in range(3):
-        with pytest.raises(Differs):
+        with pytest.raises(Differs, match=r"sha256 is .*, expected"):
             fetch(hub, tmp_path / str(attempt))
     there = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)]
     assert [path for path in there if path.startswith(str(tmp_path))] == []
@@ -202,7 +202,9 @@ def test_a_hub_that_talks_nonsense_is_a_failure_of_the_network(
     """Asked for the commit, or for its files."""
     hub.always["api"] = fault
     began = time.monotonic()
-    with pytest.raises(NetworkFailed) as caught:
+    with pytest.raises(
+        NetworkFailed, match=r"gave up after 4 attempts|status 418|a page for people|the server asks to wait"
+    ) as caught:
         fetch(hub, tmp_path / "out", f"{REPO}@{hub.add(REPO, MODEL) if commit else 'main'}")
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out").exists()
@@ -213,7 +215,7 @@ def test_a_hub_that_is_down_is_no_success_because_the_folder_holds_something(hub
     (tmp_path / "unrelated").write_text("here before")
     with Hub() as gone:
         pass
-    with pytest.raises(NetworkFailed) as caught:
+    with pytest.raises(NetworkFailed, match="Connection refused; gave up after 4 attempts") as caught:
         fetch(gone, tmp_path)
     assert caught.value.exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["unrelated"]
@@ -276,7 +278,7 @@ def test_without_length_end_and_digest_nothing_is_believed(tmp_path: Path) -> No
 def test_what_stands_in_for_weights_is_refused_without_a_digest_too(hub: Hub, tmp_path: Path, fault: str) -> None:
     hub.static[WEIGHTS] = DATA
     hub.always[WEIGHTS] = Fault(fault)
-    with pytest.raises(CorruptInput) as caught:
+    with pytest.raises(CorruptInput, match=r"not the file|not the weights") as caught:
         fetch(hub, tmp_path, f"{hub.endpoint}/static/files/{WEIGHTS}")
     assert caught.value.exit_code == 13
     assert caught.value.hint
@@ -323,7 +325,7 @@ def test_what_is_whole_already_is_not_taken_for_a_later_version(
         url = f"{hub.endpoint}/static/files/{WEIGHTS}"
         with monkeypatch.context() as patched:
             patched.setattr("weightops.remote.fetch.Fetch.finish", _fail)
-            with pytest.raises(NoRoom):
+            with pytest.raises(NoRoom, match="before the file had its name"):
                 fetch(hub, tmp_path, url)
         hub.static[WEIGHTS] = OTHER
         fetch(hub, tmp_path, url)

@@ -1,4 +1,4 @@
-"""Two hundred random scripts of faults, stops and rivals: no wrong byte ever stands under a final name.
+"""Random scripts of faults, stops and rivals: no wrong byte ever stands under a final name.
 
 Chunks are small here, so that small files take many of them, and several streams share a file from the beginning.
 """
@@ -179,18 +179,31 @@ def download(
             errors.append(error)
 
 
+LIMITS: dict[str, Any] = {
+    "derandomize": True,
+    "database": None,
+    "deadline": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}
+
+
 @given(script=scripts())
-@settings(
-    max_examples=200,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@settings(max_examples=60, **LIMITS)
 def test_whatever_happens_no_wrong_byte_gets_a_name(
     hub: Hub, tmp_path_factory: pytest.TempPathFactory, script: Script
 ) -> None:
+    follow(hub, tmp_path_factory, script)
+
+
+@pytest.mark.slow
+@given(script=scripts())
+@settings(max_examples=400, **LIMITS)
+def test_nor_in_many_more_scripts(hub: Hub, tmp_path_factory: pytest.TempPathFactory, script: Script) -> None:
+    follow(hub, tmp_path_factory, script)
+
+
+def follow(hub: Hub, tmp_path_factory: pytest.TempPathFactory, script: Script) -> None:
     number = next(numbers)
     out = tmp_path_factory.mktemp("random") / "out"
     repo = f"org/{number}"

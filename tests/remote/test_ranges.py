@@ -271,7 +271,7 @@ def test_an_interruption_ends_a_silent_read_within_a_second(hub: Hub) -> None:
     with Web(endpoint=hub.endpoint) as web:
         began = time.monotonic()
         threading.Timer(0.2, web.interrupt, [Interrupted(2)]).start()
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="interrupted"):
             read(web, source(hub), *in_blocks(len(DATA)))
         assert time.monotonic() - began < 1.2
 
@@ -284,6 +284,6 @@ def test_without_a_web_there_is_a_sentence(hub: Hub) -> None:
 def test_a_query_is_not_shown(hub: Hub, web: Web) -> None:
     file = SourceFile(f"{hub.endpoint}/static/files/none?Signature=secret", 10, 0)
     assert file.name == "none"
-    with pytest.raises(SourceMissing) as caught:
+    with pytest.raises(SourceMissing, match="none: status 404") as caught:
         read(web, file, (0, 1))
     assert "secret" not in str(caught.value)

@@ -9,7 +9,7 @@ import click
 
 from weightops import api
 from weightops.cli.network import hub_endpoint, is_offline, open_web
-from weightops.cli.options import FOLDER, epilog, report_options
+from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
 from weightops.engine.preflight import free_disk
@@ -21,6 +21,9 @@ from weightops.remote.web import Web
 
 if TYPE_CHECKING:
     from weightops.operations.download import Download
+
+_OF_SERVERS = ("include", "exclude", "sha256", "md5", "checksums", "prune")
+"""What says which files to fetch, and how they are held against digests that come from elsewhere."""
 
 
 @click.command("download", epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
@@ -71,6 +74,8 @@ def command(
       weightops download zhixi-13b-diff --out ./zhixi-diff
       weightops download https://example.org/model.safetensors --sha256 HEX --out ./model
     """
+    if offline:
+        refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
     offline = offline or is_offline()
     digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
     limit = parse_size(limit_rate) if limit_rate else None

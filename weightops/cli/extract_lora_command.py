@@ -21,9 +21,7 @@ from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_opti
 @click.option(
     "--max-rank",
     type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Largest rank for --energy without --rank.",
+    help="Largest rank for --energy without --rank; default: 256.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random matrix.")
 @click.option("--dtype", metavar="DTYPE", help="Of the factors; default float32.")

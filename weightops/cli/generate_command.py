@@ -12,7 +12,7 @@ import click
 
 from weightops import model_api
 from weightops.cli.model_options import run_model_options
-from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options
+from weightops.cli.options import FOLDER, READ_CODES, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, warn
 from weightops.cli.progress import human
 from weightops.errors import UsageError
@@ -63,6 +63,8 @@ def command(
       weightops generate ./model --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
     """
+    if temperature == 0:
+        refuse_unused("at --temperature 0, where nothing is drawn", "seed")
     if prompt == "-":
         prompt = _stdin()
     with running(quiet or as_json) as control:

@@ -60,8 +60,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1: no server is asked",
     "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY": "http://user:password@host:port, by the scheme of a URL",
     "NO_PROXY": "hosts and networks (10.0.0.0/8), each with a port or without, that need no proxy; * is all",
+    "XDG_CACHE_HOME": "where what architectures are like is kept; default ~/.cache",
     "SSL_CERT_FILE": "authorities to trust in the place of the system's",
-    "XDG_CACHE_HOME": "where `check` keeps what it knows of architectures, in weightops/; default ~/.cache",
 }
 """What is read of the environment. Options are not: no variable that somebody forgot may weaken a check."""
 

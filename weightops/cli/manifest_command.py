@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options, workers_option
+from weightops.cli.options import FOLDER, READ_CODES, epilog, refuse_unused, report_options, workers_option
 from weightops.cli.output import running, warn
-from weightops.errors import OutputExists, UsageError
+from weightops.errors import OutputExists
 from weightops.formats.manifest import NAME
 from weightops.io.atomic import check_target, write_whole
 from weightops.io.escape import escape
@@ -43,12 +43,9 @@ def command(
       weightops manifest ./model
       weightops manifest ./model --sha256sums > SHA256SUMS
     """
-    unused = [name for name, given in (("--json", as_json), ("--overwrite", overwrite), ("--digest", digests)) if given]
-    if lists and unused:
-        raise click.UsageError(f"a checksum list is printed as it is read by others: {unused[0]} has no use there.")
+    if lists:
+        refuse_unused("with a checksum list, which is printed as others read it", "as_json", "overwrite", "digests")
     target = folder / NAME
-    if lists is not None and as_json:
-        raise UsageError("a checksum list is no JSON", hint="leave out --json; the manifest is JSON")
     if lists is None:
         if target.exists() and not overwrite:
             raise OutputExists(f"{escape(str(target))} exists", hint="give --overwrite, or check it: weightops verify")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
@@ -17,6 +18,7 @@ from weightops.engine.control import Control
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
+from weightops.errors import UsageError
 from weightops.formats.containers import FORMATS
 from weightops.formats.folder import is_remote
 from weightops.io.escape import escape
@@ -118,6 +120,14 @@ def run_options(command: Command) -> Command:
             report_options,
         ]
     )(command)
+
+
+def refuse_unused(why: str, *names: str) -> None:
+    """Refuse those parameters of the command at work that were given, in words that say why they have no use."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) == ParameterSource.COMMANDLINE:
+            raise UsageError(f"{parameter.opts[-1]} has no use {why}", hint=f"leave out {parameter.opts[-1]}")
 
 
 @contextmanager

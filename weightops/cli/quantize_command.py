@@ -11,7 +11,15 @@ import click
 import msgspec
 
 from weightops import model_api
-from weightops.cli.options import FOLDER, WRITE_CODES, epilog, result_document, show_result, write_options
+from weightops.cli.options import (
+    FOLDER,
+    WRITE_CODES,
+    epilog,
+    refuse_unused,
+    result_document,
+    show_result,
+    write_options,
+)
 from weightops.cli.output import print_json, running, save_report, table, warn
 from weightops.cli.progress import human
 from weightops.io.atomic import check_target
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from weightops.quantization.options import ModuleReport
 
 _SHOWN = 5
+_OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "seed", "damp_percent")
 
 
 @click.command("quantize", epilog=epilog(WRITE_CODES))
@@ -65,6 +74,10 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
       weightops quantize ./model --out ./model-3bit --bits 3 --act-order --calibration ./text.jsonl --html ./errors.html
       weightops quantize ./model --out ./model-rtn --method rtn --group-size 32
     """
+    if options["method"] == "rtn":
+        refuse_unused("with --method rtn, which looks at no text", *_OF_GPTQ)
+    if options["dry_run"]:
+        refuse_unused("with --dry-run, which finds no errors", "html")
     if html is not None:
         check_target(html)
     workers = options["workers"]

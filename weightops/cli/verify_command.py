@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, epilog, report_options, workers_option
+from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
 from weightops.cli.progress import human
 from weightops.errors import WeightopsError
@@ -56,6 +56,8 @@ def command(
       weightops verify ./zhixi --manifest zhixi-13b-base
       weightops verify ./zhixi.gguf
     """
+    if content:
+        refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
     if junit is not None:
         check_target(junit)
     try:

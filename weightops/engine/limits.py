@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from weightops.plan import Plan
 
 _BASE_NBYTES = 200 << 20
 """The interpreter with torch loaded."""
+_TRANSFORMERS_NBYTES = 200 << 20
+"""transformers beside it, where an operation asked it what a model is like."""
 
 
 def peak_memory(plans: Sequence[Plan], workers: int) -> int:
     """Anonymous memory in bytes that a run needs at most, whatever the size of the tensors."""
     groups = group([[shard.tensors.values() for shard in plan.shards] for plan in plans])
     scratch = sum(max((_scratch(tensor) for _, tensor in plan.tensors), default=0) for plan in plans)
-    return _BASE_NBYTES + workers * (slots(max(map(len, groups), default=1)) * BLOCK_NBYTES + scratch)
+    base = _BASE_NBYTES + (_TRANSFORMERS_NBYTES if "transformers" in sys.modules else 0)
+    return base + workers * (slots(max(map(len, groups), default=1)) * BLOCK_NBYTES + scratch)
 
 
 def _scratch(tensor: LazyTensor) -> int:

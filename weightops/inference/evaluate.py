@@ -26,6 +26,7 @@ from weightops.inference.module_error import ModuleErrors
 from weightops.inference.packed import Engine, refuse_unquantized
 from weightops.inference.tokens import check_tokens, encode, load_tokenizer
 from weightops.inference.windows import cut, final_states
+from weightops.io.brief import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,8 @@ class Agreement:
     top1: float
     modules: Mapping[str, float] = field(default_factory=dict)
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Score:
@@ -63,6 +66,8 @@ class Score:
     agreement: Agreement | None = None
     engine: Engine | None = None
     """How layers multiplied that are quantised; None if none is."""
+
+    __repr__ = brief
 
     @property
     def perplexity(self) -> float:
@@ -79,6 +84,8 @@ class Evaluation:
     reference: str | None
     scores: tuple[Score, ...]
     warnings: tuple[str, ...] = ()
+
+    __repr__ = brief
 
     @property
     def convention(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
+from weightops.io.brief import brief
 from weightops.ops.statistics import TensorStatistics
 from weightops.spec import TensorSpec
 
@@ -88,6 +89,8 @@ class TensorReport:
     xxh3_128: str | None = None
     statistics: TensorStatistics | None = None
 
+    __repr__ = brief
+
     def to_json(self) -> dict[str, Any]:
         """Spec, digest, statistics; the histogram by exponent, as text because it is the key of a JSON object."""
         document: dict[str, Any] = {
@@ -124,6 +127,8 @@ class CheckReport:
     ignored_count: int = 0
     held_against: str | None = None
     not_held: str = ""
+
+    __repr__ = brief
 
     @property
     def verdict(self) -> bool:

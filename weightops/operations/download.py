@@ -30,6 +30,7 @@ from weightops.formats import manifest
 from weightops.formats.manifest import FileEntry, Manifest
 from weightops.formats.sniff import check_answer, check_head
 from weightops.io.atomic import check_folder
+from weightops.io.brief import brief
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
@@ -70,6 +71,8 @@ class Download:
     warnings: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
     ours: frozenset[str] = frozenset()
+
+    __repr__ = brief
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +190,14 @@ def offline(out: Path, source: str, revision: str) -> Manifest:
     return found
 
 
+def check_out(out: Path) -> None:
+    """Refuse what is no folder, or cannot become one; raises `OutputExists`, or what `check_folder` raises."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise OutputExists(f"{escape(str(out))} exists and is not a folder")
+    if not os.path.isdir(out):
+        check_folder(out)
+
+
 def plan_download(
     out: Path, listing: Listing, files: Files, warnings: Sequence[str], *, overwrite: bool = False
 ) -> Download:
@@ -195,10 +206,6 @@ def plan_download(
     Raises `OutputExists` for a folder that something else made, and for a file that no download brought and that is
     not the one wanted, unless it may `overwrite`; `CorruptInput` for links in the way, `NoRoom`.
     """
-    if os.path.lexists(out) and not out.is_dir():
-        raise OutputExists(f"{escape(str(out))} exists and is not a folder")
-    if not os.path.isdir(out):
-        check_folder(out)
     previous = _previous(out)
     if previous is None and os.path.lexists(out / manifest.NAME):
         raise OutputExists(

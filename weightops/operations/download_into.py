@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from weightops.engine.control import Control
+from weightops.errors import UsageError
 from weightops.formats import manifest as manifest_format
 from weightops.operations import download as operation
 from weightops.operations import download_source as sources
@@ -34,8 +35,13 @@ def download_into(
     include, exclude = tuple(include), tuple(exclude)
     target = sources.find_target(source, revision, control.web.endpoint if control.web else DEFAULT_ENDPOINT)
     if offline:
+        given = {"include": include, "exclude": exclude, "digests": digests, "checksums": checksums, "prune": prune}
+        given["overwrite"] = overwrite
+        for name in (name for name, value in given.items() if value):
+            raise UsageError(f"{name} has no use offline, where no server is asked", hint="leave it out")
         found = operation.offline(out, str(target.place), sources.known_version(target) or target.revision)
         return operation.from_manifest(out, found)
+    operation.check_out(out)
     with ExitStack() as stack:
         web = control.web or stack.enter_context(Web())
         target = sources.with_digests(target, digests or {}, checksums, web)

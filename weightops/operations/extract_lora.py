@@ -39,6 +39,8 @@ _ENERGY_TOLERANCE = 1e-6
 """What float32 leaves of a share that should be 1."""
 _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-24, 1e24
 """With ||D||^2 between these, products stay in float32's range; beyond, float64 is used."""
+_MAX_RANK = 256
+"""What an energy may take where nothing else is said."""
 _SAME_MODEL = "are these the same model, before and after training?"
 
 
@@ -58,7 +60,7 @@ def extract_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    max_rank: int = 256,
+    max_rank: int | None = None,
     seed: int = 0,
     dtype: DType | None = None,
     targets: Sequence[str] = (),
@@ -69,9 +71,10 @@ def extract_lora(
 
     Every Linear weight that differs gets factors B [out, r] and A [r, in] with B A close to tuned - base: `rank` is
     r, less where a matrix has less; `energy`, a share of ||tuned - base||^2 in (0, 1], asks of each matrix for the
-    least rank that holds so much, at most `rank` or else `max_rank` (those that need more are named in a warning).
-    The scale of the adapter is 1, and the singular values are split evenly. What the factors hold is noted by module
-    (`weightops.ops.lowrank.LowRank`). `dtype` is that of the factors, default float32. `seed` draws the random matrix.
+    least rank that holds so much, at most `rank` or else `max_rank`, 256 if that is None (those that need more are
+    named in a warning). The scale of the adapter is 1, and the singular values are split evenly. What the factors hold
+    is noted by module (`weightops.ops.lowrank.LowRank`). `dtype` is that of the factors, default float32. `seed` draws
+    the random matrix.
 
     `targets`: globs of the modules that get factors, by their path or its end (`q_proj`, `*.mlp.*`); other Linear
     weights that differ are named in a warning. Output embeddings get factors only if a glob of `targets` matches.
@@ -104,7 +107,7 @@ def extract_lora(
     _refuse_rest(factored, untargeted, others, rest)
     config = tuned.config()
     kept = adapter.keep_whole(others, factored, pairs, places, config) if rest == "save" else Rest()
-    limit = max_rank if rank is None else rank
+    limit = rank or max_rank or _MAX_RANK
     # All experts of a layer get factors, those that are no target or do not differ ones of zeros.
     sizes = {name: changes.get(name, 0.0) if name in chosen else 0.0 for name in factored}
     ours = {name: pairs[name] if name in chosen else Pair(pairs[name].base, pairs[name].base) for name in factored}
@@ -142,15 +145,19 @@ def extract_lora(
     )
 
 
-def _check_options(rank: int | None, energy: float | None, max_rank: int, seed: int, dtype: DType | None) -> None:
+def _check_options(
+    rank: int | None, energy: float | None, max_rank: int | None, seed: int, dtype: DType | None
+) -> None:
     if rank is None and energy is None:
         raise UsageError("neither a rank nor an energy is given", hint="--rank 16, or --energy 0.9 for what that takes")
     if rank is not None and rank < 1:
         raise UsageError(f"a rank of {rank} holds nothing: expected at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"an energy of {energy:g} is no share: expected more than 0, at most 1", hint="--energy 0.9")
-    if max_rank < 1:
+    if max_rank is not None and max_rank < 1:
         raise UsageError(f"a largest rank of {max_rank} holds nothing: expected at least 1")
+    if max_rank is not None and rank is not None:
+        raise UsageError("a largest rank is for an energy without a rank", hint="leave out --max-rank")
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"the seed {seed} does not have 64 bits: expected 0 to {(1 << 64) - 1}")
     if dtype is not None and dtype not in _ADAPTER_DTYPES:

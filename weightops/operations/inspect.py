@@ -12,6 +12,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.formats import delta, manifest
 from weightops.formats.containers import find_aliases
 from weightops.formats.gptq import PARTS, packed_shapes
+from weightops.io.brief import brief
 from weightops.io.folder import Folder
 from weightops.io.source import SourceFile
 from weightops.spec import TensorSpec
@@ -34,6 +35,8 @@ class Inspection:
     content_id: str | None
     recipe: dict[str, Any]
     sources: dict[str, manifest.SourceEntry]
+
+    __repr__ = brief
 
     @property
     def history(self) -> list[str]:

@@ -68,7 +68,7 @@ def verify(
     if extra not in EXTRA_POLICIES:
         raise UsageError(f"unknown policy {extra!r} for extra files, expected one of {', '.join(EXTRA_POLICIES)}")
     if quick and content:
-        raise UsageError("quick reads no tensors, and content nothing else: choose one of them")
+        raise UsageError("quick reads no tensors, and content nothing else", hint="choose one of them")
     file = folder.name if os.path.isfile(folder) else None
     if file is None and not os.path.isdir(folder):
         raise SourceMissing(f"{escape(str(folder))}: no such folder or file")

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from weightops.io.brief import brief
+
 SCHEMA = "weightops-verify/1"
 
 Status = Literal["ok", "differs", "missing", "extra", "unreadable"]
@@ -51,6 +53,8 @@ class VerifyReport:
     nbytes: int = 0
     elapsed_s: float = 0.0
     warnings: tuple[str, ...] = ()
+
+    __repr__ = brief
 
     @property
     def verdict(self) -> bool:

@@ -29,22 +29,29 @@ from weightops.quantization.work import Work
 def find_modules(model: BlockModel, options: Options) -> list[list[str]]:
     """The linear layers of each block that are to be quantised, by their names within it.
 
-    Raises `UsageError` for layers that the format cannot hold, or if none is left.
+    Raises `UsageError` for layers that the format cannot hold, a glob to skip that none matches, or if none is left.
     """
     size = options.settings.group_size
     found, odd = [], []
     kept = routers(model.module)
+    layers = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    for glob in options.skip:
+        if not any(fnmatchcase(layer, glob) for layer in layers):
+            raise UsageError(
+                f"{model.shown}: no layer matches --skip {escape(glob)}",
+                hint=f"they are called as {escape(layers[0])}" if layers else None,
+            )
     for name in model.blocks:
-        layers = []
+        inside = []
         for inner, module in model.module.get_submodule(name).named_modules():
             full = f"{name}.{inner}"
             if not isinstance(module, nn.Linear) or full in kept or any(fnmatchcase(full, g) for g in options.skip):
                 continue
-            layers.append(inner)
+            inside.append(inner)
             k, n = module.in_features, module.out_features
             if k % 32 or n % 32 or (size > 0 and k % size):
                 odd.append(f"{escape(full)} is {n} x {k}")
-        found.append(layers)
+        found.append(inside)
     if odd:
         groups = f", and inputs by {size}" if size > 0 else ""
         raise UsageError(

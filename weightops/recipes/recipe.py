@@ -10,6 +10,7 @@ from typing import Any
 
 from weightops.errors import SourceMissing, UsageError, WeightopsError
 from weightops.formats.folder import is_remote
+from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.plan import parse_size
 from weightops.recipes.document import Document, Place, read_document
@@ -61,6 +62,8 @@ class Recipe:
     steps: Mapping[str, Step]
     outputs: Mapping[str, Destination]
     document: Document
+
+    __repr__ = brief
 
     def order(self) -> list[str]:
         """The names of the steps, each after those that it builds on."""

@@ -1,0 +1,335 @@
+"""Every option of the commands that are no step of a recipe reaches its operation, from argv and from Python.
+
+The rows are held against the commands' own options, so that a new option needs one. See also test_wiring.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support import write_checkpoint
+
+import weightops
+from weightops import model_api
+from weightops.cli.main import COMMANDS, run
+from weightops.recipes.verbs import VERBS
+
+
+class Row(NamedTuple):
+    """An option on the command line, the same in Python (None: it is of the command alone), and what arrives."""
+
+    argv: str
+    python: dict[str, Any] | None
+    arrives: dict[str, Any]
+
+
+def row(argv: str, python: dict[str, Any] | None, **arrives: Any) -> Row:
+    return Row(argv, python, arrives or python or {})
+
+
+def same(argv: str, **python: Any) -> Row:
+    return Row(argv, python, python)
+
+
+MODEL = [
+    row("--dtype bfloat16", {"dtype": "bfloat16"}, dtype=torch.bfloat16),
+    same("--device cpu", device="cpu"),
+    same("--engine packed", engine="packed"),
+    row("--max-memory 1GiB", {"max_memory": 1 << 30}, max_nbytes=(1 << 30) - (300 << 20)),
+]
+ROWS: dict[str, list[Row]] = {
+    "quantize": [
+        same("--bits 3", bits=3),
+        same("--group-size 64", group_size=64),
+        same("--asym", sym=False),
+        row("--act-order", {"act_order": True}, desc_act=True),
+        same("--static-groups", static_groups=True),
+        same("--method rtn", method="rtn"),
+        row("--calibration text.txt", {"calibration": "text.txt"}, calibration=[Path("text.txt")]),
+        row("--samples 7 --calibration text.txt", {"samples": 7, "calibration": Path("text.txt")}, samples=7),
+        row("--seq-len 9 --calibration text.txt", {"seq_len": 9, "calibration": ["text.txt"]}, seq_len=9),
+        row("--seed 5 --calibration text.txt", {"seed": 5, "calibration": "text.txt"}, seed=5),
+        same("--damp-percent 0.5", damp_percent=0.5),
+        same("--no-mse", mse=False),
+        row("--skip a* --skip b", {"skip": ("a*", "b")}),
+        row("--skip a*", {"skip": "a*"}, skip=("a*",)),
+        row("--checkpoint-format gptq_v2", {"checkpoint_format": "gptq_v2"}, checkpoint_format="gptq_v2", v1=False),
+        same("--device cpu", device="cpu"),
+        row("--max-memory 1GiB", {"max_memory": "1GiB"}, max_nbytes=1 << 30),
+        same("--format torch", format="torch"),
+        same("--max-shard-size 7MB", max_shard_size="7MB"),
+        same("--expect list.md5", expect="list.md5"),
+        row("--digest md5 --digest sha256", {"digests": ("md5", "sha256")}),
+        same("--card", card=True),
+        same("--reflink", reflink=True),
+        same("--overwrite", overwrite=True),
+        same("--restart", restart=True),
+        same("--workers 3", workers=3),
+        row("--dry-run", {"dry_run": True}, estimated=True),
+    ],
+    "eval": [
+        same("--seq-len 9", seq_len=9),
+        row("--reference other", {"reference": "other"}, reference="other"),
+        row("--text text.txt", {"text": "text.txt"}, texts=[Path("text.txt")]),
+        row("--text a --text b", {"text": (Path("a"), "b")}, texts=[Path("a"), Path("b")]),
+        *MODEL,
+    ],
+    "generate": [
+        row("--prompt two", {"prompt": "two"}),
+        same("--max-new-tokens 3", max_new_tokens=3),
+        same("--temperature 0.5", temperature=0.5),
+        same("--top-k 4 --temperature 1", top_k=4, temperature=1.0),
+        same("--top-p 0.5 --temperature 1", top_p=0.5, temperature=1.0),
+        same("--seed 6 --temperature 1", seed=6, temperature=1.0),
+        same("--chat", chat=True),
+        *MODEL,
+    ],
+    "check": [
+        row("--no-values", {"values": False}),
+        row("--no-architecture", {"architecture": False}),
+        same("--max-abs 3", max_abs=3.0),
+        same("--ignore nan --ignore zero", ignore=("nan", "zero")),
+        row("--ignore nan", {"ignore": "nan"}, ignore=("nan",)),
+        same("--workers 3", workers=3),
+    ],
+    "verify": [
+        row("--manifest list.md5", {"manifest": "list.md5"}, manifest=Path("list.md5")),
+        same("--quick", quick=True),
+        same("--content", content=True),
+        same("--extra fail", extra="fail"),
+        same("--algorithm md5", algorithm="md5"),
+        same("--workers 3", workers=3),
+    ],
+    "manifest": [
+        row("--digest md5 --digest sha256", {"digests": ("md5", "sha256")}),
+        row("--digest md5", {"digests": "md5"}, digests=("md5",)),
+        row("--md5sums", None, digests=("md5",)),
+        row("--sha256sums", None, digests=("sha256",)),
+        row("--xxh128sums", None, digests=("xxh3_128",)),
+        same("--workers 3", workers=3),
+    ],
+    "inspect": [],
+    "download": [
+        same("--revision v2", revision="v2"),
+        row("--include a* --include b", {"include": ("a*", "b")}),
+        row("--exclude a*", {"exclude": "a*"}, exclude=("a*",)),
+        row("--sha256 ab", {"digests": {"sha256": "ab"}}),
+        row("--md5 ab", {"digests": {"md5": "ab"}}),
+        same("--checksums list.md5", checksums="list.md5"),
+        row("--endpoint http://127.0.0.1:9", None, endpoint="http://127.0.0.1:9"),
+        same("--workers 3", workers=3),
+        row("--limit-rate 5MB", None, limit_rate=5_000_000),
+        row("--timeout 2", None, timeout_s=2.0),
+        row("--deadline 3", None, deadline_s=3.0),
+        same("--prune", prune=True),
+        same("--overwrite", overwrite=True),
+        same("--offline", offline=True),
+        same("--dry-run", dry_run=True),
+    ],
+    "env": [],
+}
+SHOWN = {"--json", "-q", "--quiet", "-o", "--out", "-n"}
+ELSEWHERE = {
+    "quantize": {"--sym", "--mse", "--html"},
+    "check": {"--strict", "--html"},
+    "verify": {"--junit"},
+    "manifest": {"--overwrite"},
+    "inspect": {"-t", "--tensors"},
+}
+"""Of the command alone, and defaults by their names."""
+GIVEN = {
+    "quantize": ("source --out out", ("source", "out")),
+    "eval": ("source", ("source", "text.txt")),
+    "generate": ("source", ("source", "one")),
+    "check": ("source", ("source",)),
+    "verify": ("source", ("source",)),
+    "manifest": ("source", ("source",)),
+    "download": ("org/model --out out", ("org/model", "out")),
+}
+REQUIRED = {"eval": "--text text.txt", "generate": "--prompt one"}
+FUNCTIONS: dict[str, Callable[..., Any]] = {name: getattr(weightops, name) for name in GIVEN if name != "eval"}
+FUNCTIONS["eval"] = weightops.evaluate
+
+
+class Reached(Exception):
+    """The operation was reached."""
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What arrives at whatever operation is called, by name; those of a structure by its own names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("source", "other"):
+        write_checkpoint(tmp_path / name, {"a": torch.ones(2)})
+    for name in ("text.txt", "list.md5", "a", "b"):
+        (tmp_path / name).touch()
+    found: dict[str, Any] = {}
+
+    def stand_in(place: str) -> None:
+        module, _, name = place.rpartition(".")
+        original = getattr(importlib.import_module(module), name)
+
+        def operation(*args: Any, **kwargs: Any) -> None:
+            found.update(inspect.signature(original).bind(*args, **kwargs).arguments)
+            raise Reached
+
+        monkeypatch.setattr(place, operation)
+
+    for name in ("inference.evaluate.evaluate", "inference.generate.Generation", "operations.check.check"):
+        stand_in(f"weightops.{name}")
+    for name in ("verify.verify", "manifest.make_manifest", "download_into.download_into"):
+        stand_in(f"weightops.operations.{name}")
+    monkeypatch.setattr("weightops.inference.tokens.read_text", lambda paths: found.update(texts=list(paths)) or "x")
+    stand_for_quantize(monkeypatch, found)
+    return found
+
+
+def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
+    """The operations of which quantize is made."""
+
+    def note(result: Any, *names: str) -> Callable[..., Any]:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            found.update({name: value for name, value in zip(names, args, strict=False) if name})
+            found.update(kwargs)
+            return result
+
+        return operation
+
+    @contextmanager
+    def quantized(run: Any, out: Path, control: Any, **options: Any) -> Iterator[Any]:
+        found.update(options)
+        yield SimpleNamespace(checkpoint=weightops.open_checkpoint("source"), modules=(), bits_per_weight=4.0)
+
+    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str) -> Any:
+        found.update(method=options.method, skip=options.skip, checkpoint_format=options.checkpoint_format)
+        found.update({name: getattr(options.settings, name) for name in options.settings.__annotations__})
+        found.update(device=device)
+        model = SimpleNamespace(vocab_size=8, shown="x")
+        estimate = SimpleNamespace(n_modules=0, n_blocks=0, packed_nbytes=0, memory_nbytes=0, kept_nbytes=0)
+        estimate.hidden_nbytes = 0
+        return SimpleNamespace(model=model, estimate=lambda: found.update(estimated=True) or estimate)
+
+    def write_all(wanted: Any, running: Any) -> Any:
+        ((_, each),) = wanted.items()
+        found.update(each.files, **running)
+        raise Reached
+
+    data = SimpleNamespace(tokens=torch.zeros((2, 8), dtype=torch.int64))
+    patch.setattr("weightops.quantization.run.sample_length", note(8, "", "seq_len"))
+    patch.setattr("weightops.quantization.run.prepare", prepare)
+    patch.setattr("weightops.quantization.run.quantized", quantized)
+    patch.setattr("weightops.quantization.calibration.read_documents", note([], "calibration"))
+    patch.setattr("weightops.quantization.calibration.calibrate", note(data, "", "", "samples", "", "seed"))
+    patch.setattr("weightops.inference.tokens.load_tokenizer", note(object()))
+    patch.setattr("weightops.inference.tokens.check_tokens", note(None))
+    patch.setattr(model_api, "write_all", write_all)
+
+
+def held_in(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        came = arrived(found, name)
+        assert (tuple(came) if isinstance(value, tuple) else came) == value, name
+
+
+def arrived(found: dict[str, Any], name: str) -> Any:
+    if name in found:
+        return getattr(found[name], "name", found[name]) if name == "reference" else found[name]
+    if name in ("temperature", "top_k", "top_p", "seed"):
+        return getattr(found["sampling"], name)
+    web = found["control"].web
+    return web.endpoint if name == "endpoint" else getattr(web.policy, name)
+
+
+CASES = [(command, each) for command, rows in ROWS.items() for each in rows]
+
+
+@pytest.mark.parametrize(("command", "option"), CASES, ids=lambda x: x if isinstance(x, str) else x.argv)
+def test_an_option_reaches_the_operation_from_the_command(seen: dict[str, Any], command: str, option: Row) -> None:
+    required = REQUIRED.get(command, "")
+    words = [*GIVEN[command][0].split(), *option.argv.split(), "--quiet"]
+    words += required.split() if required.split()[:1] != option.argv.split()[:1] else []
+    assert run([command, *words]) == (0 if option.argv == "--dry-run" and command == "quantize" else 1)
+    held_in(seen, option.arrives)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, each) for command, each in CASES if each.python is not None],
+    ids=lambda x: x if isinstance(x, str) else x.argv,
+)
+def test_an_option_reaches_the_operation_from_python(seen: dict[str, Any], command: str, option: Row) -> None:
+    given = inspect.signature(FUNCTIONS[command]).bind_partial(*GIVEN[command][1]).arguments | (option.python or {})
+    try:
+        FUNCTIONS[command](**given)
+    except Reached:
+        pass
+    else:
+        assert option.argv == "--dry-run"
+    held_in(seen, option.arrives)
+
+
+def test_the_rows_are_all_that_there_is() -> None:
+    assert ROWS.keys() | set(VERBS) | {"run"} == COMMANDS.keys()
+    for name, rows in ROWS.items():
+        command = importlib.import_module(f"weightops.cli.{name}_command").command
+        options = [option for option in command.params if option.param_type_name == "option"]
+        flags = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+        known = {word for each in rows for word in each.argv.split() if word.startswith("--")}
+        assert flags - SHOWN - ELSEWHERE.get(name, set()) == known, name
+        if name not in FUNCTIONS:
+            continue
+        parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+        keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"control"}
+        assert keywords <= {keyword for each in rows for keyword in each.python or ()}, name
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        *(
+            (f"quantize source --out out --method rtn {option}", f"{option.split()[0]} has no use with --method rtn")
+            for option in ("--samples 128", "--seq-len 8", "--seed 0", "--damp-percent 0.01", "--calibration text.txt")
+        ),
+        ("quantize source --out out --method rtn --act-order", "--act-order has no use"),
+        ("quantize source --out out --method rtn --static-groups", "--static-groups has no use"),
+        ("quantize source --out out --dry-run --html x.html", "--html has no use with --dry-run"),
+        ("generate source --prompt x --top-k 3", "at temperature 0 nothing is drawn"),
+        ("generate source --prompt x --top-p 0.5", "at temperature 0 nothing is drawn"),
+        ("generate source --prompt x --seed 0", "--seed has no use at --temperature 0"),
+        ("verify source --quick --content", "quick reads no tensors, and content nothing else"),
+        ("verify source --content --extra warn", "--extra has no use with --content"),
+        ("verify source --content --algorithm md5", "--algorithm has no use with --content"),
+        ("manifest source --md5sums --json", "--json has no use with a checksum list"),
+        ("manifest source --sha256sums --overwrite", "--overwrite has no use with a checksum list"),
+        ("manifest source --xxh128sums --digest md5", "--digest has no use with a checksum list"),
+        *(
+            (f"download org/model --out out --offline {option}", f"{option.split()[0]} has no use with --offline")
+            for option in ("--include x", "--exclude x", "--sha256 x", "--md5 x", "--checksums x", "--prune")
+        ),
+        ("extract-lora --base source --tuned other --out out --rank 3 --max-rank 256", "for an energy without a rank"),
+    ],
+)
+def test_an_option_without_a_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("source", "other"):
+        write_checkpoint(tmp_path / name, {"a": torch.ones(2)})
+    assert run([*command.split(), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Hint: " in error
+
+
+@pytest.mark.parametrize("option", [{"include": "x"}, {"exclude": "x"}, {"digests": {"md5": "x"}}, {"prune": True}])
+def test_offline_has_no_use_for_what_files_are_wanted(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(weightops.errors.UsageError, match="has no use offline"):
+        weightops.download("org/model", tmp_path / "out", offline=True, **option)
