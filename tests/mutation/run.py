@@ -106,7 +106,11 @@ class Measured:
             return sum(self.elapsed_s[test] for test in tests)
 
         order = sorted(files, key=lambda file: (not file.startswith(mirrored + "/"), cost_s(files[file])))
-        new = [file for file in changed_tests() if file in files or file.startswith(f"{mirrored}/")]
+        new = [
+            file
+            for file in changed_tests()
+            if file in files or (file.startswith(f"{mirrored}/") and not (WORK / "tree-measured" / file).exists())
+        ]
         chosen: list[str] = []
         for test in (t for file in order for t in sorted(files[file], key=lambda each: self.elapsed_s[each])):
             if cost_s(chosen) + self.elapsed_s[test] <= budget_s or not chosen:
