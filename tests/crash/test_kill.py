@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from meta_model import make_meta
 from safetensors.torch import save_file
 from support import write_checkpoint
+from tiny_models import save_tiny, text
 
 import weightops
 
@@ -85,6 +87,15 @@ def test_a_recipe_killed_anywhere_ends_with_the_same_bytes_in_all_outputs(
     kill_everywhere([family / name for name in ("one", "two")], step, ["run", str(family / "recipe.yaml"), *options])
 
 
+@pytest.mark.parametrize("step", [40, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_model_that_is_quantised_ends_with_the_same_bytes_too(tmp_path: Path, step: int) -> None:
+    save_tiny(tmp_path / "model", "llama", num_hidden_layers=5)
+    (tmp_path / "text.txt").write_text(text(300))
+    arguments = ["quantize", str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--act-order"]
+    sizes = ["--group-size", "32", "--samples", "40", "--seq-len", "64"]
+    kill_everywhere([tmp_path / "out"], step, [*arguments, *sizes, "--out", str(tmp_path / "out")])
+
+
 def kill_everywhere(outs: list[Path], step: int, arguments: list[str]) -> None:
     """Kill a command at each of its changes to the disk in turn, or each `step`-th, and run it again."""
     killer = Path(__file__).with_name("killer.py")
@@ -93,6 +104,7 @@ def kill_everywhere(outs: list[Path], step: int, arguments: list[str]) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a child does not have the threads that its parent had
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -22,6 +22,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from filecmp import cmp
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -84,13 +86,15 @@ class Measured:
     elapsed_s: dict[str, float]
 
     def chosen(self, mutant: Mutant, budget_s: float) -> list[str]:
-        """The tests to run, in their order.
+        """The tests to run, in their order; a file that has changed since it was measured is run whole.
 
         Where a line runs at import, nobody knows whom it is for: those that run the file, and the mirrored folder's.
+        Where the file has changed since it was measured, those that ran any of it.
         """
         mirrored = "tests/" + mutant.path.removeprefix("weightops/").rpartition("/")[0]
         by_line = self.tests.get(mutant.path, {})
-        lines = by_line if mutant.is_imported else range(mutant.first, mutant.last + 1)
+        is_known = not mutant.is_imported and is_as_measured(mutant.path)
+        lines = range(mutant.first, mutant.last + 1) if is_known else by_line
         wanted = set().union(*(by_line.get(line, ()) for line in lines))
         if mutant.is_imported:
             wanted |= {test for test in self.elapsed_s if test.startswith(f"{mirrored}/")}
@@ -102,11 +106,28 @@ class Measured:
             return sum(self.elapsed_s[test] for test in tests)
 
         order = sorted(files, key=lambda file: (not file.startswith(mirrored + "/"), cost_s(files[file])))
+        new = [
+            file
+            for file in changed_tests()
+            if file in files or (file.startswith(f"{mirrored}/") and not (WORK / "tree-measured" / file).exists())
+        ]
         chosen: list[str] = []
         for test in (t for file in order for t in sorted(files[file], key=lambda each: self.elapsed_s[each])):
             if cost_s(chosen) + self.elapsed_s[test] <= budget_s or not chosen:
                 chosen.append(test)
-        return chosen
+        return [*new, *(test for test in chosen if test.partition("::")[0] not in new)]
+
+
+@cache
+def changed_tests() -> list[str]:
+    """Files of tests that are not as they were when the suite was measured."""
+    files = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    return [file for file in files if not is_as_measured(file)]
+
+
+def is_as_measured(path: str) -> bool:
+    measured = WORK / "tree-measured" / path
+    return measured.exists() and cmp(ROOT / path, measured, shallow=False)
 
 
 def read_measured() -> Measured:
@@ -155,6 +176,8 @@ def try_one(mutant: Mutant, tree: Path, tests: Sequence[str], budget_s: float) -
             text=True,
             check=False,
         )
+        if "ERROR: not found" in done.stdout:
+            sys.exit(f"tests are not those that were measured: give --measure\n{done.stdout[-300:]}")
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         by = failed[0] if failed else done.stdout[-300:] if done.returncode else ""
         noticed = done.returncode != 0
@@ -170,8 +193,8 @@ def run_all(mutants: Sequence[Mutant], measured: Measured, jobs: int, budget_s: 
     trees: SimpleQueue[Path] = SimpleQueue()
     for number in range(jobs):
         copy_tree(WORK / f"tree-{number}")
-        for cache in (WORK / f"tree-{number}").rglob("__pycache__"):
-            shutil.rmtree(cache)
+        for folder in (WORK / f"tree-{number}").rglob("__pycache__"):
+            shutil.rmtree(folder)
         trees.put(WORK / f"tree-{number}")
 
     def work(mutant: Mutant) -> None:

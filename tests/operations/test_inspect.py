@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from gptq_models import Scheme, llama, quantised
+from safetensors.torch import load_file
 from support import write_checkpoint
 
 import weightops
@@ -34,3 +35,15 @@ def test_what_only_looks_packed_counts_as_it_is(tmp_path: Path) -> None:
         tmp_path, {"m.qweight": torch.zeros(4, 4), "n.qweight": torch.zeros(3), "n.scales": torch.zeros(2)}
     )
     assert weightops.inspect(tmp_path).parameters == 16 + 3 + 2
+
+
+def test_files_are_counted_with_their_tensors_and_bytes(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(4), "b": torch.zeros(3).half(), "c": torch.zeros(2), "d": torch.zeros(1)}
+    source = write_checkpoint(tmp_path / "model", tensors, shards=2)
+    by_file: dict[str, tuple[int, int]] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        held = load_file(path)
+        by_file[path.name] = (len(held), sum(tensor.nbytes for tensor in held.values()))
+    found = weightops.inspect(source)
+    assert found.by_shard() == by_file
+    assert found.by_dtype() == {"float32": 28, "float16": 6}

@@ -149,3 +149,14 @@ def test_options_that_the_format_does_not_have(tmp_path: Path, bits: int, group_
     write_checkpoint(tmp_path / "given", given)
     with pytest.raises(UsageError, match=text):
         weightops.pack(tmp_path / "given", tmp_path / "out", bits=bits, group_size=group_size)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("sym", [False, True])
+def test_what_some_readers_refuse_is_said(tmp_path: Path, checkpoint_format: Any, sym: bool) -> None:
+    given, _ = layer(Scheme(sym=sym, group_size=32))
+    write_checkpoint(tmp_path / "given", given, {"model_type": "llama"})
+    options: dict[str, Any] = {"bits": 4, "group_size": 32, "checkpoint_format": checkpoint_format, "dry_run": True}
+    said = weightops.pack(tmp_path / "given", tmp_path / "out", **options).warnings
+    expected = ["asymmetric in checkpoint_format gptq"] if not sym and checkpoint_format == "gptq" else []
+    assert [text.partition(":")[0] for text in said] == expected

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import weightops
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.layout import Literal
 from weightops.formats.safetensors import safetensors_layout
+from weightops.operations.pairing import rotary_frequencies
 from weightops.spec import DType, TensorSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "knowlm"
@@ -360,6 +362,25 @@ def test_rotary_frequencies_that_raw_lacks_are_computed_as_2023_did(tmp_path: Pa
     write_checkpoint(tmp_path / "diff", model(2))
     weightops.recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "without")
     assert name not in weights(tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"hidden_size": 512},
+        {"num_attention_heads": 4},
+        {"hidden_size": "512", "num_attention_heads": 4},
+        {"head_dim": "128"},
+        {"head_dim": -128},
+        {"head_dim": (1 << 16) + 2},
+        {"head_dim": 128, "rope_theta": "10000"},
+        {"head_dim": 128, "rope_parameters": {"rope_theta": [1]}},
+    ],
+)
+def test_rotary_frequencies_are_not_guessed(config: dict[str, Any]) -> None:
+    with pytest.raises(IncompatibleInputs, match=r"inv_freq: has no rotary_emb\.inv_freq, and its config\.json has no"):
+        rotary_frequencies(config, "inv_freq")
 
 
 def test_a_tied_head_that_raw_leaves_out_is_its_embedding(tmp_path: Path) -> None:

@@ -372,6 +372,7 @@ def test_bad_requests(folder: Path) -> None:
         ({"quick": True, "content": True}, "quick reads no tensors"),
         ({"extra": "maybe"}, "unknown policy 'maybe'"),
         ({"content": True}, "knows tensors"),
+        ({"content": True, "algorithm": "md5"}, "have one algorithm"),
         ({"workers": 0}, "0 workers"),
         ({"algorithm": "crc32"}, "unknown digest algorithm"),
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fetching import (
     FINAL,
     MIB,
@@ -23,7 +24,9 @@ from fetching import (
     sha256,
 )
 from hub import Fault, Hub
+from support import write_checkpoint
 
+import weightops
 from weightops.cli.main import run
 from weightops.errors import (
     CorruptInput,
@@ -344,3 +347,21 @@ def test_a_list_of_urls_with_digests(hub: Hub, tmp_path: Path) -> None:
     listed.write_text(f"{sha256(DATA)} a.bin")
     with pytest.raises(CorruptInput, match="line 1"):
         fetch(hub, tmp_path / "none", str(listed))
+
+
+def test_a_source_s_own_manifest_tells_of_tensors_if_its_files_are_those_that_came(hub: Hub, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", {"a": torch.ones(3)})
+    (model / FINAL).write_bytes(weightops.manifest(model, digests="sha256").to_bytes())
+    there = {path.name: path.read_bytes() for path in model.iterdir()}
+    hub.add(REPO, there)
+    assert fetch(hub, tmp_path / "right").manifest.tensors.keys() == {"a"}
+    for name, changed in (
+        ("other", {WEIGHTS: there[WEIGHTS][:-1] + b"\1"}),
+        ("no", {FINAL: b"{}"}),
+        ("elsewhere", {"renamed.safetensors": there[WEIGHTS], WEIGHTS: None}),
+        ("none", {FINAL: None}),
+    ):
+        hub.add(REPO, {n: data for n, data in {**there, **changed}.items() if data is not None})
+        found = fetch(hub, tmp_path / name).manifest
+        assert found.tensors == {}, name
+        assert found.content_id is None

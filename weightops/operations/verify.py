@@ -69,6 +69,8 @@ def verify(
         raise UsageError(f"unknown policy {extra!r} for extra files, expected one of {', '.join(EXTRA_POLICIES)}")
     if quick and content:
         raise UsageError("quick reads no tensors, and content nothing else", hint="choose one of them")
+    if content and algorithm is not None:
+        raise UsageError("content compares tensors, whose digests have one algorithm", hint="leave algorithm out")
     file = folder.name if os.path.isfile(folder) else None
     if file is None and not os.path.isdir(folder):
         raise SourceMissing(f"{escape(str(folder))}: no such folder or file")
