@@ -176,10 +176,22 @@ def test_offline_asks_nobody(hub: Hub, tmp_path: Path) -> None:
         fetch(hub, out, f"{REPO}@v2", offline=True)
     with pytest.raises(NetworkFailed, match=r"not .*org/other"):
         fetch(hub, out, "org/other", offline=True)
+    assert fetch(hub, out, offline=True, include=["*.json"]).manifest is not None
     (out / WEIGHTS).unlink()
     with pytest.raises(NetworkFailed, match="missing or cut"):
         fetch(hub, out, offline=True)
     assert command(hub, out, "--offline") == 1
+    assert hub.log == []
+
+
+def test_offline_is_complete_only_for_the_files_that_were_chosen(hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fetch(hub, out, include=["*.json"])
+    hub.log.clear()
+    assert fetch(hub, out, offline=True, include=["*.json"]).manifest is not None
+    for other in ({}, {"include": ["*"]}, {"exclude": ["*.json"]}):
+        with pytest.raises(NetworkFailed, match="holds what other --include and --exclude chose"):
+            fetch(hub, out, offline=True, **other)
     assert hub.log == []
 
 

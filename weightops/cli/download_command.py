@@ -22,7 +22,7 @@ from weightops.remote.web import Web
 if TYPE_CHECKING:
     from weightops.operations.download import Download
 
-_OF_SERVERS = ("include", "exclude", "sha256", "md5", "checksums", "prune")
+_OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 """What says which files to fetch, and how they are held against digests that come from elsewhere."""
 
 

@@ -21,7 +21,6 @@ from weightops.errors import (
     CorruptInput,
     Differs,
     IncompatibleInputs,
-    NetworkFailed,
     NoRoom,
     OutputExists,
     SourceMissing,
@@ -35,6 +34,7 @@ from weightops.io.digests import HEX_DIGITS
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
+from weightops.operations.download_record import OPERATION, recorded
 from weightops.remote.listing import Listing, RemoteFile
 from weightops.remote.partial import STATE, Claims
 from weightops.remote.places import check_place, note_of, refuse_other, stamp_of
@@ -42,7 +42,6 @@ from weightops.remote.small import read_whole
 from weightops.remote.transfer import Done, Transfer
 from weightops.remote.web import Web
 
-OPERATION = "download"
 DEFAULT_WORKERS = 4
 _PREVIOUS = f"{STATE}/previous.json"
 _SPARE_NBYTES = 16 << 20
@@ -133,12 +132,6 @@ def with_expected(listing: Listing, expected: Mapping[str, Mapping[str, str]], s
     return replace(listing, files=tuple(files))
 
 
-def recorded(path: Path) -> Manifest | None:
-    """The manifest at `path`, if there is one and a download made it."""
-    found = manifest.read_manifest(path) if os.path.lexists(path) else None
-    return found if found is not None and found.recipe.get("operation") == OPERATION else None
-
-
 def _previous(out: Path) -> Manifest | None:
     """The manifest of an earlier download, also when a later one has begun to replace its files."""
     return recorded(out / manifest.NAME) or recorded(out / _PREVIOUS)
@@ -152,42 +145,6 @@ def _set_aside(out: Path) -> None:
         return
     except OSError as error:
         raise write_failure(out / manifest.NAME, error) from None
-
-
-def is_complete(out: Path, found: Manifest, request: Mapping[str, Any]) -> bool:
-    """Whether a manifest answers the request, and every file in it stands there with its size."""
-    if any(found.recipe.get(key) != value for key, value in request.items()):
-        return False
-    try:
-        return all((out / name).lstat().st_size == entry.nbytes for name, entry in found.files.items())
-    except OSError:
-        return False
-
-
-def request_of(
-    source: str, commit: str, expected_by: str, include: Sequence[str], exclude: Sequence[str]
-) -> dict[str, Any]:
-    """What makes two downloads the same, as the manifest records it."""
-    chosen = {"include": list(include), "exclude": list(exclude), "expected_by": expected_by}
-    return {"source": source, "commit": commit, **chosen}
-
-
-def offline(out: Path, source: str, revision: str) -> Manifest:
-    """The manifest of a folder that is complete as far as can be told without a network.
-
-    Raises `NetworkFailed` if the folder is of another source or revision, or is not complete.
-    """
-    found = recorded(out / manifest.NAME)
-    if found is None:
-        raise NetworkFailed(f"{escape(str(out))}: no complete download of {source}, and --offline asks no server")
-    recipe = found.recipe
-    if recipe.get("source") != source or revision not in ("", recipe.get("revision"), recipe.get("commit")):
-        raise NetworkFailed(
-            f"{escape(str(out))}: is {recipe.get('source')} at {recipe.get('revision')}, not {source} at {revision}"
-        )
-    if not is_complete(out, found, {}):
-        raise NetworkFailed(f"{escape(str(out))}: files are missing or cut, and --offline asks no server")
-    return found
 
 
 def check_out(out: Path) -> None:

@@ -10,6 +10,7 @@ from weightops.engine.control import Control
 from weightops.errors import UsageError
 from weightops.formats import manifest as manifest_format
 from weightops.operations import download as operation
+from weightops.operations import download_record as record
 from weightops.operations import download_source as sources
 from weightops.operations.download import Download
 from weightops.remote.urls import DEFAULT_ENDPOINT
@@ -35,20 +36,21 @@ def download_into(
     include, exclude = tuple(include), tuple(exclude)
     target = sources.find_target(source, revision, control.web.endpoint if control.web else DEFAULT_ENDPOINT)
     if offline:
-        given = {"include": include, "exclude": exclude, "digests": digests, "checksums": checksums, "prune": prune}
-        given["overwrite"] = overwrite
+        given = {"digests": digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
         for name in (name for name, value in given.items() if value):
             raise UsageError(f"{name} has no use offline, where no server is asked", hint="leave it out")
-        found = operation.offline(out, str(target.place), sources.known_version(target) or target.revision)
+        found = record.offline(
+            out, str(target.place), sources.known_version(target) or target.revision, include, exclude
+        )
         return operation.from_manifest(out, found)
     operation.check_out(out)
     with ExitStack() as stack:
         web = control.web or stack.enter_context(Web())
         target = sources.with_digests(target, digests or {}, checksums, web)
         version = sources.find_version(target, web)
-        request = operation.request_of(str(target.place), version, target.expected_by, include, exclude)
-        earlier = operation.recorded(out / manifest_format.NAME)
-        if version and earlier is not None and operation.is_complete(out, earlier, request):
+        request = record.request_of(str(target.place), version, target.expected_by, include, exclude)
+        earlier = record.recorded(out / manifest_format.NAME)
+        if version and earlier is not None and record.is_complete(out, earlier, request):
             done = operation.from_manifest(out, earlier)
             if not (prune and done.stale):
                 return done
