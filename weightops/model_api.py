@@ -17,6 +17,7 @@ from weightops.engine.staging import refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import UsageError
 from weightops.formats.folder import is_remote, open_checkpoint
+from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
@@ -36,7 +37,7 @@ ComputeDType = Literal["float32", "bfloat16", "float16"]
 """What a model computes in."""
 _BASE_NBYTES = 300 << 20
 """The interpreter with torch and transformers loaded."""
-_DESCRIBING = (".json", ".model", ".jinja", ".tiktoken", "vocab.txt", "merges.txt")
+_DESCRIBING = (Kind.CONFIG, Kind.GENERATION, Kind.TOKENIZER, Kind.TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -240,5 +241,5 @@ def _opened(source: StrPath | Checkpoint) -> Checkpoint:
     if found.sidecars or found.folder is None:
         return found
     # A weight file by itself: what lies beside it says what it is.
-    beside = [name for name in found.folder.names() if name.endswith(_DESCRIBING)]
+    beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
     return replace(found, sidecars={name: Copied(found.folder.file(name)) for name in beside})

@@ -49,11 +49,11 @@ def finish(
             small[name] = _write_sidecar(sidecar, staging.folder / name, plan.digests)
     index = plan.index()
     if index is not None and plan.index_name is not None:
-        small[plan.index_name] = _write(staging.folder / plan.index_name, index, plan.digests)
+        small[plan.index_name] = write_small(staging.folder / plan.index_name, index, plan.digests)
     for document in plan.documents:
         so_far = {r.name: r.digests for r in records.values()} | {n: f.digests for n, f in small.items()}
         data = document.render(tensors, witnesses, so_far)
-        small[document.name] = _write(staging.folder / document.name, data, plan.digests)
+        small[document.name] = write_small(staging.folder / document.name, data, plan.digests)
     loose = {document.name for document in plan.documents if not document.is_listed}
     check_expected(plan, {name: file.digests for name, file in small.items()}, {})
     finished = manifest.Manifest(
@@ -121,15 +121,17 @@ def seen(plan: Plan, records: Iterable[ShardRecord]) -> dict[str, str]:
     return found
 
 
-def _write(path: Path, data: bytes, algorithms: Collection[str]) -> FileDigests:
+def write_small(path: Path, data: bytes, algorithms: Collection[str]) -> FileDigests:
+    """Write a small file, in folders that are made if need be; its size and digests."""
+    make_folder(path.parent)
     write_whole(path, data)
     return FileDigests(len(data), hash_bytes(data, algorithms))
 
 
 def _write_sidecar(sidecar: Sidecar, path: Path, algorithms: Collection[str]) -> FileDigests:
-    make_folder(path.parent)
     if isinstance(sidecar, Written):
-        return _write(path, sidecar.data, algorithms)
+        return write_small(path, sidecar.data, algorithms)
+    make_folder(path.parent)
     file, hashers = sidecar.file, {name: new_hasher(name) for name in algorithms}
     with FileReader() as reader, writing_whole(path) as write:
         for start in range(0, file.nbytes, _PIECE_NBYTES):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from weightops.checkpoint import Copied
 from weightops.engine.control import Control
+from weightops.engine.finish import write_small
 from weightops.engine.staging import ProofRecord, Staging
 from weightops.engine.stream import BLOCK_NBYTES
 from weightops.formats.layout import Data
 from weightops.formats.sniff import check_head
-from weightops.io.atomic import make_folder, write_whole
-from weightops.io.digests import FileDigests, hash_bytes
+from weightops.io.digests import FileDigests
 from weightops.io.source import SKIPPED_NBYTES, FileReader, SourceFile
 from weightops.lazy import LazyTensor, Op
 from weightops.ops.stored import Checked
@@ -117,9 +117,7 @@ def fetch_sidecars(plan: Plan, folder: Path, control: Control) -> dict[str, File
             data = read_source(sidecar.file, control.web)
             if not sidecar.file.digest:
                 check_head(data, sidecar.file.shown)
-            make_folder((folder / name).parent)
-            write_whole(folder / name, data)
-            found[name] = FileDigests(len(data), hash_bytes(data, plan.digests))
+            found[name] = write_small(folder / name, data, plan.digests)
     return found
 
 
