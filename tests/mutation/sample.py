@@ -1,7 +1,8 @@
 """A fixed sample of mutants: the same small changes to the code every time, as long as the changed lines stay.
 
-Each candidate is known by its file, its line's text and the change; those whose digests with the seed are the least
-are the sample. So an edit elsewhere changes nothing in it, and a new line enters it by chance like any other.
+Each candidate is known by its function, its line's text and the change; those whose digests with the seed are the
+least are the sample. So neither an edit elsewhere nor a move to another file changes it, and a new line enters it by
+chance like any other.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def choose(root: Path, count: int) -> list[Mutant]:
     """The sample of `count`, of the tree at `root`."""
     files = [root / "weightops" / place for place in PLACES]
     files = sorted(f for place in files for f in (place.rglob("*.py") if place.is_dir() else [place]))
-    found = sorted((mutant for file in files for mutant in _candidates(root, file)), key=lambda mutant: mutant.key)
+    seen: Counter[str] = Counter()
+    found = sorted((mutant for file in files for mutant in _candidates(root, file, seen)), key=lambda each: each.key)
     chosen: list[Mutant] = []
     for mutant in found:
         if len(chosen) < count and _is_change(root, mutant):
@@ -63,36 +65,38 @@ def choose(root: Path, count: int) -> list[Mutant]:
     return chosen
 
 
-def _candidates(root: Path, file: Path) -> Iterator[Mutant]:
+def _candidates(root: Path, file: Path, seen: Counter[str]) -> Iterator[Mutant]:
     code = file.read_text()
     lines, path = code.splitlines(), file.relative_to(root).as_posix()
     tree, spans = parso.parse(code), _statements(code)
     nodes = list(ast_nodes(tree))
     for name, operator in OPERATORS.items():
         places = [start for node in nodes for start, _ in operator.mutation_positions(node)]
-        seen: Counter[str] = Counter()
         for occurrence, (line, _) in enumerate(places):
             text = lines[line - 1].strip()
-            seen[text] += 1
-            identity = f"{SEED} {path} {name} {text} {seen[text]}"
-            key = hashlib.sha256(identity.encode()).hexdigest()[:10]
-            yield Mutant(key, path, line, text, name, occurrence, *spans[line])
+            *span, scope = spans[line]
+            identity = f"{SEED} {scope} {name} {text}"
+            seen[identity] += 1
+            key = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()[:10]
+            yield Mutant(key, path, line, text, name, occurrence, *span)
 
 
-def _statements(code: str) -> dict[int, tuple[int, int, bool]]:
-    """For each line the lines of the innermost statement, and whether it runs when the file is imported."""
-    found: dict[int, tuple[int, int, bool]] = {}
+def _statements(code: str) -> dict[int, tuple[int, int, bool, str]]:
+    """For each line the lines of the innermost statement, whether it runs at import, and the function it is in."""
+    found: dict[int, tuple[int, int, bool, str]] = {}
 
-    def enter(node: ast.AST, is_imported: bool) -> None:
+    def enter(node: ast.AST, is_imported: bool, scope: str) -> None:
         if isinstance(node, ast.stmt):
             first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
             body = getattr(node, "body", None)
             last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno
-            found.update(dict.fromkeys(range(first, (node.end_lineno or last) + 1), (first, last, is_imported)))
+            found.update(dict.fromkeys(range(first, (node.end_lineno or last) + 1), (first, last, is_imported, scope)))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            scope = f"{scope}.{node.name}"
         for child in ast.iter_child_nodes(node):
-            enter(child, is_imported and not isinstance(node, ast.FunctionDef | ast.Lambda))
+            enter(child, is_imported and not isinstance(node, ast.FunctionDef | ast.Lambda), scope)
 
-    enter(ast.parse(code), True)
+    enter(ast.parse(code), True, "")
     return found
 
 
