@@ -18,6 +18,8 @@ from pathlib import Path
 from bench import timed, weightops, write_section
 from quantize import model_of, shown
 
+from weightops import api
+
 PROMPT = "In the beginning was the Word, and the Word was with God, and the Word was God."
 CASES = (
     ("dequantized", "float32"),
@@ -32,10 +34,9 @@ SIZE, ROWS = 4096, (1, 4, 16, 64, 256)
 
 def one(folder: Path, engine: str, dtype: str, tokens: int, out: Path) -> None:
     """Generate, and write the seconds until the first token, and of each further one at the median."""
-    from weightops import model_api
 
     start = time.perf_counter()
-    found = model_api.generate(folder, PROMPT, max_new_tokens=tokens, engine=engine, dtype=dtype, device="cpu")
+    found = api.generate(folder, PROMPT, max_new_tokens=tokens, engine=engine, dtype=dtype, device="cpu")
     # Not the text: a random model says what its tokenizer does not know.
     times = [time.perf_counter() for _ in found._generate()]
     steps = [b - a for a, b in itertools.pairwise(times)]

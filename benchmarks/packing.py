@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from bench import write_section
 
-from weightops.formats.gptq import write_module
-from weightops.ops.gptq import Settings, dequantized, round_to_nearest
-from weightops.ops.gptq_grid import levels
+from weightops.formats.quantized.gptq import write_module
+from weightops.ops.gptq.grid import levels
+from weightops.ops.gptq.solver import Settings, dequantized, round_to_nearest
 
 PEER = Path(__file__).parents[1] / ".venv-autogptq/bin/python"
 GROUP = 128

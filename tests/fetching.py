@@ -15,10 +15,10 @@ from hub import Hub
 
 from weightops import api
 from weightops.engine.control import Control
-from weightops.operations.download import Download
-from weightops.remote.partial import STATE
-from weightops.remote.policy import Policy
-from weightops.remote.web import Web
+from weightops.operations.download.operation import Download
+from weightops.stores.transfer.partial import STATE
+from weightops.stores.web.policy import Policy
+from weightops.stores.web.web import Web
 
 MIB = 1 << 20
 REPO = "org/model"

@@ -15,7 +15,7 @@ from support import given_tensor
 
 import weightops
 from weightops.checkpoint import Checkpoint, written_json
-from weightops.formats.gptq import CONFIG_KEY, CONFIG_NAME, CheckpointFormat, QuantizeConfig, write_module
+from weightops.formats.quantized.gptq import CONFIG_KEY, CONFIG_NAME, CheckpointFormat, QuantizeConfig, write_module
 
 QUANTISED = ("_proj", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The ends of the names of the layers that are quantised, in LLaMA and BLOOM."""

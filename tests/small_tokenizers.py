@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import sentencepiece
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from weightops.layouts.ranks import PATTERN
+from weightops.layouts.tokenizers.ranks import PATTERN
 
 CODE = (
     "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return file.read()\n",

@@ -12,12 +12,13 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from weightops.formats import torch_legacy
-from weightops.formats.torch_objects import TorchFile
-from weightops.io.source import FileReader, SourceFile
+from weightops.formats.torch import legacy as torch_legacy
+from weightops.formats.torch.objects import TorchFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.rows import Given
 from weightops.spec import DType
+from weightops.stores.reader import FileReader
 
 TORCH_DTYPES = [
     d for d in DType if hasattr(torch, d.value) and not d.is_packed and d not in (DType.C32, DType.C128, DType.F8_E8M0)

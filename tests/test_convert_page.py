@@ -14,10 +14,11 @@ from hub import Hub
 from meta_model import meta_download
 
 import weightops
-from weightops import manifests
 from weightops.cli.main import run
 from weightops.formats.gguf import read_gguf
-from weightops.io.source import FileReader, SourceFile
+from weightops.formats.proofs import published as manifests
+from weightops.io.source_file import SourceFile
+from weightops.stores.reader import FileReader
 
 PAGE = Path(__file__).parents[1] / "docs/convert.md"
 GOLDEN = Path(__file__).parent / "golden/knowlm"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hub import Hub
 
-from weightops import manifests
 from weightops.cli.main import run
-from weightops.formats.manifest import read_manifest
+from weightops.formats.proofs import published as manifests
+from weightops.formats.proofs.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "knowlm"

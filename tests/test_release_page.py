@@ -16,8 +16,8 @@ from support import write_checkpoint
 from transformers import LlamaForCausalLM
 
 import weightops
-from weightops import manifests
 from weightops.cli.main import run
+from weightops.formats.proofs import published as manifests
 
 PAGE = Path(__file__).parents[1] / "docs/release.md"
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from weightops.formats.gptq import write_module
+from weightops.formats.quantized.gptq import write_module
 
 VOCAB = 320
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,9 @@ from typing import Any
 from small_tokenizers import rank_tokens, render_ranks, sentencepiece_model, training_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from weightops.layouts import ranks, sentencepiece
-from weightops.layouts.hf_tokenizer import hf_files
-from weightops.layouts.pretokenizers import KNOWN
+from weightops.layouts.tokenizers import ranks, sentencepiece
+from weightops.layouts.tokenizers.hf import hf_files
+from weightops.layouts.tokenizers.pretokenizers import KNOWN
 
 Files = dict[str, bytes]
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

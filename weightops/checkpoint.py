@@ -17,10 +17,11 @@ import msgspec
 from weightops.errors import UsageError
 from weightops.io import strict_json
 from weightops.io.brief import brief
-from weightops.io.folder import Folder
-from weightops.io.source import SourceFile, read_source
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.spec import DType, TensorSpec
+from weightops.stores.reader import read_source
+from weightops.stores.store import Folder
 
 Digests = Mapping[str, str]
 """xxh3_128 of tensors, by tensor name or by witness label."""

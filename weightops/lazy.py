@@ -19,11 +19,12 @@ import msgspec
 
 from weightops.io.brief import brief
 from weightops.io.memory import copy_bytes
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.spec import TensorSpec
+from weightops.stores.reader import FileReader
 
 if TYPE_CHECKING:
-    from weightops.remote.web import Web
+    from weightops.stores.web.web import Web
 
 
 class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):

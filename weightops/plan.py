@@ -19,13 +19,13 @@ import msgspec
 
 from weightops.checkpoint import Checkpoint, Copied, Document, Sidecar
 from weightops.errors import UsageError
-from weightops.formats import manifest
 from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
+from weightops.formats.proofs import manifest
 from weightops.io.brief import brief
 from weightops.io.escape import escape
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.spec import DType, TensorSpec
 

@@ -118,3 +118,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.dtype.value} [{', '.join(map(str, self.shape))}]"
+
+
+_UNSIGNED = {8: DType.U8, 16: DType.U16, 32: DType.U32, 64: DType.U64}
+
+
+def bits_spec(spec: TensorSpec) -> TensorSpec:
+    """The unsigned integers that hold a tensor's bits: same shape, or a flat one where elements share bytes."""
+    unsigned = None if spec.dtype.is_packed else _UNSIGNED.get(spec.dtype.bits)
+    return TensorSpec(unsigned, spec.shape) if unsigned else TensorSpec(DType.U8, (spec.nbytes,))

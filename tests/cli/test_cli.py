@@ -29,7 +29,7 @@ from tiny_models import quantize_tiny, save_tiny, text
 from weightops import cli as package
 from weightops import errors
 from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli, run
-from weightops.formats.manifest import FileEntry, Manifest
+from weightops.formats.proofs.manifest import FileEntry, Manifest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -253,7 +253,7 @@ def test_what_is_read_of_the_environment_is_documented() -> None:
 def test_unexpected_errors_show_no_traceback(
     family: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("weightops.api.find_place", lambda *_: 1 / 0)
+    monkeypatch.setattr("weightops.api.prove.find_place", lambda *_: 1 / 0)
     assert run(["inspect", "model"]) == 1
     assert "WEIGHTOPS_DEBUG=1" in capsys.readouterr().err
     monkeypatch.setenv("WEIGHTOPS_DEBUG", "1")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import quantize_tiny, save_tiny, text
 
-from weightops import model_api
+from weightops import api
 from weightops.cli.main import run
 from weightops.errors import UsageError
 from weightops.formats.folder import open_checkpoint
@@ -60,15 +60,15 @@ def test_eval_without_a_reference_shows_no_divergence(models: Path, capsys: pyte
 
 def test_checkpoints_that_are_open_already_are_run_as_they_are(models: Path) -> None:
     opened = open_checkpoint("model")
-    said = ["".join(model_api.generate(source, "Streaming", max_new_tokens=5)) for source in ("model", opened)]
+    said = ["".join(api.generate(source, "Streaming", max_new_tokens=5)) for source in ("model", opened)]
     assert said[0] == said[1]
     scores = [
-        model_api.evaluate(source, "heldout.txt", seq_len=64, reference=reference).scores
+        api.evaluate(source, "heldout.txt", seq_len=64, reference=reference).scores
         for source, reference in (("model-gptq", "model"), (open_checkpoint("model-gptq"), opened))
     ]
     assert [(s.nll, s.agreement) for s in scores[0]] == [(s.nll, s.agreement) for s in scores[1]]
     with pytest.raises(UsageError, match="is run from this machine only"):
-        model_api.generate("hf://org/name", "x")
+        api.generate("hf://org/name", "x")
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])

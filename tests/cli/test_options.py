@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightops.cli.options import _energy_text, _loss_text
-from weightops.ops.loss import Loss
+from weightops.ops.measures.loss import Loss
 
 
 def test_what_an_adapter_captures_is_told_in_percent_least_first() -> None:

@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from tiny_models import save_tiny, text
 
 from weightops import api
-from weightops.cli import check_html, html_page, quantize_html
-from weightops.cli.heat_map import Cell, Scale, heat_map
 from weightops.cli.main import run
+from weightops.cli.pages import check as check_html
+from weightops.cli.pages import html as html_page
+from weightops.cli.pages import quantize as quantize_html
+from weightops.cli.pages.heat_map import Cell, Scale, heat_map
 from weightops.quantization.options import ModuleReport
 
 COLOURS = ["n4", "n3", "n2", "n1", "m", "p1", "p2", "p3", "p4"]

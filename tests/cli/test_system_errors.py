@@ -108,7 +108,7 @@ def test_an_error_of_the_system_that_nobody_expected(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "some/file")
 
-    monkeypatch.setattr("weightops.api.find_place", fail)
+    monkeypatch.setattr("weightops.api.prove.find_place", fail)
     assert run(["inspect", "model", "--json"]) == code
     captured = capsys.readouterr()
     assert f"some/file: {words}" in captured.err

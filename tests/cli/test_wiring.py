@@ -238,7 +238,7 @@ def test_an_option_of_running_reaches_a_recipe(seen: dict[str, Any], tmp_path: P
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_rows_are_all_that_there_is(verb: str) -> None:
-    command = importlib.import_module(f"weightops.cli.{verb.replace('-', '_')}_command").command
+    command = importlib.import_module(f"weightops.cli.commands.{verb.replace('-', '_')}").command
     flags = {flag for option in command.params if option.param_type_name == "option" for flag in option.opts}
     rows = {word for r in (*ROWS[verb], *FILES, *RUNNING) for word in r.argv.split() if word.startswith("--")}
     assert flags - ELSEWHERE - {f"--{role}" for role in find_verb(verb).roles} == rows

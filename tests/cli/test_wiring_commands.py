@@ -18,7 +18,6 @@ import torch
 from support import write_checkpoint
 
 import weightops
-from weightops import model_api
 from weightops.cli.main import COMMANDS, run
 from weightops.recipes.verbs import VERBS
 
@@ -185,7 +184,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     for name in ("inference.evaluate.evaluate", "inference.generate.Generation", "operations.check.check"):
         stand_in(f"weightops.{name}")
-    for name in ("verify.verify", "manifest.make_manifest", "download_into.download_into"):
+    for name in ("verify.verify", "manifest.make_manifest", "download.download_into"):
         stand_in(f"weightops.operations.{name}")
     monkeypatch.setattr("weightops.inference.tokens.read_text", lambda paths: found.update(texts=list(paths)) or "x")
     stand_for_quantize(monkeypatch, found)
@@ -230,7 +229,7 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
     patch.setattr("weightops.quantization.calibration.calibrate", note(data, "", "", "samples", "", "seed"))
     patch.setattr("weightops.inference.tokens.load_tokenizer", note(object()))
     patch.setattr("weightops.inference.tokens.check_tokens", note(None))
-    patch.setattr(model_api, "write_all", write_all)
+    patch.setattr("weightops.api.models.write_all", write_all)
 
 
 def held_in(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -279,7 +278,7 @@ def test_an_option_reaches_the_operation_from_python(seen: dict[str, Any], comma
 def test_the_rows_are_all_that_there_is() -> None:
     assert ROWS.keys() | set(VERBS) | {"run"} == COMMANDS.keys()
     for name, rows in ROWS.items():
-        command = importlib.import_module(f"weightops.cli.{name}_command").command
+        command = importlib.import_module(f"weightops.cli.commands.{name}").command
         options = [option for option in command.params if option.param_type_name == "option"]
         flags = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
         known = {word for each in rows for word in each.argv.split() if word.startswith("--")}

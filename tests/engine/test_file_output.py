@@ -18,7 +18,7 @@ import weightops
 from weightops.engine import run, staging
 from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
-from weightops.formats.manifest import read_manifest
+from weightops.formats.proofs.manifest import read_manifest
 from weightops.plan import Plan, make_plan
 
 MANIFEST = "x.st.weightops-manifest.json"

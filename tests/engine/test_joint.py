@@ -14,12 +14,12 @@ from support import digests, given_tensor, write_checkpoint
 import weightops
 from weightops.engine.joint import common_block, common_nodes, first_read, group, interleave
 from weightops.formats.folder import open_checkpoint
-from weightops.io.source import FileReader
 from weightops.lazy import LazyTensor
 from weightops.operations.recover import recover
 from weightops.ops.elementwise import Add, cast
 from weightops.recipes.execute import Files
 from weightops.spec import DType
+from weightops.stores.reader import FileReader
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=8), max_size=4))

@@ -30,11 +30,11 @@ from weightops.formats.folder import open_checkpoint
 from weightops.io import reflink
 from weightops.io.direct import ALIGNMENT, DirectFile, aligned_buffer
 from weightops.io.reflink import BLOCK_NBYTES, Extent, fit_header
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import Add, Reinterpret
-from weightops.ops.witness import Witness
+from weightops.ops.measures.witness import Witness
 from weightops.plan import Plan, make_plan
 from weightops.recipes.execute import Result
 from weightops.spec import DType

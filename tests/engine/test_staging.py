@@ -31,7 +31,7 @@ def model(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", state(0), shards=3)
 
 
-def shard(model: Path, **options: object) -> weightops.api.Result:
+def shard(model: Path, **options: object) -> weightops.recipes.execute.Result:
     return weightops.shard(model, model.parent / "out", max_shard_size="source", workers=1, **options)
 
 

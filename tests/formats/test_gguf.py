@@ -17,8 +17,9 @@ from support import evaluate
 from weightops.errors import CorruptInput, UsageError, WeightopsError
 from weightops.formats.gguf import GgufFile, gguf_layout, read_gguf
 from weightops.formats.layout import Data, Layout, Literal
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.spec import DType, TensorSpec
+from weightops.stores.reader import FileReader
 
 DTYPES = [DType[name] for name in ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64", "Q8_0", "Q4_0")]
 INTEGERS = {f"{sign}int{bits}": bits for bits in (8, 16, 32, 64) for sign in ("u", "")}

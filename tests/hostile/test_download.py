@@ -15,7 +15,7 @@ from hub import Hub
 
 from weightops import api
 from weightops.errors import CorruptInput, WeightopsError
-from weightops.remote.partial import STATE
+from weightops.stores.transfer.partial import STATE
 
 DATA = content(5 * MIB)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}

@@ -17,8 +17,8 @@ from weightops import api
 from weightops.cli.main import run
 from weightops.engine.control import Control
 from weightops.errors import AuthenticationFailed, CorruptInput, Differs, NetworkFailed, SourceMissing, WeightopsError
-from weightops.remote.urls import check_redirect, is_private
-from weightops.remote.web import Web
+from weightops.stores.web.urls import check_redirect, is_private
+from weightops.stores.web.web import Web
 
 DATA = content(5 * MIB)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}
@@ -155,7 +155,7 @@ def test_what_servers_say_is_shown_harmless(
     fault: Fault,
     as_json: bool,
 ) -> None:
-    monkeypatch.setattr("weightops.remote.policy.Policy.delay_s", lambda self, failures: 0.0)
+    monkeypatch.setattr("weightops.stores.web.policy.Policy.delay_s", lambda self, failures: 0.0)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     hub.always[key] = fault
     assert run(["download", REPO, "--out", str(tmp_path), *(["--json"] if as_json else [])]) in (1, 10, 13, 14)

@@ -18,7 +18,7 @@ from weightops.inference.arguments import beyond_hidden_states
 from weightops.inference.evaluate import evaluate
 from weightops.inference.model import BlockModel
 from weightops.operations.recover import recover
-from weightops.operations.shard import shard
+from weightops.operations.shard.operation import shard
 
 TOKENS = torch.randint(2, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -18,11 +18,11 @@ from weightops_kernels import cpu
 from weightops_kernels.linear import QuantLinear
 
 import weightops
-from weightops import model_api
+from weightops import api
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, NoRoom, UsageError
 from weightops.formats.folder import open_checkpoint
-from weightops.formats.gptq import with_config
+from weightops.formats.quantized.gptq import with_config
 from weightops.inference.evaluate import evaluate
 from weightops.inference.generate import Generation
 from weightops.inference.model import BlockModel
@@ -183,7 +183,7 @@ def test_eval_by_kernels_gives_the_scores_and_the_errors_of_modules(folders: Pat
 
 def test_packed_is_refused_where_nothing_is_packed(folders: Path) -> None:
     with pytest.raises(UsageError, match="full: holds no quantised layer whose weights could stay packed"):
-        model_api.generate(folders / "full", "the stream", engine="packed")
+        api.generate(folders / "full", "the stream", engine="packed")
     with pytest.raises(UsageError, match="full: holds no quantised layer whose weights could stay packed"):
         evaluate([open_checkpoint(folders / "full")], text(20), engine="packed")
 

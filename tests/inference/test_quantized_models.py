@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import quantize_tiny, save_tiny, text, trained
 
-from weightops import model_api
+from weightops import api
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
 from weightops.formats.folder import open_checkpoint
@@ -58,8 +58,8 @@ def test_sets_of_pt_files_by_a_pattern_generate(
         part = {name: state[name] for name in names[i::2]}
         torch.save(part, folder / "full" / f"tigerbot-4bit-128g-{i + 1}.pt")
     (folder / "full" / "model.safetensors").unlink()
-    expected = "".join(model_api.generate(folder / "quantized", "the stream", max_new_tokens=20, device="cpu"))
-    found = model_api.generate(folder / "full" / "tigerbot-4bit-128g-*.pt", "the stream", max_new_tokens=20)
+    expected = "".join(api.generate(folder / "quantized", "the stream", max_new_tokens=20, device="cpu"))
+    found = api.generate(folder / "full" / "tigerbot-4bit-128g-*.pt", "the stream", max_new_tokens=20)
     assert "".join(found) == expected
 
 

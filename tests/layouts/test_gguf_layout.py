@@ -23,11 +23,11 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.formats.gguf import gguf_layout
 from weightops.formats.layout import Data, Literal
-from weightops.layouts import ranks, sentencepiece
 from weightops.layouts.gguf import write
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
-from weightops.layouts.tokenizer import Kind, Token, Tokenizer
-from weightops.layouts.tokenizer_files import TokenizerFiles
+from weightops.layouts.tokenizers import ranks, sentencepiece
+from weightops.layouts.tokenizers.files import TokenizerFiles
+from weightops.layouts.tokenizers.tokens import Kind, Token, Tokenizer
 from weightops.lazy import LazyTensor
 from weightops.ops.rows import Given
 from weightops.spec import DType

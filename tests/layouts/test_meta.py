@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from weightops import api
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
-from weightops.layouts import meta, ranks, releases
+from weightops.layouts import meta, releases
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import roles, shape_of
 from weightops.layouts.releases import RELEASES, Release
 from weightops.layouts.source import Source
+from weightops.layouts.tokenizers import ranks
 from weightops.lazy import LazyTensor
 from weightops.ops.rows import Given
 from weightops.spec import DType, TensorSpec

@@ -27,7 +27,7 @@ import weightops
 from weightops.checkpoint import Checkpoint
 from weightops.cli.main import run
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.operations.cast import DTYPES, cast
+from weightops.operations.cast.operation import DTYPES, cast
 from weightops.ops import fp8
 from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
 from weightops.ops.transpose import Transpose, transposed

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from weightops import api
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.gguf import read_gguf
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
+from weightops.stores.reader import FileReader
 
 SMALL: dict[str, Any] = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "ffn_dim": 64, "parts": 1}
 SMALL |= {"dtype": torch.float16, "rope_freqs": False}

@@ -20,8 +20,8 @@ import weightops
 from weightops.cli.main import run
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError, WeightopsError
 from weightops.formats.folder import open_checkpoint
-from weightops.ops.bitpack import BITS, pack, pack_columns
-from weightops.ops.gptq_tensors import dequantized
+from weightops.ops.gptq.tensors import dequantized
+from weightops.ops.numbers.bitpack import BITS, pack, pack_columns
 from weightops.spec import DType
 
 SCHEMES = [

@@ -31,9 +31,9 @@ from weightops.checkpoint import Checkpoint, Written
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.formats.folder import open_checkpoint
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
-from weightops.operations.extract_lora import extract_lora
+from weightops.operations.extract_lora.operation import extract_lora
 from weightops.ops.stored import Stored
 from weightops.spec import DType
 

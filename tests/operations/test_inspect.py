@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support import write_checkpoint
 
 import weightops
-from weightops.ops.bitpack import BITS
+from weightops.ops.numbers.bitpack import BITS
 
 
 @pytest.mark.parametrize(

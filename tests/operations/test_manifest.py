@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr("weightops.api.manifest", None)
+    monkeypatch.setattr("weightops.api.prove.manifest", None)
     assert run(["manifest", str(made), "--overwrite"]) == 1
 
 
@@ -113,5 +113,5 @@ def test_a_link_to_nothing_is_named(made: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_an_unknown_digest_is_refused_before_the_work(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightops.api.digest_tensors", None)
+    monkeypatch.setattr("weightops.api.prove.digest_tensors", None)
     assert run(["manifest", str(made), "--overwrite", "--digest", "crc32"]) == 2

@@ -19,8 +19,8 @@ from support import write_checkpoint
 import weightops
 from weightops.cli.main import run
 from weightops.errors import IncompatibleInputs, UsageError, WeightopsError
-from weightops.formats.gptq import write_module
-from weightops.ops.bitpack import BITS
+from weightops.formats.quantized.gptq import write_module
+from weightops.ops.numbers.bitpack import BITS
 
 State = dict[str, torch.Tensor]
 

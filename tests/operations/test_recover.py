@@ -20,7 +20,7 @@ import weightops
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.layout import Literal
 from weightops.formats.safetensors import safetensors_layout
-from weightops.operations.pairing import rotary_frequencies
+from weightops.layouts.restored import rotary_frequencies
 from weightops.spec import DType, TensorSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "knowlm"

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from support import evaluate, given_tensor, random_tensor, to_bytes, torch_dtype
 
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops import rows
 from weightops.ops.elementwise import Add, Reinterpret, Subtract, Xor, cast, has_arithmetic
+from weightops.ops.measures.witness import Witness, witness
 from weightops.ops.rows import Fit, Given, Repeat, extend_by_mean, fit
 from weightops.ops.stored import Checked, Stored, view
-from weightops.ops.witness import Witness, witness
 from weightops.spec import DType, TensorSpec
 
 FLOATS = [DType.F16, DType.BF16, DType.F32, DType.F64]

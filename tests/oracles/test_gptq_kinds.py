@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_gptq_readers import AUTOGPTQ, GPTQMODEL, TOKENS, error, run_script
 
 from weightops import shard
+from weightops.api.models import quantize
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.model import BlockModel
-from weightops.model_api import quantize
 
 THEIR_NAMES = {
     r"\.block_sparse_moe\.": ".mlp.",

@@ -21,8 +21,8 @@ from environments import environment, run_script
 from gptq_models import Scheme, bloom, llama, quantised, rounded
 
 import weightops
-from weightops.formats.gptq import write_module
-from weightops.ops.bitpack import BITS
+from weightops.formats.quantized.gptq import write_module
+from weightops.ops.numbers.bitpack import BITS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from weightops.model_api import quantize
+from weightops.api.models import quantize
 from weightops.quantization import block
 from weightops.quantization.kept import Kept
 

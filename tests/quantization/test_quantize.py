@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import weightops
+from weightops.api.models import quantize
 from weightops.cli.main import run
 from weightops.cli.progress import human
 from weightops.engine.control import Control
@@ -33,8 +34,7 @@ from weightops.errors import (
 )
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.generate import Generation
-from weightops.model_api import quantize
-from weightops.operations.cast import cast
+from weightops.operations.cast.operation import cast
 from weightops.quantization.run import _pattern, compute_dtype
 from weightops.spec import DType
 

@@ -15,9 +15,9 @@ from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM
 
 import weightops
+from weightops.api.models import Quantization, evaluate, quantize
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.model import BlockModel
-from weightops.model_api import Quantization, evaluate, quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {"group_size": 32, "samples": 20, "seq_len": 64}

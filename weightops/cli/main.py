@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import click
 
-from weightops import __version__
 from weightops.errors import WeightopsError
+from weightops.version import __version__
 
 COMMANDS = {
     "download": "Fetch a repository or file, and prove what arrived.",
@@ -75,7 +75,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"weightops.cli.{cmd_name.replace('-', '_')}_command")
+        module = importlib.import_module(f"weightops.cli.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from weightops.errors import AuthenticationFailed, NetworkFailed, UsageError
 from weightops.io.escape import escape
-from weightops.remote.policy import Policy
-from weightops.remote.urls import DEFAULT_ENDPOINT, origin, show
-from weightops.remote.web import Web
+from weightops.stores.web.policy import Policy
+from weightops.stores.web.urls import DEFAULT_ENDPOINT, origin, show
+from weightops.stores.web.web import Web
 
 _ITEM = re.compile(r"(?P<host>\[[0-9a-f:.%]+\]|[^:]*)(?::(?P<port>\d{1,5}))?")
 

@@ -20,9 +20,9 @@ from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
 from weightops.errors import UsageError
 from weightops.formats.containers import FORMATS
-from weightops.formats.folder import is_remote
+from weightops.formats.places import is_remote
 from weightops.io.escape import escape
-from weightops.ops.loss import Loss
+from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -152,3 +152,8 @@ def _short(name: str) -> str:
     """The end of a name, which tells shards apart, in a fixed width."""
     shown = escape(name)
     return (shown if len(shown) <= _MAX_NAME else "…" + shown[1 - _MAX_NAME :]).ljust(_MAX_NAME)
+
+
+def percent(error: float) -> str:
+    """A share of one, for reading."""
+    return f"{100 * error:.3g} %"

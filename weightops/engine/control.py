@@ -9,7 +9,7 @@ from weightops.errors import Interrupted
 from weightops.lazy import Once
 
 if TYPE_CHECKING:
-    from weightops.remote.web import Web
+    from weightops.stores.web.web import Web
 
 
 class Progress(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from weightops.engine.control import Control
 from weightops.engine.stream import BLOCK_NBYTES
 from weightops.lazy import Evaluator, LazyTensor
-from weightops.ops.witness import witness
+from weightops.ops.measures.witness import witness
 from weightops.spec import TensorSpec
 
 

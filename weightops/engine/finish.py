@@ -8,15 +8,15 @@ from pathlib import Path
 from weightops.checkpoint import Sidecar, Written
 from weightops.engine.staging import ShardRecord, Staging
 from weightops.errors import CorruptInput, Differs
-from weightops.formats import manifest
+from weightops.formats.proofs import manifest
 from weightops.io.atomic import make_folder, write_whole, writing_whole
 from weightops.io.digests import FileDigests, hash_bytes, new_hasher
 from weightops.io.escape import escape
-from weightops.io.source import FileReader
-from weightops.ops.loss import Loss
+from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan
 from weightops.spec import TensorSpec
-from weightops.versions import library_versions
+from weightops.stores.reader import FileReader
+from weightops.version import library_versions
 
 _PIECE_NBYTES = 1 << 20
 

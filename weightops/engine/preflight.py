@@ -14,7 +14,7 @@ from weightops.engine.limits import available_memory, peak_memory
 from weightops.engine.staging import OUTPUT, partial
 from weightops.errors import NoRoom, UsageError
 from weightops.io.escape import escape
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.plan import Plan
 
 _SPARE_NBYTES = 16 << 20

@@ -15,14 +15,16 @@ from weightops.engine.stream import BLOCK_NBYTES
 from weightops.formats.layout import Data
 from weightops.formats.sniff import check_head
 from weightops.io.digests import FileDigests
-from weightops.io.source import SKIPPED_NBYTES, FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor, Op
+from weightops.ops.measures.witness import Witness
 from weightops.ops.stored import Checked
-from weightops.ops.witness import Witness
 from weightops.plan import Plan
+from weightops.stores.reader import FileReader
+from weightops.stores.store import SKIPPED_NBYTES
 
 if TYPE_CHECKING:
-    from weightops.remote.web import Web
+    from weightops.stores.web.web import Web
 
 _UNREAD_NBYTES = 1 << 20
 _UNREAD_SHARE = 10
@@ -111,7 +113,7 @@ def fetch_sidecars(plan: Plan, folder: Path, control: Control) -> dict[str, File
     found = {}
     for name, sidecar in plan.sidecars.items():
         if isinstance(sidecar, Copied) and sidecar.file.is_remote and control.web is not None:
-            from weightops.remote.folder import read_source
+            from weightops.stores.web.folder import read_source
 
             control.check()
             data = read_source(sidecar.file, control.web)

@@ -19,15 +19,15 @@ from weightops.engine.sample import sample
 from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord, published
 from weightops.engine.stream import BLOCK_NBYTES, File, write_files
 from weightops.errors import Differs, OutputExists, UsageError, WeightopsError
-from weightops.formats import manifest
+from weightops.formats.proofs import manifest
 from weightops.io.atomic import temporary_of
 from weightops.io.brief import brief
 from weightops.io.digests import FileDigests, hash_file
-from weightops.io.source import FileReader
 from weightops.lazy import Evaluator, LazyTensor
-from weightops.ops.loss import losses_of
-from weightops.ops.witness import Witness
+from weightops.ops.measures.loss import losses_of
+from weightops.ops.measures.witness import Witness
 from weightops.plan import Plan, Shard
+from weightops.stores.reader import FileReader
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 import xxhash
 
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
+from weightops.stores.reader import FileReader
 
 _PIECE_NBYTES = 4096
 

@@ -24,15 +24,15 @@ from weightops.engine.sample import sample
 from weightops.engine.targets import FileTarget, FolderTarget, Target
 from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
-from weightops.formats import manifest
-from weightops.formats.manifest import Manifest
+from weightops.formats.proofs import manifest
+from weightops.formats.proofs.manifest import Manifest
 from weightops.io.atomic import fsync_folder, publish, temporary_of, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.io.source import FileReader
 from weightops.lazy import LazyTensor
-from weightops.ops.loss import Loss
+from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
+from weightops.stores.reader import FileReader
 
 SCHEMA = "weightops-partial/1"
 JOURNAL, OUTPUT, REPLACED = "journal.jsonl", "output", "replaced"

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from weightops.errors import OutputExists
-from weightops.formats import manifest
+from weightops.formats.proofs import manifest
 from weightops.io.atomic import exchange, fsync_folder
 from weightops.io.escape import escape
 

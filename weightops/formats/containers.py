@@ -9,7 +9,7 @@ from typing import Any
 from weightops.checkpoint import Checkpoint
 from weightops.formats.layout import Layout
 from weightops.formats.safetensors import safetensors_layout, sharing_layout
-from weightops.formats.torch_writer import Flavour, torch_layout
+from weightops.formats.torch import Flavour, torch_layout
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 

@@ -8,8 +8,8 @@ from typing import Final, Literal
 import msgspec
 
 from weightops.checkpoint import Checkpoint, Digests, Document
-from weightops.errors import CorruptInput
-from weightops.formats.manifest import content_id
+from weightops.errors import CorruptInput, IncompatibleInputs
+from weightops.formats.proofs.manifest import content_id
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.spec import DType, TensorSpec
@@ -108,3 +108,9 @@ def find_delta(checkpoint: Checkpoint) -> Delta | None:
         return msgspec.convert(strict_json.load_object(data, where), Delta)
     except msgspec.ValidationError as error:
         raise CorruptInput(f"{where}: not a delta that this version reads ({escape(str(error))})") from None
+
+
+def refuse_delta(checkpoint: Checkpoint, role: str) -> None:
+    """A delta is not a model, whatever its files look like."""
+    if NAME in checkpoint.sidecars:
+        raise IncompatibleInputs(f"{role} {escape(checkpoint.name)} is a delta, not a model", hint="recover it first")

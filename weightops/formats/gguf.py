@@ -19,10 +19,11 @@ from weightops.formats.layout import Data, Layout, Literal
 from weightops.formats.safetensors import MAX_HEADER_NBYTES, MAX_TENSORS
 from weightops.formats.sniff import explain
 from weightops.io.escape import escape
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.ops.stored import Stored
 from weightops.spec import DType, TensorSpec
+from weightops.stores.reader import FileReader
 
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32

@@ -17,13 +17,14 @@ from weightops.formats.sniff import explain
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.reflink import Extent, fit_header
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import Reinterpret
+from weightops.ops.measures.witness import Witness
 from weightops.ops.stored import Checked, Stored
-from weightops.ops.witness import Witness
 from weightops.spec import DType, TensorSpec
+from weightops.stores.reader import FileReader
 
 MAX_HEADER_NBYTES = 100_000_000
 MAX_RANK = 64

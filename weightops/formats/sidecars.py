@@ -14,11 +14,11 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint, Copied, Sidecar, Written
 from weightops.errors import CorruptInput
-from weightops.formats import checksums, manifest
+from weightops.formats.proofs import checksums, manifest
 from weightops.formats.sniff import LFS_MAGIC
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.io.folder import Folder
+from weightops.stores.store import Folder
 
 MAX_NBYTES = 100_000_000
 _READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json", "quantize_config.json")

@@ -14,6 +14,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.limits import release_freed
 from weightops.errors import UsageError
+from weightops.formats.adapter.files import refuse_adapter
 from weightops.inference.arguments import BlockArguments, beyond_hidden_states
 from weightops.inference.names import Part, match, split_experts
 from weightops.inference.packed import Engine, PackedWeight, find_packed
@@ -21,7 +22,6 @@ from weightops.inference.skeleton import build, find_blocks
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
 from weightops.layouts.skeleton import place, read_config
-from weightops.operations.pairing import refuse_adapter
 from weightops.spec import DType
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from weightops.errors import IncompatibleInputs
 from weightops.inference.linears import TransposedLinear, expert_weights
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.layouts.loaded_names import renaming
 from weightops.layouts.skeleton import is_persistent
 from weightops.lazy import LazyTensor
-from weightops.operations.loaded_names import renaming
 from weightops.ops.arrange import cut
 from weightops.ops.elementwise import Reinterpret
-from weightops.ops.gptq_tensors import Dequantize
+from weightops.ops.gptq.tensors import Dequantize
 from weightops.ops.transpose import transposed
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from weightops.inference.weights import read_all, torch_dtype
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
-from weightops.ops.gptq_tensors import Dequantize, pack_zeros, true_zeros
+from weightops.ops.gptq.tensors import Dequantize, pack_zeros, true_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from pathlib import Path
 from weightops.errors import NoRoom, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.reflink import Extent, share
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 
 ALIGNMENT = 4096
 _BUFFERED_PIECE = 128 << 10

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weightops.io.paths import open_regular
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 
 BLOCK_NBYTES = 4096
 """The block size of nearly every file system; where it is larger, what does not fit is refused, and written."""

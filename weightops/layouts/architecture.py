@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +17,13 @@ import msgspec
 from weightops.checkpoint import Checkpoint
 from weightops.errors import WeightopsError
 from weightops.io.atomic import write_whole
-from weightops.io.escape import escape
-from weightops.versions import library_versions
+from weightops.layouts.counts import beyond_files, numbers
+from weightops.version import library_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORMAT = 1
-_COUNTS = re.compile(r"(?!max_)(.*_)?(n_layer|(hidden_|n_)?layers|num_.*layer|num_blocks|(n|num)_.*blocks|depth)")
-_EXPERTS = re.compile(r"(n|num)_(.*_)?experts")
-"""Keys of config.json that count layers, and experts."""
 _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config", "use_cache")
 _MAX_NBYTES = 100 << 20
 
@@ -61,35 +57,12 @@ class BeyondFiles(NotKnown):
     """config.json asks for more than the files have tensors for."""
 
 
-def beyond_files(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
-    """A sentence on the first count of layers or experts in config.json for which the files have too few tensors.
-
-    Such a config costs time and memory as soon as it is read. A stacked tensor may hold as many experts as it is high.
-    """
-    most = len(checkpoint)
-    experts = max([most, *(tensor.spec.shape[0] for tensor in checkpoint.values() if tensor.spec.shape)])
-    for key, value in _numbers(config, ""):
-        name = key.rpartition(".")[2]
-        limit = most if _COUNTS.fullmatch(name) else experts if _EXPERTS.fullmatch(name) else None
-        if limit is not None and value > limit:
-            return f"config.json: {escape(key)} is {str(value)[:80]}, the files have {most} tensors"
-    return None
-
-
-def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif type(value) is int:
-            yield f"{prefix}{key}", value
-
-
 def find(config: Mapping[str, Any], checkpoint: Checkpoint, cache: Path | None) -> Architecture:
     """The architecture of a config.json for the files of `checkpoint`, from the folder `cache` if it is there.
 
     Raises `NotKnown`, before anything is built for a config that is `BeyondFiles`.
     """
-    if all(key.endswith("_id") for key, _ in _numbers(config, "")):
+    if all(key.endswith("_id") for key, _ in numbers(config)):
         raise NotKnown("config.json does not say how large the model is")
     excess = beyond_files(config, checkpoint)
     if excess:

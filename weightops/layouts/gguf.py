@@ -15,16 +15,16 @@ from typing import Any
 from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.io import strict_json
-from weightops.layouts.gguf_vocabulary import vocabulary
-from weightops.layouts.hf_tokenizer import hf_files, special_ids
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import EMBEDDING, from_canonical
-from weightops.layouts.tokenizer import Kind
-from weightops.layouts.tokenizer_files import CONFIG, GENERATION, TOKENIZER_CONFIG, TokenizerFiles
+from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TOKENIZER_CONFIG, TokenizerFiles
+from weightops.layouts.tokenizers.gguf import vocabulary
+from weightops.layouts.tokenizers.hf import hf_files, special_ids
+from weightops.layouts.tokenizers.tokens import Kind
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
-from weightops.ops.ggml import Quantize
-from weightops.ops.loss import counted_cast
+from weightops.ops.measures.loss import counted_cast
+from weightops.ops.numbers.ggml import Quantize
 from weightops.ops.rows import Given
 from weightops.spec import DType
 

@@ -12,11 +12,11 @@ from typing import Any
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
-from weightops.layouts.hf_tokenizer import hf_files, inexact, special_ids, stated_ids
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import EMBEDDING, HEAD, LAYER, from_canonical, to_canonical
 from weightops.layouts.rotary import inverse_frequencies
 from weightops.layouts.source import Fields, Source
+from weightops.layouts.tokenizers.hf import hf_files, inexact, special_ids, stated_ids
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import Agreed, halves_to_pairs, pairs_to_halves
 from weightops.ops.elementwise import cast

@@ -15,7 +15,7 @@ import numpy as np
 
 from weightops.checkpoint import Checkpoint, Written, written_json
 from weightops.errors import CorruptInput, UsageError
-from weightops.formats.checklist import Checklist
+from weightops.formats.proofs.checklist import Checklist
 from weightops.io.escape import escape
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.names import (
@@ -31,9 +31,9 @@ from weightops.layouts.names import (
     shape_of,
     to_canonical,
 )
-from weightops.layouts.ranks import rank_file
 from weightops.layouts.releases import Release, candidates
 from weightops.layouts.source import Fields, Source
+from weightops.layouts.tokenizers.ranks import rank_file
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import Agreed, concat, cut
 from weightops.ops.elementwise import cast

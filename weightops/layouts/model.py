@@ -12,8 +12,8 @@ from typing import Literal
 
 from weightops.checkpoint import Sidecar
 from weightops.errors import UsageError
-from weightops.layouts.tokenizer import Tokenizer
-from weightops.layouts.tokenizer_files import TokenizerFiles
+from weightops.layouts.tokenizers.files import TokenizerFiles
+from weightops.layouts.tokenizers.tokens import Tokenizer
 from weightops.lazy import LazyTensor
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
 from weightops.io.escape import escape
-from weightops.layouts.architecture import beyond_files
+from weightops.layouts.counts import beyond_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

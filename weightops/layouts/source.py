@@ -12,10 +12,10 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.io.folder import LocalFolder
-from weightops.io.source import read_source
-from weightops.layouts.tokenizer_files import CONFIG, MORE_TEMPLATES, NAMES, TokenizerFiles
+from weightops.layouts.tokenizers.files import CONFIG, MORE_TEMPLATES, NAMES, TokenizerFiles
 from weightops.lazy import LazyTensor
+from weightops.stores.local import LocalFolder
+from weightops.stores.reader import read_source
 
 SETTINGS: Mapping[str, tuple[type, str]] = {
     "context_length": (int, "tokens that the model was trained for at once"),

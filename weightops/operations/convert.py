@@ -15,18 +15,18 @@ import numpy as np
 
 from weightops.checkpoint import Checkpoint, Written, written_json
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
 from weightops.layouts.model import Model
 from weightops.layouts.names import find_layout
 from weightops.layouts.source import Source, beside, parse_settings
-from weightops.layouts.tokenizer import count_tokens, read_tokenizer, refuse_larger
-from weightops.layouts.tokenizer_files import CONFIG, GENERATION, PIECES, SENTENCEPIECE
+from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE
+from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.pairing import refuse_adapter
 from weightops.ops.elementwise import cast
-from weightops.ops.loss import counted_cast
+from weightops.ops.measures.loss import counted_cast
 from weightops.spec import DType
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint, Copied, Sidecar, written_json
 from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
-from weightops.formats.gptq import (
+from weightops.formats.quantized.gptq import (
     CONFIG_KEY,
     CONFIG_NAME,
     PARTS,
@@ -20,16 +22,16 @@ from weightops.formats.gptq import (
     prefixes,
     read_config,
 )
-from weightops.formats.gptq_zeros import ZeroOverflow, find_zeros
+from weightops.formats.quantized.gptq_zeros import ZeroOverflow, find_zeros
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.io.source import read_source
+from weightops.io.names import listed
+from weightops.layouts.modules import is_conv1d
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.modules import is_conv1d
-from weightops.operations.pairing import listed, refuse_adapter, refuse_delta
-from weightops.ops.gptq_tensors import dequantized
+from weightops.ops.gptq.tensors import dequantized
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
+from weightops.stores.reader import read_source
 
 DTYPES = (DType.F16, DType.BF16, DType.F32)
 _CONFIG = "config.json"

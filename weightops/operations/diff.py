@@ -6,15 +6,16 @@ from dataclasses import replace
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.formats.delta import DeltaDocument, label
+from weightops.formats.delta import DeltaDocument, label, refuse_delta
 from weightops.io.escape import escape
+from weightops.io.names import listed
+from weightops.layouts.restored import ROTARY_SUFFIX, as_loaded
 from weightops.lazy import LazyTensor
-from weightops.operations.pairing import ROTARY_SUFFIX, as_loaded, bits_spec, listed, refuse_delta
 from weightops.ops.elementwise import Reinterpret, Subtract, Xor, cast
+from weightops.ops.measures.witness import witness
 from weightops.ops.rows import fit
-from weightops.ops.witness import witness
-from weightops.spec import DType, TensorSpec
-from weightops.versions import library_versions
+from weightops.spec import DType, TensorSpec, bits_spec
+from weightops.version import library_versions
 
 METHODS = ("exact", "subtract")
 

@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 
 from weightops.checkpoint import Checkpoint
-from weightops.formats import delta, manifest
+from weightops.formats import delta
 from weightops.formats.containers import find_aliases
-from weightops.formats.gptq import PARTS, packed_shapes
+from weightops.formats.proofs import manifest
+from weightops.formats.quantized.gptq import PARTS, packed_shapes
 from weightops.io.brief import brief
-from weightops.io.folder import Folder
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.spec import TensorSpec
+from weightops.stores.store import Folder
 
 SCHEMA = "weightops-inspect/1"
 

@@ -11,15 +11,15 @@ import msgspec
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.errors import WeightopsError
-from weightops.formats import manifest as format
-from weightops.formats.checksums import ChecksumEntry, render_gnu
-from weightops.formats.manifest import FileEntry, Manifest, TensorEntry, content_id
+from weightops.formats.proofs import manifest as format
+from weightops.formats.proofs.checksums import ChecksumEntry, render_gnu
+from weightops.formats.proofs.manifest import FileEntry, Manifest, TensorEntry, content_id
 from weightops.io.digests import HEX_DIGITS, hash_files
 from weightops.io.escape import escape
 from weightops.io.paths import files_below, inside
 from weightops.operations.verify import is_listing
 from weightops.spec import TensorSpec
-from weightops.versions import library_versions
+from weightops.version import library_versions
 
 
 def make_manifest(

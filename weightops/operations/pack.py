@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from weightops import __version__
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
-from weightops.formats.gptq import (
+from weightops.formats.quantized.gptq import (
     CheckpointFormat,
     QuantizeConfig,
     check_groups,
@@ -23,13 +24,14 @@ from weightops.formats.gptq import (
     with_config,
 )
 from weightops.io.escape import escape
+from weightops.io.names import listed
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.pairing import listed, refuse_adapter, refuse_delta
-from weightops.ops.bitpack import period
-from weightops.ops.gptq_tensors import INTEGERS, GroupIndex, Pack, PackZeros, as_codes
-from weightops.ops.loss import counted_cast
+from weightops.ops.gptq.tensors import INTEGERS, GroupIndex, Pack, PackZeros, as_codes
+from weightops.ops.measures.loss import counted_cast
+from weightops.ops.numbers.bitpack import period
 from weightops.ops.rows import Repeat
 from weightops.spec import DType
+from weightops.version import __version__
 
 _GIVEN = ("q", "zeros", "scales", "g_idx")
 

@@ -8,24 +8,18 @@ from dataclasses import replace
 from weightops.checkpoint import Checkpoint, Sidecar
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.delta import NAME as DELTA_NAME
-from weightops.formats.delta import Delta, DeltaTensor, find_delta, label
+from weightops.formats.delta import Delta, DeltaTensor, find_delta, label, refuse_delta
 from weightops.formats.sidecars import Kind, is_tokenizer_file, kind_of
 from weightops.io.escape import escape
+from weightops.io.names import listed, matching
+from weightops.layouts.embeddings import is_vocabulary
+from weightops.layouts.restored import ROTARY_SUFFIX, as_loaded
 from weightops.lazy import LazyTensor
 from weightops.operations.diff import resizable
-from weightops.operations.pairing import (
-    ROTARY_SUFFIX,
-    as_loaded,
-    bits_spec,
-    is_vocabulary,
-    listed,
-    matching,
-    refuse_delta,
-)
 from weightops.ops.elementwise import Add, Reinterpret, Xor, cast
+from weightops.ops.measures.witness import Witness
 from weightops.ops.rows import extend_by_mean, fit
-from weightops.ops.witness import Witness
-from weightops.spec import DType
+from weightops.spec import DType, bits_spec
 
 VOCAB_POLICIES = ("refuse", "mean", "zero", "stored")
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from weightops.errors import IncompatibleInputs
 from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor, Op
-from weightops.ops.float_formats import FORMATS
 from weightops.ops.libtorch import convert
-from weightops.ops.loss import counted_cast
+from weightops.ops.measures.loss import counted_cast
+from weightops.ops.numbers.float_formats import FORMATS
 from weightops.spec import DType, TensorSpec
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from weightops.errors import CorruptInput
-from weightops.io.source import SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.spec import DType, TensorSpec
 

@@ -18,7 +18,7 @@ from weightops.engine.control import Control
 from weightops.engine.limits import release_freed
 from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
-from weightops.ops.gptq import (
+from weightops.ops.gptq.solver import (
     Factor,
     Hessian,
     Solved,

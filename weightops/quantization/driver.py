@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from weightops.engine.control import Control
 from weightops.errors import UsageError
-from weightops.formats.gptq import write_module
+from weightops.formats.quantized.gptq import write_module
 from weightops.inference.linears import routers
 from weightops.inference.model import BlockModel
 from weightops.io.escape import escape
-from weightops.ops.gptq import Solved
+from weightops.ops.gptq.solver import Solved
 from weightops.quantization.block import Block, linear_of
 from weightops.quantization.options import Options
 from weightops.quantization.walk import Walk

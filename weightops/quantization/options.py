@@ -7,8 +7,9 @@ from typing import Literal
 
 import msgspec
 
-from weightops.formats.gptq import CheckpointFormat
-from weightops.ops.gptq_grid import Settings
+from weightops.formats.quantized.gptq import CheckpointFormat
+from weightops.layouts.modules import NUMBERED
+from weightops.ops.gptq.grid import Settings
 
 Method = Literal["gptq", "rtn"]
 
@@ -42,3 +43,20 @@ class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
     dead_columns: int = 0
     floored_scales: int = 0
     fallback: str | None = None
+
+    @property
+    def block(self) -> int:
+        """The number of its block."""
+        matched = NUMBERED.fullmatch(self.module)
+        return int(matched[2]) if matched else 0
+
+    @property
+    def kind(self) -> str:
+        """What it is called in its block."""
+        matched = NUMBERED.fullmatch(self.module)
+        return matched[3] if matched else self.module
+
+    @property
+    def error_ratio(self) -> float | None:
+        """The error over that of rounding to nearest."""
+        return self.error / self.error_rtn if self.error is not None and self.error_rtn else None

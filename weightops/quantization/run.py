@@ -21,21 +21,22 @@ from weightops.engine.control import Control
 from weightops.engine.limits import available_memory
 from weightops.engine.sample import sample
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.formats.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
+from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
+from weightops.formats.quantized.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
 from weightops.io.escape import escape
-from weightops.io.source import FileReader
 from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor
-from weightops.operations.pairing import refuse_adapter, refuse_delta
 from weightops.plan import identity_of
 from weightops.quantization.calibration import Calibration
 from weightops.quantization.driver import find_modules, quantize_blocks
 from weightops.quantization.options import ModuleReport, Options
 from weightops.quantization.work import Work, check_room
 from weightops.spec import DType
-from weightops.versions import library_versions
+from weightops.stores.reader import FileReader
+from weightops.version import library_versions
 
 REPORT = "quantize_report.json"
 DEFAULT_SEQ_LEN = 2048

@@ -28,9 +28,10 @@ from weightops.formats.safetensors import read_safetensors
 from weightops.io.atomic import fsync_folder, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.io.source import FileReader, SourceFile
+from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import first_difference
+from weightops.stores.reader import FileReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,17 +14,18 @@ from weightops.engine.control import Control
 from weightops.engine.run import run_all
 from weightops.engine.values import values
 from weightops.errors import UsageError
-from weightops.formats import checksums
-from weightops.formats import manifest as manifest_format
+from weightops.formats.choose import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.containers import CONTAINERS, without_place
-from weightops.formats.folder import WEIGHT_SUFFIXES as _FILES
-from weightops.formats.folder import is_remote, open_adapter, open_checkpoint
-from weightops.formats.manifest import Manifest
+from weightops.formats.folder import open_adapter, open_checkpoint
+from weightops.formats.places import is_remote
+from weightops.formats.proofs import checksums
+from weightops.formats.proofs import manifest as manifest_format
+from weightops.formats.proofs.manifest import Manifest
+from weightops.formats.proofs.published import find_manifest
 from weightops.formats.sidecars import left_behind
 from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.manifests import find_manifest
 from weightops.ops.stored import without_shared_checks
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
 from weightops.recipes.observe import observe
@@ -32,7 +33,7 @@ from weightops.recipes.recipe import Recipe, Step
 from weightops.recipes.verbs import find_verb
 
 if TYPE_CHECKING:
-    from weightops.remote.web import Web
+    from weightops.stores.web.web import Web
 
 CARD = "README.md"
 StrPath = str | os.PathLike[str]
@@ -228,7 +229,7 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
     )
     if not files.get("card"):
         return plan
-    from weightops.operations.card import card, quantization_of  # imported here because few runs write one
+    from weightops.recipes.card import card, quantization_of  # imported here because few runs write one
 
     names = {origin.role: origin.name for origin in origins}
     readme = card(
@@ -272,7 +273,7 @@ def connected(running: Running, remote: bool) -> Iterator[Web | None]:
     if control.web is not None or not remote:
         yield control.web
         return
-    from weightops.remote.web import Web
+    from weightops.stores.web.web import Web
 
     running["control"] = control
     with Web() as web:

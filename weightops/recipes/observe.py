@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from weightops.checkpoint import Checkpoint
-from weightops.formats import manifest
+from weightops.formats.proofs import manifest
 from weightops.lazy import LazyTensor
-from weightops.ops.witness import Witness
+from weightops.ops.measures.witness import Witness
 from weightops.plan import Origin, OriginTensor
 
 

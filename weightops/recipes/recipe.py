@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightops.errors import SourceMissing, UsageError, WeightopsError
-from weightops.formats.folder import is_remote
+from weightops.formats.places import is_remote
 from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.plan import parse_size

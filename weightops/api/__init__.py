@@ -1,0 +1,53 @@
+"""The Python API: one function per command, over the same objects, plus the pieces they are made of.
+
+    import weightops
+    weightops.recover("./llama-13b", "./zhixi-diff", "./zhixi", format="torch-1.12", max_shard_size="10GB")
+
+Commands that write take the keywords of `Output`; all raise `weightops.errors` and print nothing. They import their
+operations when they are called, because starting takes longer than many of them.
+"""
+
+from __future__ import annotations
+
+from weightops.api.change import (
+    cast,
+    convert,
+    dequantize,
+    diff,
+    extract_lora,
+    merge_lora,
+    pack,
+    recover,
+    shard,
+)
+from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
+from weightops.api.outputs import Output, run, save, save_all
+from weightops.api.prove import check, download, inspect, manifest, verify
+from weightops.formats.folder import open_checkpoint
+
+__all__ = [
+    "ComputeDType",
+    "Output",
+    "Quantization",
+    "cast",
+    "check",
+    "convert",
+    "dequantize",
+    "diff",
+    "download",
+    "evaluate",
+    "extract_lora",
+    "generate",
+    "inspect",
+    "manifest",
+    "merge_lora",
+    "open_checkpoint",
+    "pack",
+    "quantize",
+    "recover",
+    "run",
+    "save",
+    "save_all",
+    "shard",
+    "verify",
+]

@@ -1,0 +1,246 @@
+"""The Python API of what runs models: quantising with calibration data, evaluating, generating."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+import msgspec
+
+from weightops.api.outputs import Output, split_output
+from weightops.checkpoint import Checkpoint, Copied
+from weightops.engine.control import Control
+from weightops.engine.preflight import refuse_among
+from weightops.engine.staging import refuse_target
+from weightops.engine.work_folder import refuse_others
+from weightops.errors import UsageError
+from weightops.formats.folder import open_checkpoint
+from weightops.formats.places import is_remote
+from weightops.formats.sidecars import Kind, kind_of
+from weightops.io.brief import brief
+from weightops.io.digests import hash_file
+from weightops.io.escape import escape
+from weightops.plan import parse_size, sources_of
+from weightops.recipes.execute import Result, StrPath, Wanted, several, write_all
+
+if TYPE_CHECKING:
+    from weightops.inference.evaluate import Evaluation
+    from weightops.inference.generate import Generation
+    from weightops.inference.packed import Engine
+    from weightops.quantization.calibration import Calibration
+    from weightops.quantization.options import ModuleReport, Options
+    from weightops.quantization.run import Estimate
+
+ComputeDType = Literal["float32", "bfloat16", "float16"]
+"""What a model computes in."""
+_BASE_NBYTES = 300 << 20
+"""The interpreter with torch and transformers loaded."""
+_DESCRIBING = (Kind.CONFIG, Kind.GENERATION, Kind.TOKENIZER, Kind.TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize` did, or with `dry_run` would do: then there is no `result`."""
+
+    estimate: Estimate
+    result: Result | None = None
+    modules: tuple[ModuleReport, ...] = ()
+    bits_per_weight: float = 0.0
+
+    __repr__ = brief
+
+
+def quantize(
+    source: StrPath,
+    out: StrPath,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    act_order: bool = False,
+    static_groups: bool = False,
+    method: Literal["gptq", "rtn"] = "gptq",
+    calibration: StrPath | Sequence[StrPath] = (),
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    damp_percent: float = 0.01,
+    mse: bool = True,
+    skip: str | Sequence[str] = (),
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    **output: Unpack[Output],
+) -> Quantization:
+    """Quantise the linear layers of a model's blocks; see `weightops.quantization.driver`.
+
+    `calibration`: text or JSONL files, of which `samples` windows of `seq_len` tokens are drawn with `seed`: 2048
+    tokens, or as many as the model has positions. `skip`: globs of layers that stay as they are. `device`: where to
+    compute; `auto` is a GPU if there is one. Of `max_memory`, or half of what is free, what a block does not need saves
+    time. The same call continues at its block what an earlier one began.
+    """
+    from weightops.inference.model import pick_device
+    from weightops.inference.tokens import check_tokens, load_tokenizer
+    from weightops.ops.gptq.solver import Settings
+    from weightops.quantization.calibration import calibrate, read_documents
+    from weightops.quantization.options import Options
+    from weightops.quantization.run import prepare, quantized, sample_length
+    from weightops.quantization.work import SCHEMA, blocks_of
+
+    files, running = split_output(output)
+    out = Path(out)
+    checkpoint = open_checkpoint(source)
+    if not running.get("dry_run"):
+        refuse_among(out, sources_of(checkpoint.values()))
+        refuse_target(out, overwrite=running.get("overwrite", False))
+        refuse_others(blocks_of(out), SCHEMA)
+    settings = Settings(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        desc_act=act_order,
+        static_groups=static_groups,
+        damp_percent=damp_percent,
+        mse=mse,
+        v1=checkpoint_format == "gptq",
+    )
+    options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
+    tokenizer = data = None
+    texts = [Path(text) for text in several(calibration)]
+    if method == "rtn" and (texts or act_order or static_groups):
+        unused = "calibration" if texts else "act_order" if act_order else "static_groups"
+        raise UsageError(f"{unused} has no use with method rtn, which looks at no text", hint="leave it out")
+    if texts:
+        length = sample_length(checkpoint, seq_len)
+        tokenizer = load_tokenizer(checkpoint)
+        data = calibrate(tokenizer, read_documents(texts), samples, length, seed)
+    run = prepare(checkpoint, options, data, device=pick_device(device))
+    if tokenizer is not None and data is not None:
+        check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
+    estimate = run.estimate()
+    if running.get("dry_run"):
+        return Quantization(estimate)
+    control = running.get("control") or Control()
+    max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
+        recipe = _quantize_recipe(options, texts, data, seed)
+        # What was quantised is read once more, to know the source by its content and to hold it against its manifest.
+        kept = set(found.checkpoint.values())
+        gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
+        made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
+        wanted = Wanted(made, files, recipe, {"source": checkpoint})
+        result = write_all({out: wanted}, running)[out]
+    return Quantization(estimate, result, found.modules, found.bits_per_weight)
+
+
+def _quantize_recipe(options: Options, texts: Sequence[Path], data: Calibration | None, seed: int) -> dict[str, Any]:
+    """How a model is quantised, as a manifest records it: calibration files by their digests, not by their places."""
+    step = {"source": "source", **msgspec.to_builtins(options.settings), **msgspec.to_builtins(options)}
+    del step["settings"]
+    if data is not None:
+        samples, seq_len = data.tokens.shape
+        files = [{"name": path.name, **hash_file(path, ["sha256"]).digests} for path in texts]
+        step |= {"calibration": files, "samples": samples, "seq_len": seq_len, "seed": seed}
+    return {"tensors": {"quantized": {"quantize": step}}, "output": {"from": "quantized"}}
+
+
+def evaluate(
+    sources: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
+    text: StrPath | Sequence[StrPath],
+    *,
+    seq_len: int | None = None,
+    reference: StrPath | Checkpoint | None = None,
+    dtype: ComputeDType = "float32",
+    device: str = "auto",
+    engine: Engine = "auto",
+    max_memory: str | int | None = None,
+    control: Control | None = None,
+) -> Evaluation:
+    """Perplexity of models on text files, and how far they are from a reference.
+
+    Several files are joined by blank lines. A source may also be a checkpoint that an operation has derived and nobody
+    has written. See `weightops.inference.evaluate`.
+    """
+    import torch
+
+    from weightops.inference.evaluate import evaluate as operation
+    from weightops.inference.model import pick_device
+    from weightops.inference.tokens import read_text
+
+    given = [sources] if isinstance(sources, str | os.PathLike | Checkpoint) else sources
+    return operation(
+        [_opened(source) for source in given],
+        read_text(map(Path, several(text))),
+        seq_len=seq_len,
+        reference=_opened(reference) if reference is not None else None,
+        dtype=getattr(torch, dtype),
+        device=pick_device(device),
+        engine=engine,
+        max_nbytes=_for_models(max_memory),
+        control=control,
+    )
+
+
+def generate(
+    source: StrPath | Checkpoint,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: ComputeDType = "float32",
+    device: str = "auto",
+    engine: Engine = "auto",
+    max_memory: str | int | None = None,
+    control: Control | None = None,
+) -> Generation:
+    """Text that a model continues `prompt` with; iterate over it for its pieces, `"".join` them for the whole.
+
+    At temperature 0 each token is the most probable one. See `weightops.inference.generate`.
+    """
+    import torch
+
+    from weightops.inference.generate import Generation
+    from weightops.inference.model import pick_device
+    from weightops.inference.sampling import Sampling
+
+    return Generation(
+        _opened(source),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, seed),
+        chat=chat,
+        dtype=getattr(torch, dtype),
+        device=pick_device(device),
+        engine=engine,
+        max_nbytes=_for_models(max_memory),
+        control=control,
+    )
+
+
+def _for_models(max_memory: str | int | None) -> int | None:
+    """What models may take of the memory that the whole process may take; None where nobody has set a limit."""
+    if max_memory is None:
+        return None
+    nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    return max(0, nbytes - _BASE_NBYTES)
+
+
+def _opened(source: StrPath | Checkpoint) -> Checkpoint:
+    """A checkpoint on this machine, or one that is opened already."""
+    if isinstance(source, Checkpoint):
+        return source
+    if is_remote(source):
+        raise UsageError(f"{escape(os.fspath(source))}: is run from this machine only", hint="weightops download")
+    found = open_checkpoint(source)
+    if found.sidecars or found.folder is None:
+        return found
+    # A weight file by itself: what lies beside it says what it is.
+    beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
+    return replace(found, sidecars={name: Copied(found.folder.file(name)) for name in beside})

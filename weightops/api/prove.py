@@ -1,0 +1,160 @@
+"""Commands that fetch, look and prove: what they give is a report, or files as they are published."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from weightops.api.outputs import local
+from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
+from weightops.engine.digest import digest_tensors
+from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
+from weightops.formats.folder import open_checkpoint, read_place
+from weightops.formats.places import find_place, is_remote
+from weightops.formats.proofs import checklist
+from weightops.formats.proofs.manifest import Manifest
+from weightops.formats.proofs.published import find_manifest
+from weightops.io.digests import check_algorithm
+from weightops.io.escape import escape
+from weightops.recipes.execute import StrPath, connected, several
+
+if TYPE_CHECKING:
+    from weightops.operations.check import CheckOptions, CheckReport
+    from weightops.operations.download import Download
+    from weightops.operations.inspect import Inspection
+    from weightops.operations.verify import VerifyReport
+    from weightops.stores.web.web import Web
+
+
+def download(
+    source: str,
+    out: StrPath,
+    *,
+    revision: str | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    digests: Mapping[str, str] | None = None,
+    checksums: str | None = None,
+    workers: int | None = None,
+    prune: bool = False,
+    overwrite: bool = False,
+    offline: bool = False,
+    dry_run: bool = False,
+    control: Control | None = None,
+) -> Download:
+    """Fetch a repository, URL, list of URLs or published name into a folder, and prove every file right.
+
+    `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
+    an earlier one began. Files that no download brought are kept if they are the ones wanted, and replaced only with
+    `overwrite`. See `weightops.operations.download`; the control's `web` knows hub, token, proxies and limits.
+    """
+    from weightops.operations.download import download_into
+
+    control = control or Control()
+    return download_into(
+        source,
+        Path(out),
+        revision,
+        several(include),
+        several(exclude),
+        digests,
+        checksums,
+        workers,
+        prune,
+        overwrite,
+        offline,
+        dry_run,
+        control,
+    )
+
+
+def hold_checklist(folder: Path) -> None:
+    """Hold a folder against its own checklist.chk; raises `Differs`."""
+    report = verify(folder, folder / checklist.NAME)
+    if not report.verdict:
+        raise Differs(
+            f"{escape(str(folder))} is not what its {checklist.NAME} lists", hint="`weightops verify` says more"
+        )
+
+
+def inspect(path: StrPath, *, web: Web | None = None) -> Inspection:
+    """What a checkpoint holds, from its headers alone; one on a server is read through `web`."""
+    from weightops.operations.inspect import inspect as operation
+
+    with connected({"control": Control(web=web)}, is_remote(path)) as web:
+        place = find_place(path, web)
+        return operation(read_place(place, web), place, os.fspath(path))
+
+
+def check(source: StrPath, *, control: Control | None = None, **options: Unpack[CheckOptions]) -> CheckReport:
+    """Look for what is wrong with a checkpoint; see `weightops.operations.check` for it and the options."""
+    from weightops.operations.check import check as operation
+
+    control = control or Control()
+    with connected({"control": control}, is_remote(source)) as web:
+        if "ignore" in options:
+            options["ignore"] = several(options["ignore"])
+        return operation(open_checkpoint(source, web), control=control, **options)
+
+
+def verify(
+    folder: StrPath,
+    manifest: StrPath | None = None,
+    *,
+    quick: bool = False,
+    content: bool = False,
+    extra: str = "warn",
+    algorithm: str | None = None,
+    workers: int | None = None,
+    control: Control | None = None,
+) -> VerifyReport:
+    """Hold a folder or file against its own manifest, another one, a checksum list or a published name.
+
+    A folder that differs is a report whose verdict is False, not an error.
+    """
+    from weightops.operations.verify import verify as operation
+
+    control = control or Control()
+    return operation(
+        local(folder),
+        find_manifest(os.fspath(manifest)) if manifest is not None else None,
+        quick=quick,
+        content=content,
+        extra=extra,
+        algorithm=algorithm,
+        workers=workers,
+        control=control,
+        tensors=lambda path: digest_tensors(open_checkpoint(path), workers, control),
+        structure=_structure,
+    )
+
+
+def manifest(
+    folder: StrPath, *, digests: str | Sequence[str] = (), workers: int | None = None, control: Control | None = None
+) -> Manifest:
+    """Digest every file and tensor of a folder; the caller decides where to keep the result."""
+    from weightops.operations.manifest import make_manifest
+
+    control, folder, digests = control or Control(), local(folder), several(digests)
+    if not folder.is_dir():
+        raise SourceMissing(f"{escape(str(folder))}: no such folder")
+    for name in digests:
+        check_algorithm(name)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except NoWeights:
+        checkpoint = Checkpoint(folder.name, {})
+    return make_manifest(folder, checkpoint, digest_tensors(checkpoint, workers, control), digests, workers, control)
+
+
+def _structure(path: Path) -> Sequence[str]:
+    try:
+        open_checkpoint(path)
+    except (NoWeights, UsageError):
+        return ()  # nothing that is read here, such as other quantised types
+    except WeightopsError as error:
+        return (str(error),)
+    return ()

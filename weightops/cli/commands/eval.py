@@ -1,0 +1,113 @@
+"""weightops eval"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from weightops import api
+from weightops.cli.model_options import run_model_options
+from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options
+from weightops.cli.output import print_json, running, table, warn
+from weightops.io.escape import escape
+
+if TYPE_CHECKING:
+    from weightops.inference.evaluate import Evaluation, Score
+    from weightops.inference.packed import Engine
+
+_SHOWN_MODULES = 8
+"""Modules with the largest errors that the text shows; --json has all."""
+
+
+@click.command("eval", epilog=epilog((*READ_CODES[:-1], 16, 130)))
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--text",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Text in UTF-8; several files are joined by blank lines.",
+)
+@click.option("--seq-len", type=click.IntRange(2), metavar="N", help="Tokens of a window; default: 2048 at most.")
+@click.option("--reference", type=FOLDER, metavar="DIR", help="Measure also how far each model is from this one.")
+@run_model_options
+@report_options
+def command(
+    folders: tuple[Path, ...],
+    text: tuple[Path, ...],
+    seq_len: int | None,
+    reference: Path | None,
+    dtype: api.ComputeDType,
+    device: str,
+    engine: Engine,
+    max_memory: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how well models predict a text, and how far they are from a reference.
+
+    DIR are folders of decoder-only models that transformers knows, GPTQ-quantised ones too, each with its tokenizer.
+    They run block by block, so that each needs memory for one block and the hidden states of the text. Perplexity is
+    over windows that do not overlap, the last partial one dropped. With --reference: KL divergence and top-1 agreement
+    of the predictions, and of quantised models the output error of each linear layer. Quantised models are dequantised
+    block by block; --engine packed runs the kernels that multiply with their integers.
+
+    \b
+    Example:
+      weightops eval ./model --text heldout.txt
+      weightops eval ./model-gptq --reference ./model --text heldout.txt --seq-len 512 --json > eval.json
+    """
+    with running(quiet or as_json) as control:
+        found = api.evaluate(
+            folders,
+            text,
+            seq_len=seq_len,
+            reference=reference,
+            dtype=dtype,
+            device=device,
+            engine=engine,
+            max_memory=max_memory,
+            control=control,
+        )
+    warn(found.warnings)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        click.echo(_text(found))
+
+
+def _text(found: Evaluation) -> str:
+    heads = ("model", "perplexity", "tokens", "windows")
+    has_agreement = found.reference is not None
+    rows: list[tuple[str, ...]] = [(*heads, "mean KL", "max KL", "top-1") if has_agreement else heads]
+    rows += [_row(score, has_agreement) for score in found.scores]
+    lines = [table(rows, right=range(1, len(rows[0])))]
+    for score in found.scores:
+        if score.agreement is not None and score.agreement.modules:
+            lines += ["", _modules(score)]
+    return "\n".join([*lines, "", found.convention + (_KL_CONVENTION if has_agreement else "")])
+
+
+_KL_CONVENTION = "; KL in nats, of each model from the reference"
+
+
+def _row(score: Score, has_agreement: bool) -> tuple[str, ...]:
+    row = (escape(score.name), f"{score.perplexity:.4f}", str(score.tokens), str(score.windows))
+    if not has_agreement:
+        return row
+    if score.agreement is None:
+        return (*row, "", "", "reference")
+    found = score.agreement
+    return (*row, f"{found.kl_mean:.3g}", f"{found.kl_max:.3g}", f"{100 * found.top1:.2f} %")
+
+
+def _modules(score: Score) -> str:
+    assert score.agreement is not None
+    errors = score.agreement.modules
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:_SHOWN_MODULES]
+    rows = [(f"{escape(score.name)}: largest of {len(errors)} modules", "output error")]
+    rows += [(escape(name), f"{100 * error:.3g} %") for name, error in worst]
+    return table(rows, right=(1,))

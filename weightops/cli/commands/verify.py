@@ -1,0 +1,115 @@
+"""weightops verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from weightops import api
+from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options, workers_option
+from weightops.cli.output import escape_lines, print_json, running, save_report, warn
+from weightops.cli.progress import human
+from weightops.errors import WeightopsError
+from weightops.io.atomic import check_target
+from weightops.io.escape import escape
+from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport, junit_of_error
+
+
+@click.command("verify", epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
+@click.argument("folder", type=FOLDER)
+@click.option("--manifest", metavar="FILE|NAME", help="A manifest, checksum list or published name; default: its own.")
+@click.option("--quick", is_flag=True, help="Sizes, headers and index only.")
+@click.option("--content", is_flag=True, help="Compare tensors, whatever files they are in.")
+@click.option(
+    "--extra",
+    type=click.Choice(EXTRA_POLICIES),
+    default="warn",
+    show_default=True,
+    help="What to do about files that the manifest does not list.",
+)
+@click.option("--algorithm", metavar="NAME", help="The digest of a checksum list whose name does not say it.")
+@click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write a JUnit XML report for CI.")
+@workers_option
+@report_options
+def command(
+    folder: Path,
+    manifest: str | None,
+    quick: bool,
+    content: bool,
+    extra: str,
+    algorithm: str | None,
+    junit: Path | None,
+    workers: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check a folder, or a single file with a manifest: one line per file, a verdict, and exit code 0 or 3.
+
+    Reads weightops manifests, md5sum, sha256sum, b3sum and xxhsum lists in GNU or BSD form, and Meta's checklist.chk.
+    When files differ it says whether the tensors in them do, and which.
+
+    \b
+    Example:
+      weightops verify ./zhixi
+      weightops verify ./zhixi --manifest zhixi-13b-base
+      weightops verify ./zhixi.gguf
+    """
+    if content:
+        refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
+    if junit is not None:
+        check_target(junit)
+    try:
+        with running(quiet or as_json) as control:
+            report = api.verify(
+                folder,
+                manifest,
+                quick=quick,
+                content=content,
+                extra=extra,
+                algorithm=algorithm,
+                workers=workers,
+                control=control,
+            )
+    except WeightopsError as error:
+        if junit is not None:
+            save_report(junit, junit_of_error(str(folder), str(error)))
+        raise
+    warn(report.warnings)
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet or not report.verdict:
+        click.echo(_text(report))
+    saved = save_report(junit, report.to_junit()) if junit is not None else 0
+    click.get_current_context().exit(saved if report.verdict else 3)
+
+
+def _text(report: VerifyReport) -> str:
+    lines = [_line(file) for file in report.files]
+    lines += [escape_lines(f"problem: {problem}") for problem in report.problems]
+    for what, names in (
+        ("differs", report.tensors_differ),
+        ("is missing", report.tensors_missing),
+        ("is not in the manifest", report.tensors_extra),
+    ):
+        lines += [f"tensor {escape(name)} {what}" for name in names]
+    return "\n".join([*lines, _verdict(report)])
+
+
+def _line(file: FileResult) -> str:
+    notes = [file.detail] if file.detail else []
+    if file.status == "differs":
+        notes.append(f"expected {file.expected}, found {file.found}")
+    return f"{escape(file.name)}: {file.status}" + (f" ({escape_lines('; '.join(notes))})" if notes else "")
+
+
+def _verdict(report: VerifyReport) -> str:
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts.items() if count)
+    rate = f"{human(report.nbytes)} in {report.elapsed_s:.1f} s" if report.nbytes else "nothing read"
+    if report.mode == "content":
+        what = "every tensor is equal" if report.verdict else "tensors differ"
+    else:
+        what = f"as {escape(report.manifest)} says" if report.verdict else f"NOT as {escape(report.manifest)} says"
+        if report.content_equal:
+            what += ": files differ, but every tensor is equal (--content compares tensors alone)"
+    return f"{escape(report.folder)}: {what} ({', '.join(filter(None, [counts, rate]))})"

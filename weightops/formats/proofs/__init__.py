@@ -1,0 +1,1 @@
+"""What files and tensors are held against: manifests, checksum lists, and those that are published."""

@@ -1,0 +1,1 @@
+"""Published number formats, one file each."""

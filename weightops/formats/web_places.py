@@ -1,0 +1,115 @@
+"""Finding what a place on the network holds: a hub's listing, a folder's own manifest, or the usual names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from urllib.parse import quote
+
+from weightops.errors import AuthenticationFailed, NoWeights, SourceMissing, WeightopsError
+from weightops.formats.choose import WEIGHT_SUFFIXES, find_index
+from weightops.formats.index import parse_index
+from weightops.formats.proofs import manifest
+from weightops.io.source_file import SourceFile
+from weightops.stores.web.folder import RemoteFolder, source_file
+from weightops.stores.web.hub import find_commit, find_file, list_commit
+from weightops.stores.web.listing import (
+    HubFile,
+    HubRepository,
+    Listing,
+    RemoteFile,
+    WebFile,
+    WebFolder,
+    parse_location,
+)
+from weightops.stores.web.small import describe, read_whole
+from weightops.stores.web.urls import show
+from weightops.stores.web.web import Web
+
+_USUAL_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "delta.safetensors.index.json")
+_USUAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "delta.safetensors")
+_USUAL_SIDECARS = (
+    *("config.json", "generation_config.json", "weightops-delta.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "preprocessor_config.json"),
+)
+_ASKED_AT_ONCE = 8
+
+
+def find_remote(text: str, web: Web) -> RemoteFolder | SourceFile:
+    """The folder or weight file that `text` means; a hub's repository at the commit that its revision is now.
+
+    Raises `UsageError` for what is no such place, `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`.
+    """
+    match parse_location(text, endpoint=web.endpoint):
+        case HubRepository() as repository:
+            return RemoteFolder(_below(list_commit(repository, find_commit(repository, web), web), repository), web)
+        case HubFile() as on_hub:
+            return source_file(find_file(on_hub, find_commit(on_hub.repository, web), web))
+        case WebFolder() as folder:
+            return RemoteFolder(list_folder(folder, web), web)
+        case WebFile() as file:
+            return source_file(describe(file.file_name, file.url, web))
+
+
+def _below(listing: Listing, repository: HubRepository) -> Listing:
+    """The listing with names as they are in the repository's folder, if one is meant."""
+    prefix = f"{repository.folder}/" if repository.folder else ""
+    files = (replace(file, name=file.name.removeprefix(prefix)) for file in listing.files)
+    return replace(listing, files=tuple(files))
+
+
+def list_folder(folder: WebFolder, web: Web) -> Listing:
+    """The files of a folder: what its manifest says, or else which of the usual names are there, without digests."""
+    url = _join(folder, manifest.NAME)
+    try:
+        data = read_whole(url, web)
+    except (SourceMissing, AuthenticationFailed) as error:
+        return _probe(folder, web, error)
+    if not data.lstrip().startswith(b"{"):
+        # Some servers answer every name with a page for people.
+        return _probe(folder, web, None)
+    found = manifest.parse_manifest(data, show(url))
+    files = [RemoteFile(n, _join(folder, n), e.nbytes, dict(e.digests)) for n, e in found.files.items()]
+    return Listing(str(folder), (*files, RemoteFile(manifest.NAME, url, len(data))))
+
+
+def _join(folder: WebFolder, name: str) -> str:
+    """The URL of a file in a folder, which keeps the folder's query: it may be a signature for all of them."""
+    base, mark, query = folder.url.partition("?")
+    return f"{base}{quote(name)}{mark}{query}"
+
+
+def _probe(folder: WebFolder, web: Web, reason: WeightopsError | None) -> Listing:
+    """The files that answer to usual names, and those that their index lists."""
+    files = _those_there(folder, (*_USUAL_INDEXES, *_USUAL_WEIGHTS, *_USUAL_SIDECARS), web)
+    index_name = find_index((file.name for file in files), str(folder))
+    if index_name is not None:
+        url = _join(folder, index_name)
+        index = parse_index(read_whole(url, web), show(url))
+        files += _those_there(folder, set(index.files) - {file.name for file in files}, web)
+    if not any(file.name.endswith(WEIGHT_SUFFIXES) for file in files):
+        if isinstance(reason, AuthenticationFailed):
+            raise reason
+        raise NoWeights(
+            f"{folder}: has no {manifest.NAME}, and none of the usual weight files ({', '.join(_USUAL_WEIGHTS)})",
+            hint="name one file by its URL, or ask the publisher for a manifest (`weightops manifest`)",
+        )
+    return Listing(str(folder), tuple(files))
+
+
+def _those_there(folder: WebFolder, names: Iterable[str], web: Web) -> list[RemoteFile]:
+    """Those of the names that the server has.
+
+    Stores that list nothing to strangers call the others forbidden; some servers answer every name with a page.
+    """
+
+    def ask(name: str) -> RemoteFile | None:
+        try:
+            return describe(name, _join(folder, name), web, pages=False)
+        except (SourceMissing, AuthenticationFailed):
+            return None
+
+    with ThreadPoolExecutor(_ASKED_AT_ONCE, "probe") as pool:
+        return [file for file in pool.map(ask, names) if file is not None]

@@ -1,0 +1,213 @@
+"""Cast: floating-point tensors in another type, or linear layers in fp8 with scales; what that loses is counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
+from weightops.formats.folder import refuse_parts
+from weightops.io.escape import escape
+from weightops.io.names import listed, matching
+from weightops.layouts.families import is_told_by_a_table
+from weightops.layouts.loaded_names import LoadedNames
+from weightops.layouts.modules import last_part
+from weightops.lazy import LazyTensor
+from weightops.operations.cast.fp8 import quantization, scaled
+from weightops.ops.fp8 import Strategy
+from weightops.ops.measures.loss import Overflow, counted_cast
+from weightops.ops.numbers.float_formats import FORMATS
+from weightops.spec import DType
+
+DTYPES = (DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2)
+_SCALE = re.compile(r"(?P<weight>.+?)(_global_scale|_scale(_inv|_2)?|_scales|\.(nested_)?(absmax|quant_map))")
+"""What the scales of a quantised weight are called beyond its own name, or that of its packed form."""
+_SCALE_LEAVES = re.compile(r"scales?|(input|output|weight)_(global_)?scale(_inv)?|SCB")
+"""What they are called in the module of the weight."""
+_WEIGHTS = ("weight", "qweight", "weight_packed")
+_MAX_HINTS = 12
+
+
+def cast(
+    source: Checkpoint,
+    *,
+    dtype: DType | None = None,
+    keep: Sequence[str] = (),
+    on_overflow: Overflow = "refuse",
+    scheme: Literal["fp8"] | None = None,
+    strategy: Strategy = "channel",
+    cast_all: bool = False,
+) -> Checkpoint:
+    """`source` with its floating-point tensors in `dtype`, or its linear layers in fp8 with scales (`scheme`).
+
+    Tensors that match one of the globs `keep` stay as they are, with those that share their memory; so do integers,
+    booleans and complex numbers. Rounding is to nearest even, bit for bit as torch rounds. What each tensor loses is
+    counted and recorded. `on_overflow` is for finite numbers beyond the new type's range: refuse them when the first is
+    met, write the type's largest, or infinity (NaN in float8_e4m3fn, which has none; see `ops.loss.Overflow`).
+
+    What transformers has in float32 although it loads the model in `dtype` (correction biases of routers and the like)
+    is float32 in the result, unless `cast_all`; other models than LLaMA and Mistral are asked of transformers for it.
+    Scales and zero points of quantised weights, which are never cast, stay as they are.
+
+    `config.json` names the new type, but never an 8-bit one: transformers would take it for the type to compute in, and
+    fails to load such a model. It keeps the type that it names, or is given bfloat16, which holds every 8-bit number.
+
+    `scheme="fp8"` writes what compressed-tensors calls float-quantized, with llm-compressor's FP8_DYNAMIC rules: each
+    matrix `NAME.weight` of what the loader has as a linear layer in float8_e4m3fn, beside it `NAME.weight_scale`, one
+    of each row (`strategy` "channel", `[rows, 1]`) or one for all ("tensor", `[1]`), in the weight's old type.
+    Activations are scaled per token at run time. Embeddings, output heads, routers of experts, vision layers and what
+    `keep` matches are not quantised, and listed as ignored in `config.json`. The losses are those of the numbers over
+    their scales. See `cast_fp8`.
+
+    Raises `UsageError` for options that contradict each other or match nothing, `IncompatibleInputs` for checkpoints
+    that are quantised already, and on writing for numbers beyond the range.
+    """
+    refuse_delta(source, "the source")
+    refuse_parts(source)
+    _check_options(dtype, on_overflow, scheme, strategy, cast_all)
+    kept, notes = _kept(source, keep)
+    if scheme is not None:
+        refuse_adapter(source, "the source")
+        result = scaled(source, kept, strategy)
+    else:
+        assert dtype is not None  # _check_options refuses anything else
+        wide = set() if cast_all or not dtype.bits < 32 else _in_float32(source, dtype)
+        result = _plain(source, dtype, kept, wide, on_overflow)
+    digests = {name: found for name, found in source.digests.items() if result.get(name) is source.get(name)}
+    return replace(result, warnings=(*result.warnings, *notes), total_size=None, content_id=None, digests=digests)
+
+
+def _check_options(
+    dtype: DType | None, on_overflow: Overflow, scheme: str | None, strategy: Strategy, cast_all: bool
+) -> None:
+    """Refuse what cannot be meant together."""
+    if scheme is None and dtype is None:
+        raise UsageError("a cast needs a type or a scheme", hint="for example --dtype bfloat16, or --scheme fp8")
+    if scheme is None:
+        if dtype not in DTYPES:
+            names = ", ".join(known.value for known in DTYPES)
+            raise UsageError(f"weights are not cast to {dtype.value if dtype else None}", hint=f"choose one of {names}")
+        if strategy != "channel":
+            raise UsageError("only --scheme fp8 has scales", hint="leave out --strategy, or give --scheme fp8")
+    elif dtype not in (None, DType.F8_E4M3):
+        raise UsageError(
+            f"--scheme {scheme} stores float8_e4m3fn, --dtype says {dtype.value}",
+            hint="leave out --dtype; to have the rest in another type, cast to that first",
+        )
+    elif on_overflow != "refuse":
+        raise UsageError(f"nothing overflows with --scheme {scheme}", hint="leave out --on-overflow")
+    elif cast_all:
+        raise UsageError(f"--scheme {scheme} casts linear layers alone", hint="leave out --cast-all")
+
+
+def _kept(source: Checkpoint, keep: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The tensors that stay as they are, and what there is to say of them."""
+    for pattern in keep:
+        if not matching(source, (pattern,)):
+            raise UsageError(
+                f"{escape(source.name)}: no tensor matches --keep {escape(pattern)}",
+                hint=f"there are {listed(source, 3)}; `weightops inspect` lists all",
+            )
+    named = matching(source, keep)
+    tensors = {source[name] for name in named}
+    shared = {name for name, tensor in source.items() if tensor in tensors} - named
+    notes = [f"{listed(shared)}: kept as well, because they share memory with tensors that are"] if shared else []
+    return named | shared, notes
+
+
+def _in_float32(source: Checkpoint, dtype: DType) -> set[str]:
+    """The floating-point tensors that transformers has in float32 when it loads the model in `dtype`.
+
+    What it keeps from float16 for its range is kept from eight bits too.
+    """
+    config = source.config()
+    if not config or is_told_by_a_table(source, config):
+        return set()
+    names = LoadedNames(source)
+    floats = (name for name, tensor in source.items() if tensor.spec.dtype.is_float)
+    return {name for name in floats if names.is_float32(name, in_bfloat16=dtype is DType.BF16)}
+
+
+def _plain(
+    source: Checkpoint, dtype: DType, kept: Collection[str], wide: Collection[str], on_overflow: Overflow
+) -> Checkpoint:
+    """Every floating-point tensor that is not kept in `dtype`, or in float32."""
+    pairs = [(weight, scale) for scale in source for weight in _weights_of(source, scale)]
+    scales = {scale for _, scale in pairs if scale not in kept}
+    left = {*kept, *scales}
+    scaled_weights = {weight: scale for weight, scale in pairs if weight not in kept}
+    for name in (name for name in source if name not in left):
+        _check_castable(source, name, dtype, scaled_weights)
+    made: dict[LazyTensor, LazyTensor] = {}  # of a tensor with two names, counted under the first
+    for name, tensor in source.items():
+        if name not in left and tensor.spec.dtype.is_float and tensor not in made:
+            made[tensor] = counted_cast(tensor, DType.F32 if name in wide else dtype, name, on_overflow)
+    tensors = {name: tensor if name in left else made.get(tensor, tensor) for name, tensor in source.items()}
+    notes = []
+    others = {name for name, tensor in source.items() if name not in kept and not tensor.spec.dtype.is_float}
+    if others:
+        notes.append(f"not floating-point, and left as they are: {listed(others)}")
+    if scales:
+        notes.append(f"scales of quantised weights, and left as they are: {listed(scales)}")
+    if set(wide) - left:
+        notes.append(
+            f"float32, as transformers has them in a {dtype.value} model (--cast-all casts them too): "
+            f"{listed(set(wide) - left)}"
+        )
+    if all(tensors[name] is tensor for name, tensor in source.items()):
+        notes.append(f"nothing is cast: there is no floating-point tensor that is not {dtype.value} or kept")
+    method = quantization(source)
+    if method is not None:
+        notes.append(f"config.json says that the model is quantised ({method}); its other floats are cast all the same")
+    result = replace(source, tensors=tensors, warnings=(*source.warnings, *notes))
+    return result.with_config(_compute_in_more_bits) if dtype.bits == 8 else result.with_dtype(dtype)
+
+
+def _weights_of(source: Checkpoint, name: str) -> Iterator[str]:
+    """The quantised weights, of 8 bits or packed in integers, of which a tensor of floats is a scale by its name."""
+    if not source[name].spec.dtype.is_float:
+        return
+    matched, leaf = _SCALE.fullmatch(name), last_part(name)
+    names = [matched["weight"] + form for form in ("", "_blocks", "_packed")] if matched else []
+    if _SCALE_LEAVES.fullmatch(leaf):
+        names += [name.removesuffix(leaf) + weight for weight in _WEIGHTS]
+    for weight in names:
+        found = source[weight].spec.dtype if weight in source else None
+        if found is not None and (not found.is_float or found.bits <= 8):
+            yield weight
+
+
+def _check_castable(source: Checkpoint, name: str, dtype: DType, scales: Mapping[str, str]) -> None:
+    """Refuse floats that are not numbers by themselves."""
+    found = source[name].spec.dtype
+    if not found.is_float or found is dtype:
+        return
+    if found not in FORMATS:
+        raise UsageError(f"{escape(name)} is {found.value}, which is not cast", hint=f"--keep {escape(name)}")
+    if name in scales:
+        alike = [weight for weight in scales if source[weight].spec.dtype.is_float]
+        raise IncompatibleInputs(
+            f"{escape(name)} is {found.value} with the scale {escape(scales[name])}: cast alone, it would be another "
+            "weight",
+            hint=f"{_keeping(alike)} leaves such weights and their scales as they are",
+        )
+
+
+def _keeping(names: Collection[str]) -> str:
+    """Options that keep these tensors, and others of the same kinds."""
+    globs = sorted({f"*{'.'.join(['', *name.split('.')[-2:]])}" if "." in name else name for name in names})
+    globs = globs if len(globs) <= _MAX_HINTS else sorted({f"*.{last_part(name)}" for name in names})
+    return " ".join(f"--keep '{escape(glob)}'" for glob in globs)
+
+
+def _compute_in_more_bits(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that names a type in which transformers can compute."""
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    named = config.get(key)
+    fits = isinstance(named, str) and not named.startswith("float8")
+    return config if fits else {**config, key: DType.BF16.value}

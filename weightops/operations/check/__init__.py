@@ -1,0 +1,18 @@
+"""What is wrong with a checkpoint, in its values and its files."""
+
+from __future__ import annotations
+
+from weightops.operations.check.architecture import architecture_findings
+from weightops.operations.check.files import tokens_without_rows
+from weightops.operations.check.operation import check
+from weightops.operations.check.report import CODES, CheckOptions, CheckReport, Finding
+
+__all__ = [
+    "CODES",
+    "CheckOptions",
+    "CheckReport",
+    "Finding",
+    "architecture_findings",
+    "check",
+    "tokens_without_rows",
+]

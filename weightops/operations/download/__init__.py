@@ -1,0 +1,8 @@
+"""A repository, URL or list brought into a folder, and proven."""
+
+from __future__ import annotations
+
+from weightops.operations.download.into import download_into
+from weightops.operations.download.operation import Download
+
+__all__ = ["Download", "download_into"]

@@ -1,0 +1,198 @@
+"""Layers: which layers of a model to keep, in which order; by names and config.json alone, no value is read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import IncompatibleInputs, UsageError
+from weightops.io.escape import escape
+from weightops.io.names import listed
+from weightops.layouts.modules import last_part
+from weightops.lazy import LazyTensor
+from weightops.operations.shard.held import hold
+from weightops.operations.shard.layer_config import MAX_LAYERS, OTHER_TOWERS, count_layers, edit_config, renumbered
+from weightops.ops.arrange import concat, cut
+from weightops.ops.elementwise import Reinterpret
+
+_MAX_COPIES = 100
+_NUMBERED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.]+)\.(?P<number>0|[1-9]\d{0,5})\.(?P<rest>.+)")
+_PACKED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
+"""Modules whose weight holds a part for each layer, side by side along this axis (Gemma 3n and 4)."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a model: tensors named `prefix.<number>.`, with numbers from 0 to `count`, exclusive.
+
+    The last `n_mtp` of them predict further tokens, and are not counted in config.json.
+    """
+
+    prefix: str
+    count: int
+    n_mtp: int = 0
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """The numbers in `0-15,20-31`, in that order; raises `UsageError` unless each is that of one of `count` layers."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        matched = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
+        if matched is None:
+            raise UsageError(f"cannot read the layers {part!r} of {text!r}", hint="write them as 0-15,20-31 or 0,2,4")
+        first, last = int(matched[1]), int(matched[2] or matched[1])
+        if first > last:
+            raise UsageError(f"the layers {part.strip()} go backwards", hint="name them one by one: 3,2,1")
+        if last >= count:
+            raise UsageError(f"there is no layer {last}: the model has {count}, 0 to {count - 1}")
+        chosen += range(first, last + 1)
+        if len(chosen) > MAX_LAYERS:
+            raise UsageError(f"more than {MAX_LAYERS} layers")
+    ((most, times),) = Counter(chosen).most_common(1)
+    if times > _MAX_COPIES:
+        raise UsageError(f"layer {most} is named {times} times, at most {_MAX_COPIES} are written")
+    return chosen
+
+
+def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
+    """The model with those of its layers that `layers` names, in that order and numbered anew; see `parse_layers`.
+
+    A layer that is named twice is there twice (a "frankenmerge", or mergekit's passthrough), see `with_names`. Layers
+    come in their new order, where the first of them was.
+
+    config.json gets the new number of layers, and its settings of single layers follow them; those that nobody here
+    knows are named in a warning. Tensors with a part for each layer get those of the chosen ones. The result is held
+    against transformers' class for config.json, see `layers_held.hold`.
+
+    Raises `UsageError` for layers that are not there, models whose layers cannot be told and orders that the model's
+    config.json has no way to describe, `IncompatibleInputs` if config.json and tensors disagree.
+    """
+    config = source.config()
+    if not config and "params.json" in source.sidecars:
+        raise UsageError(
+            f"{escape(source.name)}: has params.json, which is not edited", hint="weightops convert --to hf first"
+        )
+    stack = find_stack(source, config, escape(source.name))
+    chosen = parse_layers(layers, stack.count - stack.n_mtp)
+    order = [*chosen, *range(stack.count - stack.n_mtp, stack.count)]
+    result = _with_parts(with_names(source, _renumbered(source, stack, order)), stack.count - stack.n_mtp, chosen)
+    if not config:
+        return _warned(result, [f"there is no config.json to say that the model has {len(chosen)} layers"])
+    edited, notes = edit_config(config, order, stack.n_mtp, f"{escape(source.name)}/config.json")
+    if order != list(range(stack.count)):
+        settings = {key: renumbered(value, stack.prefix, order) for key, value in edited.items()}
+        edited = {key: value for key, (value, _) in settings.items()}
+        named = [key for key, (_, is_left) in settings.items() if is_left]
+        if named:
+            notes.append(f"{escape(source.name)}/config.json: names layers by their old numbers, in {listed(named)}")
+    result = _warned(result.with_config(lambda _: edited), notes)
+    if order != list(range(stack.count)):
+        hold(source, result, chosen)
+    return result
+
+
+def with_names(source: Checkpoint, names: Iterable[tuple[str, str]]) -> Checkpoint:
+    """The tensors of `source` under other names, from pairs of new and old ones; the rest is left out.
+
+    A tensor that is taken again is another tensor of the same bytes. Equal lazy tensors would be stored once in torch
+    files, and transformers 5 makes parameters of what it loads, without copying: two layers that share their memory,
+    of which training the one would change the other.
+    """
+    pairs = list(names)
+    taken: Counter[str] = Counter()
+    tensors: dict[str, LazyTensor] = {}
+    for new, old in pairs:
+        tensors[new] = _copy(source[old], taken[old])
+        taken[old] += 1
+    return replace(
+        source,
+        tensors=tensors,
+        shards={new: source.shards[old] for new, old in pairs if old in source.shards},
+        digests={new: source.digests[old] for new, old in pairs if old in source.digests},
+        total_size=None,
+        content_id=None,
+    )
+
+
+def _with_parts(checkpoint: Checkpoint, count: int, chosen: Sequence[int]) -> Checkpoint:
+    """With the parts of the chosen layers in tensors that hold one for each of `count` layers."""
+    if list(chosen) == list(range(count)):
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.items():
+        module, _, leaf = name.rpartition(".")
+        axis, shape = _PACKED.get(last_part(module)), tensor.spec.shape
+        if axis is None:
+            continue
+        if leaf != "weight" or len(shape) != 2 or shape[axis] % count:
+            raise UsageError(
+                f"{escape(name)} is {tensor.spec}: it holds a part for each of {count} layers, and is not taken apart",
+                hint="edit the model before it is quantised",
+            )
+        width = shape[axis] // count
+        tensors[name] = concat([cut(tensor, axis, layer * width, (layer + 1) * width) for layer in chosen], axis)
+    digests = {name: found for name, found in checkpoint.digests.items() if tensors[name] is checkpoint[name]}
+    return replace(checkpoint, tensors=tensors, digests=digests)
+
+
+def _copy(tensor: LazyTensor, number: int) -> LazyTensor:
+    """The same bytes as a tensor that equals neither the original, which is number 0, nor another copy."""
+    for _ in range(number):
+        tensor = LazyTensor.make(Reinterpret(tensor.spec.dtype, tensor.spec.shape), tensor)
+    return tensor
+
+
+def _warned(checkpoint: Checkpoint, notes: Iterable[str]) -> Checkpoint:
+    return replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
+
+
+def _renumbered(names: Iterable[str], stack: Stack, order: Sequence[int]) -> list[tuple[str, str]]:
+    """Pairs of new and old names: the layers in their new order, where the first of them was."""
+    pairs: list[list[tuple[str, str]]] = [[], [], []]
+    rests: dict[int, list[str]] = {}
+    for name in names:
+        matched = _NUMBERED.fullmatch(name)
+        if matched and matched["prefix"] == stack.prefix:
+            rests.setdefault(int(matched["number"]), []).append(matched["rest"])
+        else:
+            pairs[2 if rests else 0].append((name, name))
+    for new, old in enumerate(order):
+        pairs[1] += [(f"{stack.prefix}.{new}.{rest}", f"{stack.prefix}.{old}.{rest}") for rest in rests[old]]
+    return list(chain(*pairs))
+
+
+def find_stack(names: Iterable[str], config: Mapping[str, Any], where: str) -> Stack:
+    """The layers that config.json counts, or without config.json the only ones there are.
+
+    Names like `model.layers.3.mlp.experts.7.w1` count for the outermost number. Raises `UsageError` if there are none
+    or several, `IncompatibleInputs` if their number is not that of config.json.
+    """
+    if config.get("is_encoder_decoder") is True:
+        raise UsageError(f"{where}: layers of encoder-decoders are not edited")
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if matched := _NUMBERED.fullmatch(name):
+            numbers.setdefault(matched["prefix"], set()).add(int(matched["number"]))
+    whole = {prefix: len(found) for prefix, found in numbers.items() if max(found) == len(found) - 1}
+    if not whole:
+        raise UsageError(f"{where}: no tensors are named <prefix>.<number>.<rest> with numbers from 0 without a gap")
+    count, n_mtp = count_layers(config, where) if config else (None, 0)
+    fitting = {p: n for p, n in whole.items() if count is None or n in (count, count + n_mtp)}
+    main = {prefix: n for prefix, n in fitting.items() if not OTHER_TOWERS.search(prefix)} or fitting
+    shown = listed([f"{prefix} ({n})" for prefix, n in (main or whole).items()])
+    if not main:
+        raise IncompatibleInputs(
+            f"{where}: config.json says {count} layers, the tensors have {shown}",
+            hint="are configuration and weights of one model?",
+        )
+    if len(main) > 1:
+        raise UsageError(
+            f"{where}: cannot tell which layers are meant: {shown}", hint="encoder-decoders are not edited"
+        )
+    ((prefix, found),) = main.items()
+    return Stack(prefix, found, 0 if count is None else found - count)

@@ -1,0 +1,252 @@
+"""Shard: the same bytes in other files, under other names, in fewer or more layers; no value is ever decoded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.delta import refuse_delta
+from weightops.formats.folder import refuse_parts
+from weightops.io.escape import escape
+from weightops.io.names import listed, matching
+from weightops.lazy import LazyTensor
+from weightops.operations.shard.layer_config import TEXT_CONFIGS
+from weightops.operations.shard.layers import keep_layers, with_names
+from weightops.ops.arrange import Agreed
+
+_TIE = "tie_word_embeddings"
+_EMBEDDINGS = (
+    ("model.language_model.embed_tokens", ("lm_head",)),
+    ("model.text_model.embed_tokens", ("lm_head",)),
+    ("model.decoder.embed_tokens", ("lm_head",)),
+    ("model.embed_tokens", ("lm_head",)),
+    ("model.tok_embeddings", ("output",)),
+    ("transformer.wte", ("lm_head",)),
+    ("transformer.embd.wte", ("lm_head.linear",)),
+    ("transformer.embedding.word_embeddings", ("transformer.output_layer",)),
+    ("transformer.word_embeddings", ("lm_head",)),
+    ("gpt_neox.embed_in", ("embed_out", "lm_head")),
+    ("backbone.embeddings", ("lm_head",)),
+    ("backbone.embedding", ("lm_head",)),
+)
+"""Input embeddings, and what models call the output embedding that belongs to each; both lack `.weight`.
+
+A prefix is the same before both, as in `language_model.model.embed_tokens` and `language_model.lm_head`.
+"""
+_MAX_LISTED = 50
+
+
+def shard(
+    source: Checkpoint,
+    *,
+    rename: Mapping[str, str] = {},
+    drop_prefix: str | None = None,
+    add_prefix: str | None = None,
+    drop: Sequence[str] = (),
+    tie: bool = False,
+    untie: bool = False,
+    layers: str | None = None,
+) -> Checkpoint:
+    """The tensors of `source`, to the bit, edited by name; without options as they are, for other files.
+
+    The edits are made in this order, each on the names that the one before it gave:
+
+    `drop`: globs of tensors to leave out. `drop_prefix`: taken off the names that begin with it. `rename`: regular
+    expressions and what to put in their place, in order, as Python's `re.sub` does: wherever a name holds the
+    expression (`^` and `$` stand for its ends), with `\\1` for groups. They are the user's own, and may take as long as
+    they like. `add_prefix`: put before every name. `layers`: which layers to keep, in which order; see
+    `keep_layers`. `tie`: leave the output embedding out, and say in config.json that it is
+    the input embedding; both must be equal, which is checked before anything is written. `untie`: write the input
+    embedding once more as the output embedding, and say in config.json that it is a tensor of its own.
+
+    Raises `UsageError` for edits that cannot be meant, `IncompatibleInputs` for embeddings of different shapes or
+    types. Embeddings that differ in values are found when the plan is run.
+    """
+    refuse_parts(source)
+    if tie and untie:
+        raise UsageError("embeddings are tied or untied, not both", hint="leave out --tie or --untie")
+    if not (rename or drop or tie or untie or drop_prefix is not None or add_prefix is not None or layers is not None):
+        return source
+    refuse_delta(source, "the source")
+    if source.documents:
+        raise UsageError(f"{escape(source.name)}: a delta's tensors are not edited", hint="edit the models themselves")
+    result = _without(source, drop) if drop else source
+    if drop_prefix is not None:
+        result = _without_prefix(result, drop_prefix)
+    for pattern, replacement in rename.items():
+        result = _replaced(result, pattern, replacement)
+    if add_prefix is not None:
+        result = _renamed(result, {name: f"{add_prefix}{name}" for name in result})
+    if layers is not None:
+        result = keep_layers(result, layers)
+    if tie:
+        result = _tied(result)
+    return _untied(result) if untie else result
+
+
+def _without(source: Checkpoint, globs: Sequence[str]) -> Checkpoint:
+    unused = [glob for glob in globs if not matching(source, [glob])]
+    if unused:
+        raise UsageError(
+            f"{escape(source.name)}: no tensor is named like {escape(unused[0])}, which is to be left out",
+            hint="weightops inspect shows the names; * stands for any characters, dots included",
+        )
+    dropped = matching(source, globs)
+    if len(dropped) == len(source):
+        raise UsageError(f"{escape(source.name)}: all {len(source)} tensors would be left out")
+    return _warned(_left_out(source, dropped, "matches --drop"), f"left out: {listed(dropped, _MAX_LISTED)}")
+
+
+def _left_out(source: Checkpoint, names: Collection[str], reason: str) -> Checkpoint:
+    result = with_names(source, ((name, name) for name in source if name not in names))
+    return replace(result, dropped={**source.dropped, **dict.fromkeys(sorted(names), reason)})
+
+
+def _without_prefix(source: Checkpoint, prefix: str) -> Checkpoint:
+    others = [name for name in source if not name.startswith(prefix)]
+    if len(others) == len(source):
+        raise UsageError(
+            f"{escape(source.name)}: no tensor's name begins with {escape(prefix)!r}",
+            hint=f"names are like {escape(next(iter(source), ''))!r}",
+        )
+    result = _renamed(source, {name: name.removeprefix(prefix) for name in source})
+    if not others:
+        return result
+    return _warned(result, f"not under {escape(prefix)}, and named as before: {listed(others, _MAX_LISTED)}")
+
+
+def _replaced(source: Checkpoint, pattern: str, replacement: str) -> Checkpoint:
+    try:
+        compiled = re.compile(pattern)
+        names = {name: compiled.sub(replacement, name) for name in source}
+    except (re.error, IndexError, OverflowError) as error:
+        raise UsageError(
+            f"cannot rename '{escape(pattern)}' to '{escape(replacement)}': {escape(str(error))}",
+            hint="a regular expression of Python and its replacement; \\. is a dot, \\1 the first group",
+        ) from None
+    if not any(compiled.search(name) for name in source):
+        raise UsageError(
+            f"{escape(source.name)}: no tensor's name holds '{escape(pattern)}'",
+            hint="edits are made one after the other; weightops inspect shows the names before the first",
+        )
+    return _renamed(source, names)
+
+
+def _renamed(source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The tensors under the names that old ones map to; raises `UsageError` for names that no file can hold."""
+    origins: dict[str, str] = {}
+    for old, new in names.items():
+        if new in origins:
+            raise UsageError(
+                f"{escape(origins[new])} and {escape(old)} would both be named {escape(new)}",
+                hint="choose other names, or leave one of them out with --drop",
+            )
+        if not new or new == "__metadata__" or not _is_text(new):
+            raise UsageError(f"{escape(old)} would be named {escape(new)!r}, which no tensor can be")
+        origins[new] = old
+    result = with_names(source, origins.items())
+    stale = [name for name in ("quantization_config", "compression_config") if _names_any(source, name, names)]
+    return _warned(result, *(f"config.json: {key} names modules as they were named before" for key in stale))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _names_any(source: Checkpoint, key: str, names: Mapping[str, str]) -> bool:
+    """Whether a setting of config.json names a module whose tensors get other names."""
+    settings = source.config().get(key)
+    moved = [old for old, new in names.items() if old != new] if settings else []
+    return any(old.startswith(f"{text}.") for text in _texts(settings) for old in moved)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value:
+            yield from _texts(part)
+        if isinstance(value, dict):
+            yield from _texts(list(value.values()))
+
+
+def _tied(source: Checkpoint) -> Checkpoint:
+    _check_can_tie(source)
+    pairs = [(i, o) for i, outputs in _embeddings(source) for o in outputs if o in source]
+    embedding, head = _only(source, pairs, "no output embedding beside an input embedding, known by their names")
+    if source[embedding].spec != source[head].spec:
+        raise IncompatibleInputs(
+            f"{escape(source.name)}: {escape(embedding)} is {source[embedding].spec}, {escape(head)} is "
+            f"{source[head].spec}: they cannot be tied",
+            hint="the model has two embeddings: leave --tie out",
+        )
+    result = _left_out(source, [head], f"tied to {embedding}, which holds the same")
+    if source[embedding] != source[head]:
+        problem, hint = f"{source.name}: {head} cannot be tied to {embedding}", "leave --tie out"
+        agreed = LazyTensor.make(Agreed(problem, "incompatible", hint), source[embedding], source[head])
+        result = replace(result, watch=(*source.watch, agreed))
+    return _with_tie(result, True)
+
+
+def _untied(source: Checkpoint) -> Checkpoint:
+    _check_can_tie(source)
+    found = [(i, outputs) for i, outputs in _embeddings(source)]
+    embedding, heads = _only(source, found, "no input embedding that is known by its name")
+    present = next((head for head in heads if head in source), None)
+    if present is not None:
+        raise UsageError(f"{escape(source.name)}: has an output embedding already, {escape(present)}")
+    return _with_tie(with_names(source, [*((name, name) for name in source), (heads[0], embedding)]), False)
+
+
+def _check_can_tie(source: Checkpoint) -> None:
+    config = source.config()
+    if not config:
+        raise UsageError(
+            f"{escape(source.name)}: has no config.json, which says whether embeddings are tied",
+            hint="give the folder that the weights are in",
+        )
+    if config.get("is_encoder_decoder") is True:
+        raise UsageError(f"{escape(source.name)}: encoder-decoders tie more than two embeddings, and are not edited")
+
+
+def _embeddings(names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Input embeddings, each with what its output embedding may be called."""
+    for name in names:
+        for inner, outputs in _EMBEDDINGS:
+            prefix = name.removesuffix(f"{inner}.weight")
+            if prefix != name and (not prefix or prefix.endswith(".")):
+                yield name, tuple(f"{prefix}{output}.weight" for output in outputs)
+                break
+
+
+def _only(source: Checkpoint, found: Sequence[tuple[str, Any]], nothing: str) -> tuple[str, Any]:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(
+            f"{escape(source.name)}: cannot tell which embeddings are meant: {listed(name for name, _ in found)}"
+        )
+    raise UsageError(
+        f"{escape(source.name)}: there is {nothing}", hint="known are model.embed_tokens and lm_head, and their like"
+    )
+
+
+def _with_tie(checkpoint: Checkpoint, tied: bool) -> Checkpoint:
+    """config.json for embeddings that are tied or not, in the part for the language model too if there is one."""
+
+    def edit(config: dict[str, Any]) -> dict[str, Any]:
+        parts = {key: {**config[key], _TIE: tied} for key in TEXT_CONFIGS if isinstance(config.get(key), dict)}
+        return {**config, _TIE: tied, **parts}
+
+    return checkpoint.with_config(edit)
+
+
+def _warned(checkpoint: Checkpoint, *notes: str) -> Checkpoint:
+    return replace(checkpoint, warnings=(*checkpoint.warnings, *notes))

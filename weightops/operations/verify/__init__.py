@@ -1,0 +1,8 @@
+"""A folder or file held against a manifest or a checksum list."""
+
+from __future__ import annotations
+
+from weightops.operations.verify.operation import EXTRA_POLICIES, is_listing, verify
+from weightops.operations.verify.report import FileResult, VerifyReport, junit_of_error
+
+__all__ = ["EXTRA_POLICIES", "FileResult", "VerifyReport", "is_listing", "junit_of_error", "verify"]

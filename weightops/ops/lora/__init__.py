@@ -1,0 +1,1 @@
+"""Low-rank factors: products, DoRA, and the factors of a difference."""

@@ -1,0 +1,1 @@
+"""What is counted as tensors stream by: losses, statistics, digests."""

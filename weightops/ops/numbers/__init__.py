@@ -1,0 +1,1 @@
+"""Number formats: float8, packed integers, ggml blocks, and what each can hold."""

@@ -1,0 +1,248 @@
+"""Model cards: README.md of a folder, as Hugging Face's hub reads it.
+
+Front matter: https://huggingface.co/docs/hub/model-cards#model-card-metadata. `base_model` takes the ids of
+repositories on the hub, `base_model_relation` finetune, adapter, merge or quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from weightops.checkpoint import Digests, Document
+from weightops.formats.proofs.manifest import content_id
+from weightops.io.escape import escape
+from weightops.spec import TensorSpec
+
+NAME = "README.md"
+RELATIONS = ("finetune", "adapter", "merge", "quantized")
+_PART = r"[A-Za-z0-9_][\w.-]{0,95}(?<![.-])"
+_HUB_ID = re.compile(rf"(?!.*(--|\.\.))(?!.*\.git$){_PART}/{_PART}", re.ASCII)
+_BASE_ROLES = {"recover": "raw", "diff": "raw", "merge-lora": "base", "extract-lora": "base"}
+"""The source of each operation that the result is a version of; of others it is `source`."""
+_SPECIAL = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
+
+
+class ModelCard(Document, frozen=True):
+    """README.md, whose content id is known when all tensors are written; see `render_card`."""
+
+    title: str
+    base_models: tuple[str, ...]
+    relation: str | None
+    library: str | None
+    steps: tuple[str, ...]
+    files: dict[str, int]
+    warnings: tuple[str, ...] = ()
+    quantization: str = ""
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    @property
+    def is_listed(self) -> bool:
+        return False
+
+    def render(
+        self,
+        tensors: Mapping[str, tuple[TensorSpec, str]],
+        witnesses: Digests,
+        files: Mapping[str, Mapping[str, str]],
+    ) -> bytes:
+        return render_card(
+            self.title,
+            self.base_models,
+            self.relation,
+            self.library,
+            self.steps,
+            files=self.files,
+            warnings=self.warnings,
+            content_id=content_id(tensors),
+            dtypes=_parameters(spec for spec, _ in tensors.values()),
+            quantization=self.quantization,
+        )
+
+
+def card(
+    title: str,
+    recipe: Mapping[str, Any],
+    sources: Mapping[str, str],
+    *,
+    files: Mapping[str, int],
+    warnings: Sequence[str] = (),
+    quantization: str = "",
+) -> ModelCard:
+    """The card of what a recipe makes.
+
+    `recipe` is what the manifest has of it: `{"tensors": {name: {operation: {role: names, option: value}}}, "output":
+    {"from": name, option: value}}`. `sources` are the names of checkpoints (`hf://org/name@commit`, or that of a
+    folder) by those that the recipe has for them, `files` the bytes of the weight files by name.
+    """
+    steps, output = dict(recipe.get("tensors", {})), dict(recipe.get("output", {}))
+    result = str(output.pop("from", ""))
+    everything = {**steps, "": {"cast": {"source": result, **output}}} if output else steps
+    path, base = _ancestry(everything, "" if output else result)
+    relation = next((found for step in path for found in [_relation(*step)] if found), None)
+    is_for_others = any(operation == "convert" and arguments.get("to") != "hf" for operation, arguments in path)
+    is_delta = any(operation == "diff" for operation, _ in path)
+    return ModelCard(
+        title,
+        (sources[base],) if base in sources and not is_delta else (),
+        None if is_delta else relation,
+        "peft" if relation == "adapter" else None if is_for_others or is_delta else "transformers",
+        tuple(_sentence(name, operation, arguments) for name, operation, arguments in _operations(everything)),
+        dict(files),
+        tuple(warnings),
+        quantization,
+    )
+
+
+def quantization_of(config: Mapping[str, Any]) -> str:
+    """How a model is quantised, as its config.json says: `gptq, 4 bits, in groups of 128`; empty if it is not."""
+    found = config.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return ""
+    method, bits, size = (found.get(key) for key in ("quant_method", "bits", "group_size"))
+    words = [method if isinstance(method, str) else "quantised"]
+    words += [f"{bits} bits"] if isinstance(bits, int) else []
+    words += [f"in groups of {size}"] if isinstance(size, int) and size > 0 else []
+    return ", ".join(words)
+
+
+def _operations(steps: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
+    return ((name, operation, arguments) for name, step in steps.items() for operation, arguments in step.items())
+
+
+def _ancestry(
+    steps: Mapping[str, Mapping[str, Mapping[str, Any]]], name: str
+) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
+    """The steps from a result back to the source that it is a version of, the last first, and that source."""
+    path: list[tuple[str, Mapping[str, Any]]] = []
+    while name in steps and len(path) < len(steps):
+        ((operation, arguments),) = steps[name].items()
+        path.append((operation, arguments))
+        name = str(arguments.get(_BASE_ROLES.get(operation, "source")))
+    return path, name
+
+
+def _relation(operation: str, arguments: Mapping[str, Any]) -> str | None:
+    """How a result relates to its base. The hub has no word for one of other names, files or precision."""
+    if operation == "extract-lora":
+        return "adapter"
+    if operation in ("recover", "merge-lora"):
+        return "finetune"
+    if operation == "quantize":
+        return "quantized"
+    is_quantised = arguments.get("scheme") is not None or str(arguments.get("dtype", "")).startswith(("float8", "q"))
+    return "quantized" if is_quantised else None
+
+
+def _sentence(name: str, operation: str, arguments: Mapping[str, Any]) -> str:
+    """One step as text: `name: operation role=name option=value`."""
+    said = " ".join(
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arguments.items()
+    )
+    return f"{name or 'output'}: {operation} {said}".rstrip()
+
+
+def render_card(
+    title: str,
+    base_models: Sequence[str],
+    relation: str | None,
+    library: str | None,
+    steps: Sequence[str],
+    *,
+    files: Mapping[str, int],
+    warnings: Sequence[str] = (),
+    content_id: str | None = None,
+    dtypes: Mapping[str, int] | None = None,
+    quantization: str = "",
+) -> bytes:
+    """README.md: front matter for the hub, and what there is to know of how the folder was made.
+
+    `base_models` are hub ids, also as `hf://org/name@revision`; what can be none is left out of the front matter, and
+    named in a comment there. `relation` is one of `RELATIONS`, `library` transformers, peft or None. `files` gives
+    bytes by name, `dtypes` elements by type, `quantization` is what `quantization_of` says. Names from files can say
+    nothing in Markdown, HTML or YAML but themselves.
+    """
+    ids = {name: hub_id(name) for name in base_models}
+    metadata = _front_matter([found for found in ids.values() if found], relation, library)
+    comments = [f"# base_model: {escape(name)} is no repository on the hub" for name, found in ids.items() if not found]
+    parts = ["\n".join(["---", metadata.rstrip("\n"), *comments, "---"]), f"# {_plain(title)}"]
+    kind = "An adapter" if library == "peft" else "A model"
+    of = " and ".join(map(_code, base_models))
+    parts.append(f"{kind} made {f'from {of} ' if of else ''}with weightops.")
+    if quantization:
+        parts.append(f"It is quantised: {_plain(quantization)}.")
+    if steps:
+        parts.append("## How it was made")
+        parts.append("\n".join(f"{number}. {_code(step)}" for number, step in enumerate(steps, 1)))
+    parts.append("## What it holds")
+    parts.append("\n".join(_holdings(files, dtypes or {}, content_id)))
+    parts.append("`weightops verify .` holds the folder against its `weightops-manifest.json`.")
+    if warnings:
+        parts.append("## Warnings")
+        parts.append("\n".join(f"- {_plain(warning)}" for warning in warnings))
+    parts.append("## License")
+    parts.append("None is stated here. Those of the models and adapters that it was made from apply; add them above.")
+    return ("\n\n".join(parts) + "\n").encode()
+
+
+def hub_id(name: str) -> str | None:
+    """`org/name` from `org/name`, `hf://org/name` or `hf://org/name@revision`; None for anything else."""
+    plain = name.removeprefix("hf://").partition("@")[0] if name.startswith("hf://") else name
+    return plain if _HUB_ID.fullmatch(plain) else None
+
+
+def _front_matter(ids: Sequence[str], relation: str | None, library: str | None) -> str:
+    import yaml  # imported here because few runs write a card
+
+    metadata: dict[str, Any] = {"library_name": library} if library else {}
+    if ids:
+        metadata["base_model"] = ids[0] if len(ids) == 1 else list(ids)
+        if relation is not None:
+            metadata["base_model_relation"] = relation
+    metadata["tags"] = [
+        "weightops",
+        *(["merge"] if relation == "merge" else []),
+        *(["lora"] if library == "peft" else []),
+    ]
+    text: str = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _holdings(files: Mapping[str, int], dtypes: Mapping[str, int], identity: str | None) -> list[str]:
+    count = f"{len(files)} weight file{'s' if len(files) != 1 else ''}"
+    lines = [f"- {count}, {sum(files.values()):,} bytes"]
+    lines += [f"- {numel:,} elements of {dtype}" for dtype, numel in sorted(dtypes.items())]
+    if identity is not None:
+        lines.append(f"- content id `{identity}`: the same in whatever files these tensors are")
+    return lines
+
+
+def _parameters(specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Elements by dtype."""
+    found: dict[str, int] = {}
+    for spec in specs:
+        found[spec.dtype.value] = found.get(spec.dtype.value, 0) + spec.numel
+    return found
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return _SPECIAL.sub(r"\\\1", _shown(text))
+
+
+def _code(text: str) -> str:
+    """A code span, with more backticks around it than are in it."""
+    shown = _shown(text)
+    fence = "`" * (max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
+    space = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{space}{shown}{space}{fence}"
+
+
+def _shown(text: str) -> str:
+    """As `escape`, of any length."""
+    return "".join(escape(character) for character in text)

@@ -1,1 +1,0 @@
-"""Repositories and files on servers: finding them, fetching them whole, reading ranges of them. Bytes, no tensors."""

@@ -1,0 +1,1 @@
+"""Where bytes lie: folders on disk, hubs and web servers; names, identities, ranges."""

@@ -1,0 +1,116 @@
+"""Source files: an identity that a plan can record, and reads that notice when it no longer holds."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightops.errors import CorruptInput, WeightopsError
+from weightops.io.paths import open_regular
+from weightops.io.source_file import SourceFile
+
+if TYPE_CHECKING:
+    from weightops.stores.web.web import Web
+
+_READ_AHEAD = 16 << 20
+
+
+class FileReader:
+    """Positioned reads from source files, for one thread; descriptors are kept in a small cache.
+
+    `pread` rather than mmap: a file that is truncated while mapped kills the process, and touched pages of a
+    mapping count as memory. Files on servers are read through `web`.
+    """
+
+    def __init__(self, web: Web | None = None, max_open: int = 32) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._max_open = max_open
+        self._seen: dict[str, SourceFile] = {}
+        self._web = web
+
+    def _descriptor(self, file: SourceFile) -> int:
+        fd = self._open.get(file.path)
+        if fd is not None:
+            self._open.move_to_end(file.path)
+            return fd
+        fd = open_regular(Path(file.path))
+        self._open[file.path] = fd
+        self._seen[file.path] = file
+        _check_unchanged(file, fd)
+        while len(self._open) > self._max_open:
+            path, oldest = self._open.popitem(last=False)
+            _check_unchanged(self._seen[path], oldest)
+            os.close(oldest)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return fd
+
+    def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
+        """Fill `out` with the bytes at `offset`; so many `following` ones will be wanted next.
+
+        Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails; as `RangeReader.read_into`
+        does for a file on a server.
+        """
+        if file.is_remote:
+            if self._web is None:
+                raise WeightopsError(f"{file.shown}: is on a server", hint="give a Web to read it through")
+            self._web.ranges.read_into(file, offset, out, following)
+            return
+        fd = self._descriptor(file)
+        done = 0
+        try:
+            while done < len(out):
+                count = os.preadv(fd, [out[done:]], offset + done)
+                if count == 0:
+                    raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
+                done += count
+            if len(out) >= 1 << 20:
+                os.posix_fadvise(fd, offset + done, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            raise WeightopsError(f"{file.shown}: cannot be read at byte {offset + done} ({error.strerror})") from None
+
+    def read(self, file: SourceFile, offset: int, nbytes: int) -> bytes:
+        """The `nbytes` at `offset`; for headers, whose size the caller has checked against the file's."""
+        buffer = bytearray(nbytes)
+        self.read_into(file, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def check_unchanged(self) -> None:
+        """Raise `CorruptInput` if a file that was read has changed since its header was."""
+        for path, file in self._seen.items():
+            fd = self._open.get(path)
+            if fd is not None:
+                _check_unchanged(file, fd)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_unchanged(file: SourceFile, fd: int) -> None:
+    found = os.fstat(fd)
+    if (found.st_size, found.st_mtime_ns) != (file.nbytes, file.mtime_ns):
+        raise CorruptInput(
+            f"{file.shown}: changed while it was being read (expected {file.nbytes} bytes, found {found.st_size})",
+            hint="wait until whatever writes it has finished, then run the command again",
+        )
+
+
+def read_source(path: Path) -> tuple[SourceFile, bytes]:
+    """A small file, whole, with its identity. For config, index and manifest files."""
+    fd = open_regular(path)
+    try:
+        file = SourceFile.of(path, fd)
+        if file.nbytes > 200_000_000:
+            raise CorruptInput(f"{file.shown}: {file.nbytes} bytes is too large for a file of this kind")
+        with os.fdopen(os.dup(fd), "rb") as stream:
+            return file, stream.read()
+    finally:
+        os.close(fd)

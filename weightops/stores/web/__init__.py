@@ -1,0 +1,1 @@
+"""Reading from hubs and web servers."""

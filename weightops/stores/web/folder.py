@@ -1,0 +1,68 @@
+"""The files of a listing as a folder to open a checkpoint from."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from weightops.errors import CorruptInput, SourceMissing, UsageError
+from weightops.io.escape import escape
+from weightops.io.paths import check_relative
+from weightops.io.source_file import SourceFile
+from weightops.stores.web.listing import Listing, RemoteFile
+from weightops.stores.web.small import read_whole
+from weightops.stores.web.web import Web
+
+_PREFERRED = ("sha256", "git_sha1", "sha512", "blake2b", "xxh3_128", "md5", "sha1", "xxh64", "xxh3_64", "b3")
+
+
+class RemoteFolder:
+    """Files on servers by name, read through `web`."""
+
+    def __init__(self, listing: Listing, web: Web) -> None:
+        self.shown = listing.source
+        self.name = f"{listing.source}@{listing.commit}" if listing.commit else listing.source
+        self._files = {file.name: file for file in listing.files}
+        self._web = web
+
+    def names(self) -> list[str]:
+        return sorted(name for name in self._files if "/" not in name)
+
+    def below(self, pattern: str) -> list[str]:
+        return sorted(n for n in self._files if n.count("/") == 1 and fnmatchcase(n.partition("/")[0], pattern))
+
+    def has(self, name: str) -> bool:
+        return name in self._files
+
+    def file(self, name: str) -> SourceFile:
+        if check_relative(name, self.shown) not in self._files:
+            raise SourceMissing(f"{self.shown}: has no file {escape(name)!r}")
+        return source_file(self._files[name])
+
+    def read(self, name: str) -> bytes:
+        return read_source(self.file(name), self._web)
+
+
+def source_file(file: RemoteFile) -> SourceFile:
+    """The file as plans record it; raises `UsageError` if the server does not say how large it is."""
+    scheme, _, rest = file.url.partition("://")
+    algorithm = next((name for name in _PREFERRED if name in file.digests), None)
+    if file.nbytes is None:
+        raise UsageError(
+            f"{escape(file.name)}: the server does not say how large it is", hint="fetch it first: weightops download"
+        )
+    return SourceFile(
+        path=f"{scheme.lower()}://{rest}",
+        nbytes=file.nbytes,
+        mtime_ns=0,
+        digest=f"{algorithm}:{file.digests[algorithm]}" if algorithm else "",
+        etag="" if algorithm else file.etag,
+    )
+
+
+def read_source(file: SourceFile, web: Web) -> bytes:
+    """A small file, whole, held against its digest; raises as `read_whole` does, `CorruptInput` for another size."""
+    algorithm, _, digest = file.digest.partition(":")
+    data = read_whole(file.path, web, {algorithm: digest} if digest else {})
+    if len(data) != file.nbytes:
+        raise CorruptInput(f"{file.shown}: has {len(data)} bytes, expected {file.nbytes}")
+    return data
