@@ -9,12 +9,14 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from weightops.errors import WeightopsError
+from weightops.recipes.names import field_of, parameter_of
 from weightops.version import __version__
 
 COMMANDS = {
@@ -77,6 +79,7 @@ class _Commands(click.Group):
             return None
         module = importlib.import_module(f"weightops.cli.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
+        command.context_settings = {"token_normalize_func": partial(_option_name, cmd_name)}
         return command
 
     def resolve_command(
@@ -92,6 +95,11 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _option_name(command: str, token: str) -> str:
+    """An option of a command as it is called, however it was written: with underscores, or by an old name."""
+    return field_of(parameter_of(token, command)).replace("_", "-")
 
 
 def _exit_code_help() -> str:

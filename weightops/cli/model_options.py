@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from weightops.cli.options import OneOf
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -15,7 +17,7 @@ def run_model_options(command: _Command) -> _Command:
     options = (
         click.option(
             "--dtype",
-            type=click.Choice(("float32", "bfloat16", "float16")),
+            type=OneOf(("float32", "bfloat16", "float16")),
             default="float32",
             show_default=True,
             help="What to compute in.",
@@ -23,7 +25,7 @@ def run_model_options(command: _Command) -> _Command:
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         click.option(
             "--engine",
-            type=click.Choice(("auto", "dequantized", "packed")),
+            type=OneOf(("auto", "dequantized", "packed")),
             default="auto",
             show_default=True,
             help="Of quantised models: make full weights as they are loaded, or keep integers and multiply with them. "

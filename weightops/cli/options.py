@@ -24,6 +24,7 @@ from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
+from weightops.recipes.names import spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,6 +43,16 @@ class _Place(click.Path):
         if not self._remote:
             self.fail(f"{escape(value)} is not on this machine; `weightops download` fetches it.", param, ctx)
         return value
+
+
+class OneOf(click.Choice[str]):
+    """One of several names, shown as files and Python have them; dashes and underscores are alike."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        return str(choice)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(spelled(value, self.choices), param, ctx)
 
 
 FOLDER = _Place(remote=False)
@@ -89,7 +100,7 @@ def write_options(command: Command) -> Command:
             click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write; appears when it is whole."),
             click.option(
                 "--format",
-                type=click.Choice(FORMATS),
+                type=OneOf(FORMATS),
                 help="Container; torch files are byte-identical to torch.save, torch-1.12 to that of 2022-23. "
                 "Default: safetensors.",
             ),
@@ -97,7 +108,7 @@ def write_options(command: Command) -> Command:
                 "--max-shard-size", metavar="SIZE", help="5GB, 2GiB, or `source` for its own files; default: 5GB."
             ),
             click.option("--expect", metavar="MANIFEST", help="Publish only what matches this manifest, list or name."),
-            click.option("--digest", "digests", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well."),
+            click.option("--digest", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well."),
             click.option(
                 "--card", is_flag=True, help="Write a model card, README.md, that says what it was made from."
             ),

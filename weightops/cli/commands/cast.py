@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 from weightops.operations.cast import DTYPES
 from weightops.ops.fp8 import Strategy
 from weightops.ops.measures.loss import Overflow
@@ -20,15 +20,15 @@ from weightops.ops.measures.loss import Overflow
 @click.option("--keep", multiple=True, metavar="GLOB", help="Leave tensors of this name as they are; * is any text.")
 @click.option(
     "--on-overflow",
-    type=click.Choice(get_args(Overflow)),
+    type=OneOf(get_args(Overflow)),
     default="refuse",
     show_default=True,
     help="What becomes of numbers too large for the type: an error, its largest number, or infinity.",
 )
-@click.option("--scheme", type=click.Choice(("fp8",)), help="Quantise linear layers to float8_e4m3fn with scales.")
+@click.option("--scheme", type=OneOf(("fp8",)), help="Quantise linear layers to float8_e4m3fn with scales.")
 @click.option(
     "--strategy",
-    type=click.Choice(get_args(Strategy)),
+    type=OneOf(get_args(Strategy)),
     default="channel",
     show_default=True,
     help="With --scheme: a scale for each row (output channel), or one for each tensor.",

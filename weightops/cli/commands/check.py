@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, cache_folder, connected, epilog, report_options
+from weightops.cli.options import SOURCE, OneOf, cache_folder, connected, epilog, report_options
 from weightops.cli.output import escape_lines, print_json, save_report, table
 from weightops.cli.progress import human
 from weightops.io.atomic import check_target
@@ -20,7 +20,7 @@ _SHOWN = 10
 
 
 @click.command("check", epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
-@click.argument("source", metavar="SRC", type=SOURCE)
+@click.argument("source", type=SOURCE)
 @click.option("--strict", is_flag=True, help="Exit with 3 if there is an error or a warning.")
 @click.option("--no-values", is_flag=True, help="Headers and the files beside them only: reads no tensor.")
 @click.option("--no-architecture", is_flag=True, help="Do not ask transformers what tensors the model has; faster.")
@@ -29,7 +29,7 @@ _SHOWN = 10
     "--ignore",
     multiple=True,
     metavar="CODE",
-    type=click.Choice(list(CODES)),
+    type=OneOf(list(CODES)),
     help="Leave such findings out; repeatable.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map of layers.")
@@ -49,10 +49,10 @@ def command(
 ) -> None:
     """Look for what is wrong with a checkpoint, in one pass over its tensors.
 
-    SRC is a folder, a weight file, hf://org/name[@revision] or a URL. Looked for are NaN, infinities, tensors of zeros
-    or of one value, equal tensors, names and shapes that transformers' class for config.json does not have, missing
-    tensors and layers, a tokenizer that does not fit, and leftovers of training, LoRA and quantising. --json has the
-    statistics of every tensor.
+    SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. Looked for are NaN, infinities, tensors of
+    zeros or of one value, equal tensors, names and shapes that transformers' class for config.json does not have,
+    missing tensors and layers, a tokenizer that does not fit, and leftovers of training, LoRA and quantising. --json
+    has the statistics of every tensor.
 
     \b
     Example:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 from weightops.layouts.source import SETTINGS
 from weightops.operations.convert import READERS, WRITERS
 
@@ -24,13 +24,12 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
 
 @click.command("convert", epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
-@click.option("--to", type=click.Choice(_TARGETS), required=True, help="The layout to write.")
-@click.option("--from", "layout", type=click.Choice(tuple(READERS)), help="The layout to read; default: by its names.")
+@click.option("--to", type=OneOf(_TARGETS), required=True, help="The layout to write.")
+@click.option("--from", "from_", type=OneOf(tuple(READERS)), help="The layout to read; default: by its names.")
 @click.option("--model-parallel", type=click.IntRange(1, 64), help="Parts in Meta's layout; default: as the source.")
 @click.option("--dtype", metavar="DTYPE", help="Convert weights to this dtype and count what is lost; default: none.")
 @click.option(
     "--set",
-    "settings",
     multiple=True,
     metavar="NAME=VALUE",
     callback=_settings,

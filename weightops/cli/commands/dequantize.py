@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 from weightops.formats.quantized.gptq import CheckpointFormat
 from weightops.formats.quantized.gptq_zeros import ZeroOverflow
 from weightops.operations.dequantize import DTYPES
@@ -25,12 +25,12 @@ from weightops.operations.dequantize import DTYPES
 )
 @click.option(
     "--checkpoint-format",
-    type=click.Choice(get_args(CheckpointFormat)),
+    type=OneOf(get_args(CheckpointFormat)),
     help="Go by this and not by the config: gptq stores zero points minus one, gptq_v2 as they are.",
 )
 @click.option(
     "--zero-overflow",
-    type=click.Choice(get_args(ZeroOverflow)),
+    type=OneOf(get_args(ZeroOverflow)),
     help="What a stored zero point of all ones is in gptq: 0; 0 by adding to whole words; or one above the largest.",
 )
 @click.option("--config", metavar="PATH", help="A config.json, or its folder, where none lies beside the weights.")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 from weightops.operations.diff import METHODS
 
 
@@ -17,7 +17,7 @@ from weightops.operations.diff import METHODS
 @click.option("--tuned", type=SOURCE, required=True, help="The checkpoint to be recovered from it.")
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=OneOf(METHODS),
     default="exact",
     show_default=True,
     help="exact: to the bit, for weightops; subtract: tuned - raw, as published in 2023.",

@@ -50,8 +50,6 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 def command(
     source: str,
     out: Path,
-    sha256: str | None,
-    md5: str | None,
     endpoint: str | None,
     limit_rate: str | None,
     timeout: float,
@@ -77,7 +75,6 @@ def command(
     if offline:
         refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
     offline = offline or is_offline()
-    digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
     limit = parse_size(limit_rate) if limit_rate else None
     with running(quiet, events=as_json) as control:
         if offline:
@@ -87,7 +84,7 @@ def command(
             control.web = open_web(endpoint=endpoint, policy=policy)
             control.web.on_wait = control.progress.note
         try:
-            found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
+            found = api.download(source, out, offline=offline, control=control, **options)
         finally:
             if control.web is not None:
                 control.web.close()

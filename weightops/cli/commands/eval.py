@@ -22,7 +22,7 @@ _SHOWN_MODULES = 8
 
 
 @click.command("eval", epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.argument("source", nargs=-1, required=True, type=FOLDER)
 @click.option(
     "--text",
     multiple=True,
@@ -36,7 +36,7 @@ _SHOWN_MODULES = 8
 @run_model_options
 @report_options
 def command(
-    folders: tuple[Path, ...],
+    source: tuple[Path, ...],
     text: tuple[Path, ...],
     seq_len: int | None,
     reference: Path | None,
@@ -49,7 +49,7 @@ def command(
 ) -> None:
     """Measure how well models predict a text, and how far they are from a reference.
 
-    DIR are folders of decoder-only models that transformers knows, GPTQ-quantised ones too, each with its tokenizer.
+    SOURCE are folders of decoder-only models that transformers knows, GPTQ-quantised ones too, each with its tokenizer.
     They run block by block, so that each needs memory for one block and the hidden states of the text. Perplexity is
     over windows that do not overlap, the last partial one dropped. With --reference: KL divergence and top-1 agreement
     of the predictions, and of quantised models the output error of each linear layer. Quantised models are dequantised
@@ -62,7 +62,7 @@ def command(
     """
     with running(quiet or as_json) as control:
         found = api.evaluate(
-            folders,
+            source,
             text,
             seq_len=seq_len,
             reference=reference,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 
 
 @click.command("extract-lora", epilog=epilog(WRITE_CODES))
@@ -25,10 +25,10 @@ from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_opti
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random matrix.")
 @click.option("--dtype", metavar="DTYPE", help="Of the factors; default float32.")
-@click.option("--targets", multiple=True, metavar="GLOB", help="Layers to adapt, such as q_proj; default all Linear.")
+@click.option("--target", multiple=True, metavar="GLOB", help="Layers to adapt, such as q_proj; default all Linear.")
 @click.option(
     "--rest",
-    type=click.Choice(["save", "refuse", "drop"]),
+    type=OneOf(["save", "refuse", "drop"]),
     default="save",
     show_default=True,
     help="What differs and is no Linear weight: kept whole in the adapter, an error, or left out.",

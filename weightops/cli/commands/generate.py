@@ -25,7 +25,7 @@ _SCHEMA = "weightops-generate/1"
 
 
 @click.command("generate", epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("source", type=FOLDER)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; - reads it from stdin.")
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many; default: 128.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most probable token.")
@@ -36,7 +36,7 @@ _SCHEMA = "weightops-generate/1"
 @run_model_options
 @report_options
 def command(
-    folder: Path,
+    source: Path,
     prompt: str,
     max_new_tokens: int | None,
     temperature: float,
@@ -53,10 +53,10 @@ def command(
 ) -> None:
     """Continue a text with a model; what is new goes to stdout as it comes.
 
-    DIR is a folder of a decoder-only model that transformers knows: full, sharded, GPTQ-quantised, safetensors or torch
-    files, with its tokenizer. The model is loaded layer by layer. One that does not fit into memory runs all the same:
-    its layers are read from disk for every token, which is slow. One that is quantised stays packed where that is
-    faster or where it does not fit otherwise (--engine).
+    SOURCE is a folder of a decoder-only model that transformers knows: full, sharded, GPTQ-quantised, safetensors or
+    torch files, with its tokenizer. The model is loaded layer by layer. One that does not fit into memory runs all the
+    same: its layers are read from disk for every token, which is slow. One that is quantised stays packed where that
+    is faster or where it does not fit otherwise (--engine).
 
     \b
     Example:
@@ -69,7 +69,7 @@ def command(
         prompt = _stdin()
     with running(quiet or as_json) as control:
         found = api.generate(
-            folder,
+            source,
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

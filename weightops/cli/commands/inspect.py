@@ -16,24 +16,24 @@ from weightops.operations.inspect import Inspection
 
 
 @click.command("inspect", epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
-@click.argument("path", type=SOURCE)
+@click.argument("source", type=SOURCE)
 @click.option("-t", "--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def command(path: Path | str, tensors: bool, as_json: bool) -> None:
+def command(source: Path | str, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint holds, and what looks wrong with it, from its headers alone.
 
-    PATH is a folder, a weight file, hf://org/name[@revision] or a URL, of which only the headers are fetched.
+    SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL, of which only the headers are fetched.
 
     \b
     Example:
       weightops inspect ./model --tensors
       weightops inspect hf://org/name
     """
-    if is_remote(path):
-        with connected(True, path) as control:
-            found = api.inspect(path, web=control.web)
+    if is_remote(source):
+        with connected(True, source) as control:
+            found = api.inspect(source, web=control.web)
     else:
-        found = api.inspect(path)
+        found = api.inspect(source)
     if as_json:
         print_json(found.to_json())
         return

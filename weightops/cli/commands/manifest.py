@@ -21,14 +21,14 @@ from weightops.operations.manifest import checksum_list, earlier_manifest
 @click.option("--md5sums", "lists", flag_value="md5", help="Print what `md5sum -c` reads; write nothing.")
 @click.option("--sha256sums", "lists", flag_value="sha256", help="Print what `sha256sum -c` reads; write nothing.")
 @click.option("--xxh128sums", "lists", flag_value="xxh3_128", help="Print what `xxhsum -c` reads; write nothing.")
-@click.option("--digest", "digests", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well.")
+@click.option("--digest", multiple=True, metavar="NAME", help="Record md5, sha256, ... as well.")
 @click.option("--overwrite", is_flag=True, help=f"Replace an existing {NAME}.")
 @workers_option
 @report_options
 def command(
     folder: Path,
     lists: str | None,
-    digests: tuple[str, ...],
+    digest: tuple[str, ...],
     overwrite: bool,
     workers: int | None,
     as_json: bool,
@@ -44,7 +44,7 @@ def command(
       weightops manifest ./model --sha256sums > SHA256SUMS
     """
     if lists:
-        refuse_unused("with a checksum list, which is printed as others read it", "as_json", "overwrite", "digests")
+        refuse_unused("with a checksum list, which is printed as others read it", "as_json", "overwrite", "digest")
     target = folder / NAME
     if lists is None:
         if target.exists() and not overwrite:
@@ -53,8 +53,8 @@ def command(
             check_target(target)
     before = earlier_manifest(folder)
     with running(quiet) as control:
-        chosen = (*digests, lists) if lists else digests
-        made = api.manifest(folder, digests=chosen, workers=workers, control=control)
+        chosen = (*digest, lists) if lists else digest
+        made = api.manifest(folder, digest=chosen, workers=workers, control=control)
     if lists:
         click.echo(checksum_list(made, lists), nl=False)
         return

@@ -8,18 +8,18 @@ from typing import Any, get_args
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 from weightops.formats.quantized.gptq import CheckpointFormat
 from weightops.ops.numbers.bitpack import BITS
 
 
 @click.command("pack", epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
-@click.option("--bits", type=click.Choice([str(bits) for bits in BITS]), required=True, help="Of each integer.")
+@click.option("--bits", type=OneOf([str(bits) for bits in BITS]), required=True, help="Of each integer.")
 @click.option("--group-size", type=int, required=True, metavar="N", help="Inputs that share a scale; -1 for all.")
 @click.option(
     "--checkpoint-format",
-    type=click.Choice(get_args(CheckpointFormat)),
+    type=OneOf(get_args(CheckpointFormat)),
     default="gptq",
     show_default=True,
     help="gptq stores zero points minus one and cannot store 0; gptq_v2 stores them as they are.",

@@ -14,6 +14,7 @@ from weightops import api
 from weightops.cli.options import (
     FOLDER,
     WRITE_CODES,
+    OneOf,
     epilog,
     refuse_unused,
     result_document,
@@ -34,12 +35,12 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 
 @click.command("quantize", epilog=epilog(WRITE_CODES))
 @click.argument("source", type=FOLDER)
-@click.option("--bits", type=click.Choice(("2", "3", "4", "8")), default="4", show_default=True, help="Per weight.")
+@click.option("--bits", type=OneOf(("2", "3", "4", "8")), default="4", show_default=True, help="Per weight.")
 @click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share a scale; -1 for all.")
 @click.option("--sym/--asym", default=True, show_default=True, help="Grids around zero, or with zero points.")
 @click.option("--act-order", is_flag=True, help="Solve columns by falling activation; slower to read (g_idx).")
 @click.option("--static-groups", is_flag=True, help="Choose all grids before the first column is solved.")
-@click.option("--method", type=click.Choice(("gptq", "rtn")), default="gptq", show_default=True, help="Or just round.")
+@click.option("--method", type=OneOf(("gptq", "rtn")), default="gptq", show_default=True, help="Or just round.")
 @click.option(
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL; repeatable."
 )
@@ -51,7 +52,7 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 @click.option("--skip", multiple=True, metavar="GLOB", help="Leave such layers as they are; repeatable.")
 @click.option(
     "--checkpoint-format",
-    type=click.Choice(("gptq", "gptq_v2")),
+    type=OneOf(("gptq", "gptq_v2")),
     default="gptq",
     show_default=True,
     help="v1 is read by everything; v2 allows zero points of 0.",

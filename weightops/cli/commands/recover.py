@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import SOURCE, WRITE_CODES, OneOf, epilog, write, write_options
 from weightops.operations.recover import VOCAB_POLICIES
 
 
@@ -17,7 +17,7 @@ from weightops.operations.recover import VOCAB_POLICIES
 @click.option("--diff", type=SOURCE, required=True, help="The delta: published by subtraction, or made by diff.")
 @click.option(
     "--vocab",
-    type=click.Choice(VOCAB_POLICIES),
+    type=OneOf(VOCAB_POLICIES),
     default="refuse",
     show_default=True,
     help="What new embedding rows are added to: the mean of the old (Alpaca), zero, or nothing (LLaVA).",

@@ -17,7 +17,6 @@ from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_opti
 @click.option("--drop-prefix", metavar="TEXT", help="Take this off the names that begin with it.")
 @click.option(
     "--rename",
-    "renames",
     multiple=True,
     nargs=2,
     type=str,
@@ -29,7 +28,7 @@ from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_opti
 @click.option("--tie", is_flag=True, help="Leave out an output embedding that is equal to the input embedding.")
 @click.option("--untie", is_flag=True, help="Write the input embedding as the output embedding, too.")
 @write_options
-def command(source: Path | str, out: Path, renames: tuple[tuple[str, str], ...], **options: Any) -> None:
+def command(source: Path | str, out: Path, rename: tuple[tuple[str, str], ...], **options: Any) -> None:
     """Rewrite a checkpoint in files of another size or format, under other names, or in fewer or more layers.
 
     Every tensor stays as it is, to the bit. Edits are made in the order of the options below, each on the names that
@@ -44,7 +43,6 @@ def command(source: Path | str, out: Path, renames: tuple[tuple[str, str], ...],
       weightops shard ./trained --drop-prefix module. --rename '^transformer\\.' model. --out ./renamed
       weightops shard ./llama-7b --layers 0-19,12-31 --out ./llama-40-layers
     """
-    rename = dict(renames)
-    if len(rename) < len(renames):
+    if len(dict(rename)) < len(rename):
         raise click.UsageError("one pattern is given to --rename twice.")
-    write(api.shard, source, out, rename=rename, **options)
+    write(api.shard, source, out, rename=dict(rename), **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options, workers_option
+from weightops.cli.options import FOLDER, OneOf, epilog, refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
 from weightops.cli.progress import human
 from weightops.errors import WeightopsError
@@ -23,7 +23,7 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 @click.option("--content", is_flag=True, help="Compare tensors, whatever files they are in.")
 @click.option(
     "--extra",
-    type=click.Choice(EXTRA_POLICIES),
+    type=OneOf(EXTRA_POLICIES),
     default="warn",
     show_default=True,
     help="What to do about files that the manifest does not list.",

@@ -23,7 +23,7 @@ def download_into(
     revision: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    digests: Mapping[str, str] | None,
+    digests: Mapping[str, str],
     checksums: str | None,
     workers: int | None,
     prune: bool,
@@ -36,7 +36,7 @@ def download_into(
     include, exclude = tuple(include), tuple(exclude)
     target = sources.find_target(source, revision, control.web.endpoint if control.web else DEFAULT_ENDPOINT)
     if offline:
-        given = {"digests": digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
+        given = {**digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
         for name in (name for name, value in given.items() if value):
             raise UsageError(f"{name} has no use offline, where no server is asked", hint="leave it out")
         found = record.offline(
@@ -46,7 +46,7 @@ def download_into(
     operation.check_out(out)
     with ExitStack() as stack:
         web = control.web or stack.enter_context(Web())
-        target = sources.with_digests(target, digests or {}, checksums, web)
+        target = sources.with_digests(target, digests, checksums, web)
         version = sources.find_version(target, web)
         request = record.request_of(str(target.place), version, target.expected_by, include, exclude)
         earlier = record.recorded(out / manifest_format.NAME)
