@@ -195,9 +195,9 @@ def test_json_is_one_document_on_stdout(family: Path, capsys: pytest.CaptureFixt
         (["inspect", "out", "--json"], "weightops-inspect/1"),
         (["verify", "out", "--json"], "weightops-verify/1"),
         (["manifest", "model", "--json"], "weightops-manifest/1"),
-        (["env", "--json"], "weightops-env/1"),
-        (recover("--json"), "weightops-error/1"),
-        (["inspect", "nowhere", "--json"], "weightops-error/1"),
+        (["env", "--json"], "weightops-env/2"),
+        (recover("--json"), "weightops-error/2"),
+        (["inspect", "nowhere", "--json"], "weightops-error/2"),
     ):
         run(arguments)
         assert json.loads(capsys.readouterr().out)["schema"] == schema, arguments

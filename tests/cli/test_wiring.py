@@ -114,7 +114,7 @@ RUNNING = [
     row("--restart", "restart", True),
     row("--workers 3", "workers", 3),
 ]
-ELSEWHERE = {"--out", "-o", "--json", "--quiet", "-q", "-n", "--check"}
+ELSEWHERE = {"--out", "-o", "--json", "--progress", "--quiet", "-q", "-n", "--check"}
 """Of the output's name, of what is shown, and of what is done before the operation."""
 
 

@@ -135,13 +135,14 @@ ROWS: dict[str, list[Row]] = {
     ],
     "env": [],
 }
-SHOWN = {"--json", "-q", "--quiet", "-o", "--out", "-n"}
+SHOWN = {"--json", "--progress", "-q", "--quiet", "-o", "--out", "-n"}
 ELSEWHERE = {
     "quantize": {"--sym", "--mse", "--html"},
     "check": {"--strict", "--html"},
     "verify": {"--junit"},
     "manifest": {"--overwrite"},
     "inspect": {"-t", "--tensors"},
+    "env": {"--gpu"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {

@@ -52,6 +52,12 @@ class Quantization:
 
     __repr__ = brief
 
+    def to_json(self, workers: int | None = None) -> dict[str, Any]:
+        """A document of schema `weightops-quantize/1`."""
+        from weightops.api.quantize_report import quantize_json
+
+        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers)
+
 
 def quantize(
     source: StrPath,

@@ -11,13 +11,16 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from weightops.errors import WeightopsError
 from weightops.recipes.names import field_of, parameter_of
 from weightops.version import __version__
+
+if TYPE_CHECKING:
+    from weightops.cli.output import ErrorDocument
 
 COMMANDS = {
     "download": "Fetch a repository or file, and prove what arrived.",
@@ -125,15 +128,34 @@ def cli() -> None:
     """
 
 
-def _told(error: OSError) -> tuple[str, str | None, int]:
-    """What the system refused, where no code of ours expected it: message, hint and exit code."""
-    from weightops.io.direct import NO_ROOM, write_failure
+def _told(error: BaseException) -> ErrorDocument:
+    """What there is to say of an error, whatever it is."""
+    from weightops.cli.output import ErrorDocument, document_of
 
-    if error.errno in NO_ROOM:
-        failure = write_failure(Path(str(error.filename or "the output")), error)
-        return str(failure), failure.hint, failure.exit_code
-    where = "".join(f"{name}: " for name in (error.filename,) if name)
-    return f"{where}{(error.strerror or str(error)).lower()}", None, 10 if error.errno == errno.ENOENT else 1
+    name, hint, exit_code = type(error).__name__, None, 1
+    match error:
+        case WeightopsError():
+            return document_of(error)
+        case click.ClickException():
+            context = error.ctx if isinstance(error, click.UsageError) else None
+            hint = f"{context.command_path} --help" if context else None
+            name, message, exit_code = "UsageError", error.format_message(), error.exit_code
+        case click.Abort() | KeyboardInterrupt():
+            name, message, exit_code = "Interrupted", "interrupted", 130
+        case OSError():
+            from weightops.io.direct import NO_ROOM, write_failure
+
+            if error.errno in NO_ROOM:
+                return document_of(write_failure(Path(str(error.filename or "the output")), error))
+            where = "".join(f"{name}: " for name in (error.filename,) if name)
+            message = f"{where}{(error.strerror or str(error)).lower()}"
+            exit_code = 10 if error.errno == errno.ENOENT else 1
+        case MemoryError():
+            message, hint, exit_code = "out of memory", "give fewer --workers", 16
+        case _:
+            message = f"unexpected {name}: {error}"
+            hint = "this is a bug: set WEIGHTOPS_DEBUG=1 for the traceback and report it"
+    return ErrorDocument(error=name, exit_code=exit_code, message=message, hint=hint)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -152,9 +174,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    from weightops.cli.output import report_error
-
-    as_json = "--json" in args
     try:
         if "HF_ENDPOINT" in os.environ:
             from weightops.cli.network import hub_endpoint
@@ -165,27 +184,13 @@ def run(args: Sequence[str]) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        context = error.ctx if isinstance(error, click.UsageError) else None
-        hint = f"{context.command_path} --help" if context else None
-        return report_error(error.format_message(), hint, error.exit_code, as_json)
-    except (click.Abort, KeyboardInterrupt):
-        return report_error("interrupted", None, 130, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except WeightopsError as error:
-        if os.environ.get("WEIGHTOPS_DEBUG"):
+    except (Exception, KeyboardInterrupt) as error:  # the edge: what nobody foresaw is a sentence too
+        is_said = isinstance(error, click.ClickException | click.Abort | KeyboardInterrupt | MemoryError)
+        if os.environ.get("WEIGHTOPS_DEBUG") and not is_said:
             raise
-        return report_error(str(error), error.hint, error.exit_code, as_json)
-    except OSError as error:
-        if os.environ.get("WEIGHTOPS_DEBUG"):
-            raise
-        return report_error(*_told(error), as_json)
-    except MemoryError:
-        return report_error("out of memory", "give fewer --workers", 16, as_json)
-    except Exception as error:  # the edge: what nobody foresaw is a sentence too, and a traceback on request
-        if os.environ.get("WEIGHTOPS_DEBUG"):
-            raise
-        message = f"unexpected {type(error).__name__}: {error}"
-        return report_error(message, "this is a bug: set WEIGHTOPS_DEBUG=1 for the traceback and report it", 1, as_json)
+        from weightops.cli.output import report_error
+
+        return report_error(_told(error), "--json" in args)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import msgspec
 from click.core import ParameterSource
 
-from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.progress import human
+from weightops.cli.meter import human
+from weightops.cli.output import PROGRESS, print_json, running, table, warn
+from weightops.cli.progress import HOWS
 from weightops.engine.control import Control
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
@@ -25,6 +25,7 @@ from weightops.io.escape import escape
 from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
 from weightops.recipes.names import spelled
+from weightops.recipes.report import write_json
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -78,11 +79,23 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Command], Command]:
     return decorate
 
 
+def _keep_progress(context: click.Context, option: click.Parameter, how: str) -> None:
+    context.meta[PROGRESS] = how
+
+
 def report_options(command: Command) -> Command:
-    """--json and --quiet."""
+    """--json, --progress and --quiet."""
     return _apply(
         [
             click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            click.option(
+                "--progress",
+                type=OneOf(HOWS),
+                default="auto",
+                expose_value=False,
+                callback=_keep_progress,
+                help="On stderr: bars on a terminal and lines elsewhere (auto), lines, JSON lines, or none.",
+            ),
             click.option("-q", "--quiet", is_flag=True, help="No progress; errors only."),
         ]
     )(command)
@@ -171,7 +184,7 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
     """What a writing command says when it is done, or with --dry-run would do."""
     warn(result.warnings)
     if as_json:
-        print_json(result_document(result, workers))
+        print_json(write_json(result, workers))
     elif result.manifest is None:
         click.echo(_dry_run_text(result, workers))
     elif not quiet:
@@ -186,26 +199,6 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         if energies:
             click.echo(_energy_text(energies))
         click.echo(f"content {result.manifest.content_id}")
-
-
-def result_document(result: Result, workers: int | None) -> dict[str, Any]:
-    """What a writing command says on stdout with --json."""
-    plan = result.plan
-    return {
-        "schema": "weightops-write/1",
-        "out": str(result.out),
-        "written": result.manifest is not None,
-        "fingerprint": plan.fingerprint,
-        "nbytes": plan.total_nbytes,
-        "fetched_nbytes": fetched_nbytes(plan),
-        "peak_memory_nbytes": peak_memory([plan], workers or default_workers([plan])),
-        "files": [{"name": n, "nbytes": size} for n, size in plan.shard_nbytes.items()],
-        "resumed": list(result.resumed),
-        "losses": msgspec.to_builtins(result.manifest.losses) if result.manifest else {},
-        "notes": dict(result.manifest.notes) if result.manifest else {},
-        "content_id": result.manifest.content_id if result.manifest else None,
-        "warnings": list(result.warnings),
-    }
 
 
 def _loss_text(losses: Mapping[str, Loss]) -> str:

@@ -67,6 +67,19 @@ class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
 Record = ShardRecord | WatchRecord | ProofRecord
 
 
+class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """`run.json`: the plan, its fingerprint and the files that it makes.
+
+    When all is written it says also by which inode the output will be known, and what it takes the place of.
+    """
+
+    fingerprint: str
+    files: tuple[str, ...]
+    plan: dict[str, Any]
+    finished: int | msgspec.UnsetType | None = msgspec.UNSET
+    replaces: int | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class Staging:
     """Exclusive hold on the partial output of one run; a context manager.
 
@@ -146,14 +159,18 @@ class Staging:
                 if path not in kept:
                     path.unlink()
             if not records:
-                names = sorted(plan.file_names)
-                self._work.begin({"fingerprint": plan.fingerprint, "files": names, "plan": plan.to_json()})
+                self._work.begin(self._run())
             self.folder.mkdir(exist_ok=True)
             self._journal = os.open(self._work.path / JOURNAL, _APPEND, 0o666)
             os.ftruncate(self._journal, nbytes)
         except OSError as error:
             raise write_failure(self._work.path, error) from None
         self.records = records
+
+    def _run(self, **inodes: int | None) -> PartialRun:
+        plan = self._plan
+        names = tuple(sorted(plan.file_names))
+        return PartialRun(fingerprint=plan.fingerprint, files=names, plan=plan.to_json(), **inodes)
 
     def _own_files(self) -> list[Path]:
         """The files of this run or the earlier one; raises `OutputExists` for anything that neither makes."""
@@ -180,8 +197,7 @@ class Staging:
             for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
                 fsync_folder(folder)
             staged = self.folder / self.out.name if self._plan.is_file else self.folder
-            inodes = {"finished": _inode(staged), "replaces": _inode(self.out)}
-            self._work.begin({**(self._work.document or {}), **inodes})
+            self._work.begin(self._run(finished=_inode(staged), replaces=_inode(self.out)))
         except OSError as error:
             raise write_failure(self.folder, error) from None
 

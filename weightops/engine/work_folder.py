@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from weightops.engine.lock import take_lock
 from weightops.errors import OutputExists
 from weightops.io.atomic import temporary_of, write_whole
@@ -49,10 +51,12 @@ class WorkFolder:
         self._lock = take_lock(path / LOCK)
         self.document = read_document(path, schema)
 
-    def begin(self, document: Mapping[str, Any]) -> None:
+    def begin(self, document: Mapping[str, Any] | msgspec.Struct) -> None:
         """Say what the run is."""
-        self.document = {"schema": self._schema, **document}
-        write_whole(self.path / RUN, json.dumps(self.document).encode())
+        said = document if isinstance(document, Mapping) else msgspec.to_builtins(document)
+        data = json.dumps({"schema": self._schema, **said}).encode()
+        self.document = json.loads(data)
+        write_whole(self.path / RUN, data)
 
     def own_files(self, is_own: IsOwn) -> list[Path]:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""

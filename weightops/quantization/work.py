@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from weightops.engine.preflight import free_disk
@@ -31,6 +32,7 @@ from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import first_difference
+from weightops.quantization.options import Options
 from weightops.stores.reader import FileReader
 
 if TYPE_CHECKING:
@@ -39,6 +41,19 @@ if TYPE_CHECKING:
 SCHEMA = "weightops-blocks/1"
 _REPORT = "report"
 _NAME = re.compile(r"block-\d{5,}\.safetensors|hidden-\d{5,}\.bin")
+
+
+class BlocksRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """`run.json`: source, settings, data and versions, all of which a run must have in common to be continued.
+
+    `source` and `calibration` are digests, `contents` is one of a sample of every tensor.
+    """
+
+    source: str
+    contents: str = msgspec.field(name="source contents")
+    options: Options
+    calibration: str | None
+    versions: dict[str, str]
 
 
 def blocks_of(out: Path) -> Path:

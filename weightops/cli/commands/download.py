@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops import api
+from weightops.cli.meter import human
 from weightops.cli.network import hub_endpoint, is_offline, open_web
 from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.progress import human
 from weightops.engine.preflight import free_disk
 from weightops.io.escape import escape
 from weightops.plan import parse_size
@@ -76,7 +76,7 @@ def command(
         refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
     offline = offline or is_offline()
     limit = parse_size(limit_rate) if limit_rate else None
-    with running(quiet, events=as_json) as control:
+    with running(quiet) as control:
         if offline:
             control.web = Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
         else:
@@ -90,7 +90,10 @@ def command(
                 control.web.close()
     warn(found.warnings)
     if as_json:
-        print_json(_document(found))
+        # Imported here because starting takes longer than listing.
+        from weightops.operations.download import download_json
+
+        print_json(download_json(found))
     elif found.manifest is None:
         click.echo(_dry_run_text(found))
     elif not quiet:
@@ -127,22 +130,3 @@ def _dry_run_text(found: Download) -> str:
         f"disk     {human(free_disk(found.out / STATE))} free",
     ]
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])
-
-
-def _document(found: Download) -> dict[str, Any]:
-    return {
-        "schema": "weightops-download/1",
-        "out": str(found.out),
-        "source": found.listing.source,
-        "revision": found.listing.revision,
-        "commit": found.listing.commit,
-        "complete": found.manifest is not None,
-        "nbytes": found.nbytes,
-        "files": [
-            {"name": file.name, "nbytes": file.nbytes, "digests": dict(file.digests), "here": file.name in found.have}
-            for file in found.files
-        ],
-        "stale": list(found.stale),
-        "unproven": list(found.unproven),
-        "warnings": list(found.warnings),
-    }

@@ -60,7 +60,7 @@ def command(
       weightops eval ./model --text heldout.txt
       weightops eval ./model-gptq --reference ./model --text heldout.txt --seq-len 512 --json > eval.json
     """
-    with running(quiet or as_json) as control:
+    with running(quiet) as control:
         found = api.evaluate(
             source,
             text,

@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from weightops import api
+from weightops.cli.meter import human
 from weightops.cli.model_options import run_model_options
 from weightops.cli.options import FOLDER, READ_CODES, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, warn
-from weightops.cli.progress import human
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
     from weightops.inference.generate import Generation
     from weightops.inference.packed import Engine
-
-_SCHEMA = "weightops-generate/1"
 
 
 @click.command("generate", epilog=epilog((*READ_CODES[:-1], 16, 130)))
@@ -67,7 +65,7 @@ def command(
         refuse_unused("at --temperature 0, where nothing is drawn", "seed")
     if prompt == "-":
         prompt = _stdin()
-    with running(quiet or as_json) as control:
+    with running(quiet) as control:
         found = api.generate(
             source,
             prompt,
@@ -92,12 +90,7 @@ def command(
         text = _show(found, as_json)
         elapsed_s = time.monotonic() - started_s
     if as_json:
-        document = {"schema": _SCHEMA, "text": text, "prompt_tokens": len(found.prompt_tokens), "tokens": found.tokens}
-        document |= {"warnings": list(found.warnings), "finish": found.finish, "streams_weights": found.streams_weights}
-        document |= {"engine": found.engine} if found.engine else {}
-        print_json(
-            document | {"elapsed_s": round(elapsed_s, 3), "tokens_per_s": round(len(found.tokens) / elapsed_s, 3)}
-        )
+        print_json(found.to_json(text, elapsed_s))
 
 
 def _stdin() -> str:

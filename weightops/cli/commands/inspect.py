@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from weightops import api
+from weightops.cli.meter import human
 from weightops.cli.options import SOURCE, connected, epilog
 from weightops.cli.output import print_json, table, warn
-from weightops.cli.progress import human
 from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.operations.inspect import Inspection

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from weightops import api
+from weightops.cli.meter import human, percent
 from weightops.cli.options import (
     FOLDER,
     WRITE_CODES,
     OneOf,
     epilog,
     refuse_unused,
-    result_document,
     show_result,
     write_options,
 )
 from weightops.cli.output import print_json, running, save_report, table, warn
-from weightops.cli.progress import human, percent
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 
@@ -84,14 +82,14 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
     with running(quiet) as control:
         done = api.quantize(source, out, bits=int(bits), control=control, **options)
     modules = done.modules
-    if done.result is None:
-        _show_estimate(done, as_json)
-        return
     if as_json:
-        document = result_document(done.result, workers)
-        warn(done.result.warnings)
-        print_json(document | {"bits_per_weight": done.bits_per_weight, "modules": msgspec.to_builtins(modules)})
-    else:
+        warn(done.result.warnings if done.result else ())
+        print_json(done.to_json(workers))
+    if done.result is None:
+        if not as_json:
+            click.echo(_estimate_text(done))
+        return
+    if not as_json:
         show_result(done.result, False, quiet, workers)
         if not quiet:
             click.echo(_text(modules, done.bits_per_weight))
@@ -102,17 +100,14 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
         click.get_current_context().exit(save_report(html, page(out.name, modules, facts_of(done))))
 
 
-def _show_estimate(done: api.Quantization, as_json: bool) -> None:
+def _estimate_text(done: api.Quantization) -> str:
     found = done.estimate
-    if as_json:
-        print_json({"schema": "weightops-write/1", "written": False, **vars(found)})
-        return
     rows = [
         f"layers   {found.n_modules} in {found.n_blocks} blocks, {human(found.packed_nbytes)} when packed",
         f"memory   at most {human(found.memory_nbytes)}, and up to {human(found.kept_nbytes)} more to save time",
         f"disk     {human(2 * found.packed_nbytes + 2 * found.hidden_nbytes)} beside the output while it runs",
     ]
-    click.echo("\n".join(rows))
+    return "\n".join(rows)
 
 
 def _text(modules: Sequence[ModuleReport], bits: float) -> str:

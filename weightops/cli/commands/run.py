@@ -9,22 +9,22 @@ from typing import Any
 import click
 
 from weightops import api
+from weightops.cli.meter import human
 from weightops.cli.options import (
     WRITE_CODES,
     connected,
     epilog,
-    result_document,
     run_options,
     show_result,
 )
 from weightops.cli.output import print_json, table, warn
-from weightops.cli.progress import human
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
 from weightops.io.escape import escape
 from weightops.recipes.execute import Result
 from weightops.recipes.recipe import Recipe, read_recipe
+from weightops.recipes.report import run_json
 
 
 @click.command("run", epilog=epilog(WRITE_CODES))
@@ -56,8 +56,7 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     with connected(quiet, *(place.path for place in parsed.sources.values())) as control:
         results = api.run(parsed, control=control, **options)
     if as_json:
-        documents = [result_document(result, options["workers"]) for result in results.values()]
-        print_json({"schema": "weightops-run/1", "outputs": documents})
+        print_json(run_json(results.values(), options["workers"]))
         return
     if options["dry_run"]:
         click.echo(_dry_run_text(parsed, results, options["workers"]))

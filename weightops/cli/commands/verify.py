@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from weightops import api
+from weightops.cli.meter import human
 from weightops.cli.options import FOLDER, OneOf, epilog, refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.progress import human
 from weightops.errors import WeightopsError
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
@@ -60,7 +60,7 @@ def command(
     if junit is not None:
         check_target(junit)
     try:
-        with running(quiet or as_json) as control:
+        with running(quiet) as control:
             report = api.verify(
                 folder,
                 manifest,
