@@ -344,6 +344,16 @@ def test_a_manifest_is_made_for_any_folder(family: Path) -> None:
     assert run(["manifest", "plain"]) == 11
 
 
+def test_a_manifest_may_lie_elsewhere_or_be_tried_only(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["manifest", "model", "--dry-run"]) == 0
+    assert "weightops-manifest.json would be written: 4 files, 2 tensors" in capsys.readouterr().out
+    assert run(["manifest", "model", "--out", "list.json"]) == 0
+    assert not (family / "model/weightops-manifest.json").exists()
+    assert run(["verify", "model", "--manifest", "list.json"]) == 0
+    assert run(["manifest", "model", "--out", "list.json"]) == 11
+    assert run(["manifest", "model", "--out", "list.json", "--overwrite"]) == 0
+
+
 def test_re_sharding_keeps_the_content(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["manifest", "model"]) == 0
     assert run(["shard", "model", "--out", "other", "--format", "torch"]) == 0

@@ -31,7 +31,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "python.md"
 OF_THE_COMMAND = {
     "check": {"strict", "html"},
     "verify": {"junit"},
-    "manifest": {"lists", "overwrite"},
+    "manifest": {"out", "lists", "dry_run", "overwrite"},
     "inspect": {"tensors"},
     "quantize": {"html"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline"},

@@ -140,7 +140,7 @@ ELSEWHERE = {
     "quantize": {"--sym", "--mse", "--html"},
     "check": {"--strict", "--html"},
     "verify": {"--junit"},
-    "manifest": {"--overwrite"},
+    "manifest": {"--dry-run", "--overwrite"},
     "inspect": {"-t", "--tensors"},
     "env": {"--gpu"},
 }

@@ -22,27 +22,39 @@ from weightops.version import __version__
 if TYPE_CHECKING:
     from weightops.cli.output import ErrorDocument
 
-COMMANDS = {
-    "download": "Fetch a repository or file, and prove what arrived.",
-    "recover": "Recover tuned weights from raw weights and a delta.",
-    "convert": "Move a LLaMA model between Hugging Face, Meta, TencentPretrain and GGUF.",
-    "diff": "Make a delta between two checkpoints.",
-    "merge-lora": "Merge LoRA adapters into a base, to the bit as peft does.",
-    "extract-lora": "Make the LoRA adapter that takes one checkpoint to another.",
-    "cast": "Convert weights to another dtype, and count what is lost.",
-    "quantize": "Quantise a model to 2, 3, 4 or 8 bits with GPTQ, block by block.",
-    "dequantize": "Turn a model quantised by GPTQ back into a plain one.",
-    "pack": "Make a GPTQ model of integers, scales and zero points.",
-    "eval": "Measure perplexity, and how far a model is from another.",
-    "generate": "Continue a text, from any checkpoint, in memory or layer by layer.",
-    "shard": "Rewrite a checkpoint in other files, under other names, with other layers.",
-    "run": "Carry out a recipe: several operations and outputs from one read.",
-    "check": "Look for what is wrong with a checkpoint, in its values and its files.",
-    "verify": "Check a folder against a manifest or checksum list.",
-    "manifest": "Digest a folder, for verify, md5sum, sha256sum or xxhsum.",
-    "inspect": "Show what a checkpoint holds, from its headers.",
-    "env": "Show versions and machine, for bug reports.",
+GROUPS = {
+    "Get a model": {
+        "download": "Download a model, and check every file against its digest.",
+    },
+    "Make a model of others": {
+        "recover": "Recover a tuned model from the original and a difference.",
+        "convert": "Convert between transformers, Meta, TencentPretrain and GGUF.",
+        "diff": "Make the difference from which a tuned model is recovered.",
+        "merge-lora": "Merge LoRA adapters into the model they were trained on.",
+        "extract-lora": "Make a LoRA adapter of the difference between two models.",
+        "cast": "Convert weights to another number type; count what is lost.",
+        "quantize": "Quantise a model to 2, 3, 4 or 8 bits with GPTQ.",
+        "dequantize": "Turn a model that GPTQ quantised back into a plain one.",
+        "pack": "Make a GPTQ model of integers and scales that you have.",
+        "shard": "Rewrite a model in other files, names or layers.",
+        "run": "Carry out a recipe: several steps and results in one go.",
+    },
+    "Prove that it is right": {
+        "verify": "Check that the files of a model are the right ones.",
+        "check": "Look for mistakes in a model's values, tensors and settings.",
+        "manifest": "Record the digests of a model's files, for later checks.",
+    },
+    "Look at it": {
+        "inspect": "Show what the files of a model hold, without the weights.",
+        "env": "Show versions, machine, disk and hub, for bug reports.",
+    },
+    "Run it": {
+        "eval": "Measure how well a model predicts a text.",
+        "generate": "Continue a text, even if the model does not fit in memory.",
+    },
 }
+"""The commands, as `--help` lists them: a line of at most 80 columns each."""
+COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
 EXIT_CODES = {
     0: "done; checked and equal",
     1: "error; the inputs do not belong together",
@@ -96,8 +108,10 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        width = max(map(len, COMMANDS))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), line) for name, line in commands.items()])
 
 
 def _option_name(command: str, token: str) -> str:
@@ -120,11 +134,18 @@ def _exit_code_help() -> str:
 )
 @click.version_option(__version__, prog_name="weightops")
 def cli() -> None:
-    """Ship, recover and check large-model weights: at the speed of the disk, in a few hundred MB, to the bit.
+    """Download, recover, convert, merge, quantise and check the weights of large language models.
+
+    Models of any size are worked on at the speed of the disk, in a few hundred MB of memory. A result appears only
+    when it is complete, and a command that was interrupted continues when it is given again.
 
     \b
-      weightops recover --raw ./llama-13b --diff ./zhixi-diff --out ./zhixi
-      weightops verify ./zhixi
+    Example:
+      weightops download org/name --out ./name
+      weightops cast ./name --dtype bfloat16 --out ./name-bf16
+      weightops verify ./name-bf16
+
+    `weightops COMMAND --help` explains a command.
     """
 
 

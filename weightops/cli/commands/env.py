@@ -6,24 +6,26 @@ import click
 
 from weightops.cli.machine import Cache, EnvDocument, Gpu, describe
 from weightops.cli.meter import human
+from weightops.cli.options import json_option
 from weightops.cli.output import print_json, table
+from weightops.cli.params import Command
 from weightops.io.escape import escape
 from weightops.io.strict_json import as_json as to_json
 
 
-@click.command("env", epilog="Exit codes: 0 done.")
+@click.command("env", cls=Command, epilog="Exit codes: 0 done.")
 @click.option("--gpu", is_flag=True, help="Ask torch which GPUs it can use, which takes some seconds.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def command(gpu: bool, as_json: bool) -> None:
     """Show versions, machine, disk and hub: what a bug report should say.
-
-    GPUs are those that nvidia-smi lists, or with --gpu those that torch can use. Whether a token for the hub is set is
-    said, the token itself never.
 
     \b
     Example:
       weightops env
       weightops env --gpu --json > env.json
+
+    GPUs are those that nvidia-smi lists, or with --gpu those that torch can use. It is said whether a token for the hub
+    is set; the token itself is never shown.
     """
     found = describe(ask_torch=gpu)
     if as_json:
