@@ -190,8 +190,8 @@ def test_exit_codes(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_is_one_document_on_stdout(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, schema in (
-        (recover("--json", "--dry-run"), "weightops-write/1"),
-        (recover("--json"), "weightops-write/1"),
+        (recover("--json", "--dry-run"), "weightops-write/2"),
+        (recover("--json"), "weightops-write/2"),
         (["inspect", "out", "--json"], "weightops-inspect/1"),
         (["verify", "out", "--json"], "weightops-verify/1"),
         (["manifest", "model", "--json"], "weightops-manifest/1"),

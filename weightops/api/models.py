@@ -13,18 +13,20 @@ import msgspec
 from weightops.api.outputs import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
+from weightops.engine.finished import PLAN, SOURCES, find_marked
 from weightops.engine.preflight import refuse_among
 from weightops.engine.staging import refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.places import is_remote
+from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.plan import parse_size, sources_of
-from weightops.recipes.execute import Result, StrPath, Wanted, several, write_all
+from weightops.recipes.execute import Result, StrPath, Wanted, may_skip, several, write_all
 
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
@@ -43,12 +45,16 @@ _DESCRIBING = (Kind.CONFIG, Kind.GENERATION, Kind.TOKENIZER, Kind.TEMPLATE)
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `quantize` did, or with `dry_run` would do: then there is no `result`."""
+    """What `quantize` did, or with `dry_run` would do: then there is no `result`.
+
+    Nor is there one if `skipped`: what it would write was there already, and with `if_exists="skip"` was left alone.
+    """
 
     estimate: Estimate
     result: Result | None = None
     modules: tuple[ModuleReport, ...] = ()
     bits_per_weight: float = 0.0
+    skipped: bool = False
 
     __repr__ = brief
 
@@ -56,7 +62,7 @@ class Quantization:
         """A document of schema `weightops-quantize/1`."""
         from weightops.api.quantize_report import quantize_json
 
-        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers)
+        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers, self.skipped)
 
 
 def quantize(
@@ -99,9 +105,10 @@ def quantize(
     files, running = split_output(output)
     out = Path(out)
     checkpoint = open_checkpoint(source)
+    is_skipping = may_skip(running)
     if not running.get("dry_run"):
         refuse_among(out, sources_of(checkpoint.values()))
-        refuse_target(out, overwrite=running.get("overwrite", False))
+        refuse_target(out, overwrite=running.get("overwrite", False) or is_skipping)
         refuse_others(blocks_of(out), SCHEMA)
     settings = Settings(
         bits=bits,
@@ -127,6 +134,11 @@ def quantize(
     if tokenizer is not None and data is not None:
         check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
     estimate = run.estimate()
+    provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
+    if is_skipping:
+        may_differ = running.get("overwrite", False)
+        if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may_differ):
+            return Quantization(estimate, skipped=True)
     if running.get("dry_run"):
         return Quantization(estimate)
     control = running.get("control") or Control()
@@ -137,7 +149,7 @@ def quantize(
         kept = set(found.checkpoint.values())
         gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
         made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
-        wanted = Wanted(made, files, recipe, {"source": checkpoint})
+        wanted = Wanted(made, files, recipe, {"source": checkpoint}, provenance=provenance)
         result = write_all({out: wanted}, running)[out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
@@ -19,7 +19,7 @@ from weightops.engine.control import Control
 from weightops.errors import UsageError
 from weightops.formats.containers import FORMATS
 from weightops.formats.places import is_remote
-from weightops.recipes.execute import Result
+from weightops.recipes.execute import IfExists, Result
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -70,6 +70,13 @@ overwrite_option = click.option(
 run_options = _all(
     dry_run_option,
     overwrite_option,
+    click.option(
+        "--if-exists",
+        type=OneOf(get_args(IfExists)),
+        default="fail",
+        show_default=True,
+        help="What to do if the output is there: fail, or skip what this very command has made before and is complete.",
+    ),
     click.option("--restart", is_flag=True, help="Begin anew instead of continuing what an interrupted run left."),
     workers_option,
     report_options,

@@ -29,7 +29,7 @@ DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 SEQ_LEN = "2048, or as many as the model has positions"
 
 _HOW = "How to run"
-_RUNNING = ("dry_run", "overwrite", "restart", "workers", "as_json", "progress", "quiet")
+_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "quiet")
 _SECTIONS = {**dict.fromkeys(FILE_FIELDS, "Files of the result"), **dict.fromkeys(_RUNNING, _HOW)}
 """Under which title options are shown, by name; the others come first."""
 

@@ -16,14 +16,19 @@ from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
 from weightops.recipes.report import write_json
 
+SKIPPED = "is there, made by this very plan of these sources, and complete by the sizes of its files: skipped"
 _SHOWN_LOSSES = 5
 
 
 def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None) -> None:
     """What a writing command says when it is done, or with --dry-run would do."""
-    warn(result.warnings)
+    if not result.skipped:
+        warn(result.warnings)
     if as_json:
         print_json(write_json(result, workers))
+    elif result.skipped:
+        if not quiet:
+            click.echo(f"{escape(str(result.out))}: {SKIPPED}")
     elif result.manifest is None:
         click.echo(_dry_run_text(result, workers))
     elif not quiet:

@@ -28,7 +28,7 @@ from weightops.cli.params import (
     OneOf,
     epilog,
 )
-from weightops.cli.results import show_result
+from weightops.cli.results import SKIPPED, show_result
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 
@@ -144,8 +144,8 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
         warn(done.result.warnings if done.result else ())
         print_json(done.to_json(workers))
     if done.result is None:
-        if not as_json:
-            click.echo(_estimate_text(done))
+        if not as_json and not (done.skipped and quiet):
+            click.echo(f"{escape(str(out))}: {SKIPPED}" if done.skipped else _estimate_text(done))
         return
     if not as_json:
         show_result(done.result, False, quiet, workers)

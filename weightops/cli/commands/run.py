@@ -62,7 +62,7 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     if options["dry_run"]:
         click.echo(_dry_run_text(parsed, results, options["workers"]))
     for result in results.values():
-        if options["dry_run"]:
+        if options["dry_run"] and not result.skipped:
             warn(result.warnings)
         else:
             show_result(result, False, quiet, options["workers"])
