@@ -136,6 +136,7 @@ ROWS: dict[str, list[Row]] = {
         same("--dry-run", dry_run=True),
     ],
     "env": [],
+    "completion": [],
 }
 SHOWN = {"--json", "--progress", "-q", "--quiet", "-o", "--out", "-n"}
 ELSEWHERE = {

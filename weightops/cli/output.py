@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from weightops.cli.progress import make_progress
-from weightops.engine.control import Control
 from weightops.errors import WeightopsError
 from weightops.io import strict_json
-from weightops.io.atomic import write_whole
 from weightops.io.escape import escape, is_harmless
+
+if TYPE_CHECKING:
+    from weightops.engine.control import Control
 
 PROGRESS = "weightops.progress"
 """Where the context of a command has how to show progress."""
@@ -55,6 +56,8 @@ def document_of(error: WeightopsError) -> ErrorDocument:
 
 def save_report(path: Path, data: bytes) -> int:
     """Write a report of what has been said already; the exit code, for what was said counts even if this fails."""
+    from weightops.io.atomic import write_whole
+
     try:
         write_whole(path, data)
     except WeightopsError as error:
@@ -94,6 +97,8 @@ def running(quiet: bool) -> Iterator[Control]:
 
     With `quiet` it shows none.
     """
+    from weightops.engine.control import Control  # imported here because help and completion do without it
+
     progress = make_progress("none" if quiet else click.get_current_context().meta.get(PROGRESS, "auto"))
     control = Control(progress)
 

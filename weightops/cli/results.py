@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
 
@@ -14,6 +15,7 @@ from weightops.engine.proof import fetched_nbytes
 from weightops.io.escape import escape
 from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
+from weightops.recipes.recipe import Recipe
 from weightops.recipes.report import write_json
 
 SKIPPED = "is there, made by this very plan of these sources, and complete by the sizes of its files: skipped"
@@ -86,3 +88,36 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
         ]
     )
+
+
+def what_a_recipe_does(recipe: Recipe, results: Mapping[Path, Result], workers: int | None) -> str:
+    """What would be read, done and written."""
+    plans = [result.plan for result in results.values()]
+    origins = {origin.role: origin for plan in plans for origin in plan.origins}
+    sources: list[Sequence[str]] = [("source", "from", "tensors", "size")]
+    for role, place in recipe.sources.items():
+        own = origins[role]
+        sources.append((escape(role), escape(place.path), str(len(own.tensors)), human(own.nbytes)))
+    steps: list[Sequence[str]] = [("tensors", "operation", "of", "with")]
+    for name in recipe.order():
+        step = recipe.steps[name]
+        inputs = ", ".join(escape(each) for names in step.inputs.values() for each in names)
+        said = ", ".join(f"{key} {value}" for key, value in step.said.items())
+        steps.append((escape(name), step.verb, inputs, escape(said)))
+    written: list[Sequence[str]] = [("output", "from", "cast", "files", "size", "disk free")]
+    for (out, result), destination in zip(results.items(), recipe.outputs.values(), strict=True):
+        cast = ", ".join(str(value) for value in destination.cast.values()) or "as it is"
+        count, nbytes = len(result.plan.shards), human(result.plan.total_nbytes)
+        written.append(
+            (escape(str(out)), escape(destination.name), escape(cast), str(count), nbytes, human(free_disk(out)))
+        )
+    files = {file: None for plan in plans for file in plan.sources}
+    read = f"reads    {human(sum(f.nbytes for f in files))} from {len(files)} files"
+    if any(plan.is_remote for plan in plans):
+        read += f", {human(sum(map(fetched_nbytes, plans)))} over the network"
+    memory = human(peak_memory(plans, workers or default_workers(plans)))
+    total = human(sum(plan.total_nbytes for plan in plans))
+    tables = [table(sources, right=(2, 3))]
+    tables += [table(steps)] if len(steps) > 1 else []
+    tables += [table(written, right=(3, 4, 5)), f"{read}\nwrites   {total}\nmemory   at most {memory}"]
+    return "\n\n".join(tables)

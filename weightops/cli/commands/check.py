@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.meter import human
 from weightops.cli.options import cache_folder, connected, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, save_report, table
-from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog
-from weightops.io.atomic import check_target
+from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog, named
 from weightops.io.escape import escape
-from weightops.operations.check import CODES, CheckReport, Finding
+
+if TYPE_CHECKING:
+    from weightops.operations.check import CheckReport, Finding
 
 _SHOWN = 10
 """Findings of one code that the table shows; --json has all of them."""
@@ -34,7 +36,7 @@ _SHOWN = 10
     "--ignore",
     multiple=True,
     metavar="CODE",
-    type=OneOf(list(CODES)),
+    type=OneOf(named("operations.check", "CODES")),
     help="Leave such findings out. Can be given several times.",
 )
 @click.option("--html", type=FILE, help="Write a page for a browser, with the statistics of every layer.")
@@ -67,9 +69,11 @@ def command(
     training, LoRA and quantising leave behind. Every tensor is read once. --json has the statistics of each.
     """
     if html is not None:
+        from weightops.io.atomic import check_target
+
         check_target(html)
     with connected(quiet, source) as control:
-        report = api.check(
+        report = weightops.check(
             source,
             values=not no_values,
             max_abs=max_abs,

@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.meter import human
-from weightops.cli.network import hub_endpoint, is_offline, open_web
 from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.params import FOLDER, GLOB, Command, epilog
-from weightops.engine.preflight import free_disk
+from weightops.cli.params import FOLDER, GLOB, Command, NameOrFile, epilog, published
 from weightops.io.escape import escape
-from weightops.plan import parse_size
-from weightops.stores.transfer.partial import STATE
-from weightops.stores.web.policy import Policy
-from weightops.stores.web.web import Web
 
 if TYPE_CHECKING:
     from weightops.operations.download import Download
@@ -28,7 +22,7 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 
 
 @click.command("download", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
-@click.argument("source")
+@click.argument("source", type=NameOrFile(published))
 @click.option(
     "-o",
     "--out",
@@ -42,7 +36,10 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 @click.option("--sha256", metavar="HEX", help="The SHA-256 digest that the file at a URL must have.")
 @click.option("--md5", metavar="HEX", help="The MD5 digest that the file at a URL must have.")
 @click.option(
-    "--checksums", metavar="LIST", help="A checksum list, at a path or URL, that the file at a URL must agree with."
+    "--checksums",
+    type=NameOrFile(tuple),
+    metavar="LIST",
+    help="A checksum list, at a path or URL, that the file at a URL must agree with.",
 )
 @click.option(
     "--endpoint", metavar="URL", help="The hub to ask; default: what HF_ENDPOINT says, or https://huggingface.co."
@@ -98,6 +95,12 @@ def command(
     source says no digest are named in a warning. A list of what came, with digests, is left in the folder as
     weightops-manifest.json, for `weightops verify`.
     """
+    # Imported here because help and completion do without them.
+    from weightops.cli.network import hub_endpoint, is_offline, open_web
+    from weightops.plan import parse_size
+    from weightops.stores.web.policy import Policy
+    from weightops.stores.web.web import Web
+
     if offline:
         refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
     offline = offline or is_offline()
@@ -110,13 +113,12 @@ def command(
             control.web = open_web(endpoint=endpoint, policy=policy)
             control.web.on_wait = control.progress.note
         try:
-            found = api.download(source, out, offline=offline, control=control, **options)
+            found = weightops.download(source, out, offline=offline, control=control, **options)
         finally:
             if control.web is not None:
                 control.web.close()
     warn(found.warnings)
     if as_json:
-        # Imported here because starting takes longer than listing.
         from weightops.operations.download import download_json
 
         print_json(download_json(found))
@@ -143,6 +145,9 @@ def _text(found: Download) -> str:
 
 
 def _dry_run_text(found: Download) -> str:
+    from weightops.engine.preflight import free_disk
+    from weightops.stores.transfer.partial import STATE
+
     rows = [("file", "size", "")]
     for file in found.files:
         size = human(file.nbytes) if file.nbytes is not None else "?"

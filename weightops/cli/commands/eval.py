@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FILE, FOLDER, READ_CODES, SEQ_LEN, Command, epilog
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
+    from weightops.api import ComputeDType
     from weightops.inference.evaluate import Evaluation, Score
     from weightops.inference.packed import Engine
 
@@ -42,7 +43,7 @@ def command(
     text: tuple[Path, ...],
     seq_len: int | None,
     reference: Path | None,
-    dtype: api.ComputeDType,
+    dtype: ComputeDType,
     device: str,
     engine: Engine,
     max_memory: str | None,
@@ -65,7 +66,7 @@ def command(
     gives the error of each layer.
     """
     with running(quiet) as control:
-        found = api.evaluate(
+        found = weightops.evaluate(
             source,
             text,
             seq_len=seq_len,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.meter import human
 from weightops.cli.options import connected, json_option
 from weightops.cli.output import print_json, table, warn
 from weightops.cli.params import SOURCE, Command, epilog
-from weightops.formats.places import is_remote
 from weightops.io.escape import escape
-from weightops.operations.inspect import Inspection
+
+if TYPE_CHECKING:
+    from weightops.operations.inspect import Inspection
 
 
 @click.command("inspect", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
@@ -31,11 +33,13 @@ def command(source: Path | str, tensors: bool, as_json: bool) -> None:
       weightops inspect ./model --tensors
       weightops inspect hf://org/name
     """
+    from weightops.formats.places import is_remote
+
     if is_remote(source):
         with connected(True, source) as control:
-            found = api.inspect(source, web=control.web)
+            found = weightops.inspect(source, web=control.web)
     else:
-        found = api.inspect(source)
+        found = weightops.inspect(source)
     if as_json:
         print_json(found.to_json())
         return

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.params import FILE, FOLDER, Command, OneOf, epilog
+from weightops.cli.params import DIGESTS, FILE, FOLDER, Command, NameOrFile, OneOf, epilog, named, published, some
 from weightops.errors import WeightopsError
-from weightops.io.atomic import check_target
 from weightops.io.escape import escape
-from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport, junit_of_error
+
+if TYPE_CHECKING:
+    from weightops.operations.verify import FileResult, VerifyReport
 
 
 @click.command("verify", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
 @click.argument("folder", type=FOLDER)
 @click.option(
     "--manifest",
+    type=NameOrFile(published),
     metavar="FILE|NAME",
     help="Compare with this manifest, checksum list or published name; default: what lies in the folder.",
 )
@@ -28,13 +31,14 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 @click.option("--content", is_flag=True, help="Compare tensors, whatever files they are in.")
 @click.option(
     "--extra",
-    type=OneOf(EXTRA_POLICIES),
+    type=OneOf(named("operations.verify", "EXTRA_POLICIES")),
     default="warn",
     show_default=True,
     help="What to do about files that are not on the list.",
 )
 @click.option(
     "--algorithm",
+    shell_complete=some(*DIGESTS),
     metavar="NAME",
     help="The digest that a checksum list holds, such as md5, if its name does not say it.",
 )
@@ -71,10 +75,12 @@ def command(
     if content:
         refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
     if junit is not None:
+        from weightops.io.atomic import check_target
+
         check_target(junit)
     try:
         with running(quiet) as control:
-            report = api.verify(
+            report = weightops.verify(
                 folder,
                 manifest,
                 quick=quick,
@@ -86,6 +92,8 @@ def command(
             )
     except WeightopsError as error:
         if junit is not None:
+            from weightops.operations.verify import junit_of_error
+
             save_report(junit, junit_of_error(str(folder), str(error)))
         raise
     warn(report.warnings)
