@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import click
 
-from weightops.cli.meter import human
+from weightops.cli.meter import duration, human
 from weightops.cli.output import print_json, table, warn
+from weightops.engine.estimate import read_rate
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
 from weightops.io.escape import escape
+from weightops.io.source_file import SourceFile
 from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
 from weightops.recipes.recipe import Recipe
@@ -83,11 +85,21 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             table(rows, right=(1, 2)),
             "",
             f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files{network}",
+            *_time(plan.sources),
             f"memory   at most {human(memory)}",
             f"disk     {human(plan.total_nbytes)} of {human(free_disk(result.out))} free",
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
         ]
     )
+
+
+def _time(files: Collection[SourceFile]) -> list[str]:
+    """How long it takes at least to read files, if there is a rate to go by."""
+    rate = None if any(file.is_remote for file in files) else read_rate(files)
+    if rate is None:
+        return []
+    least_s = sum(file.nbytes for file in files) / rate
+    return [f"time     at least {duration(least_s)} at {human(rate)}/s, as fast as this disk was read just now"]
 
 
 def what_a_recipe_does(recipe: Recipe, results: Mapping[Path, Result], workers: int | None) -> str:
@@ -119,5 +131,6 @@ def what_a_recipe_does(recipe: Recipe, results: Mapping[Path, Result], workers: 
     total = human(sum(plan.total_nbytes for plan in plans))
     tables = [table(sources, right=(2, 3))]
     tables += [table(steps)] if len(steps) > 1 else []
-    tables += [table(written, right=(3, 4, 5)), f"{read}\nwrites   {total}\nmemory   at most {memory}"]
+    tables += [table(written, right=(3, 4, 5))]
+    tables += ["\n".join([read, *_time(files), f"writes   {total}", f"memory   at most {memory}"])]
     return "\n\n".join(tables)

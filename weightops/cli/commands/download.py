@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import weightops
-from weightops.cli.meter import human
+from weightops.cli.meter import duration, human
 from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FOLDER, GLOB, Command, NameOrFile, epilog, published
@@ -123,7 +123,7 @@ def command(
 
         print_json(download_json(found))
     elif found.manifest is None:
-        click.echo(_dry_run_text(found))
+        click.echo(_dry_run_text(found, limit))
     elif not quiet:
         click.echo(_text(found))
 
@@ -144,7 +144,7 @@ def _text(found: Download) -> str:
     )
 
 
-def _dry_run_text(found: Download) -> str:
+def _dry_run_text(found: Download, limit: int | None) -> str:
     from weightops.engine.preflight import free_disk
     from weightops.stores.transfer.partial import STATE
 
@@ -160,4 +160,6 @@ def _dry_run_text(found: Download) -> str:
         f"fetch    {human(missing)} of {human(found.nbytes)}",
         f"disk     {human(free_disk(found.out / STATE))} free",
     ]
+    if limit is not None and missing:
+        lines.insert(-1, f"time     at least {duration(missing / limit)} at {human(limit)}/s (--limit-rate)")
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])
