@@ -77,6 +77,9 @@ EXIT_CODES = {
 ENVIRONMENT = {
     "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error",
     COMPLETION: "set by the script that `weightops completion` prints, to ask for completions",
+    "NO_COLOR": "set to anything: no colour",
+    "FORCE_COLOR": "set to anything: colour also where there is no terminal",
+    "TERM": "dumb: a terminal without colour",
     "HF_ENDPOINT": "the hub; default https://huggingface.co",
     "HF_TOKEN": "the hub's token; default: that of `hf auth login`, which HF_HOME and HF_TOKEN_PATH say the place of",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1: no token",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from weightops.cli.colour import say, styled
 from weightops.cli.progress import make_progress
 from weightops.errors import WeightopsError
 from weightops.io import strict_json
@@ -39,9 +40,9 @@ class ErrorDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 
 def report_error(error: ErrorDocument, as_json: bool) -> int:
     """Say what went wrong, on stderr, and with `as_json` on stdout too; returns the exit code."""
-    click.echo(f"Error: {escape_lines(error.message)}", err=True)
+    say(f"{styled('Error:', 'bad')} {escape_lines(error.message)}", err=True)
     if error.hint:
-        click.echo(f"Hint: {escape_lines(error.hint)}", err=True)
+        say(f"Hint: {escape_lines(error.hint)}", err=True)
     if as_json:
         print_json(strict_json.as_json(error))
     return error.exit_code
@@ -78,17 +79,22 @@ def print_json(document: Mapping[str, Any]) -> None:
 def warn(warnings: Iterable[str]) -> None:
     """Notes that change nothing about the result."""
     for warning in warnings:
-        click.echo(f"Warning: {escape_lines(warning)}", err=True)
+        say(f"{styled('Warning:', 'doubtful')} {escape_lines(warning)}", err=True)
 
 
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns aligned by their widest cell; those in `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), *, heads: bool = True) -> str:
+    """Columns aligned by their widest cell; those in `right` to the right. The first row is `heads` of columns."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        gaps = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = (gap + cell if i in right else cell + gap for i, (cell, gap) in enumerate(zip(row, gaps, strict=True)))
         lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join([styled(lines[0], "heading"), *lines[1:]] if heads else lines)
+
+
+def _width(cell: str) -> int:
+    return len(click.unstyle(cell))
 
 
 @contextmanager

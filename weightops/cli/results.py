@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import click
-
+from weightops.cli.colour import say
 from weightops.cli.meter import duration, human
 from weightops.cli.output import print_json, table, warn
 from weightops.engine.estimate import read_rate
@@ -32,21 +31,21 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         print_json(write_json(result, workers))
     elif result.skipped:
         if not quiet:
-            click.echo(f"{escape(str(result.out))}: {SKIPPED}")
+            say(f"{escape(str(result.out))}: {SKIPPED}")
     elif result.manifest is None:
-        click.echo(_dry_run_text(result, workers))
+        say(_dry_run_text(result, workers))
     elif not quiet:
         nbytes, count = result.plan.total_nbytes, len(result.plan.shards)
         kept = f", {len(result.resumed)} kept from before" if result.resumed else ""
-        click.echo(
+        say(
             f"{escape(str(result.out))}: {len(result.manifest.tensors)} tensors, {human(nbytes)} in {count} files{kept}"
         )
         if result.manifest.losses:
-            click.echo(_loss_text(result.manifest.losses))
+            say(_loss_text(result.manifest.losses))
         energies = {name: note for name, note in result.manifest.notes.items() if "energy" in note}
         if energies:
-            click.echo(_energy_text(energies))
-        click.echo(f"content {result.manifest.content_id}")
+            say(_energy_text(energies))
+        say(f"content {result.manifest.content_id}")
 
 
 def _loss_text(losses: Mapping[str, Loss]) -> str:

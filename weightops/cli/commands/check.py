@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 import weightops
+from weightops.cli.colour import Kind, say, styled
 from weightops.cli.meter import human
 from weightops.cli.options import cache_folder, connected, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, save_report, table
@@ -18,6 +20,7 @@ from weightops.io.escape import escape
 if TYPE_CHECKING:
     from weightops.operations.check import CheckReport, Finding
 
+_KINDS: Mapping[str, Kind] = {"error": "bad", "warning": "doubtful", "note": "heading"}
 _SHOWN = 10
 """Findings of one code that the table shows; --json has all of them."""
 
@@ -86,7 +89,7 @@ def command(
     if as_json:
         print_json(report.to_json())
     elif not quiet or report.findings:
-        click.echo(_text(report))
+        say(_text(report))
     saved = 0
     if html is not None:
         # Imported here because few want a page.
@@ -103,10 +106,12 @@ def _text(report: CheckReport) -> str:
     for finding in report.findings:
         shown[finding.code] += 1
         if shown[finding.code] <= _SHOWN:
-            rows.append((finding.severity, finding.code, escape_lines(finding.message)))
+            rows.append(
+                (styled(finding.severity, _KINDS[finding.severity]), finding.code, escape_lines(finding.message))
+            )
             hints |= {_hint(finding): None} if finding.hint else {}
     rows += [("", code, f"and {n - _SHOWN} more (--json has all)") for code, n in shown.items() if n > _SHOWN]
-    lines = [table(rows), ""] if rows else []
+    lines = [table(rows, heads=False), ""] if rows else []
     lines += [*(f"Hint: {hint}" for hint in hints), ""] if hints else []
     return "\n".join([*lines, _summary(report)])
 
@@ -122,4 +127,5 @@ def _summary(report: CheckReport) -> str:
     held = f"held against {report.held_against}" if report.held_against else "held against no architecture"
     why = f": {report.not_held}" if report.not_held else ""
     size = f"{len(report.tensors)} tensors, {human(report.nbytes)}{read}; {held}{escape(why)}"
-    return f"{escape(report.name)}: {counts or 'nothing found'}{ignored} ({size})"
+    found = styled(counts or "nothing found", "good" if report.verdict else _KINDS[report.findings[0].severity])
+    return f"{escape(report.name)}: {found}{ignored} ({size})"

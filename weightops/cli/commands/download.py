@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import weightops
+from weightops.cli.colour import say
 from weightops.cli.meter import duration, human
 from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
@@ -123,9 +124,9 @@ def command(
 
         print_json(download_json(found))
     elif found.manifest is None:
-        click.echo(_dry_run_text(found, limit))
+        say(_dry_run_text(found, limit))
     elif not quiet:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _version(found: Download) -> str:

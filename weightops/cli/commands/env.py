@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightops.cli.colour import say
 from weightops.cli.meter import human
 from weightops.cli.options import json_option
 from weightops.cli.output import print_json, table
@@ -38,7 +39,7 @@ def command(gpu: bool, as_json: bool) -> None:
     if as_json:
         print_json(to_json(found))
     else:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _text(found: EnvDocument) -> str:
@@ -57,7 +58,7 @@ def _text(found: EnvDocument) -> str:
         ("token", "set" if hub.has_token else "not set"),
         ("cache", f"{escape(hub.cache.path)}, {_size(hub.cache)}"),
     ]
-    return table([row for row in rows if any(row)])
+    return table([row for row in rows if any(row)], heads=False)
 
 
 def _gpu(found: Gpu) -> str:

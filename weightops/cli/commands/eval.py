@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import weightops
+from weightops.cli.colour import say
 from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FILE, FOLDER, READ_CODES, SEQ_LEN, Command, epilog
@@ -81,7 +82,7 @@ def command(
     if as_json:
         print_json(found.to_json())
     else:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _text(found: Evaluation) -> str:

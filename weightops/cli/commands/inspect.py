@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import weightops
+from weightops.cli.colour import say
 from weightops.cli.meter import human
 from weightops.cli.options import connected, json_option
 from weightops.cli.output import print_json, table, warn
@@ -43,7 +44,7 @@ def command(source: Path | str, tensors: bool, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
         return
-    click.echo(_text(found, tensors))
+    say(_text(found, tensors))
     warn(found.warnings)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import weightops
+from weightops.cli.colour import say
 from weightops.cli.meter import human, percent
 from weightops.cli.options import out_option, refuse_unused, write_options
 from weightops.cli.output import print_json, running, save_report, table, warn
@@ -160,12 +161,12 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
         print_json(done.to_json(workers))
     if done.result is None:
         if not as_json and not (done.skipped and quiet):
-            click.echo(f"{escape(str(out))}: {SKIPPED}" if done.skipped else _estimate_text(done))
+            say(f"{escape(str(out))}: {SKIPPED}" if done.skipped else _estimate_text(done))
         return
     if not as_json:
         show_result(done.result, False, quiet, workers)
         if not quiet:
-            click.echo(_text(modules, done.bits_per_weight))
+            say(_text(modules, done.bits_per_weight))
     if html is not None:
         # Imported here because few want a page.
         from weightops.cli.pages.quantize import facts_of, page

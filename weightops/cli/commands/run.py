@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import weightops
+from weightops.cli.colour import say
 from weightops.cli.options import connected, run_options
 from weightops.cli.output import print_json, warn
 from weightops.cli.params import WRITE_CODES, Command, epilog
@@ -55,7 +56,7 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         print_json(run_json(results.values(), options["workers"]))
         return
     if options["dry_run"]:
-        click.echo(what_a_recipe_does(parsed, results, options["workers"]))
+        say(what_a_recipe_does(parsed, results, options["workers"]))
     for result in results.values():
         if options["dry_run"] and not result.skipped:
             warn(result.warnings)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import weightops
+from weightops.cli.colour import say, styled
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
@@ -100,7 +101,7 @@ def command(
     if as_json:
         print_json(report.to_json())
     elif not quiet or not report.verdict:
-        click.echo(_text(report))
+        say(_text(report))
     saved = save_report(junit, report.to_junit()) if junit is not None else 0
     click.get_current_context().exit(saved if report.verdict else 3)
 
@@ -121,16 +122,20 @@ def _line(file: FileResult) -> str:
     notes = [file.detail] if file.detail else []
     if file.status == "differs":
         notes.append(f"expected {file.expected}, found {file.found}")
-    return f"{escape(file.name)}: {file.status}" + (f" ({escape_lines('; '.join(notes))})" if notes else "")
+    status = (
+        file.status if file.status == "ok" else styled(file.status, "doubtful" if file.status == "extra" else "bad")
+    )
+    return f"{escape(file.name)}: {status}" + (f" ({escape_lines('; '.join(notes))})" if notes else "")
 
 
 def _verdict(report: VerifyReport) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items() if count)
     rate = f"{human(report.nbytes)} in {report.elapsed_s:.1f} s" if report.nbytes else "nothing read"
     if report.mode == "content":
-        what = "every tensor is equal" if report.verdict else "tensors differ"
+        what = styled("every tensor is equal", "good") if report.verdict else styled("tensors differ", "bad")
     else:
-        what = f"as {escape(report.manifest)} says" if report.verdict else f"NOT as {escape(report.manifest)} says"
+        word = "as" if report.verdict else "NOT as"
+        what = styled(f"{word} {escape(report.manifest)} says", "good" if report.verdict else "bad")
         if report.content_equal:
             what += ": files differ, but every tensor is equal (--content compares tensors alone)"
     return f"{escape(report.folder)}: {what} ({', '.join(filter(None, [counts, rate]))})"
