@@ -32,7 +32,7 @@ DIGESTS = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "blake2b", "b3
 FLOATS = ("float32", "float16", "bfloat16")
 
 _HOW = "How to run"
-_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "quiet")
+_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "verbose", "quiet")
 _SECTIONS = {**dict.fromkeys(FILE_FIELDS, "Files of the result"), **dict.fromkeys(_RUNNING, _HOW)}
 """Under which title options are shown, by name; the others come first."""
 

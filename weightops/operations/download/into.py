@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,8 @@ from weightops.operations.download import source as sources
 from weightops.operations.download.operation import Download
 from weightops.stores.web.urls import DEFAULT_ENDPOINT
 from weightops.stores.web.web import Web
+
+_LOG = logging.getLogger(__name__)
 
 
 def download_into(
@@ -58,6 +61,8 @@ def download_into(
         listing = operation.with_expected(listing, target.expected, target.expected_by)
         chosen, warnings = operation.select(listing, include, exclude)
         planned = operation.plan_download(out, listing, chosen, warnings, overwrite=overwrite)
+        here, nbytes = len(planned.have), f"{planned.nbytes:,}"
+        _LOG.info("%s: %d files, %s bytes; %d are here", listing.source, len(chosen), nbytes, here)
         if dry_run or planned.manifest is not None:
             return planned
         return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)
