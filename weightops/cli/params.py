@@ -132,14 +132,18 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 class Command(click.Command):
     """A command that shows its options in sections: its own, those of files, and those that say how to run."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def sections(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """The options and what is said of them, by section."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 own = "Options" if "--help" not in parameter.opts else _HOW
                 sections.setdefault(_SECTIONS.get(parameter.name or "", own), []).append(record)
-        for title, rows in sections.items():
+        return sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, rows in self.sections(ctx).items():
             with formatter.section(title):
                 formatter.write_dl(rows)
 
