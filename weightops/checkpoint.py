@@ -20,8 +20,8 @@ from weightops.io.brief import brief
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.spec import DType, TensorSpec
-from weightops.stores.reader import read_source
-from weightops.stores.store import Folder
+from weightops.stores.local import read_source
+from weightops.stores.store import Store
 
 Digests = Mapping[str, str]
 """xxh3_128 of tensors, by tensor name or by witness label."""
@@ -109,7 +109,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     in_one_file: bool = False
     dropped: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, int | None] = field(default_factory=dict)
-    folder: Folder | None = None
+    folder: Store | None = None
     origin: str | None = None
     content_id: str | None = None
     digests: Digests = field(default_factory=dict)
@@ -134,10 +134,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         match self.sidecars.get(name):
             case Written(data):
                 return data
-            case Copied(file) if file.is_remote:
-                raise UsageError(f"{file.shown}: is on a server, and fetched only when it is written")
-            case Copied(file):
+            case Copied(file) if not file.is_remote:
                 return read_source(Path(file.path))[1]
+            case Copied(file):
+                if self.folder is None:
+                    raise UsageError(f"{file.shown}: is on a server, and fetched only when it is written")
+                return self.folder.get(name)
             case _:
                 return None
 

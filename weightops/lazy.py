@@ -24,7 +24,7 @@ from weightops.spec import TensorSpec
 from weightops.stores.reader import FileReader
 
 if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
+    from weightops.stores.stores import Stores
 
 
 class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
@@ -158,13 +158,13 @@ class _Kept:
 class Evaluator:
     """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far.
 
-    Files on servers are read through `web`; evaluators that work on one plan share `once`. An op may start as many as
-    `threads` of its own: more than cores wait for each other, and for Python, longer than they compute.
+    Files beyond this machine are read through `stores`; evaluators that work on one plan share `once`. An op may start
+    as many as `threads` of its own: more than cores wait for each other, and for Python, longer than they compute.
     """
 
-    def __init__(self, web: Web | None = None, once: Once | None = None, threads: int = 1) -> None:
+    def __init__(self, stores: Stores | None = None, once: Once | None = None, threads: int = 1) -> None:
         self.threads = threads
-        self.files = FileReader(web)
+        self.files = FileReader(stores)
         self.once = once or Once()
         self.running: dict[object, Any] = {}
         """What the ops that watch bytes go by (digests, CRCs) remember, by node or by op."""

@@ -243,4 +243,4 @@ def _opened(source: StrPath | Checkpoint) -> Checkpoint:
         return found
     # A weight file by itself: what lies beside it says what it is.
     beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
-    return replace(found, sidecars={name: Copied(found.folder.file(name)) for name in beside})
+    return replace(found, sidecars={name: Copied(found.folder.identity(name)) for name in beside})

@@ -21,18 +21,20 @@ from typing import Any
 import msgspec
 
 from weightops.engine.sample import sample
-from weightops.engine.targets import FileTarget, FolderTarget, Target
+from weightops.engine.targets import FileTarget, FolderTarget, Place
 from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
-from weightops.io.atomic import fsync_folder, publish, temporary_of, write_all
+from weightops.io.atomic import fsync_folder, temporary_of, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
+from weightops.stores.local import LocalStore
 from weightops.stores.reader import FileReader
+from weightops.stores.store import Target
 
 SCHEMA = "weightops-partial/1"
 JOURNAL, OUTPUT, REPLACED = "journal.jsonl", "output", "replaced"
@@ -89,6 +91,7 @@ class Staging:
             self._target.refuse_existing()
         self._work = WorkFolder(partial(out), SCHEMA)
         self.folder = self._work.path / OUTPUT
+        self.store = LocalStore(self.folder)
         try:
             self.published = published(out, plan)
             if self.published is None:
@@ -159,9 +162,9 @@ class Staging:
         """The files of this run or the earlier one; raises `OutputExists` for anything that neither makes."""
         return self._work.own_files(_own_names(self._work).__contains__)
 
-    def commit(self, temporary: Path, record: ShardRecord) -> None:
-        """Give a finished, flushed shard its name, then note it."""
-        publish(temporary, self.folder / record.name)
+    def commit(self, target: Target, record: ShardRecord) -> None:
+        """Give a finished, durable shard its name, then note it."""
+        target.commit()
         self.note(record)
 
     def note(self, record: Record) -> None:
@@ -260,7 +263,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _target(out: Path, plan: Plan, *, overwrite: bool) -> Target:
+def _target(out: Path, plan: Plan, *, overwrite: bool) -> Place:
     return (FileTarget if plan.is_file else FolderTarget)(out, overwrite=overwrite)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from weightops.errors import OutputExists
 from weightops.formats.proofs import manifest
-from weightops.io.atomic import exchange, fsync_folder
+from weightops.io.atomic import exchange, fsync_folder, link_new
 from weightops.io.escape import escape
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
 
-class Target(ABC):
+class Place(ABC):
     """The name `out`, and what may be done to what is there."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -50,7 +50,7 @@ class Target(ABC):
         )
 
 
-class FolderTarget(Target):
+class FolderTarget(Place):
     """A folder, which appears by one rename."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -91,7 +91,7 @@ class FolderTarget(Target):
             os.rename(staged, self.out)
 
 
-class FileTarget(Target):
+class FileTarget(Place):
     """A single file. Its manifest, `OUT.weightops-manifest.json`, is there before it."""
 
     @property
@@ -116,18 +116,11 @@ class FileTarget(Target):
 
     def _link(self, source: Path, path: Path, staged: Path) -> None:
         try:
-            os.link(source, path)
+            link_new(source, path)
         except FileExistsError:
-            if not path.is_symlink() and os.path.samefile(source, path):
-                return  # a run that was killed here has done it
-            raise self._appeared(path, staged) from None
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            # A file system without hard links has no way to refuse what appears in this moment.
-            if os.path.lexists(path):
+            if path.is_symlink() or not os.path.samefile(source, path):
                 raise self._appeared(path, staged) from None
-            os.rename(source, path)
+            # A run that was killed here has done it.
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

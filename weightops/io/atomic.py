@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from weightops.errors import UsageError
+from weightops.errors import OutputExists, UsageError
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 
@@ -48,6 +48,45 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a small file: temporary name, flush, rename, flush the folder."""
     with writing_whole(path) as write:
         write(data)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """As `write_whole`, for a name that nothing has; raises `OutputExists`, also if something takes it meanwhile."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with removed_at_end(temporary):
+            write_whole(temporary, data)
+            link_new(temporary, path)
+            fsync_folder(path.parent)
+    except FileExistsError:
+        raise OutputExists(f"{escape(str(path))} exists", hint="it is left alone: choose another name") from None
+    except OSError as error:
+        raise write_failure(path, error) from None
+
+
+def link_new(source: Path, path: Path) -> None:
+    """Give a file a second name, unless that is taken: raises `FileExistsError`, and `OSError`.
+
+    Where there are no hard links the first name is given up, and nothing refuses what appears in that very moment.
+    """
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        os.rename(source, path)
+
+
+@contextmanager
+def removed_at_end(temporary: Path) -> Iterator[None]:
+    """Remove a temporary file at the end, if it is still there."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from weightops.formats.quantized.gptq import PARTS, packed_shapes
 from weightops.io.brief import brief
 from weightops.io.source_file import SourceFile
 from weightops.spec import TensorSpec
-from weightops.stores.store import Folder
+from weightops.stores.store import Store
 
 SCHEMA = "weightops-inspect/1"
 
@@ -100,14 +100,14 @@ class Inspection:
         }
 
 
-def inspect(checkpoint: Checkpoint, place: Folder | SourceFile, path: str) -> Inspection:
+def inspect(checkpoint: Checkpoint, place: Store | SourceFile, path: str) -> Inspection:
     """The inventory of the checkpoint at `place`, which the user called `path`.
 
     `content_id` and `recipe` are what the folder's manifest says, if it has one.
     """
     found = None
     if not isinstance(place, SourceFile) and place.has(manifest.NAME):
-        found = manifest.parse_manifest(place.read(manifest.NAME), f"{place.shown}/{manifest.NAME}")
+        found = manifest.parse_manifest(place.get(manifest.NAME), f"{place.shown}/{manifest.NAME}")
     model_type = checkpoint.config().get("model_type")
     return Inspection(
         path=path,

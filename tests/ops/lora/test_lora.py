@@ -271,8 +271,8 @@ import sys
 import numpy as np
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops import libtorch
-from weightops.ops.dora import merge
-from weightops.ops.lora_product import Part
+from weightops.ops.lora.dora import merge
+from weightops.ops.lora.product import Part
 from weightops.ops.rows import Given
 from weightops.spec import DType
 

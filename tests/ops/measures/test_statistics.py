@@ -172,7 +172,7 @@ def test_types_without_numbers_of_whole_bytes_are_refused() -> None:
 SCRIPT = """
 import sys
 import numpy as np
-from weightops.ops import counting
+from weightops.ops.measures import counting
 
 for size, bins in ((1, 5), (4096, 256), (1 << 18, 65536)):
     words = np.random.default_rng(0).integers(0, bins, size, dtype=np.int32)
