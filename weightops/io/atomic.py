@@ -20,13 +20,14 @@ _RENAME_EXCHANGE = 2
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise write_failure(folder, error) from None
-    finally:
-        os.close(fd)
 
 
 def publish(temporary: Path, final: Path) -> None:
