@@ -71,7 +71,7 @@ $(VENV)/.mutants: $(READY)
 	@touch $@
 
 $(DOCS)/.ready: constraints.txt
-	$(call new,$(DOCS),half a minute and 80 MB)
+	$(call new,$(DOCS),half a minute and 170 MB)
 	@$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs mkdocs-material
 	@touch $@
 

@@ -183,7 +183,8 @@ FAULTS: dict[tuple[str, str], str] = {
 
 def page() -> str:
     """docs/families.md."""
-    parts = ["# Families", "", "Written by `python tests/sweep/families.py`. A slow test (`make test-all`) makes a"]
+    parts = ["# Families", "", "Which families of models every verb was tried with, and what came of it.", ""]
+    parts += ["Written by `python tests/sweep/families.py`. A slow test (`make test-all`) makes a"]
     parts += [
         f"tiny model of each of {len(FAMILIES)} families with transformers, takes it through these verbs, and holds"
     ]
