@@ -78,7 +78,7 @@ $(DOCS)/.ready: constraints.txt
 # Its theme announces its successor at every build.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS)/.ready
-	@$(DOCS)/bin/mkdocs build --strict --quiet
+	@$(DOCS)/bin/mkdocs build --strict
 	@echo "open build/site/index.html"
 
 mutants: $(VENV)/.mutants

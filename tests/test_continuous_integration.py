@@ -59,8 +59,7 @@ def test_the_action_gives_its_outputs(
     shutil.copytree(model, tmp_path / "other")
     (tmp_path / "other/config.json").write_text("{ }")
     (tmp_path / "click.py").write_text("raise SystemExit('a module of the workspace was imported')")
-    (tmp_path / "runner").mkdir()
-    (tmp_path / "runner/weightops").symlink_to(ROOT)
+    shutil.copytree(ROOT / "weightops", tmp_path / "runner/weightops/weightops")
     given = {"MODEL": "model", "MANIFEST": "", "MORE": "", "JUNIT": ""} | inputs
     runner = {"PYTHON": sys.executable, "RUNNER_TEMP": "runner", "GITHUB_OUTPUT": "outputs"}
     done = subprocess.run(
