@@ -48,7 +48,7 @@ def session() -> list[str]:
         copy_model(Path(name, "model"))
         program = Path(name, "bin/weightops")
         program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m weightops "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m weightops "$@"\n', encoding="utf-8")
         program.chmod(0o755)
         environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
         for command in COMMANDS:
@@ -108,7 +108,7 @@ def photograph() -> None:
 
 
 if __name__ == "__main__":
-    TERMINAL.write_text(draw(session()))
+    TERMINAL.write_text(draw(session()), encoding="utf-8")
     try:
         photograph()
     except (FileNotFoundError, ImportError) as missing:
