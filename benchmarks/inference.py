@@ -62,7 +62,7 @@ def generating(size: str, folder: Path, runs: int, tokens: int) -> list[str]:
     for (engine, dtype), rows in figures.items():
         first, token, whole, peak = zip(*rows, strict=True)
         lines.append(
-            f"| {engine} | {dtype} | {statistics.median(first):.1f} | **{1e3 * statistics.median(token):.0f}** "
+            f"| `{engine}` | {dtype} | {statistics.median(first):.1f} | **{1e3 * statistics.median(token):.0f}** "
             f"({1e3 * min(token):.0f} to {1e3 * max(token):.0f}) | {whole[0]:.0f} | {max(peak):.0f} |"
         )
     return lines

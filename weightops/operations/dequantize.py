@@ -1,4 +1,4 @@
-"""Dequantize: a GPTQ checkpoint as a plain one, each weight computed from its integers as it is written."""
+"""Dequantise: a GPTQ checkpoint as a plain one, each weight computed from its integers as it is written."""
 
 from __future__ import annotations
 

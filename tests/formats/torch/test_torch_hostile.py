@@ -288,7 +288,7 @@ def test_38_local_sizes_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_quantized_tensors_are_refused(read_body: ReadBody) -> None:
     body = b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_qtensor\n)Rs."
-    with pytest.raises(CorruptInput, match=r"holds a quantized tensor.*_rebuild_qtensor"):
+    with pytest.raises(CorruptInput, match=r"holds a quantised tensor.*_rebuild_qtensor"):
         read_body(body)
 
 
