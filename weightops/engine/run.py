@@ -18,6 +18,7 @@ from weightops.engine.proof import fetch_sidecars, note_proven, prove
 from weightops.engine.sample import sample
 from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord, published
 from weightops.engine.stream import BLOCK_NBYTES, File, write_files
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import Differs, OutputExists, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.io.brief import brief
@@ -81,12 +82,14 @@ def run_all(
     overwrite: bool = False,
     restart: bool = False,
     control: Control | None = None,
+    beside: Mapping[Path, WorkFolder] = {},
 ) -> list[Outcome]:
     """Write what each plan describes to its folder; all folders appear when all are whole.
 
     Shards of several outputs that are made of the same tensors are written side by side from one read.
     After a crash the same call continues: committed shards are checked against the journal and kept, and so is an
     output that got its name before the crash. Files on servers are read through the control's `stores`.
+    `beside` are folders in which sources of an output were made, which are removed when it has its name.
     Raises any of `weightops.errors`; no folder is touched then.
     """
     control = control or Control()
@@ -95,7 +98,9 @@ def run_all(
     with ExitStack() as stack:
         try:
             stagings = {
-                out: stack.enter_context(Staging(out, plan, overwrite=overwrite, restart=restart))
+                out: stack.enter_context(
+                    Staging(out, plan, overwrite=overwrite, restart=restart, beside=beside.get(out))
+                )
                 for out, plan in plans.items()
             }
         except OutputExists:

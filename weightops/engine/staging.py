@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
-from weightops.io.atomic import fsync_folder, temporary_of, write_all
+from weightops.io.atomic import fsync_folder, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
@@ -76,13 +76,17 @@ class Staging:
     when it was killed; there is nothing left to do then but `clean`. `warnings` tell why work was not kept.
     """
 
-    def __init__(self, out: Path, plan: Plan, *, overwrite: bool, restart: bool) -> None:
+    def __init__(
+        self, out: Path, plan: Plan, beside: WorkFolder | None = None, *, overwrite: bool, restart: bool
+    ) -> None:
         """Take the lock and find what an earlier run of this plan has done.
+
+        `beside` is another folder of the run, in which it made sources of the plan: done with when `out` has its name.
 
         Raises `OutputExists`, `Locked`, or `PlanDiffers` naming the field in which the plans differ.
         """
         self.out = out = Path(os.path.abspath(out))
-        self._plan = plan
+        self._plan, self._beside = plan, beside
         self._target = _target(out, plan, overwrite=overwrite)
         self.warnings: tuple[str, ...] = ()
         self.records: list[Record] = []
@@ -145,22 +149,18 @@ class Staging:
         kept = {self.folder / record.name for record in records if isinstance(record, ShardRecord)}
         kept |= {self._work.path / JOURNAL} if records else set()
         try:
-            for path in self._own_files():
+            for path in self._work.own_files():
                 if path not in kept:
                     path.unlink()
             if not records:
-                names = sorted(plan.file_names)
-                self._work.begin({"fingerprint": plan.fingerprint, "files": names, "plan": plan.to_json()})
+                files = {JOURNAL, *(f"{OUTPUT}/{name}" for name in plan.file_names)}
+                self._work.begin({"fingerprint": plan.fingerprint, "plan": plan.to_json()}, files)
             self.folder.mkdir(exist_ok=True)
             self._journal = os.open(self._work.path / JOURNAL, _APPEND, 0o666)
             os.ftruncate(self._journal, nbytes)
         except OSError as error:
             raise write_failure(self._work.path, error) from None
         self.records = records
-
-    def _own_files(self) -> list[Path]:
-        """The files of this run or the earlier one; raises `OutputExists` for anything that neither makes."""
-        return self._work.own_files(_own_names(self._work).__contains__)
 
     def commit(self, target: Target, record: ShardRecord) -> None:
         """Give a finished, durable shard its name, then note it."""
@@ -178,13 +178,17 @@ class Staging:
 
     def finish(self) -> None:
         """Note that everything is there, and what will be `out`; raises `OutputExists` if anything else is there."""
-        self._own_files()
+        self._work.own_files()
         try:
             for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
                 fsync_folder(folder)
             staged = self.folder / self.out.name if self._plan.is_file else self.folder
-            inodes = {"finished": _inode(staged), "replaces": _inode(self.out)}
-            self._work.begin({**(self._work.document or {}), **inodes})
+            beside = (
+                {}
+                if self._beside is None
+                else {"beside": {"name": self._beside.path.name, "schema": self._beside.schema}}
+            )
+            self._work.amend(finished=_inode(staged), replaces=_inode(self.out), **beside)
         except OSError as error:
             raise write_failure(self.folder, error) from None
 
@@ -201,7 +205,7 @@ class Staging:
     def clean(self) -> None:
         """Remove what is left beside an output that has its name, and what that took the place of."""
         self._close_journal()
-        _remove_published(self._work)
+        _remove_published(self._work, self._beside)
 
     @property
     def has_shards(self) -> bool:
@@ -213,7 +217,7 @@ class Staging:
         if self.published is None:
             self._close_journal()
             with suppress(OutputExists):
-                self._work.remove(_own_names(self._work).__contains__)
+                self._work.remove()
 
     def _close_journal(self) -> None:
         if self._journal >= 0:
@@ -231,17 +235,24 @@ class Staging:
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def _own_names(work: WorkFolder) -> set[str]:
-    """The files that the run of this folder makes in it."""
-    files = (work.document or {}).get("files")
-    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-    return {f"{OUTPUT}/{name}" for file in names for name in (file, temporary_of(file))} | {JOURNAL}
-
-
-def _remove_published(work: WorkFolder) -> None:
-    with suppress(OutputExists):
+def _remove_published(work: WorkFolder, beside: WorkFolder | None = None) -> None:
+    """Remove what a run leaves beside its output; its own folder last, which says what the others are."""
+    with suppress(OutputExists, Locked), ExitStack() as stack:
         _remove_replaced(work)
-        work.remove(_own_names(work).__contains__)
+        if beside is None and (path := _beside(work)) is not None:
+            beside = stack.enter_context(WorkFolder(*path))
+        if beside is not None:
+            beside.remove()
+        work.remove()
+
+
+def _beside(work: WorkFolder) -> tuple[Path, str] | None:
+    """Another folder of the run, and its schema: where the sources of its output lay."""
+    found = (work.document or {}).get("beside")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "schema")):
+        return None
+    path = work.path.with_name(Path(found["name"]).name)
+    return (path, found["schema"]) if read_document(path, found["schema"]) is not None else None
 
 
 def _remove_replaced(work: WorkFolder) -> None:

@@ -12,6 +12,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.run import run_all
 from weightops.engine.values import values
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import UsageError
 from weightops.formats.choose import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.containers import CONTAINERS, without_place
@@ -91,13 +92,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made."""
+    """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made.
+
+    `beside` is a folder in which a part of it was made, which nobody needs when it is written.
+    """
 
     checkpoint: Checkpoint
     files: Files
     recipe: Mapping[str, Any]
     sources: Mapping[str, Checkpoint]
     is_file: bool = False
+    beside: WorkFolder | None = None
 
 
 def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
@@ -164,6 +169,7 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
             overwrite=running.get("overwrite", False),
             restart=running.get("restart", False),
             control=control,
+            beside={out: each.beside for out, each in wanted.items() if each.beside is not None},
         )
     results = {}
     for (out, plan), done in zip(plans.items(), outcomes, strict=True):
