@@ -17,6 +17,7 @@ import msgspec
 from weightops.errors import UsageError
 from weightops.io import strict_json
 from weightops.io.brief import brief
+from weightops.io.notebook import card, in_units
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.spec import DType, TensorSpec
@@ -115,6 +116,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     digests: Digests = field(default_factory=dict)
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        rows = [(name, t.spec.dtype.value, list(t.spec.shape), in_units(t.nbytes)) for name, t in self.items()]
+        facts = {"tensors": len(self), "size": in_units(self.nbytes), "content": self.content_id}
+        return card(self.name, facts, ("tensor", "dtype", "shape", "size"), rows, what="tensors")
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

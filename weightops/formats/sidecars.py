@@ -18,6 +18,7 @@ from weightops.formats.proofs import checksums, manifest
 from weightops.formats.sniff import LFS_MAGIC
 from weightops.io import strict_json
 from weightops.io.escape import escape
+from weightops.io.notebook import in_units
 from weightops.stores.store import Store
 
 MAX_NBYTES = 100_000_000
@@ -153,13 +154,8 @@ def _auto_map(folder: Store, name: str) -> Iterator[str]:
 
 def left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Which files beside a checkpoint stay where they are, in words."""
-    sizes = {name: "" if nbytes is None else f" ({_size(nbytes)})" for name, nbytes in checkpoint.left.items()}
+    sizes = {name: "" if nbytes is None else f" ({in_units(nbytes)})" for name, nbytes in checkpoint.left.items()}
     named = [f"{escape(name)}{size}" for name, size in sizes.items()]
     more = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
     said = f"{escape(checkpoint.name)}: not carried along, as no part of the model: "
     return (said + ", ".join([*named[:_MAX_NAMED], *more]),) if named else ()
-
-
-def _size(nbytes: int) -> str:
-    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if nbytes >= u), (1, "bytes"))
-    return f"{nbytes / unit:.1f} {name}" if unit > 1 else f"{nbytes} {name}"

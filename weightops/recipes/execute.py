@@ -24,6 +24,7 @@ from weightops.formats.proofs.published import find_manifest
 from weightops.formats.sidecars import left_behind
 from weightops.io.brief import brief
 from weightops.io.escape import escape
+from weightops.io.notebook import card, in_units
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.stored import without_shared_checks
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
@@ -88,6 +89,12 @@ class Result:
     warnings: tuple[str, ...]
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        rows = [(shard.name, in_units(self.plan.shard_nbytes[shard.name])) for shard in self.plan.shards]
+        facts = {"files": len(rows), "size": in_units(self.plan.total_nbytes), "warnings": len(self.warnings)}
+        title = f"{self.out}{'' if self.manifest else ' (not written: a dry run)'}"
+        return card(title, facts, ("file", "size"), rows, what="files")
 
 
 @dataclass(frozen=True)
