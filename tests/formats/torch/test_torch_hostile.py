@@ -273,6 +273,19 @@ def test_38_two_end_records_that_say_different_places_are_refused(tmp_path: Path
             read_torch(path)
 
 
+@pytest.mark.parametrize(
+    ("record", "field", "form"), [("6", 4, "<Q"), ("5", 8, "<H"), ("5", 10, "<H"), ("5", 12, "<I")]
+)
+def test_38_end_records_that_contradict_each_other_are_refused(
+    tmp_path: Path, record: str, field: int, form: str
+) -> None:
+    path, data, _ = valid(tmp_path)
+    struct.pack_into(form, data, data.rindex(b"PK" + bytes([int(record)] * 2)) + field, 7)
+    path.write_bytes(data)
+    with pytest.raises(CorruptInput, match="the two end records contradict each other"):
+        read_torch(path)
+
+
 def test_38_local_sizes_that_differ_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     write_archive(path, [("archive/data.pkl", forge({"w": tensor()})), ("archive/data/0", FLOATS)])
