@@ -24,7 +24,7 @@ def test_sums_equal_float64(bits: int, group_size: int, dtype: torch.dtype) -> N
     """Within 1e-5 and not 1e-6: the tensor cores of Hopper add products at less than float32's precision."""
     for (m, k, n), act_order in itertools.product([(1, 512, 256), (17, 1000, 328), (130, 4096, 1024)], (False, True)):
         layer = random_layer(k, n, group_size, bits, act_order)
-        weight = layout.repack(*(t.cuda() for t in layer.tensors), bits)
+        weight = layout.repack(layer.packed.to("cuda"))
         x = random_x(m, k).to(dtype)
         exact = x.double() @ layer.weight()
         for reduction, splits in itertools.product(REDUCTIONS, (1, 4)):
@@ -36,7 +36,7 @@ def test_sums_equal_float64(bits: int, group_size: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_seed_runs(dtype: torch.dtype) -> None:
     layer = random_layer(1024, 512)
-    module = QuantLinear.from_tensors(*(t.cuda() for t in layer.tensors), 4).prepare(dtype=dtype)
+    module = QuantLinear.of(layer.packed.to("cuda")).prepare(dtype=dtype)
     assert module.engine == "triton"
     for m in (1, 16, 32, 64, 200, 512, 600):
         x = random_x(m, 1024).to(dtype)
@@ -46,7 +46,7 @@ def test_every_seed_runs(dtype: torch.dtype) -> None:
 
 def test_deterministic_sums_have_the_same_bits_in_every_run() -> None:
     layer, x = random_layer(8192, 512), random_x(4, 8192).cuda()
-    weight = layout.repack(*(t.cuda() for t in layer.tensors), 4)
+    weight = layout.repack(layer.packed.to("cuda"))
     config = Config(16, 128, 16, reduction="atomic")
     results = [launch.matmul(x, weight, config, deterministic=True) for _ in range(20)]
     assert all(torch.equal(results[0], result) for result in results)
@@ -54,5 +54,5 @@ def test_deterministic_sums_have_the_same_bits_in_every_run() -> None:
 
 def test_compiled_by_inductor() -> None:
     layer, x = random_layer(512, 256, act_order=True), random_x(4, 512).cuda()
-    module = QuantLinear.from_tensors(*(t.cuda() for t in layer.tensors), 4).prepare(deterministic=True)
+    module = QuantLinear.of(layer.packed.to("cuda")).prepare(deterministic=True)
     assert torch.equal(torch.compile(module, fullgraph=True)(x), module(x))
