@@ -23,14 +23,18 @@ SHAPES = "8192x28672,4096x11008"
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def candidates(m: int, k: int) -> Iterator[Config]:
-    """Every config worth a measurement for `m` rows of `k`."""
+def candidates(m: int, k: int, *, few: bool = False) -> Iterator[Config]:
+    """Every config worth a measurement for `m` rows of `k`; or a `few`, since each takes a second to be compiled."""
     if m >= 64:
         yield Config(dequantize=True)
     tiles_m = [16] if m <= 16 else [16, 32] if m <= 32 else [32, 64] if m <= 64 else [64, 128]
     splits = [s for s in (1, 2, 4, 8, 16, 32) if s <= -(-k // layout.BLOCK_K) and (m <= 128 or s <= 2)]
-    for block_m, block_n, split, warps, stages in itertools.product(tiles_m, (64, 128, 256), splits, (4, 8), (3, 4)):
-        for reduction in configs.REDUCTIONS if split > 1 else ("two_pass",):
+    widths, warp_counts, depths, ways = (64, 128, 256), (4, 8), (3, 4), configs.REDUCTIONS
+    if few:
+        tiles_m, widths, warp_counts, depths, ways = tiles_m[-1:], (64, 128), (4,), (4,), ("two_pass",)
+        splits = [split for split in splits if split in (1, 4, 8)]
+    for block_m, block_n, split, warps, stages in itertools.product(tiles_m, widths, splits, warp_counts, depths):
+        for reduction in ways if split > 1 else ("two_pass",):
             yield Config(block_m, block_n, split, warps, stages, reduction)
 
 
@@ -46,11 +50,11 @@ def random_layer(k: int, n: int, group_size: int, seed: int = 0) -> Packed:
     return Packed(qweight, qzeros, scales, reference.trivial_g_idx(k, group_size, qweight.device))
 
 
-def best(x: Tensor, weight: layout.Repacked) -> tuple[Config, float]:
+def best(x: Tensor, weight: layout.Repacked, *, few: bool = False) -> tuple[Config, float]:
     """The fastest config and its microseconds. Configs that the GPU cannot run are left out, and said."""
     found: list[tuple[float, Config]] = []
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
-    for config in candidates(x.shape[0], weight.in_features):
+    for config in candidates(x.shape[0], weight.in_features, few=few):
         try:
             found.append((timing.time_us(lambda c=config: launch.matmul(x, weight, c, out=out), 7), config))  # type: ignore[misc]
         except Exception as error:
