@@ -18,6 +18,7 @@ import torch
 from support import write_checkpoint
 
 import weightops
+import weightops.quantization.calibration  # before anything that it takes from elsewhere is stood in for
 from weightops.cli.main import COMMANDS, run
 from weightops.recipes.verbs import VERBS
 
@@ -66,7 +67,7 @@ ROWS: dict[str, list[Row]] = {
         same("--format torch", format="torch"),
         same("--max-shard-size 7MB", max_shard_size="7MB"),
         same("--expect list.md5", expect="list.md5"),
-        row("--digest md5 --digest sha256", {"digests": ("md5", "sha256")}),
+        row("--digest md5 --digest sha256", {"digest": ("md5", "sha256")}),
         same("--card", card=True),
         same("--reflink", reflink=True),
         same("--overwrite", overwrite=True),
@@ -108,8 +109,8 @@ ROWS: dict[str, list[Row]] = {
         same("--workers 3", workers=3),
     ],
     "manifest": [
-        row("--digest md5 --digest sha256", {"digests": ("md5", "sha256")}),
-        row("--digest md5", {"digests": "md5"}, digests=("md5",)),
+        row("--digest md5 --digest sha256", {"digest": ("md5", "sha256")}, digests=("md5", "sha256")),
+        row("--digest md5", {"digest": "md5"}, digests=("md5",)),
         row("--md5sums", None, digests=("md5",)),
         row("--sha256sums", None, digests=("sha256",)),
         row("--xxh128sums", None, digests=("xxh3_128",)),
@@ -120,8 +121,8 @@ ROWS: dict[str, list[Row]] = {
         same("--revision v2", revision="v2"),
         row("--include a* --include b", {"include": ("a*", "b")}),
         row("--exclude a*", {"exclude": "a*"}, exclude=("a*",)),
-        row("--sha256 ab", {"digests": {"sha256": "ab"}}),
-        row("--md5 ab", {"digests": {"md5": "ab"}}),
+        row("--sha256 ab", {"sha256": "ab"}, digests={"sha256": "ab"}),
+        row("--md5 ab", {"md5": "ab"}, digests={"md5": "ab"}),
         same("--checksums list.md5", checksums="list.md5"),
         row("--endpoint http://127.0.0.1:9", None, endpoint="http://127.0.0.1:9"),
         same("--workers 3", workers=3),
@@ -135,13 +136,14 @@ ROWS: dict[str, list[Row]] = {
     ],
     "env": [],
 }
-SHOWN = {"--json", "-q", "--quiet", "-o", "--out", "-n"}
+SHOWN = {"--json", "--progress", "-q", "--quiet", "-o", "--out", "-n"}
 ELSEWHERE = {
     "quantize": {"--sym", "--mse", "--html"},
     "check": {"--strict", "--html"},
     "verify": {"--junit"},
-    "manifest": {"--overwrite"},
+    "manifest": {"--dry-run", "--overwrite"},
     "inspect": {"-t", "--tensors"},
+    "env": {"--gpu"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {
@@ -205,7 +207,8 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
     @contextmanager
     def quantized(run: Any, out: Path, control: Any, **options: Any) -> Iterator[Any]:
         found.update(options)
-        yield SimpleNamespace(checkpoint=weightops.open_checkpoint("source"), modules=(), bits_per_weight=4.0)
+        checkpoint = weightops.open_checkpoint("source")
+        yield SimpleNamespace(checkpoint=checkpoint, modules=(), bits_per_weight=4.0, work_folder=None)
 
     def prepare(checkpoint: Any, options: Any, data: Any, *, device: str) -> Any:
         found.update(method=options.method, skip=options.skip, checkpoint_format=options.checkpoint_format)
@@ -328,9 +331,7 @@ def test_an_option_without_a_use_is_refused(
     assert "Hint: " in error
 
 
-@pytest.mark.parametrize(
-    "option", [{"digests": {"md5": "x"}}, {"checksums": "x"}, {"prune": True}, {"overwrite": True}]
-)
+@pytest.mark.parametrize("option", [{"md5": "x"}, {"checksums": "x"}, {"prune": True}, {"overwrite": True}])
 def test_offline_has_no_use_for_what_servers_are_asked(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(weightops.errors.UsageError, match="has no use offline"):
         weightops.download("org/model", tmp_path / "out", offline=True, **option)

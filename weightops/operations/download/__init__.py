@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from weightops.operations.download.into import download_into
 from weightops.operations.download.operation import Download
+from weightops.operations.download.report import DownloadDocument, download_json
 
-__all__ = ["Download", "download_into"]
+__all__ = ["Download", "DownloadDocument", "download_into", "download_json"]
