@@ -69,7 +69,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 @contextmanager
 def running(quiet: bool, *, events: bool = False) -> Iterator[Control]:
-    """A control that shows progress, and that SIGINT and SIGTERM cancel; a second signal ends at once.
+    """A control that shows progress, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel; a second one ends at once.
 
     With `events` progress is lines of JSON.
     """
@@ -80,7 +80,8 @@ def running(quiet: bool, *, events: bool = False) -> Iterator[Control]:
         signal.signal(number, signal.SIG_DFL)
         control.cancel(number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGBREAK"))
+    previous = {number: signal.signal(number, handle) for number in numbers if number is not None}
     try:
         yield control
     finally:

@@ -9,7 +9,7 @@ import click
 
 from weightops.cli.output import print_json, table
 from weightops.cli.progress import human
-from weightops.engine.limits import available_memory
+from weightops.io.platform.machine import available_memory
 from weightops.version import library_versions
 
 
