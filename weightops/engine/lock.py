@@ -41,7 +41,7 @@ class Lock:
         self._path = folder / LOCK
         self._name: Path | None = None
         try:
-            self._fd = open_to_write(self._path, read=True)
+            self._fd = open_to_write(self._path, read=True, append=True)
         except OSError as error:
             raise write_failure(self._path, error) from None
         try:
@@ -71,21 +71,25 @@ class Lock:
             fd = open_to_write(name, is_new=True)
         except FileExistsError:
             raise _held(name, here) from None
-        self._name = name
         try:
-            write_all(fd, here.to_bytes())
-        finally:
-            os.close(fd)
-        for path, holder in ((self._path, Holder.parse(said)), *self._others()):
-            if holder is not None and not holder.is_gone():
-                raise _held(path, holder)
-            if path != self._path:
-                path.unlink(missing_ok=True)
+            try:
+                write_all(fd, here.to_bytes())
+            finally:
+                os.close(fd)
+            for path, holder in ((self._path, Holder.parse(said)), *self._others(name)):
+                if holder is not None and not holder.is_gone():
+                    raise _held(path, holder)
+                if path != self._path:
+                    path.unlink(missing_ok=True)
+        except BaseException:
+            name.unlink(missing_ok=True)
+            raise
+        self._name = name
 
-    def _others(self) -> Iterator[tuple[Path, Holder]]:
-        for path in self._path.parent.glob(f"{LOCK}.*"):
+    def _others(self, own: Path) -> Iterator[tuple[Path, Holder]]:
+        for path in own.parent.glob(f"{LOCK}.*"):
             owner = Owner.parse(path.name.removeprefix(f"{LOCK}."))
-            if owner is not None and path != self._name:
+            if owner is not None and path != own:
                 try:
                     said = path.read_bytes()
                 except FileNotFoundError:

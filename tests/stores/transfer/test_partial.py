@@ -211,9 +211,9 @@ def begun(tmp_path: Path) -> Iterator[Fetch]:
 
 
 def chunk(byte: bytes) -> memoryview:
-    from weightops.io.direct import aligned_buffer
+    from weightops.io.platform.machine import page_memory
 
-    buffer = memoryview(aligned_buffer(partial.CHUNK_NBYTES))
+    buffer = memoryview(page_memory(partial.CHUNK_NBYTES))
     buffer[:] = byte * len(buffer)
     return buffer
 

@@ -14,7 +14,7 @@ from typing import Any
 from weightops.io.platform.optional import module
 
 PROC = Path("/proc")
-_CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _HAS_AFFINITY = hasattr(os, "sched_getaffinity")
 _resource = module("resource")
 
@@ -35,7 +35,7 @@ def page_memory(nbytes: int) -> mmap.mmap:
 def available_memory() -> int:
     """Bytes that this process may still take: the machine's, the cgroup's or its own limit, whichever is least."""
     candidates = [_free_memory()]
-    for path in _CGROUPS:
+    for path in CGROUPS:
         try:
             text = path.read_text(encoding="ascii").strip()
         except OSError:
