@@ -26,6 +26,7 @@ import os
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader
@@ -38,7 +39,7 @@ VARIABLE = "WEIGHTOPS_TEST_SYSTEM"
 SYSTEMS = ("plain", "windows", "folded", "flat")
 PLATFORM = "weightops.io.platform."
 TESTS = Path(__file__).parent
-_installed: list[str] = []
+installed: list[str] = []
 
 LINUX_ONLY = {
     *("posix_fadvise", "posix_fallocate", "sched_getaffinity", "preadv", "O_DIRECT", "O_TMPFILE", "copy_file_range"),
@@ -174,11 +175,11 @@ def lacks(*names: str) -> bool:
     """Whether this system, or the one that it passes for, lacks one of these names of `os` or `fcntl`."""
     own = [os, *(importlib.import_module(name) for name in ("fcntl",) if importlib.util.find_spec(name))]
     missing = {name for name in names if not any(hasattr(module, name) for module in own)}
-    if "plain" in _installed:
+    if "plain" in installed:
         missing |= LINUX_ONLY | {"ioctl"}
-    if "windows" in _installed:
+    if "windows" in installed:
         missing |= POSIX_ONLY | {"ioctl", "flock", "fcntl", "dir_fd"}
-    if "flat" in _installed:
+    if "flat" in installed:
         missing |= {"posix_fallocate"}
     return not missing.isdisjoint(names)
 
@@ -203,9 +204,9 @@ def install(names: str) -> None:
     chosen = [name for name in names.split(",") if name]
     assert set(chosen) <= set(SYSTEMS), f"{VARIABLE} knows {SYSTEMS}"
     for name in chosen:
-        if name in _installed:
+        if name in installed:
             continue
-        _installed.append(name)
+        installed.append(name)
         if name in _LACKING:
             loaded = [module for module in sys.modules if module.startswith(PLATFORM)]
             assert not loaded, f"{loaded} are imported already"
@@ -354,7 +355,7 @@ def fold_case(root: str) -> Callable[[], None]:
 
 def _fill_holes() -> None:
     """Files in which every byte up to the end takes room, and no way to take it but to write."""
-    pwrite, ftruncate = os.pwrite, os.ftruncate
+    pwrite, ftruncate, one_at_a_time = os.pwrite, os.ftruncate, threading.Lock()
 
     def fill(fd: int, end: int) -> None:
         size = os.fstat(fd).st_size
@@ -367,12 +368,14 @@ def _fill_holes() -> None:
                 os.close(plain)
 
     def filling_write(fd: int, data: Any, offset: int) -> int:
-        fill(fd, offset)
-        return pwrite(fd, data, offset)
+        with one_at_a_time:  # as it is for the file system
+            fill(fd, offset)
+            return pwrite(fd, data, offset)
 
     def filling_truncate(fd: int, nbytes: int) -> None:
-        fill(fd, nbytes)
-        ftruncate(fd, nbytes)
+        with one_at_a_time:
+            fill(fd, nbytes)
+            ftruncate(fd, nbytes)
 
     def no_room(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

@@ -34,23 +34,24 @@ def check_relative(name: str, what: str) -> str:
 
 
 def check_names(folder: Path, names: Collection[str], what: str) -> None:
-    """Refuse files that cannot lie together in a folder, which may still have to be made; raises `CorruptInput`.
+    """Refuse files that cannot lie together in a folder, which may still have to be made.
 
-    Because the system has no such names, because they are one for a file system to which case makes no difference, or
-    because a path becomes too long.
+    Raises `CorruptInput` for names that the system does not have, and for those that are one to a file system to which
+    case makes no difference; `WeightopsError` for a path that becomes too long.
     """
     for name in names:
         _check_holdable(name, what)
         if is_too_long(folder / name):
-            raise CorruptInput(
-                f"{what}: the path of {escape(name)!r} is too long for this system", hint="choose a shorter --out"
+            shown = escape(str(folder / name))
+            raise WeightopsError(
+                f"{shown}: cannot be written (the path is too long for this system)", hint="choose a shorter --out"
             )
     alike = taken_for_one(sorted(names))
     if alike is not None and folds_case(folder):
         one, other = map(escape, alike)
         raise CorruptInput(
             f"{what}: {one!r} and {other!r} differ in case only, and are one where they are to be written",
-            hint="choose an --out on a file system that tells them apart, or leave one of them out",
+            hint="choose an --out on a file system that tells them apart",
         )
 
 

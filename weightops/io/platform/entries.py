@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightops.io.platform.machine import c_function
-from weightops.io.platform.optional import flag
 
-_DIRECTORY, _NOFOLLOW = flag("O_DIRECTORY"), flag("O_NOFOLLOW")
+_DIRECTORY, _NOFOLLOW = getattr(os, "O_DIRECTORY", 0), getattr(os, "O_NOFOLLOW", 0)
 _HAS_DIR_FD = bool(_DIRECTORY and _NOFOLLOW and {os.open, os.mkdir, os.rename, os.link} <= os.supports_dir_fd)
 _IS_WINDOWS = os.name == "nt"
 """Where renames replace nothing, and what is open, here or in another process, can be neither renamed nor removed."""

@@ -13,13 +13,13 @@ import threading
 from io import FileIO
 from pathlib import Path
 
-from weightops.io.platform.optional import flag, module
+from weightops.io.platform.optional import module
 
 _fcntl = module("fcntl")
-_BINARY = flag("O_BINARY")
-_NOFOLLOW = flag("O_NOFOLLOW")
-_NONBLOCK = flag("O_NONBLOCK")
-_DIRECT = flag("O_DIRECT")
+_BINARY = getattr(os, "O_BINARY", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+_DIRECT = getattr(os, "O_DIRECT", 0)
 _HAS_PREADV, _HAS_PWRITE = hasattr(os, "preadv"), hasattr(os, "pwrite")
 _HAS_FALLOCATE, _HAS_FADVISE = hasattr(os, "posix_fallocate"), hasattr(os, "posix_fadvise")
 _FULLFSYNC = getattr(_fcntl, "F_FULLFSYNC", None)
@@ -96,9 +96,9 @@ def write_at(fd: int, data: memoryview, offset: int) -> int:
     """Write some of the bytes at `offset`, by any thread; how many."""
     if _HAS_PWRITE:
         return os.pwrite(fd, data, offset)
-    with _turns[fd % len(_turns)], FileIO(fd, "r+b", closefd=False) as file:
-        file.seek(offset)
-        return file.write(data) or 0
+    with _turns[fd % len(_turns)]:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
 
 
 def allocate(fd: int, offset: int, nbytes: int) -> None:

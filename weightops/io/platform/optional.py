@@ -1,9 +1,8 @@
-"""Modules and flags that some systems have."""
+"""Modules that some systems have."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 
@@ -13,8 +12,3 @@ def module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def flag(name: str) -> int:
-    """A flag of `os.open`, 0 on systems without it."""
-    return getattr(os, name, 0)

@@ -200,7 +200,7 @@ def _check_names(out: Path, listing: Listing, files: Files) -> None:
     try:
         check_names(out, [*(file.name for file in files), manifest.NAME, STATE], listing.source)
     except CorruptInput as error:
-        hint = f"{error.hint}: --exclude does" if error.hint else "--exclude leaves it out"
+        hint = f"{error.hint}, or leave one out with --exclude" if error.hint else "--exclude leaves it out"
         raise CorruptInput(str(error), hint=hint) from None
 
 
