@@ -96,6 +96,7 @@ class Staging:
             self.published = published(out, plan)
             if self.published is None:
                 self._restore_replaced()
+                self._target = _target(out, plan, overwrite=overwrite)  # of what is there now
                 self._target.refuse_existing()
                 self._begin(restart)
         except BaseException:
