@@ -302,6 +302,8 @@ def write_section(report: Path, name: str, lines: Sequence[str]) -> None:
 def _preamble(runs: int, speed: str) -> str:
     return f"""# Benchmarks
 
+How fast weightops is, and how much memory it takes, against `cp` and against other programs.
+
 Written by `make bench`: {runs} runs ({runs // 2 + 1} with a cold cache) of a whole command and of its baseline,
 by turns, on {os.cpu_count()} cores ({platform.machine()}). The baseline is `cat` of every input, `cp` of as many bytes
 as the command writes, and `sync`. Take the ratios; the seconds are this machine's.

@@ -155,7 +155,7 @@ def test_docs_are_generated_from_the_help() -> None:
 
 def test_readme_names_every_command() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert all(f"`weightops {command}`" in readme for command in COMMANDS)
+    assert all(f"[`{command}`](docs/commands.md#weightops-{command})" in readme for command in COMMANDS)
 
 
 def recover(*more: str) -> list[str]:

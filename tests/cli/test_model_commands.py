@@ -140,3 +140,8 @@ def test_exit_codes(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "model", "--prompt", "x", "--top-k", "4"]) == 2
     assert run(["generate", "model", "--prompt", "x", "--device", "tpu"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_weight_file_by_itself_is_described_by_what_lies_beside_it(models: Path) -> None:
+    whole = "".join(api.generate("model", "Streaming", max_new_tokens=5))
+    assert "".join(api.generate("model/model.safetensors", "Streaming", max_new_tokens=5)) == whole

@@ -243,7 +243,7 @@ def arrived(found: dict[str, Any], name: str) -> Any:
         return getattr(found[name], "name", found[name]) if name == "reference" else found[name]
     if name in ("temperature", "top_k", "top_p", "seed"):
         return getattr(found["sampling"], name)
-    web = found["control"].web
+    web = found["control"].stores.web
     return web.endpoint if name == "endpoint" else getattr(web.policy, name)
 
 

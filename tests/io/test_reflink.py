@@ -17,8 +17,10 @@ from systems import needs
 
 from weightops.formats.layout import Literal
 from weightops.formats.safetensors import safetensors_layout
+from weightops.io import reflink
 from weightops.io.platform.files import clone_range
-from weightops.io.reflink import BLOCK_NBYTES, Extent, header_padding, shareable
+from weightops.io.reflink import BLOCK_NBYTES, Extent, header_padding, share, shareable
+from weightops.io.source_file import SourceFile
 from weightops.spec import DType, TensorSpec
 
 fcntl = pytest.importorskip("fcntl")
@@ -181,3 +183,15 @@ def test_renaming_shares_all_but_the_first_and_last_block(tmp_path: Path, monkey
         os.pwrite(target_fd, headers[1].ljust(start) + data[:before], 0)
         os.pwrite(target_fd, data[after:], shared.target_offset + shared.nbytes)
     assert (tmp_path / "target").read_bytes() == headers[1].ljust(start) + data
+
+
+def test_sharing_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflink, "clone_range", lambda *_: True)
+    (tmp_path / "source").write_bytes(b"data")
+    file = SourceFile.at(tmp_path / "source")
+    before = os.listdir("/proc/self/fd")
+    extent = Extent(0, 0, 4)
+    assert share(file, [extent], -1) == [extent]
+    (tmp_path / "source").write_bytes(b"other data")
+    assert share(file, [extent], -1) == []
+    assert os.listdir("/proc/self/fd") == before

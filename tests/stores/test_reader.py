@@ -16,7 +16,8 @@ import weightops
 from weightops.errors import CorruptInput, SourceMissing
 from weightops.io.digests import hash_file
 from weightops.io.source_file import SourceFile
-from weightops.stores.reader import FileReader, read_source
+from weightops.stores.local import read_source
+from weightops.stores.reader import FileReader
 
 
 def opened(folder: Path) -> list[str]:

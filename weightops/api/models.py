@@ -14,9 +14,9 @@ from weightops.api.outputs import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
 from weightops.engine.preflight import refuse_among
-from weightops.engine.staging import refuse_target
+from weightops.engine.staging import Staging, refuse_target
 from weightops.engine.work_folder import refuse_others
-from weightops.errors import UsageError
+from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.places import is_remote
 from weightops.formats.sidecars import Kind, kind_of
@@ -95,7 +95,11 @@ def quantize(
     checkpoint = open_checkpoint(source)
     if not running.get("dry_run"):
         refuse_among(out, sources_of(checkpoint.values()))
-        refuse_target(out, overwrite=running.get("overwrite", False))
+        try:
+            refuse_target(out, overwrite=running.get("overwrite", False))
+        except OutputExists:
+            Staging.clean_up_after(out)
+            raise
         refuse_others(blocks_of(out), SCHEMA)
     settings = Settings(
         bits=bits,
@@ -131,7 +135,7 @@ def quantize(
         kept = set(found.checkpoint.values())
         gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
         made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
-        wanted = Wanted(made, files, recipe, {"source": checkpoint})
+        wanted = Wanted(made, files, recipe, {"source": checkpoint}, beside=found.work_folder)
         result = write_all({out: wanted}, running)[out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 
@@ -243,4 +247,4 @@ def _opened(source: StrPath | Checkpoint) -> Checkpoint:
         return found
     # A weight file by itself: what lies beside it says what it is.
     beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
-    return replace(found, sidecars={name: Copied(found.folder.file(name)) for name in beside})
+    return replace(found, sidecars={name: Copied(found.folder.identity(name)) for name in beside})

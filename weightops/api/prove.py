@@ -13,13 +13,13 @@ from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
 from weightops.formats.folder import open_checkpoint, read_place
-from weightops.formats.places import find_place, is_remote
+from weightops.formats.places import find_place
 from weightops.formats.proofs import checklist
 from weightops.formats.proofs.manifest import Manifest
 from weightops.formats.proofs.published import find_manifest
 from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
-from weightops.recipes.execute import StrPath, connected, several
+from weightops.recipes.execute import StrPath, several
 
 if TYPE_CHECKING:
     from weightops.operations.check import CheckOptions, CheckReport
@@ -49,7 +49,7 @@ def download(
 
     `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
     an earlier one began. Files that no download brought are kept if they are the ones wanted, and replaced only with
-    `overwrite`. See `weightops.operations.download`; the control's `web` knows hub, token, proxies and limits.
+    `overwrite`. See `weightops.operations.download`; the control's `stores` know hub, token, proxies and limits.
     """
     from weightops.operations.download import download_into
 
@@ -80,13 +80,13 @@ def hold_checklist(folder: Path) -> None:
         )
 
 
-def inspect(path: StrPath, *, web: Web | None = None) -> Inspection:
-    """What a checkpoint holds, from its headers alone; one on a server is read through `web`."""
+def inspect(path: StrPath, *, web: Web | None = None, control: Control | None = None) -> Inspection:
+    """What a checkpoint holds, from its headers alone; one on a server is read through `web`, or those of `control`."""
     from weightops.operations.inspect import inspect as operation
 
-    with connected({"control": Control(web=web)}, is_remote(path)) as web:
-        place = find_place(path, web)
-        return operation(read_place(place, web), place, os.fspath(path))
+    with (control or Control(web=web)).stores.connected() as stores:
+        place = find_place(path, stores)
+        return operation(read_place(place, stores), place, os.fspath(path))
 
 
 def check(source: StrPath, *, control: Control | None = None, **options: Unpack[CheckOptions]) -> CheckReport:
@@ -94,10 +94,10 @@ def check(source: StrPath, *, control: Control | None = None, **options: Unpack[
     from weightops.operations.check import check as operation
 
     control = control or Control()
-    with connected({"control": control}, is_remote(source)) as web:
+    with control.stores.connected() as stores:
         if "ignore" in options:
             options["ignore"] = several(options["ignore"])
-        return operation(open_checkpoint(source, web), control=control, **options)
+        return operation(open_checkpoint(source, stores), control=control, **options)
 
 
 def verify(

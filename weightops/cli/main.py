@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -53,7 +54,7 @@ EXIT_CODES = {
     130: "interrupted (143 by SIGTERM); the same command continues",
 }
 ENVIRONMENT = {
-    "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error",
+    "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error, and the warnings of libraries",
     "HF_ENDPOINT": "the hub; default https://huggingface.co",
     "HF_TOKEN": "the hub's token; default: that of `hf auth login`, which HF_HOME and HF_TOKEN_PATH say the place of",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1: no token",
@@ -128,8 +129,22 @@ def _told(error: OSError) -> tuple[str, str | None, int]:
     return f"{where}{(error.strerror or str(error)).lower()}", None, 10 if error.errno == errno.ENOENT else 1
 
 
+def _silence_libraries() -> None:
+    """Show no warnings of libraries: newer versions of them warn the authors of a program, not those who run it.
+
+    Filters that somebody asked Python for (-W, PYTHONWARNINGS) stay.
+    """
+    import logging
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    if not os.environ.get("WEIGHTOPS_DEBUG"):
+        _silence_libraries()
     # Text of models and names of files have characters that a terminal's encoding may lack.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,10 @@ from weightops.engine.control import Control
 from weightops.errors import WeightopsError
 from weightops.io.atomic import write_whole
 from weightops.io.escape import escape, is_harmless
+from weightops.stores.stores import WEB, Stores
+
+if TYPE_CHECKING:
+    from weightops.stores.web.web import Web
 
 ERROR_SCHEMA = "weightops-error/1"
 
@@ -68,13 +72,22 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 
 @contextmanager
-def running(quiet: bool, *, events: bool = False) -> Iterator[Control]:
+def running(quiet: bool, *, events: bool = False, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
     """A control that shows progress, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel; a second one ends at once.
 
-    With `events` progress is lines of JSON.
+    With `events` progress is lines of JSON. `connect` makes connections to servers, if such are wanted: by default
+    those that the environment describes.
     """
     progress = EventProgress() if events and not quiet else BarProgress(quiet)
-    control = Control(progress)
+
+    def open_web() -> Web:
+        from weightops.cli import network  # imported here because most commands need no network
+
+        web = (connect or network.open_web)()
+        web.on_wait = progress.note
+        return web
+
+    control = Control(progress, stores=Stores(connect={WEB: open_web}))
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -83,7 +96,8 @@ def running(quiet: bool, *, events: bool = False) -> Iterator[Control]:
     numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGBREAK"))
     previous = {number: signal.signal(number, handle) for number in numbers if number is not None}
     try:
-        yield control
+        with control.stores.connected():
+            yield control
     finally:
         progress.stop()
         for number, handler in previous.items():

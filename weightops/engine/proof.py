@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from weightops.checkpoint import Copied
 from weightops.engine.control import Control
@@ -21,10 +19,8 @@ from weightops.ops.measures.witness import Witness
 from weightops.ops.stored import Checked
 from weightops.plan import Plan
 from weightops.stores.reader import FileReader
-from weightops.stores.store import SKIPPED_NBYTES
-
-if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
+from weightops.stores.store import SKIPPED_NBYTES, WritableStore
+from weightops.stores.stores import Stores
 
 _UNREAD_NBYTES = 1 << 20
 _UNREAD_SHARE = 10
@@ -108,27 +104,24 @@ def fetched_nbytes(plan: Plan) -> int:
     return nbytes + sum(file.nbytes - reading.passed for file, reading in readings.items() if reading.must_prove(file))
 
 
-def fetch_sidecars(plan: Plan, folder: Path, control: Control) -> dict[str, FileDigests]:
-    """Write the small files that come from servers; raises as `read_source` does if one is not as expected."""
+def fetch_sidecars(plan: Plan, store: WritableStore, control: Control) -> dict[str, FileDigests]:
+    """Write the small files that come from servers; raises as `Remote.read` does if one is not as expected."""
     found = {}
     for name, sidecar in plan.sidecars.items():
-        if isinstance(sidecar, Copied) and sidecar.file.is_remote and control.web is not None:
-            from weightops.stores.web.folder import read_source
-
+        if isinstance(sidecar, Copied) and sidecar.file.is_remote:
             control.check()
-            data = read_source(sidecar.file, control.web)
+            data = control.stores.reader_of(sidecar.file).read(sidecar.file)
             if not sidecar.file.digest:
                 check_head(data, sidecar.file.shown)
-            found[name] = write_small(folder / name, data, plan.digests)
+            found[name] = write_small(store, name, data, plan.digests)
     return found
 
 
-def note_proven(plan: Plan, staging: Staging, web: Web | None) -> None:
+def note_proven(plan: Plan, staging: Staging, stores: Stores) -> None:
     """Journal the digests that have come out right, so that a later run need not fetch these files again."""
-    if web is not None and plan.is_remote:
-        proven = {file.digest for file in plan.sources if web.ranges.proofs.is_proven(file)}
-        if new := sorted(proven - _noted(staging)):
-            staging.note(ProofRecord(digests=new))
+    proven = {file.digest for file in plan.sources if stores.is_proven(file)}
+    if new := sorted(proven - _noted(staging)):
+        staging.note(ProofRecord(digests=new))
 
 
 def _noted(staging: Staging) -> set[str]:
@@ -142,14 +135,11 @@ def prove(plan: Plan, staging: Staging, control: Control) -> tuple[str, ...]:
     more: with several workers, after a run that was cut short, from files in an unusual order. Torch archives whose
     CRC-32s have been checked, and deltas that gave the digests they should, need none of this. Raises `Differs`.
     """
-    web = control.web
-    if web is None or not plan.is_remote:
-        return ()
     noted = _noted(staging)
     unproven = []
     warnings = []
     for file, reading in _read_from_servers(_in_order(plan)).items():
-        if reading.guarded or web.ranges.proofs.is_proven(file) or file.digest in noted:
+        if reading.guarded or control.stores.is_proven(file) or file.digest in noted:
             continue
         if reading.must_prove(file):
             unproven.append(file)
@@ -158,19 +148,23 @@ def prove(plan: Plan, staging: Staging, control: Control) -> tuple[str, ...]:
         else:
             warnings.append(f"{file.shown}: the server names no digest that it could be held against")
     if unproven:
-        _fetch_again(unproven, web, control)
+        _fetch_again(unproven, control)
     return tuple(warnings)
 
 
-def _fetch_again(files: Sequence[SourceFile], web: Web, control: Control) -> None:
+def _fetch_again(files: Sequence[SourceFile], control: Control) -> None:
     """Read files from where their digests stand to their ends."""
+
+    def position(file: SourceFile) -> int:
+        return control.stores.reader_of(file).proven_nbytes(file)
+
     buffer = memoryview(bytearray(BLOCK_NBYTES))
-    control.progress.start("checking", sum(file.nbytes - web.ranges.proofs.position(file) for file in files))
-    with FileReader(web) as reader:
+    control.progress.start("checking", sum(file.nbytes - position(file) for file in files))
+    with FileReader(control.stores) as reader:
         for file in files:
-            while (position := web.ranges.proofs.position(file)) < file.nbytes:
+            while (start := position(file)) < file.nbytes:
                 control.check()
-                part = buffer[: file.nbytes - position]
-                reader.read_into(file, position, part, file.nbytes - position - len(part))
+                part = buffer[: file.nbytes - start]
+                reader.read_into(file, start, part, file.nbytes - start - len(part))
                 control.progress.advance(len(part))
     control.progress.stop()

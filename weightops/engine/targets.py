@@ -16,7 +16,7 @@ from weightops.io.escape import escape
 from weightops.io.platform.entries import TAKEN, exchange, give_name, is_link, rename, replace_file
 
 
-class Target(ABC):
+class Place(ABC):
     """The name `out`, and what may be done to what is there."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -48,7 +48,7 @@ class Target(ABC):
         )
 
 
-class FolderTarget(Target):
+class FolderTarget(Place):
     """A folder, which appears by one rename."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -88,7 +88,7 @@ class FolderTarget(Target):
             rename(staged, self.out)
 
 
-class FileTarget(Target):
+class FileTarget(Place):
     """A single file. Its manifest, `OUT.weightops-manifest.json`, is there before it."""
 
     @property

@@ -1,7 +1,7 @@
 """A folder beside an output in which one run works, `OUT.partial` or `OUT.blocks`.
 
     FOLDER/weightops.lock    held by the run that works here; says who that is
-    FOLDER/run.json          what the run is; written before anything else
+    FOLDER/run.json          what the run is, and the files that it makes; written before anything else
     FOLDER/...               what the run makes, under names that can be told from run.json
 
 Whose a folder is is shown before anything in it is touched: it holds a run.json of this kind and nothing that such a
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,6 @@ from weightops.io.escape import escape
 from weightops.io.platform.entries import is_link
 
 RUN = "run.json"
-
-IsOwn = Callable[[str], bool]
-"""Whether a run makes a file of this name, relative to its folder."""
 
 
 class WorkFolder:
@@ -40,7 +37,7 @@ class WorkFolder:
 
         Raises `OutputExists` for a folder that is not ours, `Locked`.
         """
-        self.path, self._schema = path, schema
+        self.path, self.schema = path, schema
         refuse_others(path, schema)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -49,18 +46,26 @@ class WorkFolder:
         self._lock = Lock(path)
         self.document = read_document(path, schema)
 
-    def begin(self, document: Mapping[str, Any]) -> None:
-        """Say what the run is."""
-        self.document = {"schema": self._schema, **document}
+    def begin(self, document: Mapping[str, Any], files: Collection[str]) -> None:
+        """Say what the run is, and which files it makes here, by their names from here."""
+        self.document = {"schema": self.schema, "files": sorted(files), **document}
         write_whole(self.path / RUN, json.dumps(self.document).encode())
 
-    def own_files(self, is_own: IsOwn) -> list[Path]:
+    def amend(self, **more: Any) -> None:
+        """Say more of the run."""
+        self.document = {**(self.document or {}), **more}
+        write_whole(self.path / RUN, json.dumps(self.document).encode())
+
+    def own_files(self) -> list[Path]:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""
+        files = (self.document or {}).get("files")
+        names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+        own = {*names, *map(temporary_of, names)}
         found = []
         for name, path in _walk(self.path):
             if is_lock(name) or name in (RUN, temporary_of(RUN)):
                 continue
-            if not is_own(name):
+            if name not in own:
                 raise OutputExists(
                     f"{escape(str(self.path))} holds {escape(name)}, which weightops did not make",
                     hint="move it away, and run the same command again",
@@ -68,9 +73,9 @@ class WorkFolder:
             found.append(path)
         return found
 
-    def clear(self, is_own: IsOwn) -> None:
+    def clear(self) -> None:
         """Remove what the run has made; raises as `own_files` does, with nothing removed."""
-        found = self.own_files(is_own)
+        found = self.own_files()
         try:
             for path in found:
                 path.unlink()
@@ -78,9 +83,9 @@ class WorkFolder:
         except OSError as error:
             raise write_failure(self.path, error) from None
 
-    def remove(self, is_own: IsOwn) -> None:
+    def remove(self) -> None:
         """Clear and remove the folder itself; run.json last, which shows whose it is."""
-        self.clear(is_own)
+        self.clear()
         try:
             for name in (temporary_of(RUN), RUN):
                 (self.path / name).unlink(missing_ok=True)

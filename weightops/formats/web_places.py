@@ -12,7 +12,7 @@ from weightops.formats.choose import WEIGHT_SUFFIXES, find_index
 from weightops.formats.index import parse_index
 from weightops.formats.proofs import manifest
 from weightops.io.source_file import SourceFile
-from weightops.stores.web.folder import RemoteFolder, source_file
+from weightops.stores.web.folder import WebStore, source_file
 from weightops.stores.web.hub import find_commit, find_file, list_commit
 from weightops.stores.web.listing import (
     HubFile,
@@ -37,18 +37,18 @@ _USUAL_SIDECARS = (
 _ASKED_AT_ONCE = 8
 
 
-def find_remote(text: str, web: Web) -> RemoteFolder | SourceFile:
+def find_remote(text: str, web: Web) -> WebStore | SourceFile:
     """The folder or weight file that `text` means; a hub's repository at the commit that its revision is now.
 
     Raises `UsageError` for what is no such place, `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`.
     """
     match parse_location(text, endpoint=web.endpoint):
         case HubRepository() as repository:
-            return RemoteFolder(_below(list_commit(repository, find_commit(repository, web), web), repository), web)
+            return WebStore(_below(list_commit(repository, find_commit(repository, web), web), repository), web)
         case HubFile() as on_hub:
             return source_file(find_file(on_hub, find_commit(on_hub.repository, web), web))
         case WebFolder() as folder:
-            return RemoteFolder(list_folder(folder, web), web)
+            return WebStore(list_folder(folder, web), web)
         case WebFile() as file:
             return source_file(describe(file.file_name, file.url, web))
 

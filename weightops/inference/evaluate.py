@@ -27,6 +27,7 @@ from weightops.inference.packed import Engine, refuse_unquantized
 from weightops.inference.tokens import check_tokens, encode, load_tokenizer
 from weightops.inference.windows import cut, final_states
 from weightops.io.brief import brief
+from weightops.io.notebook import card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,10 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        rows = [(s.name, s.perplexity, s.tokens, s.agreement.kl_mean if s.agreement else "") for s in self.scores]
+        return card("perplexity", {"convention": self.convention}, ("model", "perplexity", "tokens", "mean KL"), rows)
 
     @property
     def convention(self) -> str:

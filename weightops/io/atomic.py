@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from weightops.errors import UsageError
+from weightops.errors import OutputExists, UsageError
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.io.platform.entries import flush_folder, is_read_only, replace_file
+from weightops.io.platform.entries import flush_folder, give_name, is_read_only, replace_file
 from weightops.io.platform.files import flush, open_to_write
 
 
@@ -43,6 +43,30 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a small file: temporary name, flush, rename, flush the folder."""
     with writing_whole(path) as write:
         write(data)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """As `write_whole`, for a name that nothing has; raises `OutputExists`, also if something takes it meanwhile."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with removed_at_end(temporary):
+            write_whole(temporary, data)
+            give_name(temporary, path)
+            fsync_folder(path.parent)
+    except FileExistsError:
+        raise OutputExists(f"{escape(str(path))} exists", hint="it is left alone: choose another name") from None
+    except OSError as error:
+        raise write_failure(path, error) from None
+
+
+@contextmanager
+def removed_at_end(temporary: Path) -> Iterator[None]:
+    """Remove a temporary file at the end, if it is still there."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 @contextmanager

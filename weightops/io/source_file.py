@@ -25,9 +25,15 @@ class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
     etag: str = ""
 
     @property
+    def scheme(self) -> str:
+        """What the path of a file beyond this machine begins with, such as https; empty for one on it."""
+        scheme, mark, _ = self.path.partition("://")  # which no path has, for Path joins slashes
+        return scheme if mark else ""
+
+    @property
     def is_remote(self) -> bool:
-        """Whether the file is on a server."""
-        return self.path.startswith(("http://", "https://"))
+        """Whether the file lies beyond this machine."""
+        return bool(self.scheme)
 
     @property
     def shown(self) -> str:

@@ -19,6 +19,7 @@ import torch
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
 from weightops.engine.sample import sample
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
@@ -61,11 +62,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised checkpoint, not yet written, and what became of each layer."""
+    """A quantised checkpoint, not yet written, what became of each layer, and where its packed tensors lie."""
 
     checkpoint: Checkpoint
     modules: tuple[ModuleReport, ...]
     bits_per_weight: float
+    work_folder: WorkFolder
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,11 @@ def quantized(
     """Quantise, continuing what an earlier run of the same began, and lend the result to be written.
 
     Memory that is left of `max_nbytes`, or of half of what is free, is used to run blocks less often.
-    When the `with` block ends well, what was kept beside the output is thrown away.
+    What lies beside the output, its `work_folder`, is the writer's to throw away when the output has its name.
     Raises `NoRoom`, `Locked`, `PlanDiffers`, or what `quantize_blocks` raises.
     """
     estimate = run.estimate()
-    with Work(out, run.identity(), restart=restart) as work:
+    with Work(out, run.identity(), len(run.modules), restart=restart) as work:
         if work.n_done < len(run.modules):
             check_room(out, estimate.packed_nbytes, estimate.hidden_nbytes)
             tokens = run.calibration.tokens if run.calibration else torch.empty((0, 0), dtype=torch.int64)
@@ -208,7 +210,6 @@ def quantized(
             spare = max(0, room - estimate.memory_nbytes)
             quantize_blocks(run.model, run.modules, run.options, tokens, work, control, spare_nbytes=spare)
         yield _collect(run, work)
-        work.remove()
 
 
 def _collect(run: Run, work: Work) -> Quantized:
@@ -236,7 +237,7 @@ def _collect(run: Run, work: Work) -> Quantized:
                 shards |= dict.fromkeys(parts, shards.pop(name))
     weights = sum(run.source[name].spec.numel for name in modules)
     bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / weights
-    return Quantized(_described(run, tensors, shards, reports), tuple(reports), bits)
+    return Quantized(_described(run, tensors, shards, reports), tuple(reports), bits, work.work_folder)
 
 
 def _described(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "weightops-blocks/1"
 _REPORT = "report"
-_NAME = re.compile(r"block-\d{5,}\.safetensors|hidden-\d{5,}\.bin")
 
 
 def blocks_of(out: Path) -> Path:
@@ -47,21 +45,18 @@ def blocks_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.blocks")
 
 
-def _is_own(name: str) -> bool:
-    return any(_NAME.fullmatch(known) for known in (name, name.removeprefix(".").removesuffix(".tmp")))
-
-
 class Work:
     """The folder of one run; a context manager that holds its lock."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(self, out: Path, identity: Mapping[str, Any], n_blocks: int, *, restart: bool = False) -> None:
         """Take the lock, and find what an earlier run of the same identity has done.
 
         Raises `Locked`, `OutputExists` for a folder that is not ours, or `PlanDiffers` naming the field in which the
         runs differ.
         """
-        self._work = WorkFolder(blocks_of(out), SCHEMA)
-        self.folder = self._work.path
+        self.work_folder = WorkFolder(blocks_of(out), SCHEMA)
+        self.folder = self.work_folder.path
+        self._n_blocks = n_blocks
         try:
             self._resume(json.loads(json.dumps(identity)), restart)
         except BaseException:
@@ -69,18 +64,20 @@ class Work:
             raise
 
     def _resume(self, identity: dict[str, Any], restart: bool) -> None:
-        if self._work.document is not None and not restart:
-            earlier = {key: value for key, value in self._work.document.items() if key != "schema"}
+        if self.work_folder.document is not None and not restart:
+            earlier = {key: value for key, value in self.work_folder.document.items() if key not in ("schema", "files")}
             difference = first_difference(identity, earlier)
             if difference is not None:
                 raise PlanDiffers(
                     f"{escape(str(self.folder))} is of another run: {difference}",
                     hint="run the earlier command again to finish it, or give --restart to throw it away",
                 )
-            self._work.own_files(_is_own)
+            self.work_folder.own_files()
             return
-        self._work.clear(_is_own)
-        self._work.begin(identity)
+        self.work_folder.clear()
+        numbers = range(self._n_blocks + 1)
+        files = [path.name for i in numbers for path in (self._block(i), self._hidden(i))]
+        self.work_folder.begin(identity, files)
 
     def _block(self, i: int) -> Path:
         return self.folder / f"block-{i:05d}.safetensors"
@@ -120,12 +117,8 @@ class Work:
                 f"{escape(str(self._block(i)))}: has no report on its block", hint="give --restart to begin anew"
             ) from None
 
-    def remove(self) -> None:
-        """Throw everything away."""
-        self._work.remove(_is_own)
-
     def close(self) -> None:
-        self._work.close()
+        self.work_folder.close()
 
     def __enter__(self) -> Work:
         return self

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.run import run_all
 from weightops.engine.values import values
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import UsageError
 from weightops.formats.choose import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.containers import CONTAINERS, without_place
 from weightops.formats.folder import open_adapter, open_checkpoint
-from weightops.formats.places import is_remote
 from weightops.formats.proofs import checksums
 from weightops.formats.proofs import manifest as manifest_format
 from weightops.formats.proofs.manifest import Manifest
@@ -25,15 +24,13 @@ from weightops.formats.proofs.published import find_manifest
 from weightops.formats.sidecars import left_behind
 from weightops.io.brief import brief
 from weightops.io.escape import escape
+from weightops.io.notebook import card, in_units
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.stored import without_shared_checks
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
 from weightops.recipes.observe import observe
 from weightops.recipes.recipe import Recipe, Step
 from weightops.recipes.verbs import find_verb
-
-if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
 
 CARD = "README.md"
 StrPath = str | os.PathLike[str]
@@ -93,25 +90,36 @@ class Result:
 
     __repr__ = brief
 
+    def _repr_html_(self) -> str:
+        rows = [(shard.name, in_units(self.plan.shard_nbytes[shard.name])) for shard in self.plan.shards]
+        facts = {"files": len(rows), "size": in_units(self.plan.total_nbytes), "warnings": len(self.warnings)}
+        title = f"{self.out}{'' if self.manifest else ' (not written: a dry run)'}"
+        return card(title, facts, ("file", "size"), rows, what="files")
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made."""
+    """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made.
+
+    `beside` is a folder in which a part of it was made, which nobody needs when it is written.
+    """
 
     checkpoint: Checkpoint
     files: Files
     recipe: Mapping[str, Any]
     sources: Mapping[str, Checkpoint]
     is_file: bool = False
+    beside: WorkFolder | None = None
 
 
 def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
     """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
-    with connected(running, any(is_remote(place.path) for place in recipe.sources.values())) as web:
-        control = running.get("control") or Control()
+    control = running.get("control") or Control()
+    running = {**running, "control": control}
+    with control.stores.connected() as stores:
         made = {
             name: (open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint)(
-                place.path, web, place.weights
+                place.path, stores, place.weights
             )
             for name, place in recipe.sources.items()
         }
@@ -160,13 +168,15 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
     said = {out: (*each.checkpoint.warnings, *_without_place(each, plans[out])) for out, each in wanted.items()}
     if running.get("dry_run"):
         return {out: Result(out, plan, None, (), said[out]) for out, plan in plans.items()}
-    with connected(running, any(plan.is_remote for plan in plans.values())):
+    control = running.get("control") or Control()
+    with control.stores.connected():
         outcomes = run_all(
             plans,
             workers=running.get("workers"),
             overwrite=running.get("overwrite", False),
             restart=running.get("restart", False),
-            control=running.get("control"),
+            control=control,
+            beside={out: each.beside for out, each in wanted.items() if each.beside is not None},
         )
     results = {}
     for (out, plan), done in zip(plans.items(), outcomes, strict=True):
@@ -264,21 +274,3 @@ def read_expectation(name_or_path: StrPath) -> Expectation:
         found = manifest_format.read_manifest(path)
         return Expectation(path.name, {}, {n: t.xxh3_128 for n, t in found.tensors.items()})
     return Expectation(path.name, checksums.read_checksums(path).by_file(), {})
-
-
-@contextmanager
-def connected(running: Running, remote: bool) -> Iterator[Web | None]:
-    """The web of the control in `running`; if there is none and something is remote, one with defaults."""
-    control = running.get("control") or Control()
-    if control.web is not None or not remote:
-        yield control.web
-        return
-    from weightops.stores.web.web import Web
-
-    running["control"] = control
-    with Web() as web:
-        control.web = web
-        try:
-            yield web
-        finally:
-            control.web = None

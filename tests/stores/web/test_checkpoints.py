@@ -412,10 +412,10 @@ def test_ctrl_c_ends_a_silent_read_within_a_second(hub: Hub, tmp_path: Path) -> 
 def test_a_public_repository_needs_no_token_and_a_private_one_does(family: Path) -> None:
     with Hub(token="hf_secret") as hub:
         hub.add("org/private", contents(family / "tuned"))
-        assert weightops.inspect("hf://org/private", web=control(hub, token="hf_secret").web).nbytes
+        assert weightops.inspect("hf://org/private", web=control(hub, token="hf_secret").stores.web).nbytes
         assert not any("authorization" in r.headers for r in hub.log if r.server == "cdn")
         with pytest.raises(AuthenticationFailed, match="no such repository, or a private one") as caught:
-            weightops.inspect("hf://org/private", web=control(hub).web)
+            weightops.inspect("hf://org/private", web=control(hub).stores.web)
         assert caught.value.exit_code == 14
 
 
@@ -489,7 +489,7 @@ def test_without_a_web_one_with_defaults_is_opened(hub: Hub, family: Path, tmp_p
     hub.log.clear()
     control = Control()
     assert weightops.save(opened, tmp_path / "saved", control=control, **MB).warnings == ()
-    assert control.web is None
+    assert control.stores._open == {}, "connections that were made for a run are closed with it"
     wait_until(lambda: sent(hub) == weights_nbytes(family / "tuned"))
 
 

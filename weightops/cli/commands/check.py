@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, cache_folder, connected, epilog, report_options
-from weightops.cli.output import escape_lines, print_json, save_report, table
+from weightops.cli.options import SOURCE, cache_folder, epilog, report_options
+from weightops.cli.output import escape_lines, print_json, running, save_report, table
 from weightops.cli.progress import human
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
@@ -61,7 +61,7 @@ def command(
     """
     if html is not None:
         check_target(html)
-    with connected(quiet or as_json, source) as control:
+    with running(quiet or as_json) as control:
         report = api.check(
             source,
             values=not no_values,

@@ -79,18 +79,15 @@ def command(
     offline = offline or is_offline()
     digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
     limit = parse_size(limit_rate) if limit_rate else None
-    with running(quiet, events=as_json) as control:
+    policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
+
+    def connect() -> Web:
         if offline:
-            control.web = Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
-        else:
-            policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
-            control.web = open_web(endpoint=endpoint, policy=policy)
-            control.web.on_wait = control.progress.note
-        try:
-            found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
-        finally:
-            if control.web is not None:
-                control.web.close()
+            return Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
+        return open_web(endpoint=endpoint, policy=policy)
+
+    with running(quiet, events=as_json, connect=connect) as control:
+        found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
     warn(found.warnings)
     if as_json:
         print_json(_document(found))

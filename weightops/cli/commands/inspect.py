@@ -7,10 +7,9 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, connected, epilog
-from weightops.cli.output import print_json, table, warn
+from weightops.cli.options import SOURCE, epilog
+from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
-from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.operations.inspect import Inspection
 
@@ -29,11 +28,8 @@ def command(path: Path | str, tensors: bool, as_json: bool) -> None:
       weightops inspect ./model --tensors
       weightops inspect hf://org/name
     """
-    if is_remote(path):
-        with connected(True, path) as control:
-            found = api.inspect(path, web=control.web)
-    else:
-        found = api.inspect(path)
+    with running(True) as control:
+        found = api.inspect(path, control=control)
     if as_json:
         print_json(found.to_json())
         return

@@ -11,13 +11,12 @@ import click
 from weightops import api
 from weightops.cli.options import (
     WRITE_CODES,
-    connected,
     epilog,
     result_document,
     run_options,
     show_result,
 )
-from weightops.cli.output import print_json, table, warn
+from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
@@ -53,7 +52,7 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
       weightops run ./release.yaml
     """
     parsed = read_recipe(recipe)
-    with connected(quiet, *(place.path for place in parsed.sources.values())) as control:
+    with running(quiet) as control:
         results = api.run(parsed, control=control, **options)
     if as_json:
         documents = [result_document(result, options["workers"]) for result in results.values()]

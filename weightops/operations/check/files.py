@@ -80,7 +80,7 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
         wrapped, "error", "leftover", "named by a wrapper (DDP, FSDP, torch.compile)", "save the model inside it"
     )
     training = [n for n in names if _TRAINING.search(n)]
-    yield from group(training, "warning", "leftover", "of an optimizer or training run, not of the model", "drop them")
+    yield from group(training, "warning", "leftover", "of an optimiser or training run, not of the model", "drop them")
     lora = [n for n in names if _LORA.search(n)]
     if len(lora) < len(names) and not is_adapter(checkpoint):
         yield from group(

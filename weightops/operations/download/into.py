@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from weightops.engine.control import Control
@@ -13,8 +12,6 @@ from weightops.operations.download import operation as operation
 from weightops.operations.download import record as record
 from weightops.operations.download import source as sources
 from weightops.operations.download.operation import Download
-from weightops.stores.web.urls import DEFAULT_ENDPOINT
-from weightops.stores.web.web import Web
 
 
 def download_into(
@@ -34,7 +31,7 @@ def download_into(
 ) -> Download:
     """What `weightops.api.prove.download` does, with all its options."""
     include, exclude = tuple(include), tuple(exclude)
-    target = sources.find_target(source, revision, control.web.endpoint if control.web else DEFAULT_ENDPOINT)
+    target = sources.find_target(source, revision, control.stores.web.endpoint)
     if offline:
         given = {"digests": digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
         for name in (name for name, value in given.items() if value):
@@ -44,8 +41,8 @@ def download_into(
         )
         return operation.from_manifest(out, found)
     operation.check_out(out)
-    with ExitStack() as stack:
-        web = control.web or stack.enter_context(Web())
+    with control.stores.connected() as stores:
+        web = stores.web
         target = sources.with_digests(target, digests or {}, checksums, web)
         version = sources.find_version(target, web)
         request = record.request_of(str(target.place), version, target.expected_by, include, exclude)

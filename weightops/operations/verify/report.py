@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from weightops.io.brief import brief
+from weightops.io.notebook import card, in_units
 
 SCHEMA = "weightops-verify/1"
 
@@ -55,6 +56,13 @@ class VerifyReport:
     warnings: tuple[str, ...] = ()
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        wrong = [(file.name, file.status, file.detail or file.found) for file in self.files if file.status != "ok"]
+        rows = [*(("the folder", "wrong", problem) for problem in self.problems), *wrong]
+        facts = {"held against": self.manifest, "files": len(self.files), "read": in_units(self.nbytes)}
+        title = f"{self.folder}: {'as listed' if self.verdict else 'differs'}"
+        return card(title, facts, ("file", "", "why"), rows, what="files")
 
     @property
     def verdict(self) -> bool:

@@ -17,11 +17,11 @@ import msgspec
 
 from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.io.escape import escape
+from weightops.stores.web.http import Http
 from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import ask
 from weightops.stores.web.urls import origin, show
-from weightops.stores.web.web import Web
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,7 +52,7 @@ def is_commit(revision: str) -> bool:
     return _COMMIT.fullmatch(revision) is not None
 
 
-def find_commit(repository: HubRepository, web: Web) -> str:
+def find_commit(repository: HubRepository, web: Http) -> str:
     """The commit that the revision is now: one request, or none if it is a commit itself.
 
     Raises `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`.
@@ -67,7 +67,7 @@ def find_commit(repository: HubRepository, web: Web) -> str:
     return commit
 
 
-def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
+def list_commit(repository: HubRepository, commit: str, web: Http) -> Listing:
     """The files of a commit, below the repository's folder if that is meant, with sizes and digests.
 
     Raises as `find_commit` does, `CorruptInput` for odd listings.
@@ -93,7 +93,7 @@ def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
     return Listing(str(repository), tuple(files), commit, repository.revision)
 
 
-def find_file(file: HubFile, commit: str, web: Web) -> RemoteFile:
+def find_file(file: HubFile, commit: str, web: Http) -> RemoteFile:
     """A file of a commit by its own name, without the folder that it lies in; raises as `list_commit` does."""
     found = next((f for f in list_commit(file.repository, commit, web).files if f.name == file.path), None)
     if found is None:
@@ -131,7 +131,7 @@ def file_url(repository: str, name: str, commit: str, endpoint: str) -> str:
     return f"{endpoint}/{repository}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
 
-def _ask(repository: HubRepository, url: str, web: Web, kind: type[Answer]) -> tuple[Answer, Mapping[str, str]]:
+def _ask(repository: HubRepository, url: str, web: Http, kind: type[Answer]) -> tuple[Answer, Mapping[str, str]]:
     """The hub's answer as a value of `kind`, and its headers; what makes no sense is asked for again."""
 
     def call() -> tuple[Answer, Mapping[str, str]]:
