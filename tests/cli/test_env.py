@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from weightops.cli import machine
-from weightops.cli.machine import Gpu, count_cache, find_mount
+from weightops.cli.machine import Gpu, count_cache
+from weightops.io.platform.machine import find_mount
 from weightops.cli.main import run
 
 MOUNTS = r"""22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw

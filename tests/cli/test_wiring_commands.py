@@ -18,7 +18,6 @@ import torch
 from support import write_checkpoint
 
 import weightops
-import weightops.quantization.calibration  # before anything that it takes from elsewhere is stood in for
 from weightops.cli.main import COMMANDS, run
 from weightops.recipes.verbs import VERBS
 

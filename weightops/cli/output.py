@@ -94,7 +94,9 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 @contextmanager
 def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
-    """A control that shows progress as --progress says, and that SIGINT and SIGTERM cancel; a second one ends at once.
+    """A control that shows progress as --progress says, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel.
+
+    A second signal ends at once.
 
     With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
     environment describes.
@@ -114,7 +116,8 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
         signal.signal(number, signal.SIG_DFL)
         control.cancel(number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGBREAK"))
+    previous = {number: signal.signal(number, handle) for number in numbers if number is not None}
     try:
         with control.stores.connected():
             yield control

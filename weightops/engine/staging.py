@@ -20,15 +20,18 @@ from typing import Any
 
 import msgspec
 
+from weightops.engine.lock import is_lock
 from weightops.engine.sample import sample
 from weightops.engine.targets import FileTarget, FolderTarget, Place
-from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse_others
+from weightops.engine.work_folder import WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.atomic import fsync_folder, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.entries import is_link, rename
+from weightops.io.platform.files import flush, open_to_write
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
@@ -122,6 +125,7 @@ class Staging:
             self.published = published(out, plan)
             if self.published is None:
                 self._restore_replaced()
+                self._target = _target(out, plan, overwrite=overwrite)  # of what is there now
                 self._target.refuse_existing()
                 self._begin(restart)
         except BaseException:
@@ -133,11 +137,11 @@ class Staging:
         """Remove what a run left beside its finished output that was killed when it had all but done so."""
         out = Path(os.path.abspath(out))
         folder = partial(out)
-        if folder.is_symlink() or not folder.is_dir():
+        if is_link(folder) or not folder.is_dir():
             return
         document = read_document(folder, SCHEMA)
         is_over = document is not None and _is_published(out, document)
-        if is_over or [entry.name for entry in folder.iterdir()] == [LOCK]:
+        if is_over or all(is_lock(entry.name) for entry in folder.iterdir()):
             with suppress(Locked, OutputExists), WorkFolder(folder, SCHEMA) as work:
                 _remove_published(work)
 
@@ -145,7 +149,7 @@ class Staging:
         """Put back what a run that was killed between two renames had moved aside."""
         aside = self._work.path / REPLACED
         if not os.path.lexists(self.out) and _is_replaced(aside, self._work):
-            os.rename(aside, self.out)
+            rename(aside, self.out)
 
     def _begin(self, restart: bool) -> None:
         """Go on where an earlier run of the same plan stopped, or anew."""
@@ -177,7 +181,7 @@ class Staging:
             if not records:
                 self._work.begin(self._run())
             self.folder.mkdir(exist_ok=True)
-            self._journal = os.open(self._work.path / JOURNAL, _APPEND, 0o666)
+            self._journal = open_to_write(self._work.path / JOURNAL, append=True)
             os.ftruncate(self._journal, nbytes)
         except OSError as error:
             raise write_failure(self._work.path, error) from None
@@ -197,7 +201,7 @@ class Staging:
         """Append a line to the journal and flush it."""
         try:
             write_all(self._journal, msgspec.json.encode(record) + b"\n")
-            os.fsync(self._journal)
+            flush(self._journal)
         except OSError as error:
             raise write_failure(self._work.path / JOURNAL, error) from None
         self.records.append(record)
@@ -253,9 +257,6 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._close_journal()
         self._work.close()
-
-
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def _remove_published(work: WorkFolder, beside: WorkFolder | None = None) -> None:

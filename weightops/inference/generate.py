@@ -12,7 +12,6 @@ from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.engine.limits import available_memory
 from weightops.errors import NoRoom, UsageError
 from weightops.inference.finite import check_finite
 from weightops.inference.forwards import forwards
@@ -21,6 +20,7 @@ from weightops.inference.packed import Engine, are_faster, refuse_unquantized
 from weightops.inference.pieces import pieces
 from weightops.inference.sampling import Sampling
 from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
+from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
 
 Finish = Literal["eos", "length"]

@@ -17,7 +17,6 @@ import torch
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
-from weightops.engine.limits import available_memory
 from weightops.engine.sample import sample
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import IncompatibleInputs, UsageError
@@ -27,6 +26,7 @@ from weightops.formats.quantized.gptq import CONFIG_KEY, PARTS, QuantizeConfig, 
 from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
 from weightops.io.escape import escape
+from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
 from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor

@@ -28,6 +28,7 @@ from weightops.formats.safetensors import read_safetensors
 from weightops.io.atomic import fsync_folder, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.files import flush, open_to_write, read_at, write_at
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import first_difference
@@ -147,7 +148,7 @@ class Hidden:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self._path, self.shape = path, shape
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._fd = open_to_write(path, read=True)
 
     @property
     def sample_nbytes(self) -> int:
@@ -158,7 +159,7 @@ class Hidden:
         batch = torch.empty((stop - first, *self.shape[1:]), dtype=torch.float32)
         view, offset = _bytes(batch), first * self.sample_nbytes
         while view:
-            n = os.preadv(self._fd, [view], offset)
+            n = read_at(self._fd, view, offset)
             if n == 0:
                 raise CorruptInput(f"{escape(str(self._path))}: ends early", hint="give --restart to begin anew")
             view, offset = view[n:], offset + n
@@ -170,14 +171,14 @@ class Hidden:
         offset = first * self.sample_nbytes
         try:
             while data:
-                n = os.pwrite(self._fd, data, offset)
+                n = write_at(self._fd, data, offset)
                 data, offset = data[n:], offset + n
         except OSError as error:
             raise write_failure(self._path, error) from None
 
     def flush(self) -> None:
         """All that was written is on disk."""
-        os.fsync(self._fd)
+        flush(self._fd)
         fsync_folder(self._path.parent)
 
     def __enter__(self) -> Hidden:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.paths import open_regular
+from weightops.io.platform.files import advise_in_order, advise_soon, read_at
 from weightops.io.source_file import SourceFile
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class FileReader:
             path, oldest = self._open.popitem(last=False)
             _check_unchanged(self._seen[path], oldest)
             os.close(oldest)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        advise_in_order(fd)
         return fd
 
     def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
@@ -61,12 +62,12 @@ class FileReader:
         done = 0
         try:
             while done < len(out):
-                count = os.preadv(fd, [out[done:]], offset + done)
+                count = read_at(fd, out[done:], offset + done)
                 if count == 0:
                     raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
                 done += count
             if len(out) >= 1 << 20:
-                os.posix_fadvise(fd, offset + done, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                advise_soon(fd, offset + done, _READ_AHEAD)
         except OSError as error:
             raise WeightopsError(f"{file.shown}: cannot be read at byte {offset + done} ({error.strerror})") from None
 

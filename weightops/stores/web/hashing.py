@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def hash_fetched(path: Path, algorithms: Collection[str], nbytes: int, check: Ca
     buffer = memoryview(bytearray(_BLOCK_NBYTES))
     with open(open_regular(path), "rb", buffering=0) as file:
         try:
-            while count := os.readv(file.fileno(), [buffer]):
+            while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
                 check()
         except OSError as error:
