@@ -12,8 +12,8 @@ import pytest
 
 from weightops.cli import machine
 from weightops.cli.machine import Gpu, count_cache
-from weightops.io.platform.machine import find_mount
 from weightops.cli.main import run
+from weightops.io.platform.machine import find_mount
 
 MOUNTS = r"""22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
 30 22 0:26 / /data rw shared:5 - xfs /dev/sdb rw
