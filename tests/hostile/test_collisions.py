@@ -166,6 +166,7 @@ def test_a_source_is_read_whatever_its_own_names_are(tmp_path: Path, monkeypatch
     index = {"metadata": {}, "weight_map": {"a": "aux.safetensors"}}
     (model / "model.safetensors").rename(model / "aux.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(names, "_IS_WINDOWS", False)
     weightops.inspect(model)
     monkeypatch.setattr(names, "_IS_WINDOWS", True)
     with pytest.raises((CorruptInput, SourceMissing), match="Windows keeps that name for a device"):
