@@ -192,11 +192,36 @@ def n_open() -> int:
     return len(process.open_files()) if os.name == "nt" else process.num_fds()
 
 
+def opened_below(folder: Path) -> list[str]:
+    """Files below a folder that this process has open, by their names from there."""
+    import psutil
+
+    root = os.path.realpath(folder) + os.sep
+    return sorted(f.path.removeprefix(root) for f in psutil.Process().open_files() if f.path.startswith(root))
+
+
+def mkfifo(path: Path) -> None:
+    """Make a pipe; ends the test where there are none."""
+    import pytest
+
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes in folders")
+    os.mkfifo(path)
+
+
 def needs(*names: str) -> Any:
-    """Skips a test on systems that lack one of these names, which it takes away, counts or looks at itself."""
+    """Skips a test of calls that this system lacks, or the one that it passes for."""
     import pytest
 
     return pytest.mark.skipif(lacks(*names), reason=f"this system lacks {' or '.join(names)}")
+
+
+def needs_itself(*names: str) -> Any:
+    """Skips a test that cannot do its own work without these names of `os`, or files like /proc."""
+    import pytest
+
+    missing = [name for name in names if not (os.path.exists(name) if name.startswith("/") else hasattr(os, name))]
+    return pytest.mark.skipif(bool(missing), reason=f"the test needs {' and '.join(names)}")
 
 
 def install(names: str) -> None:

@@ -24,6 +24,7 @@ from hub import Hub
 from meta_model import meta_download
 from safetensors.torch import load_file
 from support import digests, write_checkpoint
+from systems import needs_itself
 from tiny_models import quantize_tiny, save_tiny, text
 
 from weightops import cli as package
@@ -279,6 +280,7 @@ def test_without_a_terminal_there_is_one_line_per_shard(family: Path) -> None:
     assert "content " in out
 
 
+@needs_itself("fork")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_the_run_and_it_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
     layers = {f"layer.{i}": torch.randn(512, 1024).half() for i in range(250)}

@@ -41,7 +41,7 @@ from weightops.recipes.execute import Result
 from weightops.spec import DType
 
 fcntl = pytest.importorskip("fcntl")
-pytestmark = needs("ioctl", "pwrite")
+pytestmark = needs("ioctl", "pwrite", "posix_fallocate")
 
 WEIGHTS = "model.safetensors"
 

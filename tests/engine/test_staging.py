@@ -11,6 +11,7 @@ import pytest
 import torch
 from killing import forked
 from support import digests, write_checkpoint
+from systems import needs_itself
 
 import weightops
 from weightops.engine import staging, targets
@@ -243,6 +244,7 @@ def test_overwriting_with_and_without_an_exchange_of_names(
     assert sorted(path.name for path in model.parent.iterdir()) == ["model", "out"]
 
 
+@needs_itself("fork")
 @pytest.mark.parametrize("asks_first", [True, False])
 def test_an_old_output_is_never_lost_where_names_cannot_be_exchanged(
     model: Path, monkeypatch: pytest.MonkeyPatch, asks_first: bool

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 from fetching import FINAL, MIB, REPO, WEIGHTS, assert_complete, content, fetch
 from hub import Hub
+from systems import mkfifo
 
 from weightops import api
 from weightops.errors import CorruptInput, WeightopsError
@@ -155,7 +155,7 @@ def folder_as_file(out: Path, elsewhere: Path) -> None:
 
 
 def fifo(out: Path, elsewhere: Path) -> None:
-    os.mkfifo(out / "config.json")
+    mkfifo(out / "config.json")
 
 
 def test_a_link_in_the_place_of_our_state_is_refused_and_what_is_not_ours_stays(hub: Hub, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from systems import needs
+from systems import n_open, needs
 
 from weightops.formats.layout import Literal
 from weightops.formats.safetensors import safetensors_layout
@@ -24,7 +24,7 @@ from weightops.io.source_file import SourceFile
 from weightops.spec import DType, TensorSpec
 
 fcntl = pytest.importorskip("fcntl")
-pytestmark = needs("ioctl")
+pytestmark = needs("ioctl", "posix_fallocate")
 
 BLOCKS = 4
 
@@ -189,9 +189,9 @@ def test_sharing_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reflink, "clone_range", lambda *_: True)
     (tmp_path / "source").write_bytes(b"data")
     file = SourceFile.at(tmp_path / "source")
-    before = os.listdir("/proc/self/fd")
+    before = n_open()
     extent = Extent(0, 0, 4)
     assert share(file, [extent], -1) == [extent]
     (tmp_path / "source").write_bytes(b"other data")
     assert share(file, [extent], -1) == []
-    assert os.listdir("/proc/self/fd") == before
+    assert n_open() == before
