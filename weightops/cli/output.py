@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.progress import BarProgress, EventProgress
 from weightops.engine.control import Control
 from weightops.errors import WeightopsError
@@ -76,7 +77,7 @@ def running(quiet: bool, *, events: bool = False, connect: Callable[[], Web] | N
     """A control that shows progress, and that SIGINT and SIGTERM cancel; a second signal ends at once.
 
     With `events` progress is lines of JSON. `connect` makes connections to servers, if such are wanted: by default
-    those that the environment describes.
+    those that the environment describes, as it does the Hugging Face cache.
     """
     progress = EventProgress() if events and not quiet else BarProgress(quiet)
 
@@ -87,7 +88,8 @@ def running(quiet: bool, *, events: bool = False, connect: Callable[[], Web] | N
         web.on_wait = progress.note
         return web
 
-    control = Control(progress, stores=Stores(connect={WEB: open_web}))
+    stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
+    control = Control(progress, stores=stores)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

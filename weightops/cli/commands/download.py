@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops import api
-from weightops.cli.network import hub_endpoint, is_offline, open_web
+from weightops.cli.hub_cache import is_offline
+from weightops.cli.network import hub_endpoint, open_web
 from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human

@@ -18,12 +18,12 @@ import msgspec
 
 from weightops.errors import Interrupted, WeightopsError
 from weightops.io.atomic import publish, write_whole
+from weightops.stores.hashing import hash_fetched
 from weightops.stores.transfer.events import Events
 from weightops.stores.transfer.fetch import Fetch
 from weightops.stores.transfer.partial import Claims, key_of
 from weightops.stores.transfer.pipe import Pipe
 from weightops.stores.transfer.places import Stamp, move_into, note_of, other_there, stamp_of, was_brought
-from weightops.stores.web.hashing import hash_fetched
 from weightops.stores.web.listing import RemoteFile
 from weightops.stores.web.web import Web
 
