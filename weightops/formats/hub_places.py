@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightops.errors import CorruptInput, NetworkFailed, SourceMissing
+from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.formats.choose import find_index, is_weights
 from weightops.formats.index import parse_index
 from weightops.io.escape import escape
+from weightops.io.names import listed
 from weightops.io.source_file import SourceFile
-from weightops.stores.cache import HubCache
+from weightops.stores.cache import CachedRepository, HubCache
 from weightops.stores.listed import ListedStore, on_server
 from weightops.stores.stores import Stores
 from weightops.stores.web.hub import find_commit, find_file, list_commit
@@ -105,17 +106,16 @@ def _find_offline(repository: HubRepository, stores: Stores) -> ListedStore:
         Listing(str(repository), tuple(present), commit, repository.revision),
         locate,
         stores,
-        [f"{repository}: offline: {escape(repository.revision)} is commit {commit} in the cache"],
+        [_offline_note(repository, commit)],
     )
-    listed = [name.removeprefix(inside) for name in tree if name.startswith(inside)]
-    missing = _first_missing(found, listed)
+    missing = _first_missing(found, [name.removeprefix(inside) for name in tree if name.startswith(inside)])
     if missing is not None:
         raise own.lacking(f"does not have {escape(missing)} of commit {commit}")
     return found
 
 
-def _first_missing(found: ListedStore, listed: Iterable[str]) -> str | None:
-    """The first weight file that the cache lacks: of those in the index, or of the `listed` ones if it has none."""
+def _first_missing(found: ListedStore, names_of_commit: Iterable[str]) -> str | None:
+    """The first weight file that the cache lacks: of those in the index, or of the commit's if it has none."""
     names = found.names()
     index_name = find_index(names, found.shown)
     if index_name is not None:
@@ -123,18 +123,62 @@ def _first_missing(found: ListedStore, listed: Iterable[str]) -> str | None:
         return next((name for name in index.files if not found.has(name)), None)
     if any(map(is_weights, names)):
         return None
-    return next(filter(is_weights, sorted(listed)), "any weights")
+    return next(filter(is_weights, sorted(names_of_commit)), "any weights")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The folder in a cache that holds a commit's files, and what the hub, or the cache itself, says of each.
+    """The folder in a cache with a commit's files, and what these should be `by` the hub, or by the cache itself.
 
-    `lacking` are files of the commit that are not there.
+    `name` is the repository at its commit; `notes` say what of it is not there.
     """
 
     name: str
     folder: Path
-    files: dict[str, RemoteFile]
-    lacking: tuple[str, ...]
+    by: str
+    files: Mapping[str, RemoteFile]
     notes: tuple[str, ...]
+
+
+def find_snapshot(place: HubRepository, stores: Stores) -> Snapshot:
+    """The copy of a repository that the cache has; raises `SourceMissing` if it has none, and as `find_repository`."""
+    if stores.cache is None:
+        raise UsageError(f"{place}: there is no cache that could have a copy of it", hint="give Stores(cache=PATH)")
+    own = _cache(place, stores).repository(place.name)
+    if stores.offline:
+        commit, by = own.find_commit(place.revision), "the cache itself"
+        tree = own.find_tree(commit)
+        notes = [_offline_note(place, commit)]
+    else:
+        commit, by = find_commit(place, stores.web), "its hub"
+        tree = {file.name: file for file in list_commit(place, commit, stores.web).files}
+        notes = []
+    inside = f"{place.folder}/" if place.folder else ""
+    names = [name for name in own.names(commit) if name.startswith(inside)]
+    if not names:
+        raise SourceMissing(
+            f"{place}: nothing of commit {commit} is in the cache {escape(str(own.cache))}",
+            hint=f"`weightops download --cache {escape(place.name)}` fetches it",
+        )
+    lacking = [name for name in tree if name.startswith(inside) and name not in names]
+    if lacking:
+        notes.append(f"{place}: not in the cache, so not verified: {listed(lacking)}")
+    files = {n: tree[n] if n in tree else _by_link(own, commit, n) for n in names if n in tree or stores.offline}
+    return Snapshot(
+        f"{place}@{commit}",
+        own.snapshot(commit) / place.folder,
+        by,
+        {name.removeprefix(inside): file for name, file in files.items()},
+        tuple(notes),
+    )
+
+
+def _by_link(own: CachedRepository, commit: str, name: str) -> RemoteFile:
+    """What a file should be by the blob that its link names; raises `CorruptInput` if it names none."""
+    file = own.file_offline(commit, name, None)
+    algorithm, _, digest = file.digest.partition(":")
+    return RemoteFile(name, "", file.nbytes, {algorithm: digest})
+
+
+def _offline_note(place: HubRepository, commit: str) -> str:
+    return f"{place}: offline: {escape(place.revision)} is commit {commit} in the cache"

@@ -23,10 +23,10 @@ from urllib.parse import quote
 import msgspec
 
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
+from weightops.io.digests import GIT_SHA1
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative, open_regular
 from weightops.io.source_file import SourceFile
-from weightops.stores.hashing import GIT_SHA1
 from weightops.stores.local import read_source
 from weightops.stores.proof import Proofs
 from weightops.stores.store import SKIPPED_NBYTES
@@ -83,6 +83,8 @@ class CachedRepository:
 
         Raises `SourceMissing` if the cache has nothing of it, `CorruptInput` for a ref that names no commit.
         """
+        if not self.folder.is_dir():
+            raise self.lacking("does not have it")
         commit = revision if is_commit(revision) else self._ref(revision)
         if not self.snapshot(commit).is_dir():
             raise self.lacking(f"has nothing of commit {commit}")
@@ -91,7 +93,7 @@ class CachedRepository:
     def _ref(self, revision: str) -> str:
         path = self.folder / "refs" / check_relative(revision, self.shown)
         try:
-            _, data = read_source(self._inside(path))
+            _, data = read_source(self.resolved(path))
         except SourceMissing:
             raise self.lacking(f"does not know {escape(revision)}") from None
         commit = data.decode("ascii", "replace").strip()
@@ -109,7 +111,7 @@ class CachedRepository:
     def find_tree(self, commit: str) -> dict[str, RemoteFile]:
         """What the hub lists of a commit, if that was noted; empty if not, or if the note makes no sense."""
         try:
-            _, data = read_source(self._inside(self.tree_path(commit)))
+            _, data = read_source(self.resolved(self.tree_path(commit)))
             tree = msgspec.json.decode(data, type=_Tree)
         except (WeightopsError, msgspec.MsgspecError, UnicodeDecodeError):
             return {}
@@ -167,7 +169,7 @@ class CachedRepository:
     def _file(self, path: Path, place: Path, algorithm: str, digest: str, nbytes: int | None) -> SourceFile:
         """The file `path`, whose bytes are at `place`; raises as `open_at` does, `CorruptInput` for another size."""
         try:
-            status = self._inside(place).stat()
+            status = self.resolved(place).stat()
         except OSError as error:
             raise SourceMissing(f"{escape(str(place))}: cannot be read ({error.strerror})") from None
         if not stat.S_ISREG(status.st_mode):
@@ -176,7 +178,7 @@ class CachedRepository:
             raise _wrong(place, f"has {status.st_size} bytes, expected {nbytes}")
         return SourceFile(f"{_SCHEME}://{quote(str(path))}", status.st_size, 0, f"{algorithm}:{digest}")
 
-    def _inside(self, path: Path) -> Path:
+    def resolved(self, path: Path) -> Path:
         """Where a path leads; raises `CorruptInput` for one that leaves the cache.
 
         The repository's folder may itself be a link to a disk with more room.
@@ -187,9 +189,9 @@ class CachedRepository:
         return real
 
     def open(self, file: SourceFile) -> int:
-        """A descriptor to read the file's bytes from; raises as `open_regular` does, `CorruptInput` as `_inside`."""
+        """A descriptor to read the file's bytes from; raises as `open_regular` does, `CorruptInput` as `resolved`."""
         blob = self.blob(file.digest.partition(":")[2])
-        return open_regular(self._inside(blob if os.path.lexists(blob) else file.local_path))
+        return open_regular(self.resolved(blob if os.path.lexists(blob) else file.local_path))
 
 
 def _listed(name: str, entry: _TreeEntry) -> RemoteFile:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops import api
-from weightops.cli.hub_cache import is_offline
+from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.network import hub_endpoint, open_web
 from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.progress import human
 from weightops.engine.preflight import free_disk
+from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.plan import parse_size
 from weightops.stores.transfer.partial import STATE
@@ -23,13 +24,16 @@ from weightops.stores.web.web import Web
 if TYPE_CHECKING:
     from weightops.operations.download import Download
 
+_OF_FOLDERS = ("out", "sha256", "md5", "checksums", "prune", "overwrite", "offline")
+"""What says how a folder is written, or is for one URL."""
 _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 """What says which files to fetch, and how they are held against digests that come from elsewhere."""
 
 
 @click.command("download", epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
 @click.argument("source")
-@click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write; files appear in it one by one.")
+@click.option("-o", "--out", type=FOLDER, help="Folder to write; files appear in it one by one.")
+@click.option("--cache", is_flag=True, help="Fill the Hugging Face cache (HF_HUB_CACHE) in the place of a folder.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a repository; also org/name@NAME.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only files that match.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="All but files that match.")
@@ -50,7 +54,8 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 @report_options
 def command(
     source: str,
-    out: Path,
+    out: Path | None,
+    cache: bool,
     sha256: str | None,
     md5: str | None,
     endpoint: str | None,
@@ -69,15 +74,23 @@ def command(
     with the digest that its source or list gives before it gets its name, and named if there is none. Whatever
     happens, the same command continues, and fetches a few MB twice at most.
 
+    With --cache a repository goes into the Hugging Face cache, in which transformers and huggingface_hub find it, as
+    other commands do that are given hf://org/name. Nothing there is replaced or removed.
+
     \b
     Example:
       weightops download zjunlp/knowlm-13b-diff --out ./zhixi-diff
       weightops download zhixi-13b-diff --out ./zhixi-diff
+      weightops download zjunlp/knowlm-13b-diff --cache
       weightops download https://example.org/model.safetensors --sha256 HEX --out ./model
     """
+    if cache:
+        refuse_unused("with --cache, which a repository of a hub is added to, and nothing else", *_OF_FOLDERS)
+    elif out is None:
+        raise UsageError("there is no folder to write", hint="give --out DIR, or --cache for the Hugging Face cache")
     if offline:
         refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
-    offline = offline or is_offline()
+    offline = (offline or is_offline()) and not cache
     digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
     limit = parse_size(limit_rate) if limit_rate else None
     policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
@@ -88,11 +101,19 @@ def command(
         return open_web(endpoint=endpoint, policy=policy)
 
     with running(quiet, events=as_json, connect=connect) as control:
-        found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
+        found = api.download(
+            source,
+            out,
+            cache=hub_cache() if cache else None,
+            digests=digests,
+            offline=offline,
+            control=control,
+            **options,
+        )
     warn(found.warnings)
     if as_json:
         print_json(_document(found))
-    elif found.manifest is None:
+    elif not found.is_complete:
         click.echo(_dry_run_text(found))
     elif not quiet:
         click.echo(_text(found))
@@ -137,7 +158,7 @@ def _document(found: Download) -> dict[str, Any]:
         "source": found.listing.source,
         "revision": found.listing.revision,
         "commit": found.listing.commit,
-        "complete": found.manifest is not None,
+        "complete": found.is_complete,
         "nbytes": found.nbytes,
         "files": [
             {"name": file.name, "nbytes": file.nbytes, "digests": dict(file.digests), "here": file.name in found.have}

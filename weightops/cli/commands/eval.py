@@ -9,7 +9,7 @@ import click
 
 from weightops import api
 from weightops.cli.model_options import run_model_options
-from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options
+from weightops.cli.options import READ_CODES, SOURCE, epilog, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.io.escape import escape
 
@@ -22,7 +22,7 @@ _SHOWN_MODULES = 8
 
 
 @click.command("eval", epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=SOURCE)
 @click.option(
     "--text",
     multiple=True,
@@ -32,14 +32,14 @@ _SHOWN_MODULES = 8
     help="Text in UTF-8; several files are joined by blank lines.",
 )
 @click.option("--seq-len", type=click.IntRange(2), metavar="N", help="Tokens of a window; default: 2048 at most.")
-@click.option("--reference", type=FOLDER, metavar="DIR", help="Measure also how far each model is from this one.")
+@click.option("--reference", type=SOURCE, metavar="DIR", help="Measure also how far each model is from this one.")
 @run_model_options
 @report_options
 def command(
-    folders: tuple[Path, ...],
+    folders: tuple[Path | str, ...],
     text: tuple[Path, ...],
     seq_len: int | None,
-    reference: Path | None,
+    reference: Path | str | None,
     dtype: api.ComputeDType,
     device: str,
     engine: Engine,
@@ -49,11 +49,11 @@ def command(
 ) -> None:
     """Measure how well models predict a text, and how far they are from a reference.
 
-    DIR are folders of decoder-only models that transformers knows, GPTQ-quantised ones too, each with its tokenizer.
-    They run block by block, so that each needs memory for one block and the hidden states of the text. Perplexity is
-    over windows that do not overlap, the last partial one dropped. With --reference: KL divergence and top-1 agreement
-    of the predictions, and of quantised models the output error of each linear layer. Quantised models are dequantised
-    block by block; --engine packed runs the kernels that multiply with their integers.
+    DIR are folders, hf://org/name[@revision] or URLs of decoder-only models that transformers knows, GPTQ-quantised
+    ones too, each with its tokenizer. They run block by block, so that each needs memory for one block and the hidden
+    states of the text. Perplexity is over windows that do not overlap, the last partial one dropped. With --reference:
+    KL divergence and top-1 agreement of the predictions, and of quantised models the output error of each linear layer.
+    Quantised models are dequantised block by block; --engine packed runs the kernels that multiply with their integers.
 
     \b
     Example:

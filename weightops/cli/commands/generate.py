@@ -12,7 +12,7 @@ import click
 
 from weightops import api
 from weightops.cli.model_options import run_model_options
-from weightops.cli.options import FOLDER, READ_CODES, epilog, refuse_unused, report_options
+from weightops.cli.options import READ_CODES, SOURCE, epilog, refuse_unused, report_options
 from weightops.cli.output import print_json, running, warn
 from weightops.cli.progress import human
 from weightops.errors import UsageError
@@ -25,7 +25,7 @@ _SCHEMA = "weightops-generate/1"
 
 
 @click.command("generate", epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("folder", metavar="DIR", type=SOURCE)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; - reads it from stdin.")
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many; default: 128.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most probable token.")
@@ -36,7 +36,7 @@ _SCHEMA = "weightops-generate/1"
 @run_model_options
 @report_options
 def command(
-    folder: Path,
+    folder: Path | str,
     prompt: str,
     max_new_tokens: int | None,
     temperature: float,
@@ -53,14 +53,15 @@ def command(
 ) -> None:
     """Continue a text with a model; what is new goes to stdout as it comes.
 
-    DIR is a folder of a decoder-only model that transformers knows: full, sharded, GPTQ-quantised, safetensors or torch
-    files, with its tokenizer. The model is loaded layer by layer. One that does not fit into memory runs all the same:
-    its layers are read from disk for every token, which is slow. One that is quantised stays packed where that is
-    faster or where it does not fit otherwise (--engine).
+    DIR is a folder, hf://org/name[@revision] or URL of a decoder-only model that transformers knows: full, sharded,
+    GPTQ-quantised, safetensors or torch files, with its tokenizer. The model is loaded layer by layer. One that does
+    not fit into memory runs all the same: its layers are read again for every token, which is slow. One that is
+    quantised stays packed where that is faster or where it does not fit otherwise (--engine).
 
     \b
     Example:
       weightops generate ./model --prompt "Once upon a time"
+      weightops generate hf://org/name --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
     """
     if temperature == 0:

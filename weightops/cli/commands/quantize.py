@@ -12,7 +12,7 @@ import msgspec
 
 from weightops import api
 from weightops.cli.options import (
-    FOLDER,
+    SOURCE,
     WRITE_CODES,
     epilog,
     refuse_unused,
@@ -33,7 +33,7 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 
 
 @click.command("quantize", epilog=epilog(WRITE_CODES))
-@click.argument("source", type=FOLDER)
+@click.argument("source", type=SOURCE)
 @click.option("--bits", type=click.Choice(("2", "3", "4", "8")), default="4", show_default=True, help="Per weight.")
 @click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share a scale; -1 for all.")
 @click.option("--sym/--asym", default=True, show_default=True, help="Grids around zero, or with zero points.")
@@ -60,12 +60,15 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 @click.option("--max-memory", metavar="SIZE", help="What is left of it saves time: 8GB; default: half of what is free.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map of errors.")
 @write_options
-def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    source: Path | str, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Quantise the linear layers of a model to 2, 3, 4 or 8 bits with GPTQ, one block in memory at a time.
 
-    Calibration text runs through the model block by block; each layer is solved so that its output changes least. The
-    result is in the GPTQ format that transformers, vLLM, gptqmodel and auto-gptq read. Embeddings, head and norms stay
-    as they are. A run that was killed continues at its block when the same command is given again.
+    SOURCE is a folder, hf://org/name[@revision] or a URL. Calibration text runs through the model block by block; each
+    layer is solved so that its output changes least. The result is in the GPTQ format that transformers, vLLM,
+    gptqmodel and auto-gptq read. Embeddings, head and norms stay as they are. A run that was killed continues at its
+    block when the same command is given again.
 
     \b
     Example:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options, workers_option
+from weightops.cli.options import SOURCE, epilog, refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
 from weightops.cli.progress import human
 from weightops.errors import WeightopsError
@@ -17,7 +17,7 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 
 
 @click.command("verify", epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=SOURCE)
 @click.option("--manifest", metavar="FILE|NAME", help="A manifest, checksum list or published name; default: its own.")
 @click.option("--quick", is_flag=True, help="Sizes, headers and index only.")
 @click.option("--content", is_flag=True, help="Compare tensors, whatever files they are in.")
@@ -33,7 +33,7 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 @workers_option
 @report_options
 def command(
-    folder: Path,
+    folder: Path | str,
     manifest: str | None,
     quick: bool,
     content: bool,
@@ -46,6 +46,9 @@ def command(
 ) -> None:
     """Check a folder, or a single file with a manifest: one line per file, a verdict, and exit code 0 or 3.
 
+    hf://org/name[@revision] is the copy of a repository in the Hugging Face cache. Without --manifest it is held
+    against the digests of its hub, or, with HF_HUB_OFFLINE, against those that the cache names it by.
+
     Reads weightops manifests, md5sum, sha256sum, b3sum and xxhsum lists in GNU or BSD form, and Meta's checklist.chk.
     When files differ it says whether the tensors in them do, and which.
 
@@ -54,6 +57,7 @@ def command(
       weightops verify ./zhixi
       weightops verify ./zhixi --manifest zhixi-13b-base
       weightops verify ./zhixi.gguf
+      weightops verify hf://org/name
     """
     if content:
         refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
