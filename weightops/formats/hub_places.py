@@ -9,6 +9,7 @@ from pathlib import Path
 from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.formats.choose import find_index, is_weights
 from weightops.formats.index import parse_index
+from weightops.formats.sidecars import kind_of
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.io.source_file import SourceFile
@@ -101,17 +102,28 @@ def _find_offline(repository: HubRepository, stores: Stores) -> ListedStore:
         return own.file_offline(commit, name, tree.get(name))
 
     inside = f"{repository.folder}/" if repository.folder else ""
-    present = [_below(RemoteFile(name, ""), repository) for name in own.names(commit) if name.startswith(inside)]
+    names = own.names(commit)
     found = ListedStore(
-        Listing(str(repository), tuple(present), commit, repository.revision),
+        Listing(
+            str(repository),
+            tuple(_below(RemoteFile(name, ""), repository) for name in names if name.startswith(inside)),
+            commit,
+            repository.revision,
+        ),
         locate,
         stores,
-        [_offline_note(repository, commit)],
+        [_offline_note(repository, commit), *_lacking(repository, [n for n in tree if n not in names], inside)],
     )
     missing = _first_missing(found, [name.removeprefix(inside) for name in tree if name.startswith(inside)])
     if missing is not None:
         raise own.lacking(f"does not have {escape(missing)} of commit {commit}")
     return found
+
+
+def _lacking(repository: HubRepository, names: Iterable[str], inside: str) -> list[str]:
+    """What would go along with the weights, and is not in the cache."""
+    along = [name for name in names if name.startswith(inside) and kind_of(name.removeprefix(inside))]
+    return [f"{repository}: not in the cache, so left out: {listed(along)}"] if along else []
 
 
 def _first_missing(found: ListedStore, names_of_commit: Iterable[str]) -> str | None:

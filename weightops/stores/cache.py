@@ -127,8 +127,9 @@ class CachedRepository:
         """The files of a commit that are in the cache."""
         root = self.snapshot(commit)
         found = []
-        for folder, _, files in os.walk(root):
-            found += [(Path(folder) / file).relative_to(root).as_posix() for file in files]
+        for folder, folders, files in os.walk(root):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            found += [(Path(folder) / name).relative_to(root).as_posix() for name in (*files, *links)]
         return sorted(found)
 
     def find(self, commit: str, file: RemoteFile) -> SourceFile | None:

@@ -41,6 +41,7 @@ _OPENING: tuple[tuple[str, str, Severity], ...] = (
     ("a Git LFS pointer", "file", "error"),
     ("code, carried along", "file", "note"),
     (": offline: ", "file", "note"),
+    (": not in the cache, so left out: ", "file", "note"),
 )
 
 
