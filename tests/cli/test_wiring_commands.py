@@ -142,6 +142,7 @@ ELSEWHERE = {
     "verify": {"--junit"},
     "manifest": {"--overwrite"},
     "inspect": {"-t", "--tensors"},
+    "download": {"--cache"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {
@@ -207,7 +208,7 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
         found.update(options)
         yield SimpleNamespace(checkpoint=weightops.open_checkpoint("source"), modules=(), bits_per_weight=4.0)
 
-    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str) -> Any:
+    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str, control: Any) -> Any:
         found.update(method=options.method, skip=options.skip, checkpoint_format=options.checkpoint_format)
         found.update({name: getattr(options.settings, name) for name in options.settings.__annotations__})
         found.update(device=device)
@@ -287,6 +288,7 @@ def test_the_rows_are_all_that_there_is() -> None:
             continue
         parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
         keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"control"}
+        keywords -= {word.removeprefix("--") for word in ELSEWHERE.get(name, ())}
         assert keywords <= {keyword for each in rows for keyword in each.python or ()}, name
 
 
