@@ -22,7 +22,7 @@ define new
 endef
 
 .PHONY: help setup demo docs test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp mutants clean
+  mergekit gptqmodel autogptq llamacpp mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -41,6 +41,7 @@ help:
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make llamacpp        llama-cpp-python 0.3.36 likewise, to which test-all holds GGUF files (a C++ compiler)"
+	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
@@ -156,6 +157,9 @@ bench-inference: $(READY)
 
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) $(LLAMACPP) $(DOCS) build dist

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench import timed, weightops, write_section
 from quantize import model_of, shown
+from weightops_kernels.reference import Packed
 
 from weightops import api
 
@@ -95,7 +96,7 @@ def layer() -> list[str]:
         scales,
         reference.trivial_g_idx(SIZE, 128),
     )
-    dense = reference.dequantize(*tensors, 4).contiguous()
+    dense = reference.dequantize(Packed(*tensors)).contiguous()
     narrow = dense.bfloat16()
     int4 = QuantLinear.from_tensors(*tensors, 4).prepare("cpu-int4", torch.bfloat16, release=True)
     planes = QuantLinear.from_tensors(*tensors, 4).prepare("cpu", release=True)

@@ -20,7 +20,7 @@ from weightops.errors import IncompatibleInputs
 from weightops.lazy import LazyTensor
 from weightops.ops.lora import product
 from weightops.ops.lora.dora import merge, sum_in_order
-from weightops.ops.lora.factors import LoraBias, ReplaceRows
+from weightops.ops.lora.factors import Lora, LoraBias, ReplaceRows
 from weightops.ops.lora.product import Part, split, to_narrower
 from weightops.spec import DType
 
@@ -317,3 +317,11 @@ def test_the_c_interface_gives_the_bits_of_torch() -> None:
 def test_sizes_whose_products_a_wider_type_holds_exactly(size: float, is_tame: bool) -> None:
     for sign in (1, -1):
         assert product._is_tame(np.array([0.5, sign * size])) is is_tame
+
+
+def test_nothing_is_merged_into_other_types() -> None:
+    factors = [given_tensor(torch.ones(2, 4)), given_tensor(torch.ones(4, 2))]
+    for dtype in (torch.int32, torch.float64, torch.float8_e4m3fn):
+        weight = given_tensor(torch.ones(4, 4).to(dtype))
+        with pytest.raises(IncompatibleInputs, match="expected float32, float16 or bfloat16"):
+            LazyTensor.make(Lora((Part(1.0),)), weight, *factors)
