@@ -206,7 +206,8 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
     @contextmanager
     def quantized(run: Any, out: Path, control: Any, **options: Any) -> Iterator[Any]:
         found.update(options)
-        yield SimpleNamespace(checkpoint=weightops.open_checkpoint("source"), modules=(), bits_per_weight=4.0)
+        checkpoint = weightops.open_checkpoint("source")
+        yield SimpleNamespace(checkpoint=checkpoint, modules=(), bits_per_weight=4.0, work_folder=None)
 
     def prepare(checkpoint: Any, options: Any, data: Any, *, device: str, control: Any) -> Any:
         found.update(method=options.method, skip=options.skip, checkpoint_format=options.checkpoint_format)
