@@ -131,18 +131,27 @@ def _noted(staging: Staging) -> set[str]:
 
 
 def prove(plan: Plan, staging: Staging, control: Control) -> tuple[str, ...]:
-    """As `hold` for all that a plan reads; what an earlier run of it has proven counts."""
-    return hold(_in_order(plan), control, _noted(staging))
+    """Hold every file on a server or in a cache that was read against its digest; what is left unproven, in sentences.
 
-
-def hold(tensors: Iterable[LazyTensor], control: Control, proven: Collection[str] = ()) -> tuple[str, ...]:
-    """Hold every file on a server or in a cache that was read against its digest, unless `proven` has that.
-
-    Gives what is left unproven, in sentences. `tensors` are all that was evaluated, in that order. Most files have
-    been proven by now, as their bytes passed. Of others the bytes that did not pass in order are read once more: with
-    several workers, after a run that was cut short, from files in an unusual order. Torch archives whose CRC-32s have
-    been checked, and deltas that gave the digests they should, need none of this. Raises `Differs`.
+    Most have been by now, as their bytes passed. Of others the bytes that did not pass in order are read once more:
+    with several workers, after a run that was cut short, from files in an unusual order. Torch archives whose CRC-32s
+    have been checked, and deltas that gave the digests they should, need none of this. Raises `Differs`.
     """
+    return _hold(_in_order(plan), control, _noted(staging))
+
+
+def hold(tensors: Iterable[LazyTensor], control: Control) -> tuple[str, ...]:
+    """As `prove` does, where there is no plan: `tensors` are all that was evaluated, in that order."""
+    tensors = list(tensors)
+    try:
+        return _hold(tensors, control)
+    finally:
+        # Who reads the files another time has to prove them anew.
+        for file in _readings(tensors):
+            control.stores.forget(file)
+
+
+def _hold(tensors: Iterable[LazyTensor], control: Control, proven: Collection[str] = ()) -> tuple[str, ...]:
     wanting = []
     warnings = []
     for file, reading in _readings(tensors).items():

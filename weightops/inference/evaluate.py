@@ -210,7 +210,7 @@ def evaluate(
             model = reader.model
             scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
     control.progress.stop()
-    left = [warning for checkpoint in given for warning in hold(checkpoint.values(), control)]
+    left = hold([tensor for checkpoint in given for tensor in checkpoint.values()], control)
     begins = readers[0].begins_with_bos
     warnings = tuple(dict.fromkeys([*(warning for model in models for warning in model.warnings), *left]))
     return Evaluation(seq_len, begins, reference.name if reference is not None else None, tuple(scores), warnings)

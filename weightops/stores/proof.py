@@ -61,7 +61,11 @@ class Proofs:
             running.hasher.update(memoryview(data)[known:])
             running.position = start + len(data)
             if running.position == file.nbytes:
-                self._conclude(file, running)
+                try:
+                    self._conclude(file, running)
+                except Differs:
+                    self.forget(file)  # or nothing would be left to read of it, and to find wrong again
+                    raise
 
     def whole(self, file: SourceFile, data: bytes | bytearray) -> None:
         """Hold a file that was read at one time, whole; raises `Differs`. Nothing is noted of it."""
