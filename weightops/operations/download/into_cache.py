@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightops.engine.control import Control
-from weightops.errors import CorruptInput, Differs, SourceMissing, UsageError, WeightopsError
+from weightops.errors import CorruptInput, Differs, OutputExists, SourceMissing, UsageError, WeightopsError
 from weightops.io.atomic import check_folder, fsync_folder, make_folder, write_new, writing_whole
 from weightops.io.digests import FileDigests, hash_files
 from weightops.io.direct import write_failure
@@ -192,7 +193,7 @@ class _Filling:
             control.check()
             self._name(file)
         self._note_tree()
-        if is_commit(self.listing.revision):
+        if is_commit(self.listing.revision) or self._is_known():
             transfer.tidy()
         else:
             transfer.seal(f"refs/{self.listing.revision}", commit.encode(), control.check)
@@ -227,11 +228,19 @@ class _Filling:
                 write(block)
         move_into(self.own.folder, place, temporary, may_replace=False)
 
+    def _is_known(self) -> bool:
+        """Whether the ref says already that the revision is this commit."""
+        try:
+            return self.own.find_commit(self.listing.revision) == self.listing.commit
+        except (CorruptInput, SourceMissing):
+            return False
+
     def _note_tree(self) -> None:
         path = self.own.tree_path(self.listing.commit)
         if not os.path.lexists(path):
             make_folder(path.parent)
-            write_new(path, tree_document(self.listing.files))
+            with suppress(OutputExists):  # another run notes the same at this moment
+                write_new(path, tree_document(self.listing.files))
 
 
 def _blob(file: RemoteFile) -> str:
