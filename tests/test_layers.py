@@ -156,7 +156,10 @@ EVERYWHERE = {
         "ftruncate",
         "getpid",
         "path",
+        "readlink",
         "scandir",
+        "symlink",
+        "walk",
         "DirEntry",
         "strerror",
         "unlink",
@@ -172,6 +175,7 @@ SOMEWHERE = {
 """Modules that some systems lack, or that are asked for what systems have in different ways."""
 EXCEPTIONS = {
     *(("ops/libtorch.py", "ctypes"), ("ops/measures/counting.py", "ctypes")),  # torch's own library
+    ("stores/transfer/hub_locks.py", "filelock"),  # huggingface_hub's own kind
     *(("cli/main.py", "os.open"), ("cli/main.py", "os.O_WRONLY")),  # of os.devnull, which is no file
 }
 

@@ -143,6 +143,7 @@ ELSEWHERE = {
     "manifest": {"--dry-run", "--overwrite"},
     "inspect": {"-t", "--tensors"},
     "env": {"--gpu"},
+    "download": {"--cache"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {
@@ -209,7 +210,7 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
         checkpoint = weightops.open_checkpoint("source")
         yield SimpleNamespace(checkpoint=checkpoint, modules=(), bits_per_weight=4.0, work_folder=None)
 
-    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str) -> Any:
+    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str, control: Any) -> Any:
         found.update(method=options.method, skip=options.skip, checkpoint_format=options.checkpoint_format)
         found.update({name: getattr(options.settings, name) for name in options.settings.__annotations__})
         found.update(device=device)
@@ -289,6 +290,7 @@ def test_the_rows_are_all_that_there_is() -> None:
             continue
         parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
         keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"control"}
+        keywords -= {word.removeprefix("--") for word in ELSEWHERE.get(name, ())}
         assert keywords <= {keyword for each in rows for keyword in each.python or ()}, name
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from weightops.cli.network import hub_endpoint, is_offline, token_is_set
+from weightops.cli.hub_cache import is_offline
+from weightops.cli.network import hub_endpoint, token_is_set
 from weightops.io.platform.machine import available_memory, cores, file_system_type, total_memory
 from weightops.stores.web.urls import show
 from weightops.version import __version__

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.progress import make_progress
 from weightops.engine.control import Control
 from weightops.errors import WeightopsError
@@ -99,7 +100,7 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
     A second signal ends at once.
 
     With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
-    environment describes.
+    environment describes, as it does the Hugging Face cache.
     """
     progress = make_progress("none" if quiet else click.get_current_context().meta.get(PROGRESS, "auto"))
 
@@ -110,7 +111,8 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
         web.on_wait = progress.note
         return web
 
-    control = Control(progress, stores=Stores(connect={WEB: open_web}))
+    stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
+    control = Control(progress, stores=stores)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

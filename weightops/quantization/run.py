@@ -17,6 +17,7 @@ import torch
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
+from weightops.engine.proof import hold
 from weightops.engine.sample import sample
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import IncompatibleInputs, UsageError
@@ -147,7 +148,14 @@ def sample_length(source: Checkpoint, seq_len: int | None) -> int:
     return seq_len
 
 
-def prepare(source: Checkpoint, options: Options, calibration: Calibration | None, *, device: str = "cpu") -> Run:
+def prepare(
+    source: Checkpoint,
+    options: Options,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    control: Control | None = None,
+) -> Run:
     """Look at everything that can be known before work starts.
 
     Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for layers that do not fit or a
@@ -156,7 +164,7 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     _refuse_quantized(source)
     if options.method == "gptq" and calibration is None:
         raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
-    model = BlockModel(source, dtype=compute_dtype(source, device), device=device)
+    model = BlockModel(source, dtype=compute_dtype(source, device), device=device, control=control)
     if calibration is not None:
         model.refuse_joined_blocks()
     modules = find_modules(model, options)
@@ -208,6 +216,8 @@ def quantized(
             tokens = run.calibration.tokens if run.calibration else torch.empty((0, 0), dtype=torch.int64)
             room = available_memory() // 2 if max_nbytes is None else max_nbytes
             spare = max(0, room - estimate.memory_nbytes)
+            # What blocks are made of is kept by the next run, whatever is found to be wrong when all is written.
+            hold(run.source.values(), control)
             quantize_blocks(run.model, run.modules, run.options, tokens, work, control, spare_nbytes=spare)
         yield _collect(run, work)
 

@@ -14,7 +14,7 @@ from weightops import api
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, run_model_options
 from weightops.cli.output import print_json, running, warn
-from weightops.cli.params import FOLDER, READ_CODES, SEED, Command, epilog
+from weightops.cli.params import READ_CODES, SEED, SOURCE, Command, epilog
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("generate", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("source", type=FOLDER)
+@click.argument("source", type=SOURCE)
 @click.option("--prompt", required=True, metavar="TEXT", help="The text to continue; - reads it from stdin.")
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many tokens; default: 128.")
 @click.option(
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @run_model_options
 @report_options
 def command(
-    source: Path,
+    source: Path | str,
     prompt: str,
     max_new_tokens: int | None,
     temperature: float,
@@ -63,12 +63,13 @@ def command(
 ) -> None:
     """Continue a text with a model; what is new is printed as it comes.
 
-    SOURCE is a folder with a model that transformers knows, and its tokenizer: in safetensors or torch files, quantised
-    with GPTQ or not.
+    SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL; in
+    safetensors or torch files, quantised with GPTQ or not.
 
     \b
     Example:
       weightops generate ./model --prompt "Once upon a time"
+      weightops generate hf://org/name --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
 
     It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers

@@ -91,8 +91,8 @@ def _dry_run_text(recipe: Recipe, results: Mapping[Path, Result], workers: int |
         )
     files = {file: None for plan in plans for file in plan.sources}
     read = f"reads    {human(sum(f.nbytes for f in files))} from {len(files)} files"
-    if any(plan.is_remote for plan in plans):
-        read += f", {human(sum(map(fetched_nbytes, plans)))} over the network"
+    if fetched := sum(map(fetched_nbytes, plans)):
+        read += f", {human(fetched)} over the network"
     memory = human(peak_memory(plans, workers or default_workers(plans)))
     total = human(sum(plan.total_nbytes for plan in plans))
     tables = [table(sources, right=(2, 3))]

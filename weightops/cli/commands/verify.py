@@ -10,7 +10,7 @@ from weightops import api
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.params import FILE, FOLDER, Command, OneOf, epilog
+from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog
 from weightops.errors import WeightopsError
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
@@ -18,7 +18,7 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 
 
 @click.command("verify", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=SOURCE)
 @click.option(
     "--manifest",
     metavar="FILE|NAME",
@@ -42,7 +42,7 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 @workers_option
 @report_options
 def command(
-    folder: Path,
+    folder: Path | str,
     manifest: str | None,
     quick: bool,
     content: bool,
@@ -59,11 +59,15 @@ def command(
     weightops-manifest.json that lies in it, or another list. There is a line for each file and a verdict; the exit code
     is 0 if all is right and 3 if anything differs.
 
+    hf://org/name[@revision] is the copy of a repository in the Hugging Face cache. It is compared with the digests of
+    its hub, or, with HF_HUB_OFFLINE, with those that the cache names its files by.
+
     \b
     Example:
       weightops verify ./zhixi
       weightops verify ./zhixi --manifest zhixi-13b-base
       weightops verify ./zhixi.gguf
+      weightops verify hf://org/name
 
     Lists of md5sum, sha256sum, b3sum and xxhsum are read too, and Meta's checklist.chk. If files differ, the verdict
     says whether the tensors in them do, and which.
