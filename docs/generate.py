@@ -12,6 +12,17 @@ import click
 from weightops import errors
 from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli
 
+COMPLETION = """\
+bash, zsh and fish complete commands, options, their values, published names, files and folders, once they have read
+the script that `weightops completion` prints:
+
+    weightops completion bash > ~/.local/share/bash-completion/completions/weightops
+    weightops completion zsh > ~/.zfunc/_weightops
+    weightops completion fish > ~/.config/fish/completions/weightops.fish
+
+bash needs the package bash-completion for that; without it, write the script anywhere and put `source FILE` into
+`~/.bashrc`. For zsh, `~/.zshrc` needs `fpath+=~/.zfunc` before `autoload -Uz compinit; compinit`. It takes effect in
+the next shell. After an update of weightops the scripts need not be written again: they ask the program."""
 TARGET = Path(__file__).with_name("commands.md")
 
 
@@ -48,6 +59,7 @@ def render() -> str:
     parts += ["```", help_text(), "```", ""]
     for name in COMMANDS:
         parts += [f"## weightops {name}", "", "```", help_text(name), "```", ""]
+    parts += ["## Completion", "", COMPLETION, ""]
     parts += ["## Exit codes", "", *exit_code_table(), ""]
     rows = [f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()]
     parts += ["## Environment", "", "Nothing else is read, and no option can be set so.", ""]

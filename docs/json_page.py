@@ -47,11 +47,11 @@ When a command fails, the document on stdout is an error, `weightops-error/2`, a
 they print their own document, and exit with 3.
 """
 PRINTED = {
-    "weightops-write/1": (
+    "weightops-write/2": (
         "`recover`, `convert`, `diff`, `merge-lora`, `extract-lora`, `cast`, `shard`, `dequantize` and `pack`",
         "weightops cast ./model --dtype bfloat16 --out ./model-bf16 --json",
     ),
-    "weightops-run/1": ("`run`", "weightops run ./release.yaml --dry-run --json"),
+    "weightops-run/2": ("`run`", "weightops run ./release.yaml --dry-run --json"),
     "weightops-quantize/1": (
         "`quantize`",
         "weightops quantize ./tiny-llama --method rtn --group-size 32 --skip '*.mlp.*' --skip '*.[123].*' "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ class Plan:
     """Whether the output is its one shard alone, and no folder."""
     reflink: bool = False
     """Whether shards are laid out to share blocks with the sources, and then do where the file system can."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """What the manifest is to say of how it was made, if that is not to be told from the plan."""
 
     __repr__ = brief
 
@@ -182,6 +184,7 @@ class Plan:
             "expect": msgspec.to_builtins(self.expect),
             "is_file": self.is_file,
             "reflink": self.reflink,
+            "provenance": dict(self.provenance),
             "sidecars": {n: msgspec.to_builtins(s) for n, s in self.sidecars.items()},
             "documents": [msgspec.to_builtins(d) for d in self.documents],
             "watch": [t.to_json() for t in self.watch],
@@ -203,6 +206,7 @@ class Plan:
             expect=msgspec.convert(document["expect"], Expectation | None),
             is_file=document["is_file"],
             reflink=document["reflink"],
+            provenance=document["provenance"],
             sidecars=msgspec.convert(document["sidecars"], dict[str, Sidecar]),
             documents=tuple(msgspec.convert(d, Document.registry[d["document"]]) for d in document["documents"]),
             origins=msgspec.convert(document["origins"], tuple[Origin, ...]),

@@ -115,6 +115,8 @@ def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest
     prepare_examples(command, family, found)
     for line in found:
         words = shlex.split(line.partition(">")[0])[1:]
+        if "hf://org/name" in words:
+            continue  # what a hub has is run by tests/stores
         if "--out" in words:
             words[words.index("--out") + 1] = str(family / f"out-{len(list(family.iterdir()))}")
         # The published lists are those of the real models, which these small ones are not.
@@ -191,8 +193,8 @@ def test_exit_codes(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_is_one_document_on_stdout(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, schema in (
-        (recover("--json", "--dry-run"), "weightops-write/1"),
-        (recover("--json"), "weightops-write/1"),
+        (recover("--json", "--dry-run"), "weightops-write/2"),
+        (recover("--json"), "weightops-write/2"),
         (["inspect", "out", "--json"], "weightops-inspect/1"),
         (["verify", "out", "--json"], "weightops-verify/1"),
         (["manifest", "model", "--json"], "weightops-manifest/1"),

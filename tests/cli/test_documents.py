@@ -97,13 +97,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 RUNS = [
-    ("diff --raw raw --tuned tuned --out delta", "write/1", 0),
-    ("recover --raw raw --diff delta --out again --dry-run", "write/1", 0),
-    ("recover --raw raw --diff delta --out again", "write/1", 0),
-    ("cast raw --dtype float16 --out f16 --card", "write/1", 0),
-    ("extract-lora --base tiny --tuned tiny-2 --rank 2 --out lora", "write/1", 0),
-    ("run recipe.yaml --dry-run", "run/1", 0),
-    ("run recipe.yaml", "run/1", 0),
+    ("diff --raw raw --tuned tuned --out delta", "write/2", 0),
+    ("recover --raw raw --diff delta --out again --dry-run", "write/2", 0),
+    ("recover --raw raw --diff delta --out again", "write/2", 0),
+    ("cast raw --dtype float16 --out f16 --card", "write/2", 0),
+    ("extract-lora --base tiny --tuned tiny-2 --rank 2 --out lora", "write/2", 0),
+    ("run recipe.yaml --dry-run", "run/2", 0),
+    ("run recipe.yaml", "run/2", 0),
     ("quantize tiny --method rtn --group-size 32 --out q --dry-run", "quantize/1", 0),
     ("quantize tiny --group-size 32 --calibration text.txt --samples 2 --seq-len 32 --out q", "quantize/1", 0),
     ("download org/name --out name --dry-run", "download/1", 0),

@@ -88,7 +88,7 @@ def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
     assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name == "run")
     assert ({"-o", "--out"} <= flags) == (name in WRITERS)
-    assert "--json" in flags
+    assert ("--json" in flags) == (name != "completion")
 
 
 def test_options_are_shown_in_sections(capsys: pytest.CaptureFixture[str]) -> None:

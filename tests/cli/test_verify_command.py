@@ -76,7 +76,7 @@ def test_a_verdict_survives_a_report_that_fails(
         raise NoRoom("report.xml: the disk is full")
 
     (folder / "a.bin").write_bytes(data)
-    monkeypatch.setattr("weightops.cli.output.write_whole", fail)
+    monkeypatch.setattr("weightops.io.atomic.write_whole", fail)
     assert run(["verify", str(folder), "--junit", str(folder / "report.xml")]) == code
     shown = capsys.readouterr()
     assert "SHA256SUMS says" in shown.out

@@ -112,6 +112,7 @@ RUNNING = [
     row("--dry-run", "dry_run", True),
     row("--overwrite", "overwrite", True),
     row("--restart", "restart", True),
+    row("--if-exists skip", "if_exists", "skip"),
     row("--workers 3", "workers", 3),
 ]
 ELSEWHERE = {"--out", "-o", "--json", "--progress", "--quiet", "-q", "-n", "--check"}

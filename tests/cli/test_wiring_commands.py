@@ -71,6 +71,7 @@ ROWS: dict[str, list[Row]] = {
         same("--reflink", reflink=True),
         same("--overwrite", overwrite=True),
         same("--restart", restart=True),
+        same("--if-exists skip", if_exists="skip"),
         same("--workers 3", workers=3),
         row("--dry-run", {"dry_run": True}, estimated=True),
     ],
@@ -134,6 +135,7 @@ ROWS: dict[str, list[Row]] = {
         same("--dry-run", dry_run=True),
     ],
     "env": [],
+    "completion": [],
 }
 SHOWN = {"--json", "--progress", "-q", "--quiet", "-o", "--out", "-n"}
 ELSEWHERE = {
@@ -217,7 +219,10 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
         model = SimpleNamespace(vocab_size=8, shown="x")
         estimate = SimpleNamespace(n_modules=0, n_blocks=0, packed_nbytes=0, memory_nbytes=0, kept_nbytes=0)
         estimate.hidden_nbytes = 0
-        return SimpleNamespace(model=model, estimate=lambda: found.update(estimated=True) or estimate)
+        marks = {"plan": "x", "sources": "y"}
+        run = SimpleNamespace(model=model, estimate=lambda: found.update(estimated=True) or estimate)
+        run.marks = lambda files: marks
+        return run
 
     def write_all(wanted: Any, running: Any) -> Any:
         ((_, each),) = wanted.items()

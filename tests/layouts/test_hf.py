@@ -307,7 +307,7 @@ def test_a_rewritten_config_computes_the_same(tmp_path: Path) -> None:
     model = random_model(tmp_path / "hf", rope_parameters=scaling)
     api.convert(tmp_path / "hf", tmp_path / "meta", to="meta")
     settings = {"context_length": "64"}
-    api.convert(tmp_path / "meta", tmp_path / "again", to="hf", settings=settings)
+    api.convert(tmp_path / "meta", tmp_path / "again", to="hf", set=settings)
     assert same_bits(load_file(tmp_path / "again/model.safetensors"), model.state_dict())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     ids = torch.arange(40)[None]

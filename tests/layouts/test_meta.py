@@ -41,7 +41,7 @@ def make(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
 
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> api.Result:
-    return api.convert(source, out, to=to, **{"settings": CONTEXT, **options})
+    return api.convert(source, out, to=to, **{"set": CONTEXT, **options})
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def test_what_makes_no_sense_or_contradicts_the_user_is_refused(tmp_path: Path, 
     params, settings, words = STATED[case]
     make(tmp_path / "meta", params=params)
     with pytest.raises((CorruptInput, UsageError), match=words):
-        convert(tmp_path / "meta", tmp_path / "out", "hf", settings=CONTEXT | {k: str(v) for k, v in settings.items()})
+        convert(tmp_path / "meta", tmp_path / "out", "hf", set=CONTEXT | {k: str(v) for k, v in settings.items()})
     assert not (tmp_path / "out").exists()
 
 
@@ -267,13 +267,13 @@ def mistral(folder: Path) -> MistralForCausalLM:
 def test_mistrals_own_file_beside_that_of_transformers(tmp_path: Path) -> None:
     model = mistral(tmp_path / "mistral")
     ids = torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(1))
-    convert(tmp_path / "mistral", tmp_path / "hf", "hf", layout="meta", settings={"context_length": "64"})
+    convert(tmp_path / "mistral", tmp_path / "hf", "hf", from_="meta", set={"context_length": "64"})
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
     assert isinstance(again, MistralForCausalLM)
     assert (again.config.sliding_window, again.config.head_dim, again.config.max_position_embeddings) == (8, 16, 64)
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
     # and back, from the file of transformers that lies beside
-    convert(tmp_path / "mistral", tmp_path / "back", "meta", layout="hf", settings={}, model_parallel=1)
+    convert(tmp_path / "mistral", tmp_path / "back", "meta", from_="hf", set={}, model_parallel=1)
     assert same_bits(load(tmp_path / "back"), load_file(tmp_path / "mistral/consolidated.safetensors"))
     assert json.loads((tmp_path / "back/params.json").read_text()) == PARAMS
 
@@ -305,18 +305,18 @@ def test_a_tied_model_gets_a_head_of_its_own_and_loses_it_again(tmp_path: Path, 
     torch.save(whole, tmp_path / "untied/consolidated.00.pth")
     known = Release("Tiny", 32, 2, 2, 5e5, 2048, None, True, head_dim=8)
     monkeypatch.setattr(releases, "RELEASES", (known,))
-    convert(tmp_path / "untied", tmp_path / "hf", "hf", settings={})
+    convert(tmp_path / "untied", tmp_path / "hf", "hf", set={})
     assert "lm_head.weight" not in load(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "meta", "meta")
     assert same_bits(load(tmp_path / "meta"), whole)
-    convert(tmp_path / "meta", tmp_path / "again", "hf", settings={})
+    convert(tmp_path / "meta", tmp_path / "again", "hf", set={})
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     whole["output.weight"] = whole["output.weight"] + 1
     torch.save(whole, tmp_path / "meta/consolidated.00.pth")
     (tmp_path / "meta/weightops-manifest.json").unlink()
     with pytest.raises(CorruptInput, match="the head of this release is its embedding: the values differ"):
-        convert(tmp_path / "meta", tmp_path / "bad", "hf", settings={})
+        convert(tmp_path / "meta", tmp_path / "bad", "hf", set={})
 
 
 def model_of(h: Hyperparameters, **changed: Any) -> Model:

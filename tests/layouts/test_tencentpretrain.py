@@ -65,7 +65,7 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def convert(source: Path, out: Path, to: str, settings: dict[str, str] | None = None, **options: Any) -> api.Result:
-    return api.convert(source, out, to=to, settings=settings, **options)
+    return api.convert(source, out, to=to, set=settings, **options)
 
 
 def edit(folder: Path, **changes: Any) -> None:

@@ -142,7 +142,7 @@ def test_a_dry_run_shows_sources_steps_and_outputs(family: Path, capsys: pytest.
 def test_json_tells_of_every_output(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["run", str(family / "recipe.yaml"), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == "weightops-run/1"
+    assert found["schema"] == "weightops-run/2"
     assert [output["content_id"] for output in found["outputs"]] == [
         manifest(family / "made" / name)["content_id"] for name in ("base", "few")
     ]

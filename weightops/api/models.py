@@ -13,16 +13,18 @@ import msgspec
 from weightops.api.outputs import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
+from weightops.engine.finished import PLAN, SOURCES, find_marked
 from weightops.engine.preflight import refuse_among
 from weightops.engine.staging import Staging, refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
+from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.plan import parse_size, sources_of
-from weightops.recipes.execute import Result, StrPath, Wanted, several, write_all
+from weightops.recipes.execute import Result, StrPath, Wanted, may_skip, several, write_all
 
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
@@ -41,12 +43,16 @@ _DESCRIBING = (Kind.CONFIG, Kind.GENERATION, Kind.TOKENIZER, Kind.TEMPLATE)
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `quantize` did, or with `dry_run` would do: then there is no `result`."""
+    """What `quantize` did, or with `dry_run` would do: then there is no `result`.
+
+    Nor is there one if `skipped`: what it would write was there already, and with `if_exists="skip"` was left alone.
+    """
 
     estimate: Estimate
     result: Result | None = None
     modules: tuple[ModuleReport, ...] = ()
     bits_per_weight: float = 0.0
+    skipped: bool = False
 
     __repr__ = brief
 
@@ -54,7 +60,7 @@ class Quantization:
         """A document of schema `weightops-quantize/1`."""
         from weightops.api.quantize_report import quantize_json
 
-        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers)
+        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers, self.skipped)
 
 
 def quantize(
@@ -98,12 +104,13 @@ def quantize(
     out = Path(out)
     control = running.get("control") or Control()
     running["control"] = control
+    is_skipping = may_skip(running)
     with control.stores.connected():
         checkpoint = _opened(source, control)
         if not running.get("dry_run"):
             refuse_among(out, sources_of(checkpoint.values()))
             try:
-                refuse_target(out, overwrite=running.get("overwrite", False))
+                refuse_target(out, overwrite=running.get("overwrite", False) or is_skipping)
             except OutputExists:
                 Staging.clean_up_after(out)
                 raise
@@ -132,6 +139,11 @@ def quantize(
         if tokenizer is not None and data is not None:
             check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
         estimate = run.estimate()
+        provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
+        if is_skipping:
+            may = running.get("overwrite", False)
+            if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may):
+                return Quantization(estimate, skipped=True)
         if running.get("dry_run"):
             return Quantization(estimate)
         max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
@@ -142,7 +154,8 @@ def quantize(
             kept = set(found.checkpoint.values())
             gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
             made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
-            wanted = Wanted(made, files, recipe, {"source": checkpoint}, beside=found.work_folder)
+            sources, beside = {"source": checkpoint}, found.work_folder
+            wanted = Wanted(made, files, recipe, sources, beside=beside, provenance=provenance)
             result = write_all({out: wanted}, running)[out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 

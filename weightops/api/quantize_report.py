@@ -16,8 +16,11 @@ from weightops.recipes.report import WriteDocument, write_document
 class QuantizeDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-quantize/1"):
     """What `quantize --json` prints: what the run takes, and when it is done what it wrote and what layers lost.
 
-    After a dry run `output` and `bits_per_weight` are null, and there are no `modules`.
+    After a dry run `output` and `bits_per_weight` are null, and there are no `modules`; so it is if it was `skipped`,
+    because what it would write was there already (--if-exists skip).
     """
+
+    skipped: bool
 
     estimate: Estimate
     output: WriteDocument | None
@@ -31,10 +34,12 @@ def quantize_json(
     modules: tuple[ModuleReport, ...],
     bits_per_weight: float,
     workers: int | None,
+    skipped: bool,
 ) -> dict[str, Any]:
     """A document of schema `weightops-quantize/1` on what `weightops.api.Quantization` holds."""
     return as_json(
         QuantizeDocument(
+            skipped=skipped,
             estimate=estimate,
             output=write_document(result, workers) if result else None,
             bits_per_weight=bits_per_weight if result else None,

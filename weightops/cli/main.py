@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from weightops.errors import WeightopsError
 from weightops.recipes.names import field_of, parameter_of
@@ -48,6 +49,7 @@ GROUPS = {
     "Look at it": {
         "inspect": "Show what the files of a model hold, without the weights.",
         "env": "Show versions, machine, disk and hub, for bug reports.",
+        "completion": "Print the script with which a shell completes commands.",
     },
     "Run it": {
         "eval": "Measure how well a model predicts a text.",
@@ -56,6 +58,9 @@ GROUPS = {
 }
 """The commands, as `--help` lists them: a line of at most 80 columns each."""
 COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
+PROGRAM = "weightops"
+COMPLETION = "_WEIGHTOPS_COMPLETE"
+"""What the scripts of `completion` set in the environment to ask for completions."""
 EXIT_CODES = {
     0: "done; checked and equal",
     1: "error; the inputs do not belong together",
@@ -72,10 +77,15 @@ EXIT_CODES = {
 }
 ENVIRONMENT = {
     "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error, and the warnings of libraries",
+    COMPLETION: "set by the script that `weightops completion` prints, to ask for completions",
+    "NO_COLOR": "set to anything: no colour",
+    "FORCE_COLOR": "set to anything: colour also where there is no terminal",
+    "TERM": "dumb: a terminal without colour",
     "HF_ENDPOINT": "the hub; default https://huggingface.co",
     "HF_TOKEN": "the hub's token; default: that of `hf auth login`, which HF_HOME and HF_TOKEN_PATH say the place of",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1: no token",
     "HF_HUB_OFFLINE": "1: no server is asked",
+    "HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME": "where the Hugging Face cache is; default ~/.cache/huggingface/hub",
     "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY": "http://user:password@host:port, by the scheme of a URL",
     "NO_PROXY": "hosts and networks (10.0.0.0/8), each with a port or without, that need no proxy; * is all",
     "XDG_CACHE_HOME": "where what architectures are like is kept; default ~/.cache",
@@ -101,12 +111,17 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             from difflib import get_close_matches
 
             close = get_close_matches(args[0], COMMANDS, 1)
             ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands by their names alone, for which none is imported; and options."""
+        found = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, COMMANDS))
@@ -211,12 +226,12 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def run(args: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        if "HF_ENDPOINT" in os.environ:
+        if "HF_ENDPOINT" in os.environ and COMPLETION not in os.environ:
             from weightops.cli.network import hub_endpoint
 
             # huggingface_hub cannot be imported with what is no URL.
             os.environ["HF_ENDPOINT"] = hub_endpoint()
-        result = cli.main(args=list(args), prog_name="weightops", standalone_mode=False)
+        result = cli.main(args=list(args), prog_name=PROGRAM, complete_var=COMPLETION, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as error:
         return error.exit_code

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from weightops.cli.output import PROGRESS, running
-from weightops.cli.params import DEVICE, FOLDER, SEVERAL, OneOf
+from weightops.cli.params import DEVICE, DIGESTS, FLOATS, FOLDER, SEVERAL, NameOrFile, OneOf, named, published, some
 from weightops.cli.progress import HOWS
-from weightops.cli.results import show_result
 from weightops.errors import UsageError
-from weightops.formats.containers import FORMATS
-from weightops.recipes.execute import Result
+
+if TYPE_CHECKING:
+    from weightops.recipes.execute import Result
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -67,29 +67,44 @@ overwrite_option = click.option(
 run_options = _all(
     dry_run_option,
     overwrite_option,
+    click.option(
+        "--if-exists",
+        type=OneOf(named("recipes.execute", "IfExists")),
+        default="fail",
+        show_default=True,
+        help="What to do if the output is there: fail, or skip what this very command has made before and is complete.",
+    ),
     click.option("--restart", is_flag=True, help="Begin anew instead of continuing what an interrupted run left."),
     workers_option,
     report_options,
 )
 digest_option = click.option(
-    "--digest", multiple=True, metavar="NAME", help=f"Record this digest too, such as md5 or sha256. {SEVERAL}"
+    "--digest",
+    shell_complete=some(*DIGESTS),
+    multiple=True,
+    metavar="NAME",
+    help=f"Record this digest too, such as md5 or sha256. {SEVERAL}",
 )
 write_options = _all(
     click.option(
         "--format",
-        type=OneOf(FORMATS),
+        type=OneOf(named("formats.containers", "FORMATS")),
         help="Kind of weight files: safetensors (the default), torch, as torch.save writes them, or torch-1.12, as "
         "torch "
         "of 2022 and 2023 wrote them, byte for byte.",
     ),
     click.option(
         "--max-shard-size",
+        shell_complete=some("source"),
         metavar="SIZE",
         help="Largest size of a weight file, such as 5GB (the default) or 2GiB; `source` keeps the files of the "
         "source.",
     ),
     click.option(
-        "--expect", metavar="MANIFEST", help="Publish the result only if this manifest, checksum list or name agrees."
+        "--expect",
+        type=NameOrFile(published),
+        metavar="MANIFEST",
+        help="Publish the result only if this manifest, checksum list or name agrees.",
     ),
     digest_option,
     click.option(
@@ -106,12 +121,19 @@ write_options = _all(
 run_model_options = _all(
     click.option(
         "--dtype",
-        type=OneOf(("float32", "bfloat16", "float16")),
+        type=OneOf(FLOATS),
         default="float32",
         show_default=True,
         help="The number type to compute in.",
     ),
-    click.option("--device", default="auto", show_default=True, metavar="DEVICE", help=DEVICE),
+    click.option(
+        "--device",
+        default="auto",
+        shell_complete=some("auto", "cpu", "cuda"),
+        show_default=True,
+        metavar="DEVICE",
+        help=DEVICE,
+    ),
     click.option(
         "--engine",
         type=OneOf(("auto", "dequantized", "packed")),
@@ -139,6 +161,8 @@ def refuse_unused(why: str, *names: str) -> None:
 
 def write(function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any) -> None:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
+    from weightops.cli.results import show_result
+
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
     with running(quiet) as control:
         result = function(*arguments, control=control, **options)

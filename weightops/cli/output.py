@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from weightops.cli.colour import say, styled
 from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.progress import make_progress
-from weightops.engine.control import Control
 from weightops.errors import WeightopsError
 from weightops.io import strict_json
-from weightops.io.atomic import write_whole
 from weightops.io.escape import escape, is_harmless
 from weightops.stores.stores import WEB, Stores
 
 if TYPE_CHECKING:
     from weightops.stores.web.web import Web
+
+if TYPE_CHECKING:
+    from weightops.engine.control import Control
 
 PROGRESS = "weightops.progress"
 """Where the context of a command has how to show progress."""
@@ -43,9 +45,9 @@ class ErrorDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 
 def report_error(error: ErrorDocument, as_json: bool) -> int:
     """Say what went wrong, on stderr, and with `as_json` on stdout too; returns the exit code."""
-    click.echo(f"Error: {escape_lines(error.message)}", err=True)
+    say(f"{styled('Error:', 'bad')} {escape_lines(error.message)}", err=True)
     if error.hint:
-        click.echo(f"Hint: {escape_lines(error.hint)}", err=True)
+        say(f"Hint: {escape_lines(error.hint)}", err=True)
     if as_json:
         print_json(strict_json.as_json(error))
     return error.exit_code
@@ -60,6 +62,8 @@ def document_of(error: WeightopsError) -> ErrorDocument:
 
 def save_report(path: Path, data: bytes) -> int:
     """Write a report of what has been said already; the exit code, for what was said counts even if this fails."""
+    from weightops.io.atomic import write_whole
+
     try:
         write_whole(path, data)
     except WeightopsError as error:
@@ -80,17 +84,22 @@ def print_json(document: Mapping[str, Any]) -> None:
 def warn(warnings: Iterable[str]) -> None:
     """Notes that change nothing about the result."""
     for warning in warnings:
-        click.echo(f"Warning: {escape_lines(warning)}", err=True)
+        say(f"{styled('Warning:', 'doubtful')} {escape_lines(warning)}", err=True)
 
 
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns aligned by their widest cell; those in `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), *, heads: bool = True) -> str:
+    """Columns aligned by their widest cell; those in `right` to the right. The first row is `heads` of columns."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        gaps = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = (gap + cell if i in right else cell + gap for i, (cell, gap) in enumerate(zip(row, gaps, strict=True)))
         lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join([styled(lines[0], "heading"), *lines[1:]] if heads else lines)
+
+
+def _width(cell: str) -> int:
+    return len(click.unstyle(cell))
 
 
 @contextmanager
@@ -102,6 +111,8 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
     With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
     environment describes, as it does the Hugging Face cache.
     """
+    from weightops.engine.control import Control  # imported here because help and completion do without it
+
     progress = make_progress("none" if quiet else click.get_current_context().meta.get(PROGRESS, "auto"))
 
     def open_web() -> Web:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from click.shell_completion import CompletionItem
 
-from weightops.formats.places import is_remote
-from weightops.io.escape import escape
-from weightops.recipes.names import spelled
-from weightops.recipes.recipe import FILE_FIELDS
+from weightops.recipes.names import FILE_FIELDS, spelled
 
 WRITE_CODES = (0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 130)
 READ_CODES = (0, 1, 2, 10, 13, 130)
@@ -28,8 +28,11 @@ SEED = "Seed of the random numbers: the same seed gives the same result."
 DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 SEQ_LEN = "2048, or as many as the model has positions"
 
+DIGESTS = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "blake2b", "b3", "xxh64", "xxh3_64", "xxh3_128")
+FLOATS = ("float32", "float16", "bfloat16")
+
 _HOW = "How to run"
-_RUNNING = ("dry_run", "overwrite", "restart", "workers", "as_json", "progress", "quiet")
+_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "quiet")
 _SECTIONS = {**dict.fromkeys(FILE_FIELDS, "Files of the result"), **dict.fromkeys(_RUNNING, _HOW)}
 """Under which title options are shown, by name; the others come first."""
 
@@ -43,6 +46,9 @@ class Place(click.Path):
         self.name = "path|url" if remote else "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from weightops.formats.places import is_remote
+        from weightops.io.escape import escape
+
         if not is_remote(value):
             return super().convert(value, param, ctx)
         if not self._remote:
@@ -51,13 +57,71 @@ class Place(click.Path):
 
 
 class OneOf(click.Choice[str]):
-    """One of several names, shown as files and Python have them; dashes and underscores are alike."""
+    """One of several names, shown as files and Python have them; dashes and underscores are alike.
+
+    Names that are found by a function are looked for only when they are needed: what knows them takes long to import.
+    """
+
+    def __init__(self, names: Iterable[str] | Callable[[], Iterable[str]]) -> None:
+        self._names = names
+        self.case_sensitive = True
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names."""
+        return tuple(self._names() if callable(self._names) else self._names)
 
     def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
         return str(choice)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if ctx is not None and ctx.resilient_parsing:
+            return str(value)  # while another word is completed
         return super().convert(spelled(value, self.choices), param, ctx)
+
+
+class NumberType(OneOf):
+    """A number type: the usual ones are shown, and others that torch has a name for are taken."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+
+class NameOrFile(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A text, which may be one of some names, or a file's."""
+
+    name = "text"
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self._names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files, and the names."""
+        found = [CompletionItem(name) for name in self._names() if name.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="file"), *found]
+
+
+def published() -> Iterable[str]:
+    """The names of the checksum lists that ship with weightops."""
+    from weightops.formats.proofs.published import published
+
+    return published()
+
+
+def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Completes a text that often is one of these."""
+    return lambda _context, _parameter, incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+def named(module: str, name: str) -> Callable[[], tuple[str, ...]]:
+    """Finds the names that something in a module of weightops lists: a Literal, the keys of a table, or a sequence."""
+
+    def find() -> tuple[str, ...]:
+        found = getattr(import_module(f"weightops.{module}"), name)
+        listed: Iterable[Any] = get_args(found) or found
+        return tuple(str(getattr(each, "value", each)) for each in listed)
+
+    return find
 
 
 FOLDER = Place(remote=False)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from weightops.cli.events import EventProgress
 from weightops.cli.meter import Meter, duration, human
-from weightops.engine.control import Progress, Silent
 from weightops.io.escape import escape
+
+if TYPE_CHECKING:
+    from weightops.engine.control import Progress
 
 How = Literal["auto", "plain", "json", "none"]
 HOWS: tuple[How, ...] = ("auto", "plain", "json", "none")
@@ -25,6 +27,8 @@ def make_progress(how: How) -> Progress:
     """Progress as it was asked for; `auto` shows bars on a terminal, and lines elsewhere."""
     if how == "auto":
         return BarProgress() if sys.stderr.isatty() else LineProgress()
+    from weightops.engine.control import Silent
+
     kinds: dict[How, type[Progress]] = {"plain": LineProgress, "json": EventProgress, "none": Silent}
     return kinds[how]()
 

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
-import click
-
-from weightops.cli.meter import human
+from weightops.cli.colour import say
+from weightops.cli.meter import duration, human
 from weightops.cli.output import print_json, table, warn
+from weightops.engine.estimate import read_rate
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
 from weightops.io.escape import escape
+from weightops.io.source_file import SourceFile
 from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
+from weightops.recipes.recipe import Recipe
 from weightops.recipes.report import write_json
 
+SKIPPED = "is there, made by this very plan of these sources, and complete by the sizes of its files: skipped"
 _SHOWN_LOSSES = 5
 
 
 def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None) -> None:
     """What a writing command says when it is done, or with --dry-run would do."""
-    warn(result.warnings)
+    if not result.skipped:
+        warn(result.warnings)
     if as_json:
         print_json(write_json(result, workers))
+    elif result.skipped:
+        if not quiet:
+            say(f"{escape(str(result.out))}: {SKIPPED}")
     elif result.manifest is None:
-        click.echo(_dry_run_text(result, workers))
+        say(_dry_run_text(result, workers))
     elif not quiet:
         nbytes, count = result.plan.total_nbytes, len(result.plan.shards)
         kept = f", {len(result.resumed)} kept from before" if result.resumed else ""
-        click.echo(
+        say(
             f"{escape(str(result.out))}: {len(result.manifest.tensors)} tensors, {human(nbytes)} in {count} files{kept}"
         )
         if result.manifest.losses:
-            click.echo(_loss_text(result.manifest.losses))
+            say(_loss_text(result.manifest.losses))
         energies = {name: note for name, note in result.manifest.notes.items() if "energy" in note}
         if energies:
-            click.echo(_energy_text(energies))
-        click.echo(f"content {result.manifest.content_id}")
+            say(_energy_text(energies))
+        say(f"content {result.manifest.content_id}")
 
 
 def _loss_text(losses: Mapping[str, Loss]) -> str:
@@ -77,8 +85,52 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             table(rows, right=(1, 2)),
             "",
             f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files{network}",
+            *_time(plan.sources),
             f"memory   at most {human(memory)}",
             f"disk     {human(plan.total_nbytes)} of {human(free_disk(result.out))} free",
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
         ]
     )
+
+
+def _time(files: Collection[SourceFile]) -> list[str]:
+    """How long it takes at least to read files, if there is a rate to go by."""
+    rate = None if any(file.is_remote for file in files) else read_rate(files)
+    if rate is None:
+        return []
+    least_s = sum(file.nbytes for file in files) / rate
+    return [f"time     at least {duration(least_s)} at {human(rate)}/s, as fast as this disk was read just now"]
+
+
+def what_a_recipe_does(recipe: Recipe, results: Mapping[Path, Result], workers: int | None) -> str:
+    """What would be read, done and written."""
+    plans = [result.plan for result in results.values()]
+    origins = {origin.role: origin for plan in plans for origin in plan.origins}
+    sources: list[Sequence[str]] = [("source", "from", "tensors", "size")]
+    for role, place in recipe.sources.items():
+        own = origins[role]
+        sources.append((escape(role), escape(place.path), str(len(own.tensors)), human(own.nbytes)))
+    steps: list[Sequence[str]] = [("tensors", "operation", "of", "with")]
+    for name in recipe.order():
+        step = recipe.steps[name]
+        inputs = ", ".join(escape(each) for names in step.inputs.values() for each in names)
+        said = ", ".join(f"{key} {value}" for key, value in step.said.items())
+        steps.append((escape(name), step.verb, inputs, escape(said)))
+    written: list[Sequence[str]] = [("output", "from", "cast", "files", "size", "disk free")]
+    for (out, result), destination in zip(results.items(), recipe.outputs.values(), strict=True):
+        cast = ", ".join(str(value) for value in destination.cast.values()) or "as it is"
+        count, nbytes = len(result.plan.shards), human(result.plan.total_nbytes)
+        written.append(
+            (escape(str(out)), escape(destination.name), escape(cast), str(count), nbytes, human(free_disk(out)))
+        )
+    files = {file: None for plan in plans for file in plan.sources}
+    read = f"reads    {human(sum(f.nbytes for f in files))} from {len(files)} files"
+    if any(plan.is_remote for plan in plans):
+        read += f", {human(sum(map(fetched_nbytes, plans)))} over the network"
+    memory = human(peak_memory(plans, workers or default_workers(plans)))
+    total = human(sum(plan.total_nbytes for plan in plans))
+    tables = [table(sources, right=(2, 3))]
+    tables += [table(steps)] if len(steps) > 1 else []
+    tables += [table(written, right=(3, 4, 5))]
+    tables += ["\n".join([read, *_time(files), f"writes   {total}", f"memory   at most {memory}"])]
+    return "\n\n".join(tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from weightops.checkpoint import Sidecar, Written
+from weightops.engine.finished import marks
 from weightops.engine.staging import ShardRecord, Staging
 from weightops.errors import CorruptInput, Differs
 from weightops.formats.proofs import manifest
@@ -35,6 +36,7 @@ def finish(
     specs = {name: tensor.spec for name, tensor in plan.tensors}
     digests = {name: digest for record in records.values() for name, digest in record.tensors.items()}
     tensors: dict[str, tuple[TensorSpec, str]] = {name: (spec, digests[name]) for name, spec in specs.items()}
+    samples = {name: record.sample for name, record in records.items()}
     witnesses = dict(watched)
     losses: dict[str, Loss] = {}
     notes: dict[str, dict[str, float]] = {}
@@ -71,7 +73,7 @@ def finish(
         notes=notes,
         recipe=dict(plan.recipe),
         sources={o.role: manifest.SourceEntry(name=o.name, content_id=o.identify(witnesses)) for o in plan.origins},
-        provenance=library_versions(),
+        provenance={**library_versions(), **(plan.provenance or marks(plan, samples))},
     )
     staging.store.put(manifest.NAME, finished.to_bytes())
     return finished

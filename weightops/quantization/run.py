@@ -7,16 +7,18 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
+from weightops.engine.finished import PLAN, SOURCES, digest_of, lasting
 from weightops.engine.proof import hold
 from weightops.engine.sample import sample
 from weightops.engine.work_folder import WorkFolder
@@ -26,6 +28,7 @@ from weightops.formats.delta import refuse_delta
 from weightops.formats.quantized.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
 from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
+from weightops.io.digests import hash_bytes
 from weightops.io.escape import escape
 from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
@@ -119,6 +122,23 @@ class Run:
             calibration=self.calibration.digest if self.calibration else None,
             versions={n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
         )
+
+    def marks(self, files: Mapping[str, Any]) -> dict[str, str]:
+        """What the manifest of the output says of how it was made, with what was said of its files.
+
+        As of `weightops.engine.finished`: the plan of such an output is of files that are gone when it is there.
+        """
+        identity: dict[str, Any] = msgspec.to_builtins(self.identity())
+        tensors = {n: lasting(identity_of(t.to_json())) for n, t in self.source.items()}
+        sidecars = {n: hash_bytes(self.source.sidecar(n) or b"", ["xxh3_128"]) for n in self.source.sidecars}
+        said = {
+            **identity,
+            "source": tensors,
+            "source contents": "",
+            "sidecars": sidecars,
+            "files": {name: value for name, value in files.items() if value},
+        }
+        return {PLAN: digest_of(said), SOURCES: identity["source contents"]}
 
 
 def _refuse_quantized(source: Checkpoint) -> None:

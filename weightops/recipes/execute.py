@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
+from weightops.engine.finished import find_made
 from weightops.engine.run import run_all
+from weightops.engine.staging import Staging
 from weightops.engine.values import values
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import UsageError
@@ -63,16 +65,22 @@ class Files(TypedDict, total=False):
     reflink: bool
 
 
+IfExists = Literal["fail", "skip"]
+
+
 class Running(TypedDict, total=False):
     """How to write.
 
-    `workers`: shards in work at once. `overwrite`: replace an existing output once the new one is whole.
-    `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop, and
-    the `web` to read sources on servers through; one with defaults is opened if it has none.
+    `workers`: shards in work at once. `overwrite`: replace an existing output once the new one is whole. `if_exists`:
+    with "skip" an output that the same plan has made, of sources that hold what they held, is left alone if it is
+    whole, so that the same call may be made again; anything else there is refused, or overwritten if it may be.
+    `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop, and the
+    `web` to read sources on servers through; one with defaults is opened if it has none.
     """
 
     workers: int | None
     overwrite: bool
+    if_exists: IfExists
     restart: bool
     dry_run: bool
     control: Control | None
@@ -80,13 +88,17 @@ class Running(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Result:
-    """What was written, or with `dry_run` would be: then `manifest` is None."""
+    """What was written, or with `dry_run` would be: then `manifest` is None.
+
+    `skipped` if it was there already, and with `if_exists="skip"` was left alone.
+    """
 
     out: Path
     plan: Plan
     manifest: Manifest | None
     resumed: tuple[str, ...]
     warnings: tuple[str, ...]
+    skipped: bool = False
 
     __repr__ = brief
 
@@ -102,6 +114,7 @@ class Wanted:
     """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made.
 
     `beside` is a folder in which a part of it was made, which nobody needs when it is written.
+    `provenance` is what the manifest is to say of that if the plan does not tell; see `weightops.engine.finished`.
     """
 
     checkpoint: Checkpoint
@@ -110,6 +123,7 @@ class Wanted:
     sources: Mapping[str, Checkpoint]
     is_file: bool = False
     beside: WorkFolder | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
@@ -166,22 +180,43 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
     wanted = {out: _as_file(each, out) if out.suffix in _FILES else each for out, each in wanted.items()}
     plans = {out: _plan(each, out) for out, each in wanted.items()}
     said = {out: (*each.checkpoint.warnings, *_without_place(each, plans[out])) for out, each in wanted.items()}
+    results = {out: Result(out, plan, None, (), said[out]) for out, plan in plans.items()}
+    results |= {out: replace(results[out], manifest=made, skipped=True) for out, made in _made(plans, running).items()}
     if running.get("dry_run"):
-        return {out: Result(out, plan, None, (), said[out]) for out, plan in plans.items()}
+        return results
+    missing = {out: plan for out, plan in plans.items() if not results[out].skipped}
     control = running.get("control") or Control()
     with control.stores.connected():
         outcomes = run_all(
-            plans,
+            missing,
             workers=running.get("workers"),
             overwrite=running.get("overwrite", False),
             restart=running.get("restart", False),
             control=control,
             beside={out: each.beside for out, each in wanted.items() if each.beside is not None},
         )
-    results = {}
-    for (out, plan), done in zip(plans.items(), outcomes, strict=True):
+    for (out, plan), done in zip(missing.items(), outcomes, strict=True):
         results[out] = Result(done.out, plan, done.manifest, done.resumed, (*said[out], *done.warnings))
     return results
+
+
+def _made(plans: Mapping[Path, Plan], running: Running) -> dict[Path, Manifest]:
+    """Of outputs that are there and may be left alone the manifests."""
+    if not may_skip(running):
+        return {}
+    found = {out: find_made(out, plan, may_differ=running.get("overwrite", False)) for out, plan in plans.items()}
+    made = {out: manifest for out, manifest in found.items() if manifest is not None}
+    for out in made if not running.get("dry_run") else ():
+        Staging.clean_up_after(out)
+    return made
+
+
+def may_skip(running: Running) -> bool:
+    """Whether an output that is there and right may be left alone; raises `UsageError` for what is no answer."""
+    chosen = running.get("if_exists", "fail")
+    if chosen not in get_args(IfExists):
+        raise UsageError(f"if_exists is {chosen!r}, expected one of {', '.join(get_args(IfExists))}")
+    return chosen == "skip"
 
 
 def _without_place(wanted: Wanted, plan: Plan) -> tuple[str, ...]:
@@ -237,6 +272,7 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
         reflink=files.get("reflink", False),
         is_file=wanted.is_file,
     )
+    plan = replace(plan, provenance=wanted.provenance)
     if not files.get("card"):
         return plan
     from weightops.recipes.card import card, quantization_of  # imported here because few runs write one

@@ -11,6 +11,8 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterable, Mapping
 
+FILE_FIELDS = ("format", "max_shard_size", "expect", "digest", "card", "reflink")
+"""What may be said of the files of an output."""
 OUTPUT = "output"
 """Stands below for what a recipe says of its outputs, and for the options of every command that writes."""
 

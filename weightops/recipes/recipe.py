@@ -14,12 +14,12 @@ from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.plan import parse_size
 from weightops.recipes.document import Document, Place, read_document
+from weightops.recipes.names import FILE_FIELDS as FILE_FIELDS
 from weightops.recipes.names import OUTPUT, field_of, parameter_of
 from weightops.recipes.verbs import Verb, find_verb
 
 CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy", "cast_all")
 """What an output may say of its tensors: they are cast last."""
-FILE_FIELDS = ("format", "max_shard_size", "expect", "digest", "card", "reflink")
 
 
 @dataclass(frozen=True)

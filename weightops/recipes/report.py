@@ -22,18 +22,19 @@ class FileDocument(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
 
 
-class WriteDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-write/1"):
+class WriteDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-write/2"):
     """What a command that writes a checkpoint prints with `--json`.
 
-    `written` is false after a dry run. `nbytes` are those of the weight files, `fetched_nbytes` what comes over the
-    network, `peak_memory_nbytes` the most memory that the run needs. Equal fingerprints are of plans that write equal
-    files. `resumed` are the files that an earlier run had finished. `losses` tells of every tensor that was cast what
-    that cost, `notes` what else there is to say of tensors in numbers. `content_id` is that of the manifest, null
-    before anything is written.
+    `written` is false after a dry run, and if the output was there already and was left alone: then `skipped` is true.
+    `nbytes` are those of the weight files, `fetched_nbytes` what comes over the network, `peak_memory_nbytes` the most
+    memory that the run needs. Equal fingerprints are of plans that write equal files. `resumed` are the files that an
+    earlier run had finished. `losses` tells of every tensor that was cast what that cost, `notes` what else there is to
+    say of tensors in numbers. `content_id` is that of the manifest, null before anything is written.
     """
 
     out: str
     written: bool
+    skipped: bool
     fingerprint: str
     nbytes: int
     fetched_nbytes: int
@@ -46,7 +47,7 @@ class WriteDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     warnings: tuple[str, ...]
 
 
-class RunDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-run/1"):
+class RunDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-run/2"):
     """What `run --json` prints: of each output what a command that writes it alone would."""
 
     outputs: tuple[WriteDocument, ...]
@@ -57,7 +58,8 @@ def write_document(result: Result, workers: int | None) -> WriteDocument:
     plan, made = result.plan, result.manifest
     return WriteDocument(
         out=str(result.out),
-        written=made is not None,
+        written=made is not None and not result.skipped,
+        skipped=result.skipped,
         fingerprint=plan.fingerprint,
         nbytes=plan.total_nbytes,
         fetched_nbytes=fetched_nbytes(plan),
@@ -77,5 +79,5 @@ def write_json(result: Result, workers: int | None) -> dict[str, Any]:
 
 
 def run_json(results: Iterable[Result], workers: int | None) -> dict[str, Any]:
-    """A document of schema `weightops-run/1`."""
+    """A document of schema `weightops-run/2`."""
     return as_json(RunDocument(outputs=tuple(write_document(result, workers) for result in results)))

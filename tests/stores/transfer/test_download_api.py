@@ -363,7 +363,7 @@ def test_a_list_of_urls_with_digests(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_source_s_own_manifest_tells_of_tensors_if_its_files_are_those_that_came(hub: Hub, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", {"a": torch.ones(3)})
-    (model / FINAL).write_bytes(weightops.manifest(model, digests="sha256").to_bytes())
+    (model / FINAL).write_bytes(weightops.manifest(model, digest="sha256").to_bytes())
     there = {path.name: path.read_bytes() for path in model.iterdir()}
     hub.add(REPO, there)
     assert fetch(hub, tmp_path / "right").manifest.tensors.keys() == {"a"}

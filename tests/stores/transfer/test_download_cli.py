@@ -144,7 +144,7 @@ def test_a_complete_folder_need_not_be_writable(hub: Hub, tmp_path: Path, monkey
         assert run(["download", source, "--out", str(tmp_path / out)]) == 0
         with monkeypatch.context() as patched:
             patched.setattr("os.access", lambda path, mode: False)
-            patched.setattr("weightops.cli.options._Place.convert", lambda self, value, *_: Path(value))
+            patched.setattr("weightops.cli.params.Place.convert", lambda self, value, *_: Path(value))
             assert run(["download", source, "--out", str(tmp_path / out)]) == 0
 
 

@@ -14,7 +14,7 @@ import weightops
 from weightops.engine.control import Control
 from weightops.stores.web.web import Web
 
-OPTIONS: dict[str, Any] = {"settings": {"context_length": "2048"}}
+OPTIONS: dict[str, Any] = {"set": {"context_length": "2048"}}
 
 
 @pytest.fixture

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import GLOB, SOURCE, WRITE_CODES, Command, OneOf, epilog
-from weightops.operations.cast import DTYPES
-from weightops.ops.fp8 import Strategy
-from weightops.ops.measures.loss import Overflow
+from weightops.cli.params import GLOB, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 
 
 @click.command("cast", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
 @out_option
-@click.option("--dtype", metavar="DTYPE", help=f"The new number type: {', '.join(dtype.value for dtype in DTYPES)}.")
+@click.option("--dtype", type=NumberType(named("operations.cast", "DTYPES")), help="The new number type.")
 @click.option("--keep", multiple=True, metavar="GLOB", help=f"Leave such tensors as they are. {GLOB}")
 @click.option(
     "--on-overflow",
-    type=OneOf(get_args(Overflow)),
+    type=OneOf(named("ops.measures.loss", "Overflow")),
     default="refuse",
     show_default=True,
     help="What to do with numbers that are too large for the new type: refuse, write its largest number, or infinity.",
@@ -34,7 +31,7 @@ from weightops.ops.measures.loss import Overflow
 )
 @click.option(
     "--strategy",
-    type=OneOf(get_args(Strategy)),
+    type=OneOf(named("ops.fp8", "Strategy")),
     default="channel",
     show_default=True,
     help="With --scheme: one scale for each output channel, or one for each tensor.",
@@ -61,4 +58,4 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     are written in 8 bits with a scale beside each, and activations are to be scaled when the model runs. Embeddings,
     output head, norms, vision layers and the routers of experts stay as they are.
     """
-    write(api.cast, source, out, **options)
+    write(weightops.cast, source, out, **options)

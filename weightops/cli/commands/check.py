@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
+from weightops.cli.colour import Kind, say, styled
 from weightops.cli.meter import human
 from weightops.cli.options import cache_folder, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, table
-from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog
-from weightops.io.atomic import check_target
+from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog, named
 from weightops.io.escape import escape
-from weightops.operations.check import CODES, CheckReport, Finding
 
+if TYPE_CHECKING:
+    from weightops.operations.check import CheckReport, Finding
+
+_KINDS: Mapping[str, Kind] = {"error": "bad", "warning": "doubtful", "note": "heading"}
 _SHOWN = 10
 """Findings of one code that the table shows; --json has all of them."""
 
@@ -34,7 +39,7 @@ _SHOWN = 10
     "--ignore",
     multiple=True,
     metavar="CODE",
-    type=OneOf(list(CODES)),
+    type=OneOf(named("operations.check", "CODES")),
     help="Leave such findings out. Can be given several times.",
 )
 @click.option("--html", type=FILE, help="Write a page for a browser, with the statistics of every layer.")
@@ -67,9 +72,11 @@ def command(
     training, LoRA and quantising leave behind. Every tensor is read once. --json has the statistics of each.
     """
     if html is not None:
+        from weightops.io.atomic import check_target
+
         check_target(html)
     with running(quiet) as control:
-        report = api.check(
+        report = weightops.check(
             source,
             values=not no_values,
             max_abs=max_abs,
@@ -82,7 +89,7 @@ def command(
     if as_json:
         print_json(report.to_json())
     elif not quiet or report.findings:
-        click.echo(_text(report))
+        say(_text(report))
     saved = 0
     if html is not None:
         # Imported here because few want a page.
@@ -99,10 +106,12 @@ def _text(report: CheckReport) -> str:
     for finding in report.findings:
         shown[finding.code] += 1
         if shown[finding.code] <= _SHOWN:
-            rows.append((finding.severity, finding.code, escape_lines(finding.message)))
+            rows.append(
+                (styled(finding.severity, _KINDS[finding.severity]), finding.code, escape_lines(finding.message))
+            )
             hints |= {_hint(finding): None} if finding.hint else {}
     rows += [("", code, f"and {n - _SHOWN} more (--json has all)") for code, n in shown.items() if n > _SHOWN]
-    lines = [table(rows), ""] if rows else []
+    lines = [table(rows, heads=False), ""] if rows else []
     lines += [*(f"Hint: {hint}" for hint in hints), ""] if hints else []
     return "\n".join([*lines, _summary(report)])
 
@@ -118,4 +127,5 @@ def _summary(report: CheckReport) -> str:
     held = f"held against {report.held_against}" if report.held_against else "held against no architecture"
     why = f": {report.not_held}" if report.not_held else ""
     size = f"{len(report.tensors)} tensors, {human(report.nbytes)}{read}; {held}{escape(why)}"
-    return f"{escape(report.name)}: {counts or 'nothing found'}{ignored} ({size})"
+    found = styled(counts or "nothing found", "good" if report.verdict else _KINDS[report.findings[0].severity])
+    return f"{escape(report.name)}: {found}{ignored} ({size})"

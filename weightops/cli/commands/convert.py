@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
-from weightops.layouts.source import SETTINGS
-from weightops.operations.convert import READERS, WRITERS
+from weightops.cli.params import SEVERAL, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 
-_TARGETS = (*WRITERS, "safetensors", "torch")
+
+def _targets() -> tuple[str, ...]:
+    return (*named("operations.convert", "WRITERS")(), "safetensors", "torch")
 
 
 def _settings(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -25,12 +25,12 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
 
 @click.command("convert", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
-@click.option("--to", type=OneOf(_TARGETS), required=True, help="The layout to write; see above.")
+@click.option("--to", type=OneOf(_targets), required=True, help="The layout to write; see above.")
 @out_option
 @click.option(
     "--from",
     "from_",
-    type=OneOf(tuple(READERS)),
+    type=OneOf(named("operations.convert", "READERS")),
     help="The layout to read; default: what the names of the tensors say.",
 )
 @click.option(
@@ -41,16 +41,16 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
 )
 @click.option(
     "--dtype",
-    metavar="DTYPE",
-    help="Convert the weights to this number type, such as bfloat16 (gguf also has q8_0 and q4_0), and count what is "
-    "lost.",
+    type=NumberType(named("operations.convert", "GGUF_DTYPES")),
+    help="Convert the weights to this number type, and count what is lost; q8_0 and q4_0 are for gguf.",
 )
 @click.option(
     "--set",
     multiple=True,
     metavar="NAME=VALUE",
     callback=_settings,
-    help=f"Say what the files do not: {', '.join(SETTINGS)}. Can be given several times.",
+    help="Say what the files do not: context_length, rope_factor, rope_theta, norm_eps, n_heads or instruct. "
+    f"{SEVERAL}",
 )
 @click.option(
     "--tokenizer",
@@ -90,4 +90,4 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
         if options["tokenizer"] is not None:
             raise click.UsageError("--tokenizer names one and --no-tokenizer does without: give one of the two.")
         options["tokenizer"] = False
-    write(api.convert, source, out, **options)
+    write(weightops.convert, source, out, **options)

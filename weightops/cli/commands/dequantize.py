@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import CHECKPOINT_FORMAT, SOURCE, WRITE_CODES, Command, OneOf, epilog
-from weightops.formats.quantized.gptq import CheckpointFormat
-from weightops.formats.quantized.gptq_zeros import ZeroOverflow
-from weightops.operations.dequantize import DTYPES
+from weightops.cli.params import CHECKPOINT_FORMAT, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 
 
 @click.command("dequantize", cls=Command, epilog=epilog(WRITE_CODES))
@@ -22,17 +19,17 @@ from weightops.operations.dequantize import DTYPES
     "--dtype",
     default="float16",
     show_default=True,
-    metavar="DTYPE",
-    help=f"The number type of the weights: {', '.join(dtype.value for dtype in DTYPES)}.",
+    type=NumberType(named("operations.dequantize", "DTYPES")),
+    help="The number type of the weights.",
 )
 @click.option(
     "--checkpoint-format",
-    type=OneOf(get_args(CheckpointFormat)),
+    type=OneOf(named("formats.quantized.gptq", "CheckpointFormat")),
     help=f"{CHECKPOINT_FORMAT} Default: what the model says.",
 )
 @click.option(
     "--zero-overflow",
-    type=OneOf(get_args(ZeroOverflow)),
+    type=OneOf(named("formats.quantized.gptq_zeros", "ZeroOverflow")),
     help="In gptq, what a stored zero point of all ones means: 0 (wrap), 0 with a carry into the next one (carry), or "
     "one "
     "above the largest integer (plus-one).",
@@ -54,4 +51,4 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     Integers of 2, 3, 4 and 8 bits are read, in both versions of the format. A pattern in quotes names torch files
     without an index, as TigerBot published them. A model whose zero points contradict its config.json is refused.
     """
-    write(api.dequantize, source, out, **options)
+    write(weightops.dequantize, source, out, **options)

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
-from weightops.operations.diff import METHODS
+from weightops.cli.params import FLOATS, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 
 
 @click.command("diff", cls=Command, epilog=epilog(WRITE_CODES))
@@ -19,14 +18,14 @@ from weightops.operations.diff import METHODS
 @out_option
 @click.option(
     "--method",
-    type=OneOf(METHODS),
+    type=OneOf(named("operations.diff", "METHODS")),
     default="exact",
     show_default=True,
     help="How to make the difference: exact, for weightops, or subtract, as it was published in 2023.",
 )
 @click.option(
     "--dtype",
-    metavar="DTYPE",
+    type=NumberType(FLOATS),
     help="With --method subtract: the number type to subtract in and to write; default: float32.",
 )
 @write_options
@@ -44,4 +43,4 @@ def command(raw: Path | str, tuned: Path | str, out: Path, **options: Any) -> No
     the right original by its digest. --method subtract makes what was published in 2023, the tuned weights minus the
     original ones, which come back rounded.
     """
-    write(api.diff, raw, tuned, out, **options)
+    write(weightops.diff, raw, tuned, out, **options)

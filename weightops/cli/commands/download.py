@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightops import api
+import weightops
+from weightops.cli.colour import say
 from weightops.cli.hub_cache import hub_cache, is_offline
-from weightops.cli.meter import human
-from weightops.cli.network import hub_endpoint, open_web
+from weightops.cli.meter import duration, human
 from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.params import FOLDER, GLOB, Command, epilog
-from weightops.engine.preflight import free_disk
+from weightops.cli.params import FOLDER, GLOB, Command, NameOrFile, epilog, published
 from weightops.errors import UsageError
 from weightops.io.escape import escape
-from weightops.plan import parse_size
-from weightops.stores.transfer.partial import STATE
-from weightops.stores.web.policy import Policy
-from weightops.stores.web.web import Web
 
 if TYPE_CHECKING:
     from weightops.operations.download import Download
@@ -32,7 +27,7 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 
 
 @click.command("download", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
-@click.argument("source")
+@click.argument("source", type=NameOrFile(published))
 @click.option(
     "-o",
     "--out",
@@ -46,7 +41,10 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 @click.option("--sha256", metavar="HEX", help="The SHA-256 digest that the file at a URL must have.")
 @click.option("--md5", metavar="HEX", help="The MD5 digest that the file at a URL must have.")
 @click.option(
-    "--checksums", metavar="LIST", help="A checksum list, at a path or URL, that the file at a URL must agree with."
+    "--checksums",
+    type=NameOrFile(tuple),
+    metavar="LIST",
+    help="A checksum list, at a path or URL, that the file at a URL must agree with.",
 )
 @click.option(
     "--endpoint", metavar="URL", help="The hub to ask; default: what HF_ENDPOINT says, or https://huggingface.co."
@@ -93,9 +91,6 @@ def command(
     name such as zhixi-13b-diff, or a text file with lines `DIGEST  URL`. If the download is interrupted, the same
     command continues it.
 
-    With --cache a repository goes into the Hugging Face cache, in which transformers and huggingface_hub find it, as
-    other commands do that are given hf://org/name. Nothing there is replaced or removed.
-
     \b
     Example:
       weightops download zjunlp/knowlm-13b-diff --out ./zhixi-diff
@@ -106,7 +101,16 @@ def command(
     A file gets its name only when it is complete and has the digest that its source or list says. Files of which the
     source says no digest are named in a warning. A list of what came, with digests, is left in the folder as
     weightops-manifest.json, for `weightops verify`.
+
+    With --cache a repository goes into the Hugging Face cache, in which transformers and huggingface_hub find it, as
+    other commands do that are given hf://org/name. Nothing there is replaced or removed.
     """
+    # Imported here because help and completion do without them.
+    from weightops.cli.network import hub_endpoint, open_web
+    from weightops.plan import parse_size
+    from weightops.stores.web.policy import Policy
+    from weightops.stores.web.web import Web
+
     if cache:
         refuse_unused("with --cache, which a repository of a hub is added to, and nothing else", *_OF_FOLDERS)
     elif out is None:
@@ -124,17 +128,16 @@ def command(
 
     with running(quiet, connect=connect) as control:
         place = hub_cache() if cache else None
-        found = api.download(source, out, cache=place, offline=offline, control=control, **options)
+        found = weightops.download(source, out, cache=place, offline=offline, control=control, **options)
     warn(found.warnings)
     if as_json:
-        # Imported here because starting takes longer than listing.
         from weightops.operations.download import download_json
 
         print_json(download_json(found))
     elif not found.is_complete:
-        click.echo(_dry_run_text(found))
+        say(_dry_run_text(found, limit))
     elif not quiet:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _version(found: Download) -> str:
@@ -153,7 +156,10 @@ def _text(found: Download) -> str:
     )
 
 
-def _dry_run_text(found: Download) -> str:
+def _dry_run_text(found: Download, limit: int | None) -> str:
+    from weightops.engine.preflight import free_disk
+    from weightops.stores.transfer.partial import STATE
+
     rows = [("file", "size", "")]
     for file in found.files:
         size = human(file.nbytes) if file.nbytes is not None else "?"
@@ -166,4 +172,6 @@ def _dry_run_text(found: Download) -> str:
         f"fetch    {human(missing)} of {human(found.nbytes)}",
         f"disk     {human(free_disk(found.out / STATE))} free",
     ]
+    if limit is not None and missing:
+        lines.insert(-1, f"time     at least {duration(missing / limit)} at {human(limit)}/s (--limit-rate)")
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])

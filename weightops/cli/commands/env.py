@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from weightops.cli.machine import Cache, EnvDocument, Gpu, describe
+from weightops.cli.colour import say
 from weightops.cli.meter import human
 from weightops.cli.options import json_option
 from weightops.cli.output import print_json, table
 from weightops.cli.params import Command
 from weightops.io.escape import escape
-from weightops.io.strict_json import as_json as to_json
+
+if TYPE_CHECKING:
+    from weightops.cli.machine import Cache, EnvDocument, Gpu
 
 
 @click.command("env", cls=Command, epilog="Exit codes: 0 done.")
@@ -27,11 +31,15 @@ def command(gpu: bool, as_json: bool) -> None:
     GPUs are those that nvidia-smi lists, or with --gpu those that torch can use. It is said whether a token for the hub
     is set; the token itself is never shown.
     """
+    # Imported here because help and completion do without them.
+    from weightops.cli.machine import describe
+    from weightops.io.strict_json import as_json as to_json
+
     found = describe(ask_torch=gpu)
     if as_json:
         print_json(to_json(found))
     else:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _text(found: EnvDocument) -> str:
@@ -50,7 +58,7 @@ def _text(found: EnvDocument) -> str:
         ("token", "set" if hub.has_token else "not set"),
         ("cache", f"{escape(hub.cache.path)}, {_size(hub.cache)}"),
     ]
-    return table([row for row in rows if any(row)])
+    return table([row for row in rows if any(row)], heads=False)
 
 
 def _gpu(found: Gpu) -> str:

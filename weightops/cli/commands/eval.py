@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
+from weightops.cli.colour import say
 from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FILE, READ_CODES, SEQ_LEN, SOURCE, Command, epilog
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
+    from weightops.api import ComputeDType
     from weightops.inference.evaluate import Evaluation, Score
     from weightops.inference.packed import Engine
 
@@ -42,7 +44,7 @@ def command(
     text: tuple[Path, ...],
     seq_len: int | None,
     reference: Path | str | None,
-    dtype: api.ComputeDType,
+    dtype: ComputeDType,
     device: str,
     engine: Engine,
     max_memory: str | None,
@@ -66,7 +68,7 @@ def command(
     gives the error of each layer.
     """
     with running(quiet) as control:
-        found = api.evaluate(
+        found = weightops.evaluate(
             source,
             text,
             seq_len=seq_len,
@@ -81,7 +83,7 @@ def command(
     if as_json:
         print_json(found.to_json())
     else:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _text(found: Evaluation) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import GLOB, SEED, SOURCE, WRITE_CODES, Command, OneOf, epilog
+from weightops.cli.params import FLOATS, GLOB, SEED, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog
 
 
 @click.command("extract-lora", cls=Command, epilog=epilog(WRITE_CODES))
@@ -35,7 +35,7 @@ from weightops.cli.params import GLOB, SEED, SOURCE, WRITE_CODES, Command, OneOf
     help="With --energy and without --rank: the highest rank that a layer may get; default: 256.",
 )
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help=SEED)
-@click.option("--dtype", metavar="DTYPE", help="The number type of the adapter; default: float32.")
+@click.option("--dtype", type=NumberType(FLOATS), help="The number type of the adapter; default: float32.")
 @click.option(
     "--target",
     multiple=True,
@@ -66,4 +66,4 @@ def command(base: Path | str, tuned: Path | str, out: Path, **options: Any) -> N
     change they hold is shown, and recorded in weightops-manifest.json. Embeddings, norms and biases that differ are
     kept whole in the adapter. Experts of which transformers stacks the weights are adapted as peft 0.21 does it.
     """
-    write(api.extract_lora, base, tuned, out, **options)
+    write(weightops.extract_lora, base, tuned, out, **options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, run_model_options
 from weightops.cli.output import print_json, running, warn
@@ -18,6 +18,7 @@ from weightops.cli.params import READ_CODES, SEED, SOURCE, Command, epilog
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
+    from weightops.api import ComputeDType
     from weightops.inference.generate import Generation
     from weightops.inference.packed import Engine
 
@@ -54,7 +55,7 @@ def command(
     top_p: float | None,
     seed: int,
     chat: bool,
-    dtype: api.ComputeDType,
+    dtype: ComputeDType,
     device: str,
     engine: Engine,
     max_memory: str | None,
@@ -80,7 +81,7 @@ def command(
     if prompt == "-":
         prompt = _stdin()
     with running(quiet) as control:
-        found = api.generate(
+        found = weightops.generate(
             source,
             prompt,
             max_new_tokens=max_new_tokens,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
+from weightops.cli.colour import say
 from weightops.cli.meter import human
 from weightops.cli.options import json_option
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import SOURCE, Command, epilog
 from weightops.io.escape import escape
-from weightops.operations.inspect import Inspection
+
+if TYPE_CHECKING:
+    from weightops.operations.inspect import Inspection
 
 
 @click.command("inspect", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
@@ -31,11 +35,11 @@ def command(source: Path | str, tensors: bool, as_json: bool) -> None:
       weightops inspect hf://org/name
     """
     with running(True) as control:
-        found = api.inspect(source, control=control)
+        found = weightops.inspect(source, control=control)
     if as_json:
         print_json(found.to_json())
         return
-    click.echo(_text(found, tensors))
+    say(_text(found, tensors))
     warn(found.warnings)
 
 

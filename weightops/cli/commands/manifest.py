@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import (
     digest_option,
     dry_run_option,
@@ -19,17 +19,14 @@ from weightops.cli.options import (
 from weightops.cli.output import print_json, running, warn
 from weightops.cli.params import FILE, FOLDER, READ_CODES, Command, epilog
 from weightops.errors import OutputExists
-from weightops.formats.proofs.manifest import NAME
-from weightops.io.atomic import check_target, write_whole
 from weightops.io.escape import escape
-from weightops.operations.manifest import checksum_list, earlier_manifest
 
 _OF_THE_FILE = ("out", "digest", "dry_run", "overwrite", "as_json")
 
 
 @click.command("manifest", cls=Command, epilog=epilog((*READ_CODES[:-1], 11, 130)))
 @click.argument("folder", type=FOLDER)
-@click.option("-o", "--out", type=FILE, help=f"File to write; default: {NAME} in the folder.")
+@click.option("-o", "--out", type=FILE, help="File to write; default: weightops-manifest.json in the folder.")
 @click.option("--md5sums", "lists", flag_value="md5", help="Print a list that `md5sum -c` reads, and write nothing.")
 @click.option(
     "--sha256sums", "lists", flag_value="sha256", help="Print a list that `sha256sum -c` reads, and write nothing."
@@ -67,6 +64,10 @@ def command(
     With --overwrite, what the earlier manifest tells of how these tensors were made is kept, and so are the digests
     that it had.
     """
+    from weightops.formats.proofs.manifest import NAME
+    from weightops.io.atomic import check_target, write_whole
+    from weightops.operations.manifest import checksum_list, earlier_manifest
+
     if lists:
         refuse_unused("with a checksum list, which is printed as others read it", *_OF_THE_FILE)
     target = out or folder / NAME
@@ -78,7 +79,7 @@ def command(
     before = earlier_manifest(folder)
     with running(quiet) as control:
         chosen = (*digest, lists) if lists else digest
-        made = api.manifest(folder, digest=chosen, workers=workers, control=control)
+        made = weightops.manifest(folder, digest=chosen, workers=workers, control=control)
     if lists:
         click.echo(checksum_list(made, lists), nl=False)
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
 from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
 
@@ -62,4 +62,4 @@ def command(base: Path | str, adapter: tuple[Path | str, ...], out: Path, **opti
     changes nothing. Other weights that were trained with the adapter, such as LLaVA's non_lora_trainables.bin, are
     merged too or refused by name. If the adapter has a whole tokenizer, the result gets that one.
     """
-    write(api.merge_lora, base, adapter, out, **options)
+    write(weightops.merge_lora, base, adapter, out, **options)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import CHECKPOINT_FORMAT, GROUP_SIZE, SOURCE, WEIGHT_BITS, WRITE_CODES, Command, OneOf, epilog
-from weightops.formats.quantized.gptq import CheckpointFormat
-from weightops.ops.numbers.bitpack import BITS
+from weightops.cli.params import (
+    CHECKPOINT_FORMAT,
+    GROUP_SIZE,
+    SOURCE,
+    WEIGHT_BITS,
+    WRITE_CODES,
+    Command,
+    OneOf,
+    epilog,
+    named,
+)
 
 
 @click.command("pack", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
 @out_option
-@click.option("--bits", type=OneOf([str(bits) for bits in BITS]), required=True, help=WEIGHT_BITS)
+@click.option("--bits", type=OneOf(named("ops.numbers.bitpack", "BITS")), required=True, help=WEIGHT_BITS)
 @click.option("--group-size", type=int, required=True, metavar="N", help=GROUP_SIZE)
 @click.option(
     "--checkpoint-format",
-    type=OneOf(get_args(CheckpointFormat)),
+    type=OneOf(named("formats.quantized.gptq", "CheckpointFormat")),
     default="gptq",
     show_default=True,
     help=CHECKPOINT_FORMAT,
@@ -47,4 +55,4 @@ def command(source: Path | str, out: Path, bits: str, **options: Any) -> None:
 
     Other tensors are copied.
     """
-    write(api.pack, source, out, bits=int(bits), **options)
+    write(weightops.pack, source, out, bits=int(bits), **options)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightops import api
+import weightops
+from weightops.cli.colour import say
 from weightops.cli.meter import human, percent
 from weightops.cli.options import out_option, refuse_unused, write_options
 from weightops.cli.output import print_json, running, save_report, table, warn
@@ -27,12 +28,13 @@ from weightops.cli.params import (
     Command,
     OneOf,
     epilog,
+    named,
+    some,
 )
-from weightops.cli.results import show_result
-from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
+    from weightops.api import Quantization
     from weightops.quantization.options import ModuleReport
 
 _SHOWN = 5
@@ -49,7 +51,9 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
     metavar="FILE",
     help="Text to calibrate with: a text file or JSONL. Can be given several times.",
 )
-@click.option("--bits", type=OneOf(("2", "3", "4", "8")), default="4", show_default=True, help=WEIGHT_BITS)
+@click.option(
+    "--bits", type=OneOf(named("ops.numbers.bitpack", "BITS")), default="4", show_default=True, help=WEIGHT_BITS
+)
 @click.option("--group-size", type=int, metavar="N", default=128, show_default=True, help=GROUP_SIZE)
 @click.option(
     "--sym/--asym",
@@ -100,12 +104,19 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 @click.option("--skip", multiple=True, metavar="GLOB", help=f"Leave such layers as they are. {GLOB}")
 @click.option(
     "--checkpoint-format",
-    type=OneOf(("gptq", "gptq_v2")),
+    type=OneOf(named("formats.quantized.gptq", "CheckpointFormat")),
     default="gptq",
     show_default=True,
     help=CHECKPOINT_FORMAT,
 )
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help=DEVICE)
+@click.option(
+    "--device",
+    default="auto",
+    shell_complete=some("auto", "cpu", "cuda"),
+    show_default=True,
+    metavar="DEVICE",
+    help=DEVICE,
+)
 @click.option(
     "--max-memory",
     metavar="SIZE",
@@ -137,22 +148,27 @@ def command(
     if options["dry_run"]:
         refuse_unused("with --dry-run, which finds no errors", "html")
     if html is not None:
+        from weightops.io.atomic import check_target
+
         check_target(html)
+    # Imported here because help and completion do without it.
+    from weightops.cli.results import SKIPPED, show_result
+
     workers = options["workers"]
     with running(quiet) as control:
-        done = api.quantize(source, out, bits=int(bits), control=control, **options)
+        done = weightops.quantize(source, out, bits=int(bits), control=control, **options)
     modules = done.modules
     if as_json:
         warn(done.result.warnings if done.result else ())
         print_json(done.to_json(workers))
     if done.result is None:
-        if not as_json:
-            click.echo(_estimate_text(done))
+        if not as_json and not (done.skipped and quiet):
+            say(f"{escape(str(out))}: {SKIPPED}" if done.skipped else _estimate_text(done))
         return
     if not as_json:
         show_result(done.result, False, quiet, workers)
         if not quiet:
-            click.echo(_text(modules, done.bits_per_weight))
+            say(_text(modules, done.bits_per_weight))
     if html is not None:
         # Imported here because few want a page.
         from weightops.cli.pages.quantize import facts_of, page
@@ -160,7 +176,7 @@ def command(
         click.get_current_context().exit(save_report(html, page(out.name, modules, facts_of(done))))
 
 
-def _estimate_text(done: api.Quantization) -> str:
+def _estimate_text(done: Quantization) -> str:
     found = done.estimate
     rows = [
         f"layers   {found.n_modules} in {found.n_blocks} blocks, {human(found.packed_nbytes)} when packed",

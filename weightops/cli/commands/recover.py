@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import GLOB, SOURCE, WRITE_CODES, Command, OneOf, epilog
-from weightops.operations.recover import VOCAB_POLICIES
+from weightops.cli.params import FLOATS, GLOB, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 
 
 @click.command("recover", cls=Command, epilog=epilog(WRITE_CODES))
@@ -21,7 +20,7 @@ from weightops.operations.recover import VOCAB_POLICIES
 @out_option
 @click.option(
     "--vocab",
-    type=OneOf(VOCAB_POLICIES),
+    type=OneOf(named("operations.recover", "VOCAB_POLICIES")),
     default="refuse",
     show_default=True,
     help="What the rows of new tokens are differences to: the mean of the old rows (Alpaca), zero, or nothing, as they "
@@ -29,8 +28,8 @@ from weightops.operations.recover import VOCAB_POLICIES
 )
 @click.option(
     "--dtype",
-    metavar="DTYPE",
-    help="Convert both to this number type first, such as float16; default: that of the difference.",
+    type=NumberType(FLOATS),
+    help="Convert both to this number type first; default: that of the difference.",
 )
 @click.option(
     "--carry",
@@ -61,4 +60,4 @@ def command(raw: Path | str, diff: Path | str, out: Path, **options: Any) -> Non
     authors do. A difference that `weightops diff` made gives back every bit, and with the wrong original it is refused
     before anything is written.
     """
-    write(api.recover, raw, diff, out, **options)
+    write(weightops.recover, raw, diff, out, **options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from weightops import api
+import weightops
 from weightops.cli.options import out_option, write, write_options
 from weightops.cli.params import GLOB, SOURCE, WRITE_CODES, Command, epilog
 
@@ -51,4 +51,4 @@ def command(source: Path | str, out: Path, rename: tuple[tuple[str, str], ...], 
     """
     if len(dict(rename)) < len(rename):
         raise click.UsageError("one pattern is given to --rename twice.")
-    write(api.shard, source, out, rename=dict(rename), **options)
+    write(weightops.shard, source, out, rename=dict(rename), **options)

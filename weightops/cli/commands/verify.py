@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from weightops import api
+import weightops
+from weightops.cli.colour import say, styled
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog
+from weightops.cli.params import DIGESTS, FILE, SOURCE, Command, NameOrFile, OneOf, epilog, named, published, some
 from weightops.errors import WeightopsError
-from weightops.io.atomic import check_target
 from weightops.io.escape import escape
-from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport, junit_of_error
+
+if TYPE_CHECKING:
+    from weightops.operations.verify import FileResult, VerifyReport
 
 
 @click.command("verify", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
 @click.argument("folder", type=SOURCE)
 @click.option(
     "--manifest",
+    type=NameOrFile(published),
     metavar="FILE|NAME",
     help="Compare with this manifest, checksum list or published name; default: what lies in the folder.",
 )
@@ -28,13 +32,14 @@ from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport
 @click.option("--content", is_flag=True, help="Compare tensors, whatever files they are in.")
 @click.option(
     "--extra",
-    type=OneOf(EXTRA_POLICIES),
+    type=OneOf(named("operations.verify", "EXTRA_POLICIES")),
     default="warn",
     show_default=True,
     help="What to do about files that are not on the list.",
 )
 @click.option(
     "--algorithm",
+    shell_complete=some(*DIGESTS),
     metavar="NAME",
     help="The digest that a checksum list holds, such as md5, if its name does not say it.",
 )
@@ -59,9 +64,6 @@ def command(
     weightops-manifest.json that lies in it, or another list. There is a line for each file and a verdict; the exit code
     is 0 if all is right and 3 if anything differs.
 
-    hf://org/name[@revision] is the copy of a repository in the Hugging Face cache. It is compared with the digests of
-    its hub, or, with HF_HUB_OFFLINE, with those that the cache names its files by.
-
     \b
     Example:
       weightops verify ./zhixi
@@ -70,15 +72,19 @@ def command(
       weightops verify hf://org/name
 
     Lists of md5sum, sha256sum, b3sum and xxhsum are read too, and Meta's checklist.chk. If files differ, the verdict
-    says whether the tensors in them do, and which.
+    says whether the tensors in them do, and which. A name such as hf://org/name[@revision] means the copy of that
+    repository in the Hugging Face cache. It is compared with the digests of its hub, or, with HF_HUB_OFFLINE, with
+    those that the cache names its files by.
     """
     if content:
         refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
     if junit is not None:
+        from weightops.io.atomic import check_target
+
         check_target(junit)
     try:
         with running(quiet) as control:
-            report = api.verify(
+            report = weightops.verify(
                 folder,
                 manifest,
                 quick=quick,
@@ -90,13 +96,15 @@ def command(
             )
     except WeightopsError as error:
         if junit is not None:
+            from weightops.operations.verify import junit_of_error
+
             save_report(junit, junit_of_error(str(folder), str(error)))
         raise
     warn(report.warnings)
     if as_json:
         print_json(report.to_json())
     elif not quiet or not report.verdict:
-        click.echo(_text(report))
+        say(_text(report))
     saved = save_report(junit, report.to_junit()) if junit is not None else 0
     click.get_current_context().exit(saved if report.verdict else 3)
 
@@ -117,16 +125,20 @@ def _line(file: FileResult) -> str:
     notes = [file.detail] if file.detail else []
     if file.status == "differs":
         notes.append(f"expected {file.expected}, found {file.found}")
-    return f"{escape(file.name)}: {file.status}" + (f" ({escape_lines('; '.join(notes))})" if notes else "")
+    status = (
+        file.status if file.status == "ok" else styled(file.status, "doubtful" if file.status == "extra" else "bad")
+    )
+    return f"{escape(file.name)}: {status}" + (f" ({escape_lines('; '.join(notes))})" if notes else "")
 
 
 def _verdict(report: VerifyReport) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items() if count)
     rate = f"{human(report.nbytes)} in {report.elapsed_s:.1f} s" if report.nbytes else "nothing read"
     if report.mode == "content":
-        what = "every tensor is equal" if report.verdict else "tensors differ"
+        what = styled("every tensor is equal", "good") if report.verdict else styled("tensors differ", "bad")
     else:
-        what = f"as {escape(report.manifest)} says" if report.verdict else f"NOT as {escape(report.manifest)} says"
+        word = "as" if report.verdict else "NOT as"
+        what = styled(f"{word} {escape(report.manifest)} says", "good" if report.verdict else "bad")
         if report.content_equal:
             what += ": files differ, but every tensor is equal (--content compares tensors alone)"
     return f"{escape(report.folder)}: {what} ({', '.join(filter(None, [counts, rate]))})"

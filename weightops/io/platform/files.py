@@ -78,6 +78,13 @@ def open_direct(path: Path, *, keep: bool) -> tuple[int, bool]:
     return open_to_write(path, keep=keep), False
 
 
+def open_direct_to_read(path: Path) -> int:
+    """A descriptor for reading past the page cache; `OSError` where system or file system cannot."""
+    if not _DIRECT:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+    return os.open(path, os.O_RDONLY | _DIRECT)
+
+
 def no_longer_direct(fd: int) -> None:
     """Write by way of the page cache from now on."""
     _fcntl.fcntl(fd, _fcntl.F_SETFL, _fcntl.fcntl(fd, _fcntl.F_GETFL) & ~_DIRECT)
