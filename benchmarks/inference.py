@@ -42,7 +42,7 @@ def one(folder: Path, engine: str, dtype: str, tokens: int, out: Path) -> None:
     times = [time.perf_counter() for _ in found._generate()]
     steps = [b - a for a, b in itertools.pairwise(times)]
     document = {"first_s": times[0] - start, "token_s": statistics.median(steps), "whole_nbytes": found.whole_nbytes}
-    out.write_text(json.dumps(document))
+    out.write_text(json.dumps(document), encoding="utf-8")
 
 
 def generating(size: str, folder: Path, runs: int, tokens: int) -> list[str]:

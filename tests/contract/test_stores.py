@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from weightops.errors import CorruptInput, OutputExists, SourceMissing, WeightopsError
 from weightops.formats.places import find_place
-from weightops.io.direct import aligned_buffer
+from weightops.io.platform.machine import page_memory
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import LocalStore
 from weightops.stores.reader import FileReader
@@ -185,7 +185,7 @@ def names(store: Store) -> list[str]:
 def stream(store: WritableStore, name: str, data: bytes) -> None:
     target = store.target(name, len(data))
     try:
-        block = memoryview(aligned_buffer(1 << 16))
+        block = memoryview(page_memory(1 << 16))
         for start in range(0, len(data), len(block)):
             used = len(data[start : start + len(block)])
             block[:used] = data[start : start + used]
@@ -256,7 +256,7 @@ def test_of_many_that_create_one_name_one_wins(writable: WritableStore) -> None:
 
 
 def test_a_target_has_no_name_before_it_is_committed(writable: WritableStore) -> None:
-    block = memoryview(aligned_buffer(4096))
+    block = memoryview(page_memory(4096))
     for end in ("abandon", "close"):
         target = writable.target("a", 4096)
         target.write(0, block, 4096)

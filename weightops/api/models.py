@@ -50,6 +50,12 @@ class Quantization:
 
     __repr__ = brief
 
+    def to_json(self, workers: int | None = None) -> dict[str, Any]:
+        """A document of schema `weightops-quantize/1`."""
+        from weightops.api.quantize_report import quantize_json
+
+        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers)
+
 
 def quantize(
     source: StrPath,
@@ -153,7 +159,7 @@ def _quantize_recipe(options: Options, texts: Sequence[Path], data: Calibration 
 
 
 def evaluate(
-    sources: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
+    source: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
     text: StrPath | Sequence[StrPath],
     *,
     seq_len: int | None = None,
@@ -175,11 +181,11 @@ def evaluate(
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import read_text
 
-    given = [sources] if isinstance(sources, str | os.PathLike | Checkpoint) else sources
+    given = [source] if isinstance(source, str | os.PathLike | Checkpoint) else source
     control = control or Control()
     with control.stores.connected():
         return operation(
-            [_opened(source, control) for source in given],
+            [_opened(each, control) for each in given],
             read_text(map(Path, several(text))),
             seq_len=seq_len,
             reference=_opened(reference, control) if reference is not None else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -38,7 +38,8 @@ def download(
     revision: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
-    digests: Mapping[str, str] | None = None,
+    sha256: str | None = None,
+    md5: str | None = None,
     checksums: str | None = None,
     workers: int | None = None,
     prune: bool = False,
@@ -51,7 +52,7 @@ def download(
 
     With `cache` in the place of `out`, a repository of a hub goes into that Hugging Face cache, in which transformers
     and huggingface_hub find it; nothing there is replaced or removed.
-    `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
+    `sha256`, `md5` and `checksums` (a list at a path or URL) are for one URL. The same call continues what
     an earlier one began. Files that no download brought are kept if they are the ones wanted, and replaced only with
     `overwrite`. See `weightops.operations.download`; the control's `stores` know hub, token, proxies and limits.
     """
@@ -59,8 +60,9 @@ def download(
 
     control = control or Control()
     if cache is not None:
-        given = {"out": out, "digests": digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
-        for name in (name for name, value in {**given, "offline": offline}.items() if value):
+        given: dict[str, object] = {"out": out, "sha256": sha256, "md5": md5, "checksums": checksums}
+        given |= {"prune": prune, "overwrite": overwrite, "offline": offline}
+        for name in (name for name, value in given.items() if value):
             raise UsageError(f"{name} has no use with a cache, which is only added to", hint="leave it out")
         place = Path(cache)
         return download_into_cache(
@@ -74,7 +76,7 @@ def download(
         revision,
         several(include),
         several(exclude),
-        digests,
+        {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest},
         checksums,
         workers,
         prune,
@@ -94,13 +96,13 @@ def hold_checklist(folder: Path) -> None:
         )
 
 
-def inspect(path: StrPath, *, web: Web | None = None, control: Control | None = None) -> Inspection:
+def inspect(source: StrPath, *, web: Web | None = None, control: Control | None = None) -> Inspection:
     """What a checkpoint holds, from its headers alone; one on a server is read through `web`, or those of `control`."""
     from weightops.operations.inspect import inspect as operation
 
     with (control or Control(web=web)).stores.connected() as stores:
-        place = find_place(path, stores)
-        return operation(read_place(place, stores), place, os.fspath(path))
+        place = find_place(source, stores)
+        return operation(read_place(place, stores), place, os.fspath(source))
 
 
 def check(source: StrPath, *, control: Control | None = None, **options: Unpack[CheckOptions]) -> CheckReport:
@@ -163,12 +165,12 @@ def _snapshot(folder: StrPath, control: Control) -> Snapshot:
 
 
 def manifest(
-    folder: StrPath, *, digests: str | Sequence[str] = (), workers: int | None = None, control: Control | None = None
+    folder: StrPath, *, digest: str | Sequence[str] = (), workers: int | None = None, control: Control | None = None
 ) -> Manifest:
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     from weightops.operations.manifest import make_manifest
 
-    control, folder, digests = control or Control(), local(folder), several(digests)
+    control, folder, digests = control or Control(), local(folder), several(digest)
     if not folder.is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     for name in digests:

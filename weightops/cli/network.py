@@ -42,11 +42,20 @@ def open_web(*, endpoint: str | None = None, policy: Policy | None = None) -> We
             "HF_HUB_OFFLINE is set, and this needs the network", hint="unset it, or name something on this machine"
         )
     endpoint = hub_endpoint(endpoint)
-    token = None if is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN") else _token()
-    return Web(policy, endpoint=endpoint, token=token, proxy_for=proxy_for)
+    return Web(policy, endpoint=endpoint, token=_token(), proxy_for=proxy_for)
+
+
+def token_is_set() -> bool:
+    """Whether there is a token for the hub, and it is to be used."""
+    try:
+        return _token() is not None
+    except AuthenticationFailed:
+        return False
 
 
 def _token() -> str | None:
+    if is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return None
     from huggingface_hub import get_token
 
     try:

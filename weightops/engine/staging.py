@@ -20,15 +20,18 @@ from typing import Any
 
 import msgspec
 
+from weightops.engine.lock import is_lock
 from weightops.engine.sample import sample
 from weightops.engine.targets import FileTarget, FolderTarget, Place
-from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse_others
+from weightops.engine.work_folder import WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.atomic import fsync_folder, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.entries import is_link, rename
+from weightops.io.platform.files import flush, open_to_write
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
@@ -69,6 +72,28 @@ class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
 Record = ShardRecord | WatchRecord | ProofRecord
 
 
+class Beside(msgspec.Struct, frozen=True, kw_only=True):
+    """Another folder of a run, by its name beside the output and what it is."""
+
+    name: str
+    schema: str
+
+
+class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """`run.json`: the plan, its fingerprint and the files that it makes.
+
+    When all is written it says also by which inode the output will be known, what it takes the place of, and which
+    folder `beside` it the run needs no longer.
+    """
+
+    fingerprint: str
+    files: tuple[str, ...]
+    plan: dict[str, Any]
+    finished: int | msgspec.UnsetType | None = msgspec.UNSET
+    replaces: int | msgspec.UnsetType | None = msgspec.UNSET
+    beside: Beside | msgspec.UnsetType = msgspec.UNSET
+
+
 class Staging:
     """Exclusive hold on the partial output of one run; a context manager.
 
@@ -100,6 +125,7 @@ class Staging:
             self.published = published(out, plan)
             if self.published is None:
                 self._restore_replaced()
+                self._target = _target(out, plan, overwrite=overwrite)  # of what is there now
                 self._target.refuse_existing()
                 self._begin(restart)
         except BaseException:
@@ -111,11 +137,11 @@ class Staging:
         """Remove what a run left beside its finished output that was killed when it had all but done so."""
         out = Path(os.path.abspath(out))
         folder = partial(out)
-        if folder.is_symlink() or not folder.is_dir():
+        if is_link(folder) or not folder.is_dir():
             return
         document = read_document(folder, SCHEMA)
         is_over = document is not None and _is_published(out, document)
-        if is_over or [entry.name for entry in folder.iterdir()] == [LOCK]:
+        if is_over or all(is_lock(entry.name) for entry in folder.iterdir()):
             with suppress(Locked, OutputExists), WorkFolder(folder, SCHEMA) as work:
                 _remove_published(work)
 
@@ -123,7 +149,7 @@ class Staging:
         """Put back what a run that was killed between two renames had moved aside."""
         aside = self._work.path / REPLACED
         if not os.path.lexists(self.out) and _is_replaced(aside, self._work):
-            os.rename(aside, self.out)
+            rename(aside, self.out)
 
     def _begin(self, restart: bool) -> None:
         """Go on where an earlier run of the same plan stopped, or anew."""
@@ -153,14 +179,18 @@ class Staging:
                 if path not in kept:
                     path.unlink()
             if not records:
-                files = {JOURNAL, *(f"{OUTPUT}/{name}" for name in plan.file_names)}
-                self._work.begin({"fingerprint": plan.fingerprint, "plan": plan.to_json()}, files)
+                self._work.begin(self._run())
             self.folder.mkdir(exist_ok=True)
-            self._journal = os.open(self._work.path / JOURNAL, _APPEND, 0o666)
+            self._journal = open_to_write(self._work.path / JOURNAL, append=True)
             os.ftruncate(self._journal, nbytes)
         except OSError as error:
             raise write_failure(self._work.path, error) from None
         self.records = records
+
+    def _run(self, **more: Any) -> PartialRun:
+        plan = self._plan
+        files = (JOURNAL, *(f"{OUTPUT}/{name}" for name in sorted(plan.file_names)))
+        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=plan.to_json(), **more)
 
     def commit(self, target: Target, record: ShardRecord) -> None:
         """Give a finished, durable shard its name, then note it."""
@@ -171,7 +201,7 @@ class Staging:
         """Append a line to the journal and flush it."""
         try:
             write_all(self._journal, msgspec.json.encode(record) + b"\n")
-            os.fsync(self._journal)
+            flush(self._journal)
         except OSError as error:
             raise write_failure(self._work.path / JOURNAL, error) from None
         self.records.append(record)
@@ -183,12 +213,9 @@ class Staging:
             for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
                 fsync_folder(folder)
             staged = self.folder / self.out.name if self._plan.is_file else self.folder
-            beside = (
-                {}
-                if self._beside is None
-                else {"beside": {"name": self._beside.path.name, "schema": self._beside.schema}}
-            )
-            self._work.amend(finished=_inode(staged), replaces=_inode(self.out), **beside)
+            other = self._beside
+            beside = msgspec.UNSET if other is None else Beside(name=other.path.name, schema=other.schema)
+            self._work.begin(self._run(finished=_inode(staged), replaces=_inode(self.out), beside=beside))
         except OSError as error:
             raise write_failure(self.folder, error) from None
 
@@ -230,9 +257,6 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._close_journal()
         self._work.close()
-
-
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def _remove_published(work: WorkFolder, beside: WorkFolder | None = None) -> None:

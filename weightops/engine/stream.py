@@ -22,9 +22,9 @@ from weightops.engine.joint import common_block, common_nodes, first_read, inter
 from weightops.formats.layout import Data, Late, Layout, Literal, Piece
 from weightops.formats.safetensors import SharingLayout
 from weightops.io.digests import new_hasher
-from weightops.io.direct import aligned_buffer
 from weightops.io.escape import escape
 from weightops.io.memory import copy_bytes
+from weightops.io.platform.machine import page_memory
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.stores.store import Target, WritableStore
 
@@ -139,7 +139,7 @@ def write_files(files: Sequence[File], read: Evaluator, control: Control) -> lis
     digest = _Stage(lambda slot: slot.stream.digester.work(slot), failures)
     write = _Stage(put, failures)
     write.inbox = digest.outbox
-    ring = [_Slot(memoryview(aligned_buffer(BLOCK_NBYTES))) for _ in range(slots(len(files)))]
+    ring = [_Slot(memoryview(page_memory(BLOCK_NBYTES))) for _ in range(slots(len(files)))]
     for slot in ring:
         write.outbox.put(slot)
     digest.start()

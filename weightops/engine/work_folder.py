@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weightops.engine.lock import take_lock
+import msgspec
+
+from weightops.engine.lock import Lock, is_lock
 from weightops.errors import OutputExists
 from weightops.io.atomic import temporary_of, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.entries import is_link
 
-LOCK, RUN = "weightops.lock", "run.json"
-_OWN = {LOCK, RUN, temporary_of(RUN)}
+RUN = "run.json"
 
 
 class WorkFolder:
@@ -43,27 +45,23 @@ class WorkFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_failure(path, error) from None
-        self._lock = take_lock(path / LOCK)
+        self._lock = Lock(path)
         self.document = read_document(path, schema)
 
-    def begin(self, document: Mapping[str, Any], files: Collection[str]) -> None:
-        """Say what the run is, and which files it makes here, by their names from here."""
-        self.document = {"schema": self.schema, "files": sorted(files), **document}
-        write_whole(self.path / RUN, json.dumps(self.document).encode())
-
-    def amend(self, **more: Any) -> None:
-        """Say more of the run."""
-        self.document = {**(self.document or {}), **more}
-        write_whole(self.path / RUN, json.dumps(self.document).encode())
+    def begin(self, document: msgspec.Struct) -> None:
+        """Say what the run is: of its schema, with the `files` that it makes here, by their names from here."""
+        data = json.dumps(msgspec.to_builtins(document)).encode()
+        self.document = json.loads(data)
+        write_whole(self.path / RUN, data)
 
     def own_files(self) -> list[Path]:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""
         files = (self.document or {}).get("files")
         names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-        own = _OWN.union(names, map(temporary_of, names))
+        own = {*names, *map(temporary_of, names)}
         found = []
         for name, path in _walk(self.path):
-            if name in _OWN:
+            if is_lock(name) or name in (RUN, temporary_of(RUN)):
                 continue
             if name not in own:
                 raise OutputExists(
@@ -87,17 +85,16 @@ class WorkFolder:
         """Clear and remove the folder itself; run.json last, which shows whose it is."""
         self.clear()
         try:
-            for name in (temporary_of(RUN), RUN, LOCK):
+            for name in (temporary_of(RUN), RUN):
                 (self.path / name).unlink(missing_ok=True)
+            self._lock.remove()
             self.path.rmdir()
         except OSError:
             return  # another run has just taken the folder over
 
     def close(self) -> None:
         """Let go."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -109,17 +106,17 @@ class WorkFolder:
 def refuse_others(path: Path, schema: str) -> None:
     """Raise `OutputExists` unless a run can work at `path`: nothing is there, or what such a run has left."""
     shown = escape(str(path))
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        what = "a link" if path.is_symlink() else "no folder"
+    if is_link(path) or (path.exists() and not path.is_dir()):
+        what = "a link" if is_link(path) else "no folder"
         raise OutputExists(
             f"{shown} is {what}, and weightops works in a folder of that name",
             hint="move it away, or choose another --out",
         )
     if not path.exists():
         return
-    names = {entry.name for entry in path.iterdir()}
     # A run that was killed right away has left no more than its lock.
-    if not names <= {LOCK, temporary_of(RUN)} and read_document(path, schema) is None:
+    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and entry.name != temporary_of(RUN)]
+    if others and read_document(path, schema) is None:
         raise OutputExists(
             f"{shown} is there, and weightops cannot tell that it made it", hint="move it away, or choose another --out"
         )
@@ -140,7 +137,7 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         name = prefix + entry.name
-        if entry.is_dir(follow_symlinks=False):
+        if entry.is_dir(follow_symlinks=False) and not is_link(folder / entry.name):
             yield from _walk(folder / entry.name, f"{name}/")
         else:
             yield name, folder / entry.name
@@ -148,6 +145,6 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
 
 def _remove_empty_folders(folder: Path) -> None:
     for entry in list(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
+        if entry.is_dir() and not is_link(entry):
             _remove_empty_folders(entry)
             entry.rmdir()

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.engine.limits import available_memory
 from weightops.engine.proof import hold, unproven
 from weightops.errors import NoRoom, UsageError
 from weightops.inference.finite import check_finite
@@ -21,10 +21,30 @@ from weightops.inference.packed import Engine, are_faster, refuse_unquantized
 from weightops.inference.pieces import pieces
 from weightops.inference.sampling import Sampling
 from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
+from weightops.io.platform.machine import available_memory
+from weightops.io.strict_json import as_json
 
+Finish = Literal["eos", "length"]
 DEFAULT_NEW_TOKENS = 128
 _WORKING_NBYTES = 64 << 20
 """What a block's activations may take."""
+
+
+class GenerateDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-generate/1"):
+    """What `generate --json` prints: the new text and its tokens, and why it ended: "eos", or "length".
+
+    `prompt_tokens` counts those of the prompt. `engine` is there for a quantised model. See `Generation`.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: tuple[int, ...]
+    warnings: tuple[str, ...]
+    finish: Finish | None
+    streams_weights: bool
+    engine: Engine | msgspec.UnsetType = msgspec.UNSET
+    elapsed_s: float
+    tokens_per_s: float
 
 
 class Generation:
@@ -77,7 +97,7 @@ class Generation:
         self.streams_weights = self._check_memory(room)
         self.warnings = (*self._model.warnings, *unproven(checkpoint.values()))
         self.tokens: list[int] = []
-        self.finish: Literal["eos", "length"] | None = None
+        self.finish: Finish | None = None
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -93,6 +113,22 @@ class Generation:
     def engine(self) -> Engine | None:
         """How layers multiply that are quantised; None if none is."""
         return self._model.engine
+
+    def to_json(self, text: str, elapsed_s: float) -> dict[str, Any]:
+        """A document of schema `weightops-generate/1` on a text that has come, in so much time."""
+        return as_json(
+            GenerateDocument(
+                text=text,
+                prompt_tokens=len(self._prompt),
+                tokens=tuple(self.tokens),
+                warnings=tuple(self.warnings),
+                finish=self.finish,
+                streams_weights=self.streams_weights,
+                engine=self.engine or msgspec.UNSET,
+                elapsed_s=round(elapsed_s, 3),
+                tokens_per_s=round(len(self.tokens) / elapsed_s, 3),
+            )
+        )
 
     def _room(self, max_new_tokens: int | None) -> int:
         length, limit = len(self._prompt), self._model.max_positions

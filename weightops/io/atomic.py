@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import secrets
@@ -13,19 +12,14 @@ from pathlib import Path
 from weightops.errors import OutputExists, UsageError
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+from weightops.io.platform.entries import flush_folder, give_name, is_read_only, replace_file
+from weightops.io.platform.files import flush, open_to_write
 
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        flush_folder(folder)
     except OSError as error:
         raise write_failure(folder, error) from None
 
@@ -33,7 +27,7 @@ def fsync_folder(folder: Path) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished, flushed file its name, durably. Both are in the same folder."""
     try:
-        os.replace(temporary, final)
+        replace_file(temporary, final)
     except OSError as error:
         raise write_failure(final, error) from None
     fsync_folder(final.parent)
@@ -57,27 +51,12 @@ def write_new(path: Path, data: bytes) -> None:
     try:
         with removed_at_end(temporary):
             write_whole(temporary, data)
-            link_new(temporary, path)
+            give_name(temporary, path)
             fsync_folder(path.parent)
     except FileExistsError:
         raise OutputExists(f"{escape(str(path))} exists", hint="it is left alone: choose another name") from None
     except OSError as error:
         raise write_failure(path, error) from None
-
-
-def link_new(source: Path, path: Path) -> None:
-    """Give a file a second name, unless that is taken: raises `FileExistsError`, and `OSError`.
-
-    Where there are no hard links the first name is given up, and nothing refuses what appears in that very moment.
-    """
-    try:
-        os.link(source, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        if os.path.lexists(path):
-            raise FileExistsError from None
-        os.rename(source, path)
 
 
 @contextmanager
@@ -107,7 +86,7 @@ def writing_whole(path: Path) -> Iterator[Callable[[bytes], None]]:
     try:
         try:
             yield write
-            os.fsync(fd)
+            flush(fd)
         except OSError as error:
             raise write_failure(path, error) from None
         finally:
@@ -133,12 +112,11 @@ def make_folder(path: Path) -> None:
 
 def _create(path: Path) -> tuple[Path, int]:
     """A new file, open for writing, of this name; of one like it if that is taken, by whomever."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return path, os.open(path, flags, 0o666)
+        return path, open_to_write(path, is_new=True)
     except FileExistsError:
         path = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
-        return path, os.open(path, flags, 0o666)
+        return path, open_to_write(path, is_new=True)
 
 
 def check_folder(path: Path) -> None:
@@ -149,7 +127,7 @@ def check_folder(path: Path) -> None:
     if not there.is_dir():
         raise write_failure(path, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
-        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        reason = errno.EROFS if is_read_only(there) else errno.EACCES
         raise write_failure(path, OSError(reason, os.strerror(reason)))
 
 
@@ -168,13 +146,3 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Swap two existing paths in one step; False where system or file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    done: bool = rename(*arguments) == 0
-    return done

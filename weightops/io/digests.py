@@ -20,6 +20,8 @@ import xxhash
 from weightops.errors import CorruptInput, Interrupted, UsageError, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import open_regular
+from weightops.io.platform.files import advise_in_order
+from weightops.io.platform.machine import cores
 
 HEX_DIGITS = {
     "md5": 32,
@@ -135,7 +137,7 @@ def hash_file(
     with open(open_regular(path), "rb", buffering=0) as file:
         before = os.fstat(file.fileno())
         hashers = {name: new_hasher(name, before.st_size) for name in algorithms}
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        advise_in_order(file.fileno())
         # The xxHash family outruns the disk and the page cache: handing its blocks to a thread would cost more.
         threaded = before.st_size > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
         block_nbytes = _THREAD_BLOCK_NBYTES if threaded else _BLOCK_NBYTES
@@ -243,7 +245,7 @@ def hash_files(
         except WeightopsError as error:
             return error
 
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "hash-file")
+    pool = ThreadPoolExecutor(workers or cores(), "hash-file")
     try:
         futures = {i: pool.submit(work, *files[i]) for i in _largest_first([path for path, _ in files])}
         pending = set(futures.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def hash_fetched(path: Path, algorithms: Collection[str], nbytes: int, check: Ca
     buffer = memoryview(bytearray(_BLOCK_NBYTES))
     with open(open_regular(path), "rb", buffering=0) as file:
         try:
-            while count := os.readv(file.fileno(), [buffer]):
+            while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
                 check()
         except OSError as error:

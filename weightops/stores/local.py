@@ -12,6 +12,7 @@ from weightops.io.atomic import make_folder, publish, temporary_of, write_new, w
 from weightops.io.direct import DirectFile
 from weightops.io.escape import escape
 from weightops.io.paths import inside, open_regular
+from weightops.io.platform.files import read_at
 from weightops.io.reflink import Extent
 from weightops.io.source_file import SourceFile
 
@@ -90,7 +91,7 @@ def read_from(fd: int, file: SourceFile, offset: int, out: memoryview) -> None:
     done = 0
     try:
         while done < len(out):
-            count = os.preadv(fd, [out[done:]], offset + done)
+            count = read_at(fd, out[done:], offset + done)
             if count == 0:
                 raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
             done += count

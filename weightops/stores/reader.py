@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.paths import open_regular
+from weightops.io.platform.files import advise_in_order, advise_soon
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import read_from
 
@@ -44,7 +45,7 @@ class FileReader:
             path, oldest = self._open.popitem(last=False)
             _check_unchanged(self._seen[path], oldest)
             os.close(oldest)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        advise_in_order(fd)
         return fd
 
     def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
@@ -63,7 +64,7 @@ class FileReader:
         fd = self._descriptor(file)
         read_from(fd, file, offset, out)
         if len(out) >= 1 << 20:
-            os.posix_fadvise(fd, offset + len(out), _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            advise_soon(fd, offset + len(out), _READ_AHEAD)
 
     def read(self, file: SourceFile, offset: int, nbytes: int) -> bytes:
         """The `nbytes` at `offset`; for headers, whose size the caller has checked against the file's."""

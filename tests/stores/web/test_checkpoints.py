@@ -19,6 +19,7 @@ import torch
 from fetching import wait_until
 from hub import Fault, Hub
 from support import digests, write_checkpoint
+from systems import needs_itself
 
 import weightops
 from weightops.engine import proof
@@ -386,6 +387,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(hub: Hub, family: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_itself("fork")
 def test_ctrl_c_ends_a_silent_read_within_a_second(hub: Hub, tmp_path: Path) -> None:
     hub.always["model.safetensors"] = Fault("stall", 500_000, 60)
     process = subprocess.Popen(

@@ -32,7 +32,8 @@ from weightops.io.brief import brief
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.io.paths import check_relative
+from weightops.io.paths import check_names, check_relative
+from weightops.io.platform.entries import replace_file
 from weightops.operations.download.record import OPERATION, recorded
 from weightops.stores.transfer.partial import STATE, Claims
 from weightops.stores.transfer.places import check_place, note_of, refuse_other, stamp_of
@@ -161,7 +162,7 @@ def _previous(out: Path) -> Manifest | None:
 def _set_aside(out: Path) -> None:
     """The manifest is no longer true once the first file is replaced, but still says what was there."""
     try:
-        os.replace(out / manifest.NAME, out / _PREVIOUS)
+        replace_file(out / manifest.NAME, out / _PREVIOUS)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -189,6 +190,7 @@ def plan_download(
         raise OutputExists(
             f"{escape(str(out))} holds a checkpoint that was not downloaded", hint="choose another --out"
         )
+    _check_names(out, listing, files)
     check_place(out, f"{STATE}/data")
     have = {}
     for file in files:
@@ -216,6 +218,15 @@ def check_room(out: Path, missing_nbytes: int) -> None:
     needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out / STATE)
     if missing_nbytes and needed > free:
         raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
+
+
+def _check_names(out: Path, listing: Listing, files: Files) -> None:
+    """Refuse names that the place of the download cannot hold beside one another, and beside our own."""
+    try:
+        check_names(out, [*(file.name for file in files), manifest.NAME, STATE], listing.source)
+    except CorruptInput as error:
+        hint = f"{error.hint}, or leave one out with --exclude" if error.hint else "--exclude leaves it out"
+        raise CorruptInput(str(error), hint=hint) from None
 
 
 def _ever_fetched(previous: Manifest | None) -> list[str]:
@@ -283,6 +294,7 @@ def fetch(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_failure(out, error) from None
+    _check_names(out, planned.listing, planned.files)  # of a disk that was empty, only now can be said what it tells
     missing = [file for file in planned.files if file.name not in planned.have]
     control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
     transfer = Transfer(out, web, Reporter(control), workers, planned.ours)
