@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from weightops.cli.hub_cache import is_offline
+from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.network import hub_endpoint, token_is_set
 from weightops.io.platform.machine import available_memory, cores, file_system_type, total_memory
 from weightops.stores.web.urls import show
@@ -129,9 +129,7 @@ def _hub() -> Hub:
 
 
 def _cache() -> Cache:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    path = Path(HF_HUB_CACHE)
+    path = hub_cache()
     exists = path.is_dir()
     return Cache(path=str(path), exists=exists, nbytes=count_cache(path) if exists else 0)
 

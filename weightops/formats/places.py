@@ -43,15 +43,13 @@ def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFi
         return SourceFile.at(path)
     if _GLOB.search(path.name) and path.parent.is_dir():
         return Matching(path.parent, path.name)
-    raise no_such(path)
+    raise SourceMissing(f"{escape(str(path))}: no such file or folder", hint=repository_hint(path))
 
 
-def no_such(path: Path) -> SourceMissing:
-    """The error for a path at which nothing is; one that could be the name of a repository is asked about."""
+def repository_hint(path: Path) -> str | None:
+    """What to ask about a path at which nothing is, if it could be the name of a repository."""
     is_name = _REPOSITORY.fullmatch(str(path)) and not is_weights(path.name) and not path.parent.exists()
-    return SourceMissing(
-        f"{escape(str(path))}: no such file or folder", hint=f"did you mean hf://{path}?" if is_name else None
-    )
+    return f"did you mean hf://{path}?" if is_name else None
 
 
 class Matching(LocalStore):

@@ -26,9 +26,8 @@ from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.digests import GIT_SHA1
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative, open_regular
-from weightops.io.platform.files import read_at
 from weightops.io.source_file import SourceFile
-from weightops.stores.local import read_source
+from weightops.stores.local import read_from, read_source
 from weightops.stores.proof import Proofs
 from weightops.stores.store import SKIPPED_NBYTES
 from weightops.stores.web.listing import RemoteFile, is_commit
@@ -139,8 +138,10 @@ class CachedRepository:
         Raises `CorruptInput` for what has its name and is not it, as far as can be seen without reading.
         """
         digest = next(iter(file.digests.values()))
-        name = check_relative(file.name, self.shown)
-        path = self.snapshot(commit) / name
+        try:
+            path = self.snapshot(commit) / check_relative(file.name, self.shown)
+        except CorruptInput:
+            return None  # whoever opens it says so
         for place in (self.blob(digest), path):
             # A link says nothing that the digest does not.
             if os.path.lexists(place) and (place != path or not path.is_symlink()):
@@ -212,7 +213,7 @@ class HubCache:
     A file is opened for each read: nothing is held, and one that changes in between is noticed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(os.path.abspath(folder))
         self._proofs = Proofs(self._hint)
         self._seen: dict[SourceFile, tuple[int, ...]] = {}
@@ -251,9 +252,9 @@ class HubCache:
             if 0 < offset - known <= _GAP_NBYTES:
                 # The digest would miss those bytes, such as a header that was read by an earlier run.
                 gap = memoryview(bytearray(offset - known))
-                _fill(fd, file, known, gap)
+                read_from(fd, file, known, gap)
                 self._proofs.passed(file, known, gap)
-            _fill(fd, file, offset, out)
+            read_from(fd, file, offset, out)
         finally:
             os.close(fd)
         self._proofs.passed(file, offset, out)
@@ -277,7 +278,7 @@ class HubCache:
         data = bytearray(file.nbytes)
         fd = self._open(file)
         try:
-            _fill(fd, file, 0, memoryview(data))
+            read_from(fd, file, 0, memoryview(data))
         finally:
             os.close(fd)
         self._proofs.whole(file, data)
@@ -298,18 +299,6 @@ class HubCache:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _fill(fd: int, file: SourceFile, offset: int, out: memoryview) -> None:
-    done = 0
-    try:
-        while done < len(out):
-            count = read_at(fd, out[done:], offset + done)
-            if count == 0:
-                raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
-            done += count
-    except OSError as error:
-        raise WeightopsError(f"{file.shown}: cannot be read at byte {offset + done} ({error.strerror})") from None
 
 
 def tree_document(files: Iterable[RemoteFile]) -> bytes:

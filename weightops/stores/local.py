@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightops.errors import CorruptInput
+from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.atomic import make_folder, publish, temporary_of, write_new, write_whole, writing_whole
 from weightops.io.direct import DirectFile
 from weightops.io.escape import escape
 from weightops.io.paths import inside, open_regular
+from weightops.io.platform.files import read_at
 from weightops.io.reflink import Extent
 from weightops.io.source_file import SourceFile
 
@@ -80,6 +81,22 @@ class LocalTarget(DirectFile):
 
     def commit(self) -> None:
         publish(self._temporary, self._final)
+
+
+def read_from(fd: int, file: SourceFile, offset: int, out: memoryview) -> None:
+    """Fill `out` with the bytes at `offset` of a file that is open.
+
+    Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails.
+    """
+    done = 0
+    try:
+        while done < len(out):
+            count = read_at(fd, out[done:], offset + done)
+            if count == 0:
+                raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
+            done += count
+    except OSError as error:
+        raise WeightopsError(f"{file.shown}: cannot be read at byte {offset + done} ({error.strerror})") from None
 
 
 def read_source(path: Path) -> tuple[SourceFile, bytes]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.paths import open_regular
-from weightops.io.platform.files import advise_in_order, advise_soon, read_at
+from weightops.io.platform.files import advise_in_order, advise_soon
 from weightops.io.source_file import SourceFile
+from weightops.stores.local import read_from
 
 if TYPE_CHECKING:
     from weightops.stores.stores import Stores
@@ -61,17 +62,9 @@ class FileReader:
             self._stores.reader_of(file).read_into(file, offset, out, following)
             return
         fd = self._descriptor(file)
-        done = 0
-        try:
-            while done < len(out):
-                count = read_at(fd, out[done:], offset + done)
-                if count == 0:
-                    raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
-                done += count
-            if len(out) >= 1 << 20:
-                advise_soon(fd, offset + done, _READ_AHEAD)
-        except OSError as error:
-            raise WeightopsError(f"{file.shown}: cannot be read at byte {offset + done} ({error.strerror})") from None
+        read_from(fd, file, offset, out)
+        if len(out) >= 1 << 20:
+            advise_soon(fd, offset + len(out), _READ_AHEAD)
 
     def read(self, file: SourceFile, offset: int, nbytes: int) -> bytes:
         """The `nbytes` at `offset`; for headers, whose size the caller has checked against the file's."""

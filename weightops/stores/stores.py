@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from weightops.errors import UsageError, WeightopsError
@@ -48,7 +48,7 @@ class Stores:
         web: Remote | None = None,
         connect: Mapping[str, Callable[[], Remote]] = _KINDS,
         *,
-        cache: Path | None = None,
+        cache: str | os.PathLike[str] | None = None,
         offline: bool = False,
     ) -> None:
         self._connect = {**_KINDS, **connect}
@@ -118,7 +118,7 @@ class Stores:
                 remote.close()
 
 
-def _open_cache(folder: Path) -> Remote:
+def _open_cache(folder: str | os.PathLike[str]) -> Remote:
     from weightops.stores.cache import HubCache  # imported here because most commands read no cache
 
     return HubCache(folder)

@@ -74,7 +74,7 @@ def command(
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
 
     It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers
-    are then read from disk for every token, which is slow.
+    are then read again for every token, which is slow.
     """
     if temperature == 0:
         refuse_unused("at --temperature 0, where nothing is drawn", "seed")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from weightops.engine.control import Control
 from weightops.errors import CorruptInput, Interrupted, SourceMissing, UsageError, WeightopsError
+from weightops.formats.places import repository_hint
 from weightops.formats.proofs import manifest as own
 from weightops.formats.proofs.checksums import is_checksum_list, read_checksums
 from weightops.formats.proofs.manifest import Manifest, read_manifest
@@ -79,7 +80,7 @@ def verify(
         raise UsageError("content compares tensors, whose digests have one algorithm", hint="leave algorithm out")
     file = folder.name if os.path.isfile(folder) else None
     if file is None and not os.path.isdir(folder):
-        raise SourceMissing(f"{escape(str(folder))}: no such folder or file")
+        raise SourceMissing(f"{escape(str(folder))}: no such folder or file", hint=repository_hint(folder))
     root = folder if file is None else folder.parent
     path = manifest
     if path is None and (snapshot is None or content):
