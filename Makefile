@@ -1,5 +1,7 @@
 # Every target sets itself up: a virtual environment with pinned versions, made once.
-PYTHON ?= python3.11
+# The first of these that is there and new enough: the versions that tests run with come first.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -8,14 +10,25 @@ MERGEKIT := .venv-mergekit
 GPTQMODEL := .venv-gptqmodel
 AUTOGPTQ := .venv-autogptq
 LLAMACPP := .venv-llamacpp
+DOCS := .venv-docs
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp mutants clean
+# A new environment. Arguments: its folder, and how long it takes and how large it is.
+define new
+@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+  echo "weightops needs Python 3.11 or newer, and $(or $(PYTHON),nothing on the PATH) is none: name one, as in make PYTHON=/path/to/python3"; exit 1; }
+@echo "setting up $(1) ($(2))"
+@$(PYTHON) -m venv $(1)
+endef
+
+.PHONY: help setup demo docs test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
+  mergekit gptqmodel autogptq llamacpp mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
 	@echo "make test      lint, types and the test suite (under 6 minutes)"
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
+	@echo "make docs      the documentation as a site that needs no network, in build/site"
 	@echo "make mutants   what the tests notice of 200 small changes to the code (under two hours; continues when killed)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench-convert   and the part about convert"
@@ -28,13 +41,14 @@ help:
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make llamacpp        llama-cpp-python 0.3.36 likewise, to which test-all holds GGUF files (a C++ compiler)"
+	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(READY)
+	$(call new,$(VENV),about a minute and 1.3 GB)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
 
 setup: $(READY)
 
@@ -54,17 +68,28 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 $(VENV)/.mutants: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray coverage
-	touch $@
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray coverage
+	@touch $@
+
+$(DOCS)/.ready: constraints.txt
+	$(call new,$(DOCS),half a minute and 170 MB)
+	@$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs mkdocs-material
+	@touch $@
+
+# Its theme announces its successor at every build.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)/.ready
+	@$(DOCS)/bin/mkdocs build --strict
+	@echo "open build/site/index.html"
 
 mutants: $(VENV)/.mutants
 	$(BIN)/python tests/mutation/run.py $(OPTIONS)
 
 $(REFERENCE)/.ready:
-	$(PYTHON) -m venv $(REFERENCE)
-	$(REFERENCE)/bin/python -m pip install --quiet torch==2.13.0
-	$(REFERENCE)/bin/python -m pip install --quiet accelerate 'numpy<2.5' sentencepiece transformers==4.47.1
-	touch $@
+	$(call new,$(REFERENCE),a few minutes and over 1 GB)
+	@$(REFERENCE)/bin/python -m pip install --quiet torch==2.13.0
+	@$(REFERENCE)/bin/python -m pip install --quiet accelerate 'numpy<2.5' sentencepiece transformers==4.47.1
+	@touch $@
 
 reference: $(REFERENCE)/.ready
 
@@ -72,38 +97,38 @@ test-all: lint reference gptqmodel autogptq llamacpp
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 $(MERGEKIT)/.ready:
-	$(PYTHON) -m venv $(MERGEKIT)
-	$(MERGEKIT)/bin/python -m pip install --quiet torch==2.13.0
-	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
-	touch $@
+	$(call new,$(MERGEKIT),a few minutes and over 1 GB)
+	@$(MERGEKIT)/bin/python -m pip install --quiet torch==2.13.0
+	@$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
+	@touch $@
 
 mergekit: $(MERGEKIT)/.ready
 
 $(GPTQMODEL)/.ready:
-	$(PYTHON) -m venv $(GPTQMODEL)
-	$(GPTQMODEL)/bin/python -m pip install --quiet torch==2.13.0
-	$(GPTQMODEL)/bin/python -m pip install --quiet numpy==2.4.6 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 \
+	$(call new,$(GPTQMODEL),a few minutes and over 1 GB)
+	@$(GPTQMODEL)/bin/python -m pip install --quiet torch==2.13.0
+	@$(GPTQMODEL)/bin/python -m pip install --quiet numpy==2.4.6 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 \
 	  'threadpoolctl>=3.7' packaging device-smi==0.5.7 protobuf pillow requests pypcre==0.6.4 tokenicer==0.0.14 \
 	  logbar==0.4.15 jinja2 ninja dill defuser==0.0.28 sentencepiece
-	$(GPTQMODEL)/bin/python -m pip install --quiet --no-deps torchao==0.18.0 optimum==2.3.0 gptqmodel==7.7.0
-	touch $@
+	@$(GPTQMODEL)/bin/python -m pip install --quiet --no-deps torchao==0.18.0 optimum==2.3.0 gptqmodel==7.7.0
+	@touch $@
 
 gptqmodel: $(GPTQMODEL)/.ready
 
 $(AUTOGPTQ)/.ready:
-	$(PYTHON) -m venv $(AUTOGPTQ)
-	$(AUTOGPTQ)/bin/python -m pip install --quiet torch==2.13.0
-	$(AUTOGPTQ)/bin/python -m pip install --quiet transformers==4.40.2 peft==0.10.0 accelerate==0.30.1 gekko rouge pandas \
+	$(call new,$(AUTOGPTQ),a few minutes and over 1 GB)
+	@$(AUTOGPTQ)/bin/python -m pip install --quiet torch==2.13.0
+	@$(AUTOGPTQ)/bin/python -m pip install --quiet transformers==4.40.2 peft==0.10.0 accelerate==0.30.1 gekko rouge pandas \
 	  sentencepiece 'setuptools<81' datasets
-	$(AUTOGPTQ)/bin/python -m pip install --quiet --no-deps auto-gptq==0.7.1
-	touch $@
+	@$(AUTOGPTQ)/bin/python -m pip install --quiet --no-deps auto-gptq==0.7.1
+	@touch $@
 
 autogptq: $(AUTOGPTQ)/.ready
 
 $(LLAMACPP)/.ready:
-	$(PYTHON) -m venv $(LLAMACPP)
-	$(LLAMACPP)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
-	touch $@
+	$(call new,$(LLAMACPP),a few minutes and over 1 GB)
+	@$(LLAMACPP)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	@touch $@
 
 llamacpp: $(LLAMACPP)/.ready
 
@@ -133,5 +158,8 @@ bench-inference: $(READY)
 bench-quality: $(READY)
 	$(BIN)/python benchmarks/quality.py
 
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(OPTIONS)
+
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) $(LLAMACPP) build dist
+	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) $(LLAMACPP) $(DOCS) build dist

@@ -71,7 +71,7 @@ def timed(arguments: Sequence[str]) -> tuple[float, float]:
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         try:
-            for line in status.read_text().splitlines():
+            for line in status.read_text(encoding="utf-8").splitlines():
                 if line.startswith("RssAnon:"):
                     peak = max(peak, int(line.split()[1]))
         except (OSError, IndexError):
@@ -291,16 +291,18 @@ def main() -> None:
 def write_section(report: Path, name: str, lines: Sequence[str]) -> None:
     """Put lines into the report, in place of those between the marks of this name, or else before the notes."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = report.read_text().partition(begin)
+    before, _, rest = report.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     if not rest:
         before, heading, after = before.partition("## Reading them")
         after = f"\n\n{heading}{after}"
-    report.write_text("\n".join([before + begin, *lines, "", end]) + after)
+    report.write_text("\n".join([before + begin, *lines, "", end]) + after, encoding="utf-8")
 
 
 def _preamble(runs: int, speed: str) -> str:
     return f"""# Benchmarks
+
+How fast weightops is, and how much memory it takes, against `cp` and against other programs.
 
 Written by `make bench`: {runs} runs ({runs // 2 + 1} with a cold cache) of a whole command and of its baseline,
 by turns, on {os.cpu_count()} cores ({platform.machine()}). The baseline is `cat` of every input, `cp` of as many bytes

@@ -109,7 +109,7 @@ def _compare(folder: Path, quantised: Path, text: Path, perplexity: dict[str, fl
     print(f"transformers, given the dequantised folder, says the same: {same}")
 
     theirs, found = (
-        _perplexity(model, torch.tensor(tokenizer(text.read_text(), verbose=False).input_ids)),
+        _perplexity(model, torch.tensor(tokenizer(text.read_text(encoding="utf-8"), verbose=False).input_ids)),
         perplexity[quantised.name],
     )
     print(f"transformers alone finds a perplexity of {theirs:.4f}, eval found {found:.4f}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench import timed, weightops, write_section
 from quantize import model_of, shown
+from weightops_kernels.reference import Packed
 
 from weightops import api
 
@@ -41,7 +42,7 @@ def one(folder: Path, engine: str, dtype: str, tokens: int, out: Path) -> None:
     times = [time.perf_counter() for _ in found._generate()]
     steps = [b - a for a, b in itertools.pairwise(times)]
     document = {"first_s": times[0] - start, "token_s": statistics.median(steps), "whole_nbytes": found.whole_nbytes}
-    out.write_text(json.dumps(document))
+    out.write_text(json.dumps(document), encoding="utf-8")
 
 
 def generating(size: str, folder: Path, runs: int, tokens: int) -> list[str]:
@@ -62,7 +63,7 @@ def generating(size: str, folder: Path, runs: int, tokens: int) -> list[str]:
     for (engine, dtype), rows in figures.items():
         first, token, whole, peak = zip(*rows, strict=True)
         lines.append(
-            f"| {engine} | {dtype} | {statistics.median(first):.1f} | **{1e3 * statistics.median(token):.0f}** "
+            f"| `{engine}` | {dtype} | {statistics.median(first):.1f} | **{1e3 * statistics.median(token):.0f}** "
             f"({1e3 * min(token):.0f} to {1e3 * max(token):.0f}) | {whole[0]:.0f} | {max(peak):.0f} |"
         )
     return lines
@@ -95,7 +96,7 @@ def layer() -> list[str]:
         scales,
         reference.trivial_g_idx(SIZE, 128),
     )
-    dense = reference.dequantize(*tensors, 4).contiguous()
+    dense = reference.dequantize(Packed(*tensors)).contiguous()
     narrow = dense.bfloat16()
     int4 = QuantLinear.from_tensors(*tensors, 4).prepare("cpu-int4", torch.bfloat16, release=True)
     planes = QuantLinear.from_tensors(*tensors, 4).prepare("cpu", release=True)

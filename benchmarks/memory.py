@@ -42,7 +42,7 @@ def sample(arguments: list[str]) -> Line:
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         try:
-            text = Path(f"/proc/{process.pid}/status").read_text()
+            text = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
             used = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon:"))
             points.append((time.perf_counter() - start, used / 1000))
         except (OSError, StopIteration):

@@ -51,7 +51,12 @@ def exit_code_table() -> list[str]:
 
 def render() -> str:
     """The page."""
-    parts = ["# Commands", "", "Written by `python docs/generate.py` from the commands' help.", ""]
+    parts = [
+        "# Commands",
+        "",
+        "What `weightops COMMAND --help` says of every command; exit codes and environment below.",
+        "",
+    ]
     parts += ["```", help_text(), "```", ""]
     for name in COMMANDS:
         parts += [f"## weightops {name}", "", "```", help_text(name), "```", ""]

@@ -130,13 +130,14 @@ def prepared() -> Iterator[Path]:
                 Path(model).mkdir()
                 tensors = {"norm.weight": torch.randn(4), "head.weight": torch.randn(2, 4)}
                 save_file(tensors, f"{model}/model.safetensors", metadata={"format": "pt"})
-                Path(model, "config.json").write_text('{"torch_dtype": "float32"}\n')
+                Path(model, "config.json").write_text('{"torch_dtype": "float32"}\n', encoding="utf-8")
             shutil.copytree(TINY, "tiny-llama")
-            Path("short.txt").write_text(Path("tiny-llama/heldout.txt").read_text()[:1500])
+            text = Path("tiny-llama/heldout.txt").read_text(encoding="utf-8")
+            Path("short.txt").write_text(text[:1500], encoding="utf-8")
             outputs = {"./out-f16": {"from": "cut", "dtype": "float16"}}
             recipe: dict[str, Any] = {"sources": {"raw": "./model"}, "outputs": outputs}
             recipe["tensors"] = {"cut": {"shard": {"source": "raw", "drop": "norm.weight"}}}
-            Path("release.yaml").write_text(json.dumps(recipe))
+            Path("release.yaml").write_text(json.dumps(recipe), encoding="utf-8")
             hub.add("org/name", {path.name: path.read_bytes() for path in Path("model").iterdir()})
             os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
             yield folder
@@ -212,7 +213,7 @@ def render() -> str:
         for name, (_, line, path) in WRITTEN.items():
             if line:
                 printed(line)
-            parts += [f"## {name}", *([f"    {line}"] if line else []), example(Path(path).read_text())]
+            parts += [f"## {name}", *([f"    {line}"] if line else []), example(Path(path).read_text(encoding="utf-8"))]
     assert {*PRINTED, *WRITTEN, EVENTS} == schemas().keys()
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

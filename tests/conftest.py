@@ -9,9 +9,11 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import systems
 import torch
 from hypothesis import settings
 
+systems.install(os.environ.get(systems.VARIABLE, ""))  # no test has imported weightops yet
 settings.register_profile("untimed", deadline=None)  # a test that takes long beside others is not wrong
 settings.load_profile("untimed")
 

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden/knowlm"
 def commands(heading: str) -> list[list[str]]:
     """The commands under a heading, as arguments."""
     section = PAGE.read_text().partition(f"## {heading}")[2].partition("\n## ")[0]
-    found = re.findall(r"^ +weightops ((?:.*\\\n)*.*)", section, re.MULTILINE)
+    found = re.findall(r"^    weightops ((?:.*\\\n)*.*)", section, re.MULTILINE)
     return [shlex.split(command.replace("\\\n", " ")) for command in found]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 import weightops
 
@@ -45,7 +48,7 @@ def imports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for module, path in modules.items():
         found[module] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("weightops."):
                 names = [f"{node.module}.{each.name}" for each in node.names]
@@ -127,7 +130,7 @@ def test_operations_list_what_the_command_line_lists() -> None:
 
 def test_every_room_says_in_a_line_what_it_is_for() -> None:
     for path in PACKAGE.rglob("__init__.py"):
-        assert len((ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]) > 20, path
+        assert len((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]) > 20, path
 
 
 def test_only_the_command_line_prints_exits_or_reads_the_environment() -> None:
@@ -135,7 +138,7 @@ def test_only_the_command_line_prints_exits_or_reads_the_environment() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.is_relative_to(PACKAGE / "cli"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if name in ("print", "exit", "sys.exit", "os.getenv", "logging.basicConfig", "signal.signal"):
                 wrong.append(f"{path.name}: {name}")
@@ -144,6 +147,95 @@ def test_only_the_command_line_prints_exits_or_reads_the_environment() -> None:
     assert wrong == []
 
 
+EVERYWHERE = {
+    *("PathLike", "W_OK", "X_OK", "access", "close", "cpu_count", "devnull", "dup", "dup2", "environ", "fdopen"),
+    *(
+        "fsencode",
+        "fspath",
+        "fstat",
+        "ftruncate",
+        "getpid",
+        "path",
+        "readlink",
+        "scandir",
+        "symlink",
+        "walk",
+        "DirEntry",
+        "strerror",
+        "unlink",
+        "urandom",
+    ),
+    *("utime", "write"),
+}
+"""What every system has of `os`, with one meaning."""
+SOMEWHERE = {
+    *("ctypes", "fcntl", "filelock", "grp", "mmap", "msvcrt", "multiprocessing", "posix", "psutil", "pty", "pwd"),
+    *("resource", "syslog", "termios", "tty", "winreg"),
+}
+"""Modules that some systems lack, or that are asked for what systems have in different ways."""
+EXCEPTIONS = {
+    *(("ops/libtorch.py", "ctypes"), ("ops/measures/counting.py", "ctypes")),  # torch's own library
+    ("stores/transfer/hub_locks.py", "filelock"),  # huggingface_hub's own kind
+    *(("cli/main.py", "os.open"), ("cli/main.py", "os.O_WRONLY")),  # of os.devnull, which is no file
+}
+
+
+def uses_of_systems(tree: ast.AST) -> Iterator[str]:
+    """What of a module's text only some systems have."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module in ("os", "signal"):
+                yield from (f"{node.module}.{name.name}" for name in node.names)
+        yield from (name for name in names if name.partition(".")[0] in SOMEWHERE)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            if node.value.id == "os" and node.attr not in EVERYWHERE:
+                yield name
+            if node.value.id == "signal" and node.attr not in ("signal", "SIG_DFL", "SIGINT"):
+                yield name
+            if name in ("sys.platform", "platform.system", "platform.release"):
+                yield name
+        if isinstance(node, ast.Attribute) and node.attr in ("st_blocks", "is_mount", "hardlink_to", "symlink_to"):
+            yield f".{node.attr}"
+        if isinstance(node, ast.keyword) and node.arg is not None and node.arg.endswith("dir_fd"):
+            yield f"{node.arg}="
+        if isinstance(node, ast.Constant) and str(node.value).startswith(("/proc", "/sys/", "/dev/")):
+            yield str(node.value)
+
+
+def test_only_one_package_asks_which_calls_a_system_has() -> None:
+    wrong = []
+    for root in (PACKAGE, PACKAGE.parent / "kernels" / "weightops_kernels"):
+        for path in root.rglob("*.py"):
+            name = path.relative_to(root).as_posix()
+            if not (root == PACKAGE and name.startswith("io/platform/")):
+                found = set(uses_of_systems(ast.parse(path.read_text(encoding="utf-8"))))
+                wrong += [f"{name}: {use}" for use in found if (name, use) not in EXCEPTIONS]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "import fcntl",
+            "from fcntl import flock",
+            "import ctypes.util",
+            "os.posix_fadvise(0, 0, 0, 0)",
+            "os.O_DIRECT",
+        ),
+        *("os.rename(a, b)", "os.open(a, 0)", "from os import fork", "os.geteuid()", "x = os.stat(a, dir_fd=b)"),
+        *("path.stat().st_blocks", "Path('/proc/self')", "signal.SIGHUP", "sys.platform", "os.sysconf('x')"),
+    ],
+)
+def test_which_is_seen(line: str) -> None:
+    assert list(uses_of_systems(ast.parse(line)))
+
+
 def test_no_file_is_over_400_lines() -> None:
-    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
     assert long == {}

@@ -1,4 +1,4 @@
-"""README's commands about TigerBot, and the page about quantising, as they stand, on small models."""
+"""The page about quantising, as it stands, on small models: its own commands, and those in the place of TigerBot's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tiny_models import save_tiny, text
 
 from weightops.cli.main import run
 
-ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).parents[1] / "docs/quantize.md"
 
 
-def commands(page: str, heading: str) -> list[list[str]]:
-    part = (ROOT / page).read_text().partition(heading)[2].partition("\n## ")[0]
+def commands(heading: str) -> list[list[str]]:
+    part = PAGE.read_text().partition(f"{heading}\n")[2].partition("\n## ")[0]
     return [shlex.split(line) for line in re.findall(r"^    weightops (.*)", part, re.MULTILINE)]
 
 
@@ -29,7 +29,7 @@ def test_tigerbot_s_two_command_lines_run_on_a_small_bloom(
     save_tiny(tmp_path / "tigerbot-7b", "bloom", hidden_size=128)
     for name in ("wikitext2.txt", "heldout.txt"):
         (tmp_path / name).write_text(text(200))
-    quantize, generate, evaluate = commands("README.md", "## Quantise a model, and prove it")
+    quantize, generate, evaluate = commands("## TigerBot's two command lines")
     assert run(quantize) == 0
     shards = tmp_path / "tigerbot-4bit"
     shards.mkdir()
@@ -53,7 +53,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(tmp_path / "model", "llama", hidden_size=128, intermediate_size=256, max_position_embeddings=2048)
     for name in ("text.txt", "heldout.txt"):
         (tmp_path / name).write_text(text(200))
-    found = commands("docs/quantize.md", "# Quantising a model")
+    found = commands("# Quantising a model")
     assert [words[0] for words in found] == ["quantize", "quantize", "check", "eval", "generate", "dequantize"]
     for words in found:
         assert run(words) == 0, words

@@ -17,11 +17,12 @@ import msgspec
 from weightops.errors import UsageError
 from weightops.io import strict_json
 from weightops.io.brief import brief
+from weightops.io.notebook import card, in_units
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.spec import DType, TensorSpec
-from weightops.stores.reader import read_source
-from weightops.stores.store import Folder
+from weightops.stores.local import read_source
+from weightops.stores.store import Store
 
 Digests = Mapping[str, str]
 """xxh3_128 of tensors, by tensor name or by witness label."""
@@ -109,12 +110,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
     in_one_file: bool = False
     dropped: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, int | None] = field(default_factory=dict)
-    folder: Folder | None = None
+    folder: Store | None = None
     origin: str | None = None
     content_id: str | None = None
     digests: Digests = field(default_factory=dict)
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        rows = [(name, t.spec.dtype.value, list(t.spec.shape), in_units(t.nbytes)) for name, t in self.items()]
+        facts = {"tensors": len(self), "size": in_units(self.nbytes), "content": self.content_id}
+        return card(self.name, facts, ("tensor", "dtype", "shape", "size"), rows, what="tensors")
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -134,10 +140,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         match self.sidecars.get(name):
             case Written(data):
                 return data
-            case Copied(file) if file.is_remote:
-                raise UsageError(f"{file.shown}: is on a server, and fetched only when it is written")
-            case Copied(file):
+            case Copied(file) if not file.is_remote:
                 return read_source(Path(file.path))[1]
+            case Copied(file):
+                if self.folder is None:
+                    raise UsageError(f"{file.shown}: is on a server or in a cache, and read only when it is written")
+                return self.folder.get(name)
             case _:
                 return None
 

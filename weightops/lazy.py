@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
+from weightops.errors import UsageError
 from weightops.io.brief import brief
 from weightops.io.memory import copy_bytes
 from weightops.io.source_file import SourceFile
-from weightops.spec import TensorSpec
+from weightops.spec import DType, TensorSpec
 from weightops.stores.reader import FileReader
+from weightops.stores.stores import Stores
 
 if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
+    import torch
+    from numpy.typing import NDArray
 
 
 class Op(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower):
@@ -88,6 +91,45 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         return self.spec.nbytes
+
+    def read(self, stores: Stores | None = None) -> bytearray:
+        """All its bytes: contiguous, little-endian. What lies beyond this machine is read through `stores`."""
+        buffer = bytearray(self.nbytes)
+        with (stores or Stores()).connected() as stores, Evaluator(stores) as evaluate:
+            evaluate(self, 0, memoryview(buffer))
+        return buffer
+
+    def numpy(self) -> NDArray[Any]:
+        """Its values, in memory of their own. Types that numpy lacks become float32, which holds each of their values.
+
+        Raises `UsageError` for types of less than a byte.
+        """
+        import numpy as np
+
+        if self.spec.dtype is DType.BF16:
+            words = np.frombuffer(self.read(), np.uint16).astype(np.uint32)
+            return (words << 16).view(np.float32).reshape(self.spec.shape)
+        if self.spec.dtype.is_packed or self.spec.dtype.value.startswith("float8"):
+            return self.torch().float().numpy()
+        return np.frombuffer(self.read(), np.dtype(self.spec.dtype.value).newbyteorder("<")).reshape(self.spec.shape)
+
+    def torch(self) -> torch.Tensor:
+        """Its values as a torch tensor on the CPU, in memory of its own; raises `UsageError` for types torch lacks."""
+        import torch
+
+        dtype = getattr(torch, self.spec.dtype.value, None)
+        if self.spec.dtype.is_packed or not isinstance(dtype, torch.dtype):
+            raise UsageError(f"torch has no tensors of {self.spec.dtype.value}", hint="`read` gives the bytes")
+        if not self.nbytes:
+            return torch.empty(self.spec.shape, dtype=dtype)
+        return torch.frombuffer(self.read(), dtype=torch.uint8).view(dtype).reshape(self.spec.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """For `numpy.asarray`, which always copies here: the values lie in a file."""
+        if copy is False:
+            raise ValueError("a lazy tensor is read from its file, so that its values are always a copy")
+        values = self.numpy()
+        return values if dtype is None else values.astype(dtype, copy=False)
 
     def walk(self) -> Iterator[LazyTensor]:
         """This tensor and everything it is made of."""
@@ -158,13 +200,13 @@ class _Kept:
 class Evaluator:
     """Evaluates lazy tensors in one thread: open files, scratch memory, and what checks have seen so far.
 
-    Files on servers are read through `web`; evaluators that work on one plan share `once`. An op may start as many as
-    `threads` of its own: more than cores wait for each other, and for Python, longer than they compute.
+    Files beyond this machine are read through `stores`; evaluators that work on one plan share `once`. An op may start
+    as many as `threads` of its own: more than cores wait for each other, and for Python, longer than they compute.
     """
 
-    def __init__(self, web: Web | None = None, once: Once | None = None, threads: int = 1) -> None:
+    def __init__(self, stores: Stores | None = None, once: Once | None = None, threads: int = 1) -> None:
         self.threads = threads
-        self.files = FileReader(web)
+        self.files = FileReader(stores)
         self.once = once or Once()
         self.running: dict[object, Any] = {}
         """What the ops that watch bytes go by (digests, CRCs) remember, by node or by op."""

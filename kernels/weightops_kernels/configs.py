@@ -67,7 +67,7 @@ def read_table(path: Path) -> dict[str, Config]:
 def write_table(path: Path, table: Mapping[str, Config]) -> None:
     """Write configs where `read_table` finds them."""
     text = json.dumps({key: asdict(config) for key, config in sorted(table.items())}, indent=1)
-    path.write_text(text + "\n", "utf-8")
+    path.write_text(text + "\n", "utf-8", newline="\n")
 
 
 def load(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from weightops_kernels import reference
 from weightops_kernels.planes import turned
+from weightops_kernels.reference import Packed
 
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_MAX_ROWS = 256
@@ -36,8 +37,9 @@ class Int4:
     group_size: int
 
 
-def why_not_int4(qweight: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> str | None:
+def why_not_int4(layer: Packed) -> str | None:
     """None if torch's four-bit operator can hold the layer, else the reason."""
+    _, _, scales, g_idx, bits, _ = layer
     groups, n = scales.shape
     k = g_idx.shape[0]
     counts = torch.bincount(g_idx.long(), minlength=groups)
@@ -50,17 +52,16 @@ def why_not_int4(qweight: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> s
     return None
 
 
-def prepare_int4(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str = "gptq"
-) -> Int4:
+def prepare_int4(layer: Packed) -> Int4:
     """A layer in torch's four-bit layout. Raises ValueError where the operator cannot hold it."""
-    reference.check(qweight, qzeros, scales, g_idx, bits, checkpoint_format)
-    if reason := why_not_int4(qweight, scales, g_idx, bits):
+    reference.check(layer)
+    qweight, _, scales, g_idx, bits, _ = layer
+    if reason := why_not_int4(layer):
         raise ValueError(f"torch's four-bit operator cannot hold this layer: {reason}.")
     k, (groups, n) = g_idx.shape[0], scales.shape
     order = torch.argsort(g_idx, stable=True)
     is_plain = torch.equal(order, torch.arange(k))
-    zeros = reference.zero_points(qzeros, bits, n, checkpoint_format)
+    zeros = layer.zero_points()
     scale = scales.float()
     pairs = torch.stack([scale, (8.0 - zeros.float()) * scale], -1).to(torch.bfloat16)
     packed = torch.empty(n, k // 2, dtype=torch.uint8)
@@ -87,20 +88,11 @@ def matmul_int4(x: Tensor, weight: Int4) -> Tensor:
     return result
 
 
-def matmul(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    checkpoint_format: str = "gptq",
-) -> Tensor:
+def matmul(x: Tensor, layer: Packed) -> Tensor:
     """`x [..., K]` times the weight, dequantised for this call: `[..., N]` in the type of `x`.
 
     bfloat16 multiplies in bfloat16 (the weight rounded to it), every other type as the reference.
     """
     if x.dtype != torch.bfloat16:
-        return reference.matmul(x, qweight, qzeros, scales, g_idx, bits, checkpoint_format)
-    weight = reference.dequantize(qweight, qzeros, scales, g_idx, bits, checkpoint_format, torch.bfloat16)
-    return F.linear(x, weight)
+        return reference.matmul(x, layer)
+    return F.linear(x, reference.dequantize(layer, torch.bfloat16))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightops_kernels import planes, reference
+from weightops_kernels.reference import Packed
 
 CHUNK = 32
 BLOCK_K = 128
@@ -111,14 +112,13 @@ def regular_group_size(counts: list[int]) -> int:
     return size if size is not None and size % CHUNK == 0 else -1
 
 
-def repack(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str = "gptq"
-) -> Repacked:
+def repack(layer: Packed) -> Repacked:
     """A layer of the format rearranged for the kernels; the same weights, row by row.
 
     Raises ValueError for tensors that are not one layer, or a `g_idx` that names a group that is not there.
     """
-    reference.check(qweight, qzeros, scales, g_idx, bits, checkpoint_format)
+    reference.check(layer)
+    qweight, _, scales, g_idx, bits, _ = layer
     if scales.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"scales must be float16 or bfloat16; found {str(scales.dtype).removeprefix('torch.')}.")
     groups, rows_k = scales.shape[0], g_idx.shape[0]
@@ -126,7 +126,7 @@ def repack(
     if lowest < 0 or highest >= groups:
         raise ValueError(f"g_idx must lie in 0..{groups - 1}; found {lowest}..{highest}.")
     q = reference.integers(qweight, bits, rows_k)
-    zeros = reference.zero_points(qzeros, bits, scales.shape[1], checkpoint_format)
+    zeros = layer.zero_points()
     order = torch.argsort(g_idx, stable=True)
     counts = torch.bincount(g_idx.long(), minlength=groups).tolist()
     size = regular_group_size(counts)

@@ -11,6 +11,7 @@ from torch import Tensor
 from weightops_kernels import cpu, launch, planes, reference
 from weightops_kernels.layout import Repacked
 from weightops_kernels.planes import Planes
+from weightops_kernels.reference import Packed
 
 
 @torch.library.custom_op("weightops_kernels::dequantize_matmul", mutates_args=())
@@ -18,7 +19,7 @@ def dequantize_matmul(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str
 ) -> Tensor:
     """`cpu.matmul` for `x [M, K]`: the tensors of the format, dequantised for this call. Any device."""
-    return cpu.matmul(x, qweight, qzeros, scales, g_idx, bits, checkpoint_format)
+    return cpu.matmul(x, Packed(qweight, qzeros, scales, g_idx, bits, checkpoint_format))
 
 
 dequantize_matmul.register_fake(lambda x, qweight, qzeros, scales, *_: x.new_empty(x.shape[0], scales.shape[1]))
@@ -29,7 +30,7 @@ def reference_matmul(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str
 ) -> Tensor:
     """`reference.matmul` for `x [M, K]`."""
-    return reference.matmul(x, qweight, qzeros, scales, g_idx, bits, checkpoint_format)
+    return reference.matmul(x, Packed(qweight, qzeros, scales, g_idx, bits, checkpoint_format))
 
 
 reference_matmul.register_fake(lambda x, qweight, qzeros, scales, *_: x.new_empty(x.shape[0], scales.shape[1]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightops_kernels import cpu, launch, layout, library, planes, reference
+from weightops_kernels.reference import Packed
 
 ENGINES = ("auto", "reference", "cpu", "cpu-int4", "triton")
 
@@ -50,7 +51,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16, device=device))
         self.register_buffer("g_idx", g_idx)
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        reference.check(self.qweight, self.qzeros, self.scales, self.g_idx, bits, checkpoint_format)
+        reference.check(self.layer)
 
     @classmethod
     def from_tensors(
@@ -64,14 +65,22 @@ class QuantLinear(nn.Module):
         bias: Tensor | None = None,
     ) -> QuantLinear:
         """A layer around these tensors, not copied. Raises ValueError if they are not one layer of the format."""
-        reference.check(qweight, qzeros, scales, g_idx, bits, checkpoint_format)
-        made = cls(0, 0, bits, -1, checkpoint_format=checkpoint_format)
-        made.in_features, made.out_features = g_idx.shape[0], scales.shape[1]
-        made.qweight, made.qzeros, made.scales, made.g_idx, made.bias = qweight, qzeros, scales, g_idx, bias
+        return cls.of(Packed(qweight, qzeros, scales, g_idx, bits, checkpoint_format), bias)
+
+    @classmethod
+    def of(cls, layer: Packed, bias: Tensor | None = None) -> QuantLinear:
+        """As `from_tensors`."""
+        reference.check(layer)
+        made = cls(0, 0, layer.bits, -1, checkpoint_format=layer.checkpoint_format)
+        made.in_features, made.out_features = layer.in_features, layer.out_features
+        made.qweight, made.qzeros, made.scales, made.g_idx, *_ = layer
+        made.bias = bias
         return made
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.qweight, self.qzeros, self.scales, self.g_idx
+    @property
+    def layer(self) -> Packed:
+        """The tensors of the checkpoint."""
+        return Packed(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.checkpoint_format)
 
     def choose(self, dtype: torch.dtype) -> str:
         """The engine that `auto` stands for, for inputs of `dtype` on the device where the layer lies."""
@@ -79,7 +88,7 @@ class QuantLinear(nn.Module):
             suits = dtype in launch.FLOATS and self.scales.dtype in launch.FLOATS and not launch.available()
             return "triton" if suits else "cpu"
         if dtype == torch.bfloat16 and cpu.has_fast_int4():
-            return "cpu" if cpu.why_not_int4(self.qweight, self.scales, self.g_idx, self.bits) else "cpu-int4"
+            return "cpu" if cpu.why_not_int4(self.layer) else "cpu-int4"
         return "cpu"
 
     def prepare(
@@ -100,21 +109,21 @@ class QuantLinear(nn.Module):
             raise ValueError(f"engine must be one of {ENGINES}; found {engine!r}.")
         if not self.qweight.numel() and self.in_features:
             raise ValueError("The layer's tensors were released; load it again to prepare it for another engine.")
-        reference.check(*self._tensors(), self.bits, self.checkpoint_format)
+        reference.check(self.layer)
         engine = self.choose(dtype) if engine == "auto" else engine
         self.deterministic = deterministic
         is_held = False
         if engine == "cpu":
             is_held = self._hold_planes()
         elif engine == "cpu-int4":
-            int4 = cpu.prepare_int4(*self._tensors(), self.bits, self.checkpoint_format)
+            int4 = cpu.prepare_int4(self.layer)
             self._hold(packed=int4.packed, scales_and_zeros=int4.scales_and_zeros, rows=int4.rows)
             self._group_size = int4.group_size
             is_held = True
         elif engine == "triton":
             if reason := launch.available():
                 raise RuntimeError(reason)
-            found = layout.repack(*self._tensors(), self.bits, self.checkpoint_format)
+            found = layout.repack(self.layer)
             self._hold(words=found.words, steps=found.steps, rows=found.rows, chunk_group=found.chunk_group)
             self._group_size = found.group_size
             is_held = True
@@ -126,7 +135,7 @@ class QuantLinear(nn.Module):
 
     def _hold_planes(self) -> bool:
         """Whether the layer can be held as `planes`; it is then."""
-        found = planes.arrange(*self._tensors(), self.bits, self.checkpoint_format)
+        found = planes.arrange(self.layer)
         if found is None:
             self._hold(planes=None)
             return False
@@ -170,9 +179,9 @@ class QuantLinear(nn.Module):
                 x, self.planes, self.zeros, self.steps, self.rows, self.bits, self._group_size, self.in_features
             )
         elif self.engine == "reference":
-            y = library.reference_matmul(x, *self._tensors(), self.bits, self.checkpoint_format)
+            y = library.reference_matmul(x, *self.layer)
         else:
-            y = library.dequantize_matmul(x, *self._tensors(), self.bits, self.checkpoint_format)
+            y = library.dequantize_matmul(x, *self.layer)
         return y
 
     def _takes_int4(self, x: Tensor) -> bool:

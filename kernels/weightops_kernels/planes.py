@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightops_kernels import reference
+from weightops_kernels.reference import Packed
 
 _WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """The planes that values of so many bits are kept in, lowest bits first."""
@@ -132,14 +133,13 @@ def group_size(counts: list[int]) -> int | None:
     return size if all(n == size for n in counts[:-1]) and 0 < counts[-1] <= size else None
 
 
-def arrange(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str = "gptq"
-) -> Planes | None:
+def arrange(layer: Packed) -> Planes | None:
     """A layer of the format, the same weights; None where its groups are of unequal lengths.
 
     Raises ValueError for tensors that are not one layer.
     """
-    reference.check(qweight, qzeros, scales, g_idx, bits, checkpoint_format)
+    reference.check(layer)
+    qweight, _, scales, g_idx, bits, _ = layer
     k, (groups, n) = g_idx.shape[0], scales.shape
     order = torch.argsort(g_idx, stable=True)
     size = group_size(torch.bincount(g_idx.long(), minlength=groups).tolist())
@@ -152,7 +152,7 @@ def arrange(
     for part in runs(n, columns):
         q = turned(qweight[:, part], bits, k)
         planes[part] = fold(F.pad(q if is_plain else q[:, order], (0, columns - k)), bits)
-    zeros = reference.zero_points(qzeros, bits, n, checkpoint_format).t()
+    zeros = layer.zero_points().t()
     return Planes(
         planes=planes,
         zeros=zeros.to(torch.int8 if bits < 8 else torch.int16).contiguous(),

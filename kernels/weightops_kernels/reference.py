@@ -11,6 +11,8 @@ Formats: AutoGPTQ 0.7.1 (`gptq`), GPTQModel (`gptq_v2`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,8 +64,37 @@ def pack(values: Tensor, bits: int) -> Tensor:
     return words.view(-1, columns)[: -(-count * bits // 32)].contiguous()
 
 
-def check(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, checkpoint_format: str) -> None:
+class Packed(NamedTuple):
+    """The tensors of a layer as files have them, see above; `checkpoint_format` says how zero points are stored."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bits: int = 4
+    checkpoint_format: str = "gptq"
+
+    @property
+    def in_features(self) -> int:
+        return self.g_idx.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.scales.shape[1]
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on another device."""
+        moved = (tensor.to(device) for tensor in self[:4])
+        return Packed(*moved, self.bits, self.checkpoint_format)
+
+    def zero_points(self) -> Tensor:
+        """True zero points, uint8 `[G, N]`."""
+        return zero_points(self.qzeros, self.bits, self.out_features, self.checkpoint_format)
+
+
+def check(layer: Packed) -> None:
     """Raise ValueError unless the tensors are one layer of the format."""
+    qweight, qzeros, scales, g_idx, bits, checkpoint_format = layer
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}; found {bits}.")
     if checkpoint_format not in FORMATS:
@@ -94,23 +125,16 @@ def zero_points(qzeros: Tensor, bits: int, out_features: int, checkpoint_format:
     return stored if checkpoint_format == "gptq_v2" else (stored + 1) & ((1 << bits) - 1)
 
 
-def dequantize(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    checkpoint_format: str = "gptq",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def dequantize(layer: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight, `[N, K]`: exact in float32 and float64, rounded once in other types.
 
     Raises ValueError for tensors that are not one layer of the format. A value of g_idx outside the groups is an
     IndexError on CPU.
     """
-    check(qweight, qzeros, scales, g_idx, bits, checkpoint_format)
-    rows, columns = g_idx.shape[0], scales.shape[1]
-    zeros = zero_points(qzeros, bits, columns, checkpoint_format).to(torch.float32)
+    check(layer)
+    qweight, _, scales, g_idx, bits, _ = layer
+    rows, columns = layer.in_features, layer.out_features
+    zeros = layer.zero_points().to(torch.float32)
     scale, index = scales.float(), g_idx.long()
     weight = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
     step = CACHED_ROWS if qweight.device.type == "cpu" else max(rows, 1)
@@ -123,18 +147,10 @@ def dequantize(
     return weight.t()
 
 
-def matmul(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    bits: int,
-    checkpoint_format: str = "gptq",
-) -> Tensor:
+def matmul(x: Tensor, layer: Packed) -> Tensor:
     """`x [..., K]` times the weight, `[..., N]` in the type of `x`, computed in float32 (in float64 where `x` is)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight = dequantize(qweight, qzeros, scales, g_idx, bits, checkpoint_format, wide)
+    weight = dequantize(layer, wide)
     return F.linear(x.to(wide), weight).to(x.dtype)
 
 

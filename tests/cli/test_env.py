@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from weightops.cli import machine
-from weightops.cli.machine import Gpu, count_cache, find_mount
+from weightops.cli.machine import Gpu, count_cache
 from weightops.cli.main import run
+from weightops.io.platform.machine import find_mount
 
 MOUNTS = r"""22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
 30 22 0:26 / /data rw shared:5 - xfs /dev/sdb rw

@@ -12,7 +12,6 @@ from tiny_models import quantize_tiny, save_tiny, text
 
 from weightops import api
 from weightops.cli.main import run
-from weightops.errors import UsageError
 from weightops.formats.folder import open_checkpoint
 
 HEADS = ["model", "perplexity", "tokens", "windows"]
@@ -67,8 +66,6 @@ def test_checkpoints_that_are_open_already_are_run_as_they_are(models: Path) -> 
         for source, reference in (("model-gptq", "model"), (open_checkpoint("model-gptq"), opened))
     ]
     assert [(s.nll, s.agreement) for s in scores[0]] == [(s.nll, s.agreement) for s in scores[1]]
-    with pytest.raises(UsageError, match="is run from this machine only"):
-        api.generate("hf://org/name", "x")
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])
@@ -140,3 +137,8 @@ def test_exit_codes(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "model", "--prompt", "x", "--top-k", "4"]) == 2
     assert run(["generate", "model", "--prompt", "x", "--device", "tpu"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_weight_file_by_itself_is_described_by_what_lies_beside_it(models: Path) -> None:
+    whole = "".join(api.generate("model", "Streaming", max_new_tokens=5))
+    assert "".join(api.generate("model/model.safetensors", "Streaming", max_new_tokens=5)) == whole

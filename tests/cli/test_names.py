@@ -34,9 +34,10 @@ OF_THE_COMMAND = {
     "manifest": {"out", "lists", "dry_run", "overwrite"},
     "inspect": {"tensors"},
     "quantize": {"html"},
-    "download": {"endpoint", "limit_rate", "timeout", "deadline"},
+    "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
-"""What only the command line has: reports in files, exit codes, and what Python gives to a `Web`."""
+"""What only the command line has: reports in files, exit codes, and what Python gives to a `Web`. A cache
+is a flag there, and a folder for Python."""
 OF_PYTHON = {"control", "web", "cache"}
 OPEN = {f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions)}
 SHOWN = {"as_json", "quiet", "verbose", "progress"}

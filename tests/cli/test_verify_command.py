@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from systems import mkfifo
 
 from weightops.cli.main import run
 from weightops.errors import NoRoom
@@ -50,7 +51,7 @@ def test_there_is_a_report_whatever_comes_out(folder: Path, tmp_path: Path) -> N
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     folder: Path, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    os.mkfifo(folder / "pipe")
+    mkfifo(folder / "pipe")
     (folder / "link").symlink_to("/dev/null")
     assert run(["verify", str(folder), "--junit", str(folder / target)]) == 2
     shown = capsys.readouterr()

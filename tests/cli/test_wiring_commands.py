@@ -18,7 +18,6 @@ import torch
 from support import write_checkpoint
 
 import weightops
-import weightops.quantization.calibration  # before anything that it takes from elsewhere is stood in for
 from weightops.cli.main import COMMANDS, run
 from weightops.recipes.verbs import VERBS
 
@@ -146,6 +145,7 @@ ELSEWHERE = {
     "manifest": {"--dry-run", "--overwrite"},
     "inspect": {"-t", "--tensors"},
     "env": {"--gpu"},
+    "download": {"--cache"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {
@@ -209,9 +209,10 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
     @contextmanager
     def quantized(run: Any, out: Path, control: Any, **options: Any) -> Iterator[Any]:
         found.update(options)
-        yield SimpleNamespace(checkpoint=weightops.open_checkpoint("source"), modules=(), bits_per_weight=4.0)
+        checkpoint = weightops.open_checkpoint("source")
+        yield SimpleNamespace(checkpoint=checkpoint, modules=(), bits_per_weight=4.0, work_folder=None)
 
-    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str) -> Any:
+    def prepare(checkpoint: Any, options: Any, data: Any, *, device: str, control: Any) -> Any:
         found.update(method=options.method, skip=options.skip, checkpoint_format=options.checkpoint_format)
         found.update({name: getattr(options.settings, name) for name in options.settings.__annotations__})
         found.update(device=device)
@@ -250,7 +251,7 @@ def arrived(found: dict[str, Any], name: str) -> Any:
         return getattr(found[name], "name", found[name]) if name == "reference" else found[name]
     if name in ("temperature", "top_k", "top_p", "seed"):
         return getattr(found["sampling"], name)
-    web = found["control"].web
+    web = found["control"].stores.web
     return web.endpoint if name == "endpoint" else getattr(web.policy, name)
 
 
@@ -294,6 +295,7 @@ def test_the_rows_are_all_that_there_is() -> None:
             continue
         parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
         keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"control"}
+        keywords -= {word.removeprefix("--") for word in ELSEWHERE.get(name, ())}
         assert keywords <= {keyword for each in rows for keyword in each.python or ()}, name
 
 

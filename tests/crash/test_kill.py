@@ -13,9 +13,12 @@ import torch
 from meta_model import make_meta
 from safetensors.torch import save_file
 from support import write_checkpoint
+from systems import needs_itself
 from tiny_models import save_tiny, text
 
 import weightops
+
+pytestmark = needs_itself("fork")
 
 RECIPE = """\
 sources: {raw: ./raw, delta: ./delta, adapter: ./adapter}

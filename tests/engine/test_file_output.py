@@ -15,7 +15,7 @@ from meta_model import meta_download
 from support import write_checkpoint
 
 import weightops
-from weightops.engine import run, staging
+from weightops.engine import run, staging, targets
 from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.proofs.manifest import read_manifest
@@ -112,15 +112,15 @@ def test_a_run_that_died_around_the_publishing_is_finished_by_the_next(
         if after == "publish":
             patch.setattr(staging.Staging, "clean", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            original = os.link
+            original = targets.give_name
             calls = iter(range(10))
 
-            def link(source: Path, path: Path) -> None:
+            def give_name(source: Path, path: Path) -> None:
                 if next(calls):
                     raise KeyboardInterrupt
                 original(source, path)
 
-            patch.setattr(os, "link", link)
+            patch.setattr(targets, "give_name", give_name)
         with pytest.raises(KeyboardInterrupt):
             run.run(plan, tmp_path / "x.st")
     if after == "half":

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from systems import needs_itself
 
 from weightops.formats.layout import Literal
 from weightops.formats.safetensors import safetensors_layout
 from weightops.spec import DType, TensorSpec
+
+resource = pytest.importorskip("resource")
+pytestmark = needs_itself("/proc")
 
 WORKERS = 1
 LIMIT_NBYTES = (256 + 32 * WORKERS) << 20

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import digests, state_dicts, write_checkpoint
+from systems import needs
 
 import weightops
 from weightops.engine import digest, preflight, run, stream
@@ -112,7 +113,9 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, name: str, count: int, error: in
 
 
 @pytest.mark.parametrize("count", range(0, 14, 3))
-@pytest.mark.parametrize("name", ["pwrite", "posix_fallocate", "fsync", "write"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(name)) for name in ("pwrite", "posix_fallocate", "fsync", "write")]
+)
 def test_a_full_disk_at_any_write_leaves_nothing_and_can_be_continued(
     pair: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_full_disk_at_any_write_leaves_nothing_and_can_be_continued(
     assert digests(pair / "out") == digests(pair / "reference")
 
 
+@needs("preadv")
 def test_a_read_error_names_file_and_byte(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.preadv
 
@@ -316,7 +320,7 @@ def test_where_a_file_system_is_mounted_nothing_can_be_put_in_its_place(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (pair / "out").mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
+    monkeypatch.setattr("os.path.ismount", lambda path: path.name == "out")
     with pytest.raises(OutputExists, match="out is where a file system is mounted"):
         recover(pair, overwrite=True)
 

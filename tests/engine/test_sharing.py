@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from killing import forked
 from safetensors.torch import load_file
 from support import digests, given_tensor, same_bits, write_checkpoint
+from systems import needs
 
 import weightops
 from weightops.checkpoint import Checkpoint
@@ -27,8 +28,8 @@ from weightops.engine import stream
 from weightops.engine.control import Control, Silent
 from weightops.errors import CorruptInput, PlanDiffers, SourceMissing, UsageError
 from weightops.formats.folder import open_checkpoint
-from weightops.io import reflink
-from weightops.io.direct import ALIGNMENT, DirectFile, aligned_buffer
+from weightops.io.direct import ALIGNMENT, DirectFile
+from weightops.io.platform.machine import page_memory
 from weightops.io.reflink import BLOCK_NBYTES, Extent, fit_header
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
@@ -38,6 +39,9 @@ from weightops.ops.measures.witness import Witness
 from weightops.plan import Plan, make_plan
 from weightops.recipes.execute import Result
 from weightops.spec import DType
+
+fcntl = pytest.importorskip("fcntl")
+pytestmark = needs("ioctl", "pwrite", "posix_fallocate")
 
 WEIGHTS = "model.safetensors"
 
@@ -62,7 +66,7 @@ class Disk:
         self._can = can
         self._pwrite = os.pwrite
         patch.setattr(os, "pwrite", self.pwrite)
-        patch.setattr(reflink.fcntl, "ioctl", self.ioctl)
+        patch.setattr(fcntl, "ioctl", self.ioctl)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         self.written += len(data)
@@ -277,7 +281,7 @@ def test_a_source_that_changes_is_noticed_though_its_blocks_were_shared(
         os.utime(source, ns=(1, 1))
         return done
 
-    monkeypatch.setattr(reflink.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
     with pytest.raises(CorruptInput, match="changed while it was being read"):
         weightops.shard(source.parent, tmp_path / "out", reflink=True)
     assert not (tmp_path / "out").exists()
@@ -342,7 +346,7 @@ def test_shared_and_written_ranges_make_the_file(
         disk = Disk(patch, lambda count: count % 3 != 0)
         by_turns = {source: shared[i::2] for i, source in enumerate(sources)}
         target = DirectFile(tmp_path / "out", len(data), shared=by_turns)
-        memory = memoryview(aligned_buffer(step * ALIGNMENT))
+        memory = memoryview(page_memory(step * ALIGNMENT))
         for start in range(0, len(data), len(memory)):
             used = min(len(memory), len(data) - start)
             memory[:used] = data[start : start + used]

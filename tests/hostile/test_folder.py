@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import evaluate, to_bytes, write_checkpoint
+from systems import mkfifo
 
 import weightops
 from weightops.errors import CorruptInput, SourceMissing
@@ -83,7 +84,7 @@ def make_special(path: Path, kind: str) -> None:
     path.unlink()
     match kind:
         case "fifo":
-            os.mkfifo(path)
+            mkfifo(path)
         case "device":
             path.symlink_to("/dev/zero")
         case "directory":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from systems import mkfifo, needs_itself
 
 from weightops.errors import CorruptInput, Interrupted, SourceMissing, UsageError, WeightopsError
 from weightops.io import digests
@@ -96,7 +97,7 @@ def test_unknown_algorithm(name: str) -> None:
 def test_results_keep_the_order_and_errors_their_place(tmp_path: Path) -> None:
     for i, nbytes in enumerate([10, 5_000_000, 0, 300]):
         (tmp_path / str(i)).write_bytes(bytes(nbytes))
-    os.mkfifo(tmp_path / "fifo")
+    mkfifo(tmp_path / "fifo")
     names = ["0", "1", "absent", "2", "fifo", "3"]
     found = hash_files([(tmp_path / name, ["md5"]) for name in names], workers=3)
     assert [r.nbytes if isinstance(r, FileDigests) else type(r) for r in found] == [
@@ -119,7 +120,7 @@ def test_no_files_and_no_workers() -> None:
 def test_only_regular_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
     if kind == "fifo":
-        os.mkfifo(path)
+        mkfifo(path)
     elif kind == "folder":
         path.mkdir()
     elif kind == "device":
@@ -169,6 +170,7 @@ def test_file_that_grows_forever_ends(tmp_path: Path) -> None:
     assert len(told) <= 2
 
 
+@needs_itself("/proc")
 def test_pseudo_file_without_a_size() -> None:
     with pytest.raises(CorruptInput, match="changed"):
         hash_file(Path("/proc/self/status"), ["md5"])
@@ -199,6 +201,7 @@ def test_cancelled_stops_within_a_block(tmp_path: Path, algorithms: list[str]) -
     assert time.monotonic() - started < 5
 
 
+@needs_itself("fork")
 def test_ctrl_c_stops_within_a_block(tmp_path: Path) -> None:
     for name in "ab":
         with (tmp_path / name).open("wb") as file:

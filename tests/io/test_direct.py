@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from systems import n_open, needs
 
 from weightops.errors import NoRoom, WeightopsError
-from weightops.io.direct import ALIGNMENT, DirectFile, aligned_buffer
+from weightops.io.direct import ALIGNMENT, DirectFile
+from weightops.io.platform.machine import page_memory
 
 
 def no_direct_open(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
@@ -59,16 +61,30 @@ def short_writes(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
     patch.setattr(os, "pwrite", call)
 
 
-@pytest.mark.parametrize("lacks", [no_direct_open, no_direct_write, no_reserving, short_writes])
+@pytest.mark.parametrize(
+    "without",
+    [
+        pytest.param(act, marks=needs(call))
+        for act, call in (
+            (no_direct_open, "O_DIRECT"),
+            (no_direct_write, "O_DIRECT"),
+            (no_reserving, "posix_fallocate"),
+            (short_writes, "pwrite"),
+        )
+    ],
+)
 @pytest.mark.parametrize("nbytes", [1, ALIGNMENT, 3 * ALIGNMENT + 17, 300_001])
 def test_the_same_bytes_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: Callable[[pytest.MonkeyPatch, list[str]], None], nbytes: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without: Callable[[pytest.MonkeyPatch, list[str]], None],
+    nbytes: int,
 ) -> None:
     seen: list[str] = []
-    lacks(monkeypatch, seen)
+    without(monkeypatch, seen)
     data = bytes(i * 7 % 251 for i in range(nbytes))
     block_nbytes = 32 * ALIGNMENT
-    block = memoryview(aligned_buffer(block_nbytes))
+    block = memoryview(page_memory(block_nbytes))
     file = DirectFile(tmp_path / "file", nbytes)
     for start in range(0, nbytes, block_nbytes):
         piece = data[start : start + block_nbytes]
@@ -82,13 +98,16 @@ def test_the_same_bytes_without(
 def write_one_block(path: Path) -> None:
     file = DirectFile(path, ALIGNMENT)
     try:
-        file.write(0, memoryview(aligned_buffer(ALIGNMENT)), ALIGNMENT)
+        file.write(0, memoryview(page_memory(ALIGNMENT)), ALIGNMENT)
         file.close()
     finally:
         file.abandon()
 
 
-@pytest.mark.parametrize("name", ["open", "pwrite", "posix_fallocate", "ftruncate", "fsync"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=needs(name)) for name in ("open", "pwrite", "posix_fallocate", "ftruncate", "fsync")],
+)
 @pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, WeightopsError), (errno.ENOSPC, NoRoom)])
 def test_what_the_system_refuses_names_the_file_and_leaves_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, kind: type[WeightopsError]
@@ -96,12 +115,12 @@ def test_what_the_system_refuses_names_the_file_and_leaves_no_descriptor(
     def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = n_open()
     with monkeypatch.context() as patch:
         patch.setattr(os, name, fail)
         with pytest.raises(kind, match=r"file: (the disk is full|cannot be written)"):
             write_one_block(tmp_path / "file")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert n_open() == before
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

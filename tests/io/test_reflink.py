@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from systems import n_open, needs
 
 from weightops.formats.layout import Literal
 from weightops.formats.safetensors import safetensors_layout
 from weightops.io import reflink
-from weightops.io.reflink import BLOCK_NBYTES, Extent, clone_range, header_padding, shareable
+from weightops.io.platform.files import clone_range
+from weightops.io.reflink import BLOCK_NBYTES, Extent, header_padding, share, shareable
+from weightops.io.source_file import SourceFile
 from weightops.spec import DType, TensorSpec
+
+fcntl = pytest.importorskip("fcntl")
+pytestmark = needs("ioctl", "posix_fallocate")
 
 BLOCKS = 4
 
@@ -82,7 +88,7 @@ def test_every_way_of_saying_no_is_understood(number: str, monkeypatch: pytest.M
     def refuse(*_: object) -> int:
         raise OSError(getattr(errno, number), number)
 
-    monkeypatch.setattr(reflink.fcntl, "ioctl", refuse)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     assert clone_range(0, 0, 1, 0, BLOCK_NBYTES) is False
 
 
@@ -90,7 +96,7 @@ def test_a_full_disk_is_no_way_of_saying_no(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(reflink.fcntl, "ioctl", refuse)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     with pytest.raises(OSError, match="no space left"):
         clone_range(0, 0, 1, 0, BLOCK_NBYTES)
 
@@ -103,14 +109,14 @@ def test_a_signal_in_between_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> No
             raise error
         return 0
 
-    monkeypatch.setattr(reflink.fcntl, "ioctl", interrupted)
+    monkeypatch.setattr(fcntl, "ioctl", interrupted)
     assert clone_range(0, 0, 1, 0, BLOCK_NBYTES) is True
     assert answers == []
 
 
 def test_nothing_is_shared_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel takes a length of 0 for all up to the end.
-    monkeypatch.setattr(reflink.fcntl, "ioctl", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: pytest.fail("asked"))
     assert clone_range(0, 0, 1, 0, 0) is True
 
 
@@ -152,7 +158,7 @@ def test_small_tensors_that_stay_together_are_shared_together() -> None:
 
 def test_renaming_shares_all_but_the_first_and_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A safetensors file under other names, put together from a padded header, shared blocks and written rests."""
-    monkeypatch.setattr(reflink.fcntl, "ioctl", copying_ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", copying_ioctl)
     specs = [TensorSpec(DType.F32, (700 + i, 5)) for i in range(4)]
     headers = []
     for prefix in ("", "language_model."):
@@ -177,3 +183,15 @@ def test_renaming_shares_all_but_the_first_and_last_block(tmp_path: Path, monkey
         os.pwrite(target_fd, headers[1].ljust(start) + data[:before], 0)
         os.pwrite(target_fd, data[after:], shared.target_offset + shared.nbytes)
     assert (tmp_path / "target").read_bytes() == headers[1].ljust(start) + data
+
+
+def test_sharing_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflink, "clone_range", lambda *_: True)
+    (tmp_path / "source").write_bytes(b"data")
+    file = SourceFile.at(tmp_path / "source")
+    before = n_open()
+    extent = Extent(0, 0, 4)
+    assert share(file, [extent], -1) == [extent]
+    (tmp_path / "source").write_bytes(b"other data")
+    assert share(file, [extent], -1) == []
+    assert n_open() == before

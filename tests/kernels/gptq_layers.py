@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from weightops_kernels import reference
+from weightops_kernels.reference import Packed
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Layer:
             stored = (stored.int() - 1 & (1 << self.bits) - 1).to(torch.uint8)
         qzeros = reference.pack(stored.t().contiguous(), self.bits).t().contiguous()
         return reference.pack(self.q, self.bits), qzeros, self.scales, self.g_idx
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(*self.tensors, self.bits, self.checkpoint_format)
 
     def weight(self) -> Tensor:
         """float64 `[K, N]`, from the integers and no code under test."""

@@ -76,7 +76,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_assembly_multiplies_like_float64(seen: list[str]) -> None:
     layer, x = random_layer(256, 64, 64), random_x(3, 256)
-    weight = layout.repack(*layer.tensors, 4)
+    weight = layout.repack(layer.packed)
     out = torch.full((3, 64), torch.nan)
     launch._kernel("w4a16", True)[(1, 1)](
         x, weight.words, weight.steps, out, 3, 64, 256, 256, 2, GROUP=64, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128,

@@ -26,7 +26,7 @@ def multiply(
     layer: Layer, x: torch.Tensor, config: Config, deterministic: bool = False
 ) -> tuple[torch.Tensor, Repacked]:
     """float32 sums into an output of NaNs."""
-    weight = layout.repack(*layer.tensors, layer.bits, layer.checkpoint_format)
+    weight = layout.repack(layer.packed)
     out = torch.full((x.shape[0], weight.out_features), torch.nan)
     return launch.matmul(x, weight, config, deterministic, out), weight
 
@@ -82,7 +82,7 @@ def test_deterministic_sums_have_the_same_bits_whatever_was_in_the_output() -> N
 def test_dequantised_weights_are_rounded_once_and_multiply_alike() -> None:
     for k, n, group_size, act_order in ((384, 96, 128, True), (200, 33, 32, False), (264, 40, -1, True)):
         layer, x = random_layer(k, n, group_size, act_order=act_order), random_x(3, k)
-        weight = layout.repack(*layer.tensors, 4)
+        weight = layout.repack(layer.packed)
         rows = slice(None) if weight.rows is None else weight.rows
         assert torch.equal(launch.dequantize(weight, torch.float16), layer.weight()[rows].half())
         found = launch.matmul(x, weight, Config(dequantize=True))
@@ -98,13 +98,13 @@ def test_scales_that_are_not_numbers_spoil_their_own_columns_only() -> None:
 
 def test_outputs_are_of_the_type_of_x_and_empty_ones_are_fine() -> None:
     layer = random_layer(128, 32)
-    weight = layout.repack(*layer.tensors, 4)
+    weight = layout.repack(layer.packed)
     assert launch.matmul(random_x(2, 128), weight).dtype == torch.float16
     assert launch.matmul(random_x(0, 128), weight).shape == (0, 32)
 
 
 def test_what_the_kernels_cannot_take_is_refused() -> None:
-    weight = layout.repack(*random_layer(128, 32).tensors, 4)
+    weight = layout.repack(random_layer(128, 32).packed)
     with pytest.raises(ValueError, match=r"x must be \[M, 128\]; found \[2, 64\]"):
         launch.matmul(random_x(2, 64), weight)
     with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightops_kernels import layout, reference
 from weightops_kernels.layout import Repacked
+from weightops_kernels.reference import Packed
 
 
 def rows_of(weight: Repacked) -> torch.Tensor:
@@ -43,7 +44,7 @@ def test_repacked_layers_have_the_same_weights(
     k: int, n: int, group_size: int, bits: int, act_order: bool, checkpoint_format: str
 ) -> None:
     layer = random_layer(k, n, group_size, bits, act_order, checkpoint_format)
-    weight = layout.repack(*layer.tensors, bits, checkpoint_format)
+    weight = layout.repack(layer.packed)
     assert_same(layer, weight)
     assert weight.out_features == n
     if group_size % 32 == 0 and k > group_size:
@@ -54,7 +55,7 @@ def test_repacked_layers_have_the_same_weights(
 def test_groups_of_any_lengths_and_empty_ones() -> None:
     layer = random_layer(160, 8, 32)
     uneven = dataclasses.replace(layer, g_idx=torch.tensor([0] * 3 + [4] * 90 + [1] * 67).to(torch.int32))
-    weight = layout.repack(*uneven.tensors, 4)
+    weight = layout.repack(uneven.packed)
     assert weight.group_size == -1
     assert_same(uneven, weight)
 
@@ -73,8 +74,8 @@ def test_a_nibble_and_the_fourth_after_it_are_adjacent_rows() -> None:
 
 
 def test_columns_of_x_stay_where_they_are_when_groups_are_in_order() -> None:
-    assert layout.repack(*random_layer(256, 8, 64).tensors, 4).rows is None
-    shuffled = layout.repack(*random_layer(256, 8, 64, act_order=True).tensors, 4)
+    assert layout.repack(random_layer(256, 8, 64).packed).rows is None
+    shuffled = layout.repack(random_layer(256, 8, 64, act_order=True).packed)
     assert shuffled.rows is not None
     assert sorted(shuffled.rows.tolist()) == list(range(256))
 
@@ -82,4 +83,4 @@ def test_columns_of_x_stay_where_they_are_when_groups_are_in_order() -> None:
 def test_a_group_that_is_not_there_is_refused() -> None:
     qweight, qzeros, scales, g_idx = random_layer(64, 8, 32).tensors
     with pytest.raises(ValueError, match=r"g_idx must lie in 0\.\.1; found 0\.\.2"):
-        layout.repack(qweight, qzeros, scales, torch.where(g_idx == 1, 2, g_idx), 4)
+        layout.repack(Packed(qweight, qzeros, scales, torch.where(g_idx == 1, 2, g_idx), 4))

@@ -108,10 +108,10 @@ def test_the_operators_are_what_torch_expects_of_them() -> None:
     layer, x = random_layer(64, 32, 32), random_x(2, 64)
     for name in ("reference_matmul", "dequantize_matmul"):
         torch.library.opcheck(getattr(torch.ops.weightops_kernels, name).default, (x, *layer.tensors, 4, "gptq"))
-    held = planes.arrange(*layer.tensors, 4)
+    held = planes.arrange(layer.packed)
     assert held is not None
     arranged = (held.planes, held.zeros, held.scales, held.rows, 4, held.group_size, held.in_features)
     torch.library.opcheck(torch.ops.weightops_kernels.planes_matmul.default, (x, *arranged))
-    int4 = cpu.prepare_int4(*layer.tensors, 4)
+    int4 = cpu.prepare_int4(layer.packed)
     arguments = (x.bfloat16(), int4.packed, int4.scales_and_zeros, int4.rows, int4.group_size)
     torch.library.opcheck(torch.ops.weightops_kernels.int4_matmul.default, arguments)

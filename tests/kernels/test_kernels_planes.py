@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightops_kernels import cpu, planes, reference
 from weightops_kernels.linear import QuantLinear
+from weightops_kernels.reference import Packed
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,9 +29,9 @@ def test_weights_are_those_of_the_reference_bit_for_bit(
     k: int, n: int, group_size: int, bits: int, act_order: bool
 ) -> None:
     layer = random_layer(k, n, group_size, bits, act_order, checkpoint_format="gptq_v2")
-    found = planes.arrange(*layer.tensors, bits, "gptq_v2")
+    found = planes.arrange(layer.packed)
     assert found is not None
-    expected = reference.dequantize(*layer.tensors, bits, "gptq_v2")
+    expected = reference.dequantize(layer.packed)
     rows = torch.arange(k) if found.rows is None else found.rows
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         parts = [slice(i, min(i + 5, n)) for i in range(0, n, 5)]
@@ -43,7 +44,7 @@ def test_weights_are_those_of_the_reference_bit_for_bit(
 def test_products_need_no_tensors_of_the_checkpoint(rows: int, scale_dtype: torch.dtype) -> None:
     qweight, qzeros, scales, g_idx = random_layer(300, 40, 100, act_order=True).tensors
     tensors = qweight, qzeros, scales.to(scale_dtype), g_idx
-    exact = reference.dequantize(*tensors, 4, dtype=torch.float64)
+    exact = reference.dequantize(Packed(*tensors), torch.float64)
     module = QuantLinear.from_tensors(*tensors, 4).prepare("cpu", release=True)
     assert all(getattr(module, name).numel() == 0 for name in ("qweight", "qzeros", "scales", "g_idx"))
     x = random_x(rows, 300)
@@ -66,7 +67,7 @@ def test_groups_of_unequal_lengths_keep_the_tensors_of_the_checkpoint() -> None:
     layer = random_layer(128, 32, 32)
     g_idx = torch.tensor([0] * 10 + [1] * 60 + [2] * 50 + [3] * 8, dtype=torch.int32)
     uneven = Layer(layer.q, layer.zeros, layer.scales, g_idx, 4, "gptq")
-    assert planes.arrange(*uneven.tensors, 4) is None
+    assert planes.arrange(uneven.packed) is None
     module = QuantLinear.from_tensors(*uneven.tensors, 4).prepare("cpu", release=True)
     x = random_x(3, 128).float()
     assert relative_error(module(x), x.double() @ uneven.weight()) < 1e-6
@@ -75,7 +76,7 @@ def test_groups_of_unequal_lengths_keep_the_tensors_of_the_checkpoint() -> None:
 def test_rearranging_a_few_outputs_at_a_time_is_torchs_own_layout() -> None:
     """That lays 64 or 32 outputs together, and the rest at the end in another way."""
     layer = random_layer(128, 2 * 512 + 48, 64, act_order=True)
-    found = cpu.prepare_int4(*layer.tensors, 4)
+    found = cpu.prepare_int4(layer.packed)
     q = layer.q[found.rows].t().to(torch.int32).contiguous()
     assert torch.equal(found.packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 2))
 

@@ -8,6 +8,7 @@ from gptq_layers import random_layer, random_x, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightops_kernels import reference
+from weightops_kernels.reference import Packed
 
 packings = st.tuples(st.sampled_from(reference.BITS), st.integers(1, 100), st.integers(1, 5), st.integers(0, 99))
 
@@ -42,23 +43,23 @@ def test_weights_are_scale_times_integer_less_zero(bits: int, checkpoint_format:
     layer = random_layer(200, 48, 64, bits, act_order=True, checkpoint_format=checkpoint_format)
     exact = layer.weight().t()
     for dtype in (torch.float64, torch.float32, torch.float16):
-        found = reference.dequantize(*layer.tensors, bits, checkpoint_format, dtype)
+        found = reference.dequantize(layer.packed, dtype)
         assert found.dtype == dtype
         assert torch.equal(found, exact.to(dtype))
     x = random_x(3, 200).double()
-    assert relative_error(reference.matmul(x, *layer.tensors, bits, checkpoint_format), x @ exact.t()) < 1e-14
+    assert relative_error(reference.matmul(x, layer.packed), x @ exact.t()) < 1e-14
 
 
 def test_tensors_that_are_not_one_layer_are_refused() -> None:
     layer = random_layer(64, 32, 32)
     qweight, qzeros, scales, g_idx = layer.tensors
     with pytest.raises(ValueError, match=r"qweight must be int32 \[8, 32\].*found int32 \[7, 32\]"):
-        reference.dequantize(qweight[:7], qzeros, scales, g_idx, 4)
+        reference.dequantize(Packed(qweight[:7], qzeros, scales, g_idx, 4))
     with pytest.raises(ValueError, match=r"qzeros must be int32 \[2, 4\].*found int64"):
-        reference.dequantize(qweight, qzeros.long(), scales, g_idx, 4)
+        reference.dequantize(Packed(qweight, qzeros.long(), scales, g_idx, 4))
     with pytest.raises(ValueError, match="bits must be one of"):
-        reference.dequantize(qweight, qzeros, scales, g_idx, 5)
+        reference.dequantize(Packed(qweight, qzeros, scales, g_idx, 5))
     with pytest.raises(ValueError, match="checkpoint_format must be one of"):
-        reference.dequantize(qweight, qzeros, scales, g_idx, 4, "marlin")
+        reference.dequantize(Packed(qweight, qzeros, scales, g_idx, 4, "marlin"))
     with pytest.raises(ValueError, match="scales must be"):
-        reference.dequantize(qweight, qzeros, scales[0], g_idx, 4)
+        reference.dequantize(Packed(qweight, qzeros, scales[0], g_idx, 4))

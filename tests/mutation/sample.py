@@ -20,10 +20,7 @@ from cosmic_ray.mutating import mutate_code
 from operators import OPERATORS
 
 SEED = 20270114
-PLACES = (
-    *("api.py", "model_api.py", "outputs.py", "engine", "io", "remote", "formats", "ops", "operations", "recipes"),
-    *("quantization", "cli"),
-)
+PLACES = ("api", "engine", "io", "stores", "formats", "ops", "operations", "recipes", "quantization", "cli")
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Mutant:
 def choose(root: Path, count: int) -> list[Mutant]:
     """The sample of `count`, of the tree at `root`."""
     files = [root / "weightops" / place for place in PLACES]
-    files = sorted(f for place in files for f in (place.rglob("*.py") if place.is_dir() else [place]))
+    files = sorted(f for place in files for f in place.rglob("*.py"))
     seen: Counter[str] = Counter()
     found = sorted((mutant for file in files for mutant in _candidates(root, file, seen)), key=lambda each: each.key)
     chosen: list[Mutant] = []

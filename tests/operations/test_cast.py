@@ -194,8 +194,11 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], problem
 
 def test_eight_bit_weights_with_a_scale_are_not_cast_alone() -> None:
     state = {Q_PROJ: normal(4, 4).to(torch.float8_e4m3fn), f"{Q_PROJ}_scale_inv": torch.ones(1, 1)}
-    with pytest.raises(IncompatibleInputs, match=f"{Q_PROJ} is float8_e4m3fn with the scale {Q_PROJ}_scale_inv"):
+    said = f"{Q_PROJ} is float8_e4m3fn with the scale {Q_PROJ}_scale_inv"
+    with pytest.raises(IncompatibleInputs, match=said) as caught:
         cast(checkpoint(state), dtype=DType.BF16)
+    assert caught.value.hint is not None
+    assert "--keep '*.q_proj.weight'" in caught.value.hint
     assert cast(checkpoint(state), dtype=DType.BF16, keep=[Q_PROJ])[Q_PROJ].spec.dtype is DType.F8_E4M3
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from support import write_checkpoint
+from systems import mkfifo, n_open, opened_below
 
 import weightops
 from weightops.errors import CorruptInput, SourceMissing
 from weightops.io.digests import hash_file
 from weightops.io.source_file import SourceFile
-from weightops.stores.reader import FileReader, read_source
+from weightops.stores.local import read_source
+from weightops.stores.reader import FileReader
 
-
-def opened(folder: Path) -> list[str]:
-    """Files below a folder that this process has open."""
-    links = (os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path))
-    return sorted(link for link in links if link.startswith(str(folder)))
+resource = pytest.importorskip("resource")
 
 
 @pytest.fixture
@@ -33,25 +29,25 @@ def files(tmp_path: Path) -> list[SourceFile]:
 
 
 def test_looking_and_reading_leave_nothing_open(files: list[SourceFile], tmp_path: Path) -> None:
-    assert opened(tmp_path) == []
+    assert opened_below(tmp_path) == []
     read_source(tmp_path / "0")
     hash_file(tmp_path / "0", ["md5"])
-    os.mkfifo(tmp_path / "pipe")
+    mkfifo(tmp_path / "pipe")
     for _ in range(3):
         with pytest.raises(CorruptInput, match="not a regular file"):
             SourceFile.at(tmp_path / "pipe")
         with pytest.raises(SourceMissing, match="no such file"):
             SourceFile.at(tmp_path / "none")
-    assert opened(tmp_path) == []
+    assert opened_below(tmp_path) == []
 
 
 def test_a_reader_keeps_few_files_open_and_closes_them(files: list[SourceFile], tmp_path: Path) -> None:
     with FileReader(max_open=3) as reader:
         for file in [*files, *reversed(files)]:
             assert reader.read(file, 3, 4) == (tmp_path / file.name).read_bytes()[3:7]
-            assert len(opened(tmp_path)) <= 3
-        assert opened(tmp_path) == [str(tmp_path / name) for name in "012"]
-    assert opened(tmp_path) == []
+            assert len(opened_below(tmp_path)) <= 3
+        assert opened_below(tmp_path) == ["0", "1", "2"]
+    assert opened_below(tmp_path) == []
 
 
 def test_a_file_that_changed_is_noticed_also_when_it_makes_room(files: list[SourceFile], tmp_path: Path) -> None:
@@ -78,8 +74,8 @@ def test_a_hundred_shards_need_few_descriptors(tmp_path: Path) -> None:
     tensors = {f"t{i:03d}": torch.full((3,), float(i)) for i in range(100)}
     many = write_checkpoint(tmp_path / "many", tensors, shards=100)
     weightops.shard(many, tmp_path / "warm")  # imports what it needs
-    with few_descriptors(len(os.listdir("/proc/self/fd")) + 48):
+    with few_descriptors(n_open() + 48):
         for workers in (1, 4):
             out = weightops.shard(many, tmp_path / f"out{workers}", max_shard_size="source", workers=workers).out
             assert len(list(out.glob("*.safetensors"))) == 100
-    assert opened(tmp_path) == []
+    assert opened_below(tmp_path) == []

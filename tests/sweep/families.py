@@ -183,16 +183,17 @@ FAULTS: dict[tuple[str, str], str] = {
 
 def page() -> str:
     """docs/families.md."""
-    parts = ["# Families", "", "Written by `python tests/sweep/families.py`. A slow test (`make test-all`) makes a"]
+    parts = ["# Families", "", "Which families of models every verb was tried with, and what came of it.", ""]
+    parts += ["Written by `python tests/sweep/families.py`. A slow test (`make test-all`) makes a"]
     parts += [
         f"tiny model of each of {len(FAMILIES)} families with transformers, takes it through these verbs, and holds"
     ]
     parts += ["what comes of it against transformers and peft:", ""]
-    parts += ["| verb | proven |", "|---|---|", *(f"| {verb} | {text} |" for verb, text in VERBS.items()), ""]
+    parts += ["| verb | proven |", "|---|---|", *(f"| `{verb}` | {text} |" for verb, text in VERBS.items()), ""]
     parts += ["✓ is proven; a number is a refusal, with a sentence that the test holds it to:", ""]
     excepted = {**EXCEPTIONS, **{place: f"a fault: {text}" for place, text in FAULTS.items()}}
     reasons = list(dict.fromkeys(excepted.values()))
-    parts += [f"| | {' | '.join(VERBS)} |", "|---" * (len(VERBS) + 1) + "|"]
+    parts += [f"| | {' | '.join(f'`{verb}`' for verb in VERBS)} |", "|---" * (len(VERBS) + 1) + "|"]
     for kind in FAMILIES:
         cells = (excepted.get((kind, verb)) for verb in VERBS)
         marks = ("✓" if reason is None else str(reasons.index(reason) + 1) for reason in cells)

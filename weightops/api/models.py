@@ -15,16 +15,14 @@ from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, find_marked
 from weightops.engine.preflight import refuse_among
-from weightops.engine.staging import refuse_target
+from weightops.engine.staging import Staging, refuse_target
 from weightops.engine.work_folder import refuse_others
-from weightops.errors import UsageError
+from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
-from weightops.formats.places import is_remote
 from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
-from weightops.io.escape import escape
 from weightops.plan import parse_size, sources_of
 from weightops.recipes.execute import Result, StrPath, Wanted, may_skip, several, write_all
 
@@ -104,53 +102,61 @@ def quantize(
 
     files, running = split_output(output)
     out = Path(out)
-    checkpoint = open_checkpoint(source)
-    is_skipping = may_skip(running)
-    if not running.get("dry_run"):
-        refuse_among(out, sources_of(checkpoint.values()))
-        refuse_target(out, overwrite=running.get("overwrite", False) or is_skipping)
-        refuse_others(blocks_of(out), SCHEMA)
-    settings = Settings(
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        desc_act=act_order,
-        static_groups=static_groups,
-        damp_percent=damp_percent,
-        mse=mse,
-        v1=checkpoint_format == "gptq",
-    )
-    options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
-    tokenizer = data = None
-    texts = [Path(text) for text in several(calibration)]
-    if method == "rtn" and (texts or act_order or static_groups):
-        unused = "calibration" if texts else "act_order" if act_order else "static_groups"
-        raise UsageError(f"{unused} has no use with method rtn, which looks at no text", hint="leave it out")
-    if texts:
-        length = sample_length(checkpoint, seq_len)
-        tokenizer = load_tokenizer(checkpoint)
-        data = calibrate(tokenizer, read_documents(texts), samples, length, seed)
-    run = prepare(checkpoint, options, data, device=pick_device(device))
-    if tokenizer is not None and data is not None:
-        check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
-    estimate = run.estimate()
-    provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
-    if is_skipping:
-        may_differ = running.get("overwrite", False)
-        if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may_differ):
-            return Quantization(estimate, skipped=True)
-    if running.get("dry_run"):
-        return Quantization(estimate)
     control = running.get("control") or Control()
-    max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
-        recipe = _quantize_recipe(options, texts, data, seed)
-        # What was quantised is read once more, to know the source by its content and to hold it against its manifest.
-        kept = set(found.checkpoint.values())
-        gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
-        made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
-        wanted = Wanted(made, files, recipe, {"source": checkpoint}, provenance=provenance)
-        result = write_all({out: wanted}, running)[out]
+    running["control"] = control
+    is_skipping = may_skip(running)
+    with control.stores.connected():
+        checkpoint = _opened(source, control)
+        if not running.get("dry_run"):
+            refuse_among(out, sources_of(checkpoint.values()))
+            try:
+                refuse_target(out, overwrite=running.get("overwrite", False) or is_skipping)
+            except OutputExists:
+                Staging.clean_up_after(out)
+                raise
+            refuse_others(blocks_of(out), SCHEMA)
+        settings = Settings(
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            desc_act=act_order,
+            static_groups=static_groups,
+            damp_percent=damp_percent,
+            mse=mse,
+            v1=checkpoint_format == "gptq",
+        )
+        options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
+        tokenizer = data = None
+        texts = [Path(text) for text in several(calibration)]
+        if method == "rtn" and (texts or act_order or static_groups):
+            unused = "calibration" if texts else "act_order" if act_order else "static_groups"
+            raise UsageError(f"{unused} has no use with method rtn, which looks at no text", hint="leave it out")
+        if texts:
+            length = sample_length(checkpoint, seq_len)
+            tokenizer = load_tokenizer(checkpoint)
+            data = calibrate(tokenizer, read_documents(texts), samples, length, seed)
+        run = prepare(checkpoint, options, data, device=pick_device(device), control=control)
+        if tokenizer is not None and data is not None:
+            check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
+        estimate = run.estimate()
+        provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
+        if is_skipping:
+            may = running.get("overwrite", False)
+            if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may):
+                return Quantization(estimate, skipped=True)
+        if running.get("dry_run"):
+            return Quantization(estimate)
+        max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+        with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
+            recipe = _quantize_recipe(options, texts, data, seed)
+            # What was quantised is read once more, to know the source by its content, and to hold it against its
+            # manifest.
+            kept = set(found.checkpoint.values())
+            gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
+            made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
+            sources, beside = {"source": checkpoint}, found.work_folder
+            wanted = Wanted(made, files, recipe, sources, beside=beside, provenance=provenance)
+            result = write_all({out: wanted}, running)[out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 
 
@@ -189,17 +195,19 @@ def evaluate(
     from weightops.inference.tokens import read_text
 
     given = [source] if isinstance(source, str | os.PathLike | Checkpoint) else source
-    return operation(
-        [_opened(each) for each in given],
-        read_text(map(Path, several(text))),
-        seq_len=seq_len,
-        reference=_opened(reference) if reference is not None else None,
-        dtype=getattr(torch, dtype),
-        device=pick_device(device),
-        engine=engine,
-        max_nbytes=_for_models(max_memory),
-        control=control,
-    )
+    control = control or Control()
+    with control.stores.connected():
+        return operation(
+            [_opened(each, control) for each in given],
+            read_text(map(Path, several(text))),
+            seq_len=seq_len,
+            reference=_opened(reference, control) if reference is not None else None,
+            dtype=getattr(torch, dtype),
+            device=pick_device(device),
+            engine=engine,
+            max_nbytes=_for_models(max_memory),
+            control=control,
+        )
 
 
 def generate(
@@ -228,18 +236,20 @@ def generate(
     from weightops.inference.model import pick_device
     from weightops.inference.sampling import Sampling
 
-    return Generation(
-        _opened(source),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, seed),
-        chat=chat,
-        dtype=getattr(torch, dtype),
-        device=pick_device(device),
-        engine=engine,
-        max_nbytes=_for_models(max_memory),
-        control=control,
-    )
+    control = control or Control()
+    with control.stores.connected():
+        return Generation(
+            _opened(source, control),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            chat=chat,
+            dtype=getattr(torch, dtype),
+            device=pick_device(device),
+            engine=engine,
+            max_nbytes=_for_models(max_memory),
+            control=control,
+        )
 
 
 def _for_models(max_memory: str | int | None) -> int | None:
@@ -250,15 +260,13 @@ def _for_models(max_memory: str | int | None) -> int | None:
     return max(0, nbytes - _BASE_NBYTES)
 
 
-def _opened(source: StrPath | Checkpoint) -> Checkpoint:
-    """A checkpoint on this machine, or one that is opened already."""
+def _opened(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
+    """A checkpoint at a path, on a hub or server, or one that is opened already."""
     if isinstance(source, Checkpoint):
         return source
-    if is_remote(source):
-        raise UsageError(f"{escape(os.fspath(source))}: is run from this machine only", hint="weightops download")
-    found = open_checkpoint(source)
+    found = open_checkpoint(source, control.stores)
     if found.sidecars or found.folder is None:
         return found
     # A weight file by itself: what lies beside it says what it is.
     beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
-    return replace(found, sidecars={name: Copied(found.folder.file(name)) for name in beside})
+    return replace(found, sidecars={name: Copied(found.folder.identity(name)) for name in beside})

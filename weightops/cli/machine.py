@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from weightops.cli.network import hub_endpoint, is_offline, token_is_set
-from weightops.engine.limits import available_memory
+from weightops.cli.hub_cache import hub_cache, is_offline
+from weightops.cli.network import hub_endpoint, token_is_set
+from weightops.io.platform.machine import available_memory, cores, file_system_type, total_memory
 from weightops.stores.web.urls import show
 from weightops.version import __version__
 
@@ -31,8 +32,6 @@ _LIBRARIES = (
 _COUNTING_S = 0.5
 """How long the files of a cache are counted."""
 _ASKING_S = 5.0
-_ESCAPES = {r"\040": " ", r"\011": "\t", r"\012": "\n", r"\134": "\\"}
-"""How /proc/self/mountinfo writes what would end a field."""
 
 
 class Cache(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,8 +97,8 @@ def describe(*, ask_torch: bool = False) -> EnvDocument:
     return EnvDocument(
         versions=versions(),
         system=platform.platform(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory=Memory(total_nbytes=_memory(), available_nbytes=available_memory()),
+        cores=cores(),
+        memory=Memory(total_nbytes=total_memory(), available_nbytes=available_memory()),
         disk=_disk(Path.cwd()),
         hub=_hub(),
         gpus=gpus,
@@ -119,39 +118,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def _disk(folder: Path) -> Disk:
     usage = shutil.disk_usage(folder)
-    kind = _file_system(folder)
+    kind = file_system_type(folder)
     return Disk(folder=str(folder), kind=kind, total_nbytes=usage.total, free_nbytes=usage.free)
-
-
-def _file_system(folder: Path) -> str | None:
-    """The type of the file system that a folder is on, as Linux has it."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    return find_mount(lines, folder.resolve())
-
-
-def find_mount(lines: list[str], folder: Path) -> str | None:
-    """The type of the innermost mount, the last of several, that a line of mountinfo(5) says a folder lies in."""
-    best: tuple[int, str | None] = (-1, None)
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        point = before.split(" ")[4]
-        for escaped, character in _ESCAPES.items():
-            point = point.replace(escaped, character)
-        if folder.is_relative_to(point) and len(Path(point).parts) >= best[0]:
-            best = len(Path(point).parts), after.split(" ")[0]
-    return best[1]
 
 
 def _hub() -> Hub:
@@ -159,9 +129,7 @@ def _hub() -> Hub:
 
 
 def _cache() -> Cache:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    path = Path(HF_HUB_CACHE)
+    path = hub_cache()
     exists = path.is_dir()
     return Cache(path=str(path), exists=exists, nbytes=count_cache(path) if exists else 0)
 

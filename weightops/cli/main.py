@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -75,7 +76,7 @@ EXIT_CODES = {
     130: "interrupted (143 by SIGTERM); the same command continues",
 }
 ENVIRONMENT = {
-    "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error",
+    "WEIGHTOPS_DEBUG": "set to anything: a traceback with every error, and the warnings of libraries",
     COMPLETION: "set by the script that `weightops completion` prints, to ask for completions",
     "NO_COLOR": "set to anything: no colour",
     "FORCE_COLOR": "set to anything: colour also where there is no terminal",
@@ -83,7 +84,8 @@ ENVIRONMENT = {
     "HF_ENDPOINT": "the hub; default https://huggingface.co",
     "HF_TOKEN": "the hub's token; default: that of `hf auth login`, which HF_HOME and HF_TOKEN_PATH say the place of",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1: no token",
-    "HF_HUB_OFFLINE": "1: no server is asked",
+    "HF_HUB_OFFLINE": "1: no server is asked; hf://org/name is what the cache has of it",
+    "HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME": "where the Hugging Face cache is; default ~/.cache/huggingface/hub",
     "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY": "http://user:password@host:port, by the scheme of a URL",
     "NO_PROXY": "hosts and networks (10.0.0.0/8), each with a port or without, that need no proxy; * is all",
     "XDG_CACHE_HOME": "where what architectures are like is kept; default ~/.cache",
@@ -193,8 +195,22 @@ def _told(error: BaseException) -> ErrorDocument:
     return ErrorDocument(error=name, exit_code=exit_code, message=message, hint=hint)
 
 
+def _silence_libraries() -> None:
+    """Show no warnings of libraries: newer versions of them warn the authors of a program, not those who run it.
+
+    Filters that somebody asked Python for (-W, PYTHONWARNINGS) stay.
+    """
+    import logging
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    if not os.environ.get("WEIGHTOPS_DEBUG"):
+        _silence_libraries()
     # Text of models and names of files have characters that a terminal's encoding may lack.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +16,6 @@ from weightops.cli.progress import HOWS
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
-    from weightops.engine.control import Control
     from weightops.recipes.execute import Result
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -174,32 +172,12 @@ def refuse_unused(why: str, *names: str) -> None:
             raise UsageError(f"{parameter.opts[-1]} has no use {why}", hint=f"leave out {parameter.opts[-1]}")
 
 
-@contextmanager
-def connected(quiet: bool, *sources: Path | str | Sequence[Path | str]) -> Iterator[Control]:
-    """As `running`, with a way to the network if a source is there."""
-    from weightops.formats.places import is_remote
-
-    paths = [path for source in sources for path in ([source] if isinstance(source, str | Path) else source)]
-    with running(quiet) as control:
-        if any(map(is_remote, paths)):
-            # Imported here because most commands need no network.
-            from weightops.cli.network import open_web
-
-            control.web = open_web()
-            control.web.on_wait = control.progress.note
-        try:
-            yield control
-        finally:
-            if control.web is not None:
-                control.web.close()
-
-
 def write(function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any) -> None:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
     from weightops.cli.results import show_result
 
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
-    with connected(quiet, *arguments) as control:
+    with running(quiet) as control:
         result = function(*arguments, control=control, **options)
     show_result(result, as_json, quiet, workers)
 

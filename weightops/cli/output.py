@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -15,13 +15,18 @@ import click
 import msgspec
 
 from weightops.cli.colour import say, styled
+from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.progress import make_progress
 from weightops.errors import UsageError, WeightopsError
 from weightops.io import strict_json
 from weightops.io.escape import escape, is_harmless
+from weightops.stores.stores import WEB, Stores
 
 if TYPE_CHECKING:
-    from weightops.engine.control import Control
+    from weightops.stores.web.web import Web
+
+if TYPE_CHECKING:
+    from weightops.engine.control import Control, Progress
 
 PROGRESS = "weightops.progress"
 """Where the context of a command has how to show progress."""
@@ -109,32 +114,45 @@ def _width(cell: str) -> int:
 
 
 @contextmanager
-def running(quiet: bool) -> Iterator[Control]:
-    """A control that shows progress as --progress says, and that SIGINT and SIGTERM cancel; a second one ends at once.
+def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
+    """A control that shows progress as --progress says, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel.
 
-    With `quiet` it shows none.
+    A second signal ends at once.
+
+    With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
+    environment describes, as it does the Hugging Face cache.
     """
     from weightops.engine.control import Control  # imported here because help and completion do without it
 
     meta = click.get_current_context().meta
     progress = make_progress("none" if quiet else meta.get(PROGRESS, "auto"))
-    is_verbose = meta.get(VERBOSE, False)
-    if is_verbose and quiet:
-        raise UsageError("--verbose says more and --quiet less", hint="leave out one of the two")
-    control = Control(progress)
+    shown: Progress = progress
     details: AbstractContextManager[None] = nullcontext()
-    if is_verbose:
+    if meta.get(VERBOSE, False):
+        if quiet:
+            raise UsageError("--verbose says more and --quiet less", hint="leave out one of the two")
         from weightops.cli.details import Timed, showing_details
 
-        control, details = Control(Timed(progress)), showing_details(progress)
+        shown, details = Timed(progress), showing_details(progress)
+
+    def open_web() -> Web:
+        from weightops.cli import network  # imported here because most commands need no network
+
+        web = (connect or network.open_web)()
+        web.on_wait = progress.note
+        return web
+
+    stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
+    control = Control(shown, stores=stores)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         control.cancel(number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGBREAK"))
+    previous = {number: signal.signal(number, handle) for number in numbers if number is not None}
     try:
-        with details:
+        with details, control.stores.connected():
             yield control
     finally:
         progress.stop()

@@ -78,7 +78,8 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
     rows += [(s.name, str(len(s.tensors)), human(plan.shard_nbytes[s.name])) for s in plan.shards]
     rows += [("total", str(sum(1 for _ in plan.tensors)), human(plan.total_nbytes))]
     memory = peak_memory([plan], workers or default_workers([plan]))
-    network = f", {human(fetched_nbytes(plan))} over the network" if plan.is_remote else ""
+    fetched = fetched_nbytes(plan)
+    network = f", {human(fetched)} over the network" if fetched else ""
     return "\n".join(
         [
             table(rows, right=(1, 2)),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from weightops.errors import Interrupted
 from weightops.lazy import Once
+from weightops.stores.stores import Stores
 
 if TYPE_CHECKING:
     from weightops.stores.web.web import Web
@@ -51,16 +52,22 @@ class Silent:
 
 
 class Control:
-    """Progress, the network, checks done once, and a way to stop.
+    """Progress, the places that are read from, checks done once, and a way to stop.
 
+    `web` are connections to servers that are open already; `stores` makes its own.
     `cancel` may be called from a signal handler or another thread.
     """
 
     def __init__(
-        self, progress: Progress | None = None, *, parent: Control | None = None, web: Web | None = None
+        self,
+        progress: Progress | None = None,
+        *,
+        parent: Control | None = None,
+        web: Web | None = None,
+        stores: Stores | None = None,
     ) -> None:
         self.progress: Progress = progress or (parent.progress if parent else Silent())
-        self.web: Web | None = web or (parent.web if parent else None)
+        self.stores: Stores = stores or (parent.stores if parent and web is None else Stores(web))
         self.once: Once = parent.once if parent else Once()
         self._parent = parent
         self._stop = threading.Event()
@@ -70,8 +77,7 @@ class Control:
         """Ask everything that runs under this control to stop, as the signal would."""
         self._signal = signal_number
         self._stop.set()
-        if self.web is not None:
-            self.web.interrupt(Interrupted(signal_number))
+        self.stores.interrupt(Interrupted(signal_number))
 
     def check(self) -> None:
         """Raise `Interrupted` once this control or its parent was cancelled; to be called between blocks of work."""

@@ -45,7 +45,7 @@ def watch_all(what: str, tensors: Sequence[LazyTensor], workers: int, control: C
         waiting.put(tensor)
 
     def drain(control: Control) -> None:
-        with Evaluator(control.web, control.once) as read:
+        with Evaluator(control.stores, control.once) as read:
             while (tensor := waiting.get()) is not None:
                 for nbytes in read.drain(tensor, BLOCK_NBYTES):
                     control.check()

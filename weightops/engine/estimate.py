@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from weightops.io.platform.files import open_direct_to_read, read_at
+from weightops.io.platform.machine import page_memory
 from weightops.io.source_file import SourceFile
 
 _BLOCK_NBYTES = 4 << 20
@@ -23,14 +24,14 @@ def read_rate(files: Iterable[SourceFile], clock: Callable[[], float] = time.mon
     system where that cannot be done: then there is no rate to go by.
     """
     file = max(files, key=lambda file: file.nbytes, default=None)
-    if file is None or file.is_remote or file.nbytes < _LEAST_NBYTES or not hasattr(os, "O_DIRECT"):
+    if file is None or file.is_remote or file.nbytes < _LEAST_NBYTES:
         return None
     try:
-        fd = os.open(Path(file.path), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        fd = open_direct_to_read(Path(file.path))
     except OSError:
         return None
     try:
-        with mmap.mmap(-1, _BLOCK_NBYTES) as block:
+        with memoryview(page_memory(_BLOCK_NBYTES)) as block:
             # The middle: the beginning was read for its header, and lies in the caches of some disks.
             start = file.nbytes // 2 // _BLOCK_NBYTES * _BLOCK_NBYTES
             return _rate(fd, block, start, clock)
@@ -40,10 +41,10 @@ def read_rate(files: Iterable[SourceFile], clock: Callable[[], float] = time.mon
         os.close(fd)
 
 
-def _rate(fd: int, block: mmap.mmap, start: int, clock: Callable[[], float]) -> float | None:
+def _rate(fd: int, block: memoryview, start: int, clock: Callable[[], float]) -> float | None:
     nbytes, began_s = 0, clock()
     while (passed_s := clock() - began_s) < _LIMIT_S:
-        n = os.preadv(fd, [block], start + nbytes)
+        n = read_at(fd, block, start + nbytes)
         nbytes += n
         if n < _BLOCK_NBYTES:
             passed_s = clock() - began_s

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 
 from weightops.checkpoint import Sidecar, Written
 from weightops.engine.finished import marks
 from weightops.engine.staging import ShardRecord, Staging
 from weightops.errors import CorruptInput, Differs
 from weightops.formats.proofs import manifest
-from weightops.io.atomic import make_folder, write_whole, writing_whole
 from weightops.io.digests import FileDigests, hash_bytes, new_hasher
 from weightops.io.escape import escape
 from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan
 from weightops.spec import TensorSpec
 from weightops.stores.reader import FileReader
+from weightops.stores.store import WritableStore
 from weightops.version import library_versions
 
 _PIECE_NBYTES = 1 << 20
@@ -48,14 +47,14 @@ def finish(
     small = dict(fetched)
     for name, sidecar in plan.sidecars.items():
         if name not in fetched:
-            small[name] = _write_sidecar(sidecar, staging.folder / name, plan.digests)
+            small[name] = _write_sidecar(sidecar, staging.store, name, plan.digests)
     index = plan.index()
     if index is not None and plan.index_name is not None:
-        small[plan.index_name] = write_small(staging.folder / plan.index_name, index, plan.digests)
+        small[plan.index_name] = write_small(staging.store, plan.index_name, index, plan.digests)
     for document in plan.documents:
         so_far = {r.name: r.digests for r in records.values()} | {n: f.digests for n, f in small.items()}
         data = document.render(tensors, witnesses, so_far)
-        small[document.name] = write_small(staging.folder / document.name, data, plan.digests)
+        small[document.name] = write_small(staging.store, document.name, data, plan.digests)
     loose = {document.name for document in plan.documents if not document.is_listed}
     check_expected(plan, {name: file.digests for name, file in small.items()}, {})
     finished = manifest.Manifest(
@@ -76,7 +75,7 @@ def finish(
         sources={o.role: manifest.SourceEntry(name=o.name, content_id=o.identify(witnesses)) for o in plan.origins},
         provenance={**library_versions(), **(plan.provenance or marks(plan, samples))},
     )
-    write_whole(staging.folder / manifest.NAME, finished.to_bytes())
+    staging.store.put(manifest.NAME, finished.to_bytes())
     return finished
 
 
@@ -123,23 +122,21 @@ def seen(plan: Plan, records: Iterable[ShardRecord]) -> dict[str, str]:
     return found
 
 
-def write_small(path: Path, data: bytes, algorithms: Collection[str]) -> FileDigests:
-    """Write a small file, in folders that are made if need be; its size and digests."""
-    make_folder(path.parent)
-    write_whole(path, data)
+def write_small(store: WritableStore, name: str, data: bytes, algorithms: Collection[str]) -> FileDigests:
+    """Write a small file; its size and digests."""
+    store.put(name, data)
     return FileDigests(len(data), hash_bytes(data, algorithms))
 
 
-def _write_sidecar(sidecar: Sidecar, path: Path, algorithms: Collection[str]) -> FileDigests:
+def _write_sidecar(sidecar: Sidecar, store: WritableStore, name: str, algorithms: Collection[str]) -> FileDigests:
     if isinstance(sidecar, Written):
-        return write_small(path, sidecar.data, algorithms)
-    make_folder(path.parent)
-    file, hashers = sidecar.file, {name: new_hasher(name) for name in algorithms}
-    with FileReader() as reader, writing_whole(path) as write:
+        return write_small(store, name, sidecar.data, algorithms)
+    file, hashers = sidecar.file, {algorithm: new_hasher(algorithm) for algorithm in algorithms}
+    with FileReader() as reader, store.putting(name) as write:
         for start in range(0, file.nbytes, _PIECE_NBYTES):
             piece = reader.read(file, start, min(_PIECE_NBYTES, file.nbytes - start))
             for hasher in hashers.values():
                 hasher.update(memoryview(piece))
             write(piece)
         reader.check_unchanged()
-    return FileDigests(file.nbytes, {name: hasher.hexdigest() for name, hasher in hashers.items()})
+    return FileDigests(file.nbytes, {algorithm: hasher.hexdigest() for algorithm, hasher in hashers.items()})

@@ -1,13 +1,9 @@
-"""Memory: what a plan needs at most, and what this process may have."""
+"""Memory: what a plan needs at most."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import resource
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from weightops.engine.joint import group
 from weightops.engine.stream import BLOCK_NBYTES, slots
@@ -33,46 +29,3 @@ def _scratch(tensor: LazyTensor) -> int:
     block = max(BLOCK_NBYTES, tensor.grain)
     deepest = max(map(_scratch, tensor.inputs), default=0)
     return tensor.op.scratch_nbytes + deepest + (block if len(tensor.inputs) > 0 or tensor.grain > BLOCK_NBYTES else 0)
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: the machine's, the cgroup's or its own limit, whichever is least."""
-    candidates = [_meminfo(), *_cgroup()]
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
-        soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
-            candidates.append(soft)
-    return min(candidates)
-
-
-def _meminfo() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup() -> list[int]:
-    limits = []
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return limits
-
-
-def release_freed() -> None:
-    """Give memory that is free in between back to the system, where the C library is glibc.
-
-    What was freed between what is kept stays with the process otherwise: up to a third of a model that is loaded layer
-    by layer, and tens of megabytes for each block that is quantised.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

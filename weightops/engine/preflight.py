@@ -10,10 +10,14 @@ from glob import glob
 from pathlib import Path
 
 from weightops.checkpoint import Copied
-from weightops.engine.limits import available_memory, peak_memory
+from weightops.engine.limits import peak_memory
 from weightops.engine.staging import OUTPUT, partial
 from weightops.errors import NoRoom, UsageError
 from weightops.io.escape import escape
+from weightops.io.paths import check_names
+from weightops.io.platform.files import taken_nbytes
+from weightops.io.platform.machine import available_memory
+from weightops.io.platform.names import place_of
 from weightops.io.source_file import SourceFile
 from weightops.plan import Plan
 
@@ -24,17 +28,22 @@ _SPARE_NBYTES = 16 << 20
 def default_workers(plans: Sequence[Plan]) -> int:
     """Shards in work at once: two keep a fast disk busy, four the fastest; more only cost memory.
 
-    One if anything comes from a server: then its files are read in the order of their bytes, as their digests need.
+    One if anything comes from a server or a cache: then its files are read in the order of their bytes, as their
+    digests need.
     """
     return 1 if any(plan.is_remote for plan in plans) else min(4, os.cpu_count() or 1)
 
 
 def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
-    """Refuse outputs that lie inside one another or among the inputs; too little disk; too little memory."""
-    targets = {_real(out): out for out in plans}
+    """Refuse outputs that lie inside one another or among the inputs; too little disk; too little memory.
+
+    And, with `CorruptInput`, names that a system or file system cannot hold, or takes for one.
+    """
+    targets = {place_of(out): _real(out) for out in plans}
     for out, plan in plans.items():
         refuse_among(out, plan.sources)
-        _refuse_nested(out, (other for other in targets if other != _real(out)), "another output")
+        _refuse_nested(out, (path for place, path in targets.items() if place != place_of(out)), "another output")
+        check_names(partial(out) / OUTPUT, plan.file_names, escape(str(out)))
     if len(targets) < len(plans):
         raise UsageError("two outputs are the same folder", hint="choose another --out")
     _check_disk(plans)
@@ -56,13 +65,17 @@ def refuse_among(out: Path, sources: Iterable[SourceFile]) -> None:
 
 
 def _refuse_nested(out: Path, folders: Iterable[Path], what: str) -> None:
-    target = _real(out)
+    target, around = place_of(out), _places_around(_real(out))
     for folder in folders:
-        if folder == target or folder in target.parents or target in folder.parents:
+        if place_of(folder) in around or target in _places_around(folder):
             raise UsageError(
                 f"the output {escape(str(out))} and {what} {escape(str(folder))} lie inside one another",
                 hint="choose an --out outside the inputs",
             )
+
+
+def _places_around(path: Path) -> list[tuple[object, ...]]:
+    return [place_of(folder) for folder in (path, *path.parents)]
 
 
 def _check_disk(plans: Mapping[Path, Plan]) -> None:
@@ -89,5 +102,5 @@ def taken_disk(folder: Path, pattern: str) -> int:
     nbytes = 0
     for name in glob(pattern, root_dir=folder):
         with suppress(FileNotFoundError):
-            nbytes += (folder / name).stat().st_blocks * 512
+            nbytes += taken_nbytes((folder / name).stat())
     return nbytes

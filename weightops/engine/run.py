@@ -19,9 +19,9 @@ from weightops.engine.proof import fetch_sidecars, note_proven, prove
 from weightops.engine.sample import sample
 from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord, published
 from weightops.engine.stream import BLOCK_NBYTES, File, write_files
-from weightops.errors import Differs, OutputExists, UsageError, WeightopsError
+from weightops.engine.work_folder import WorkFolder
+from weightops.errors import Differs, OutputExists, WeightopsError
 from weightops.formats.proofs import manifest
-from weightops.io.atomic import temporary_of
 from weightops.io.brief import brief
 from weightops.io.digests import FileDigests, hash_file
 from weightops.io.escape import escape
@@ -30,6 +30,7 @@ from weightops.ops.measures.loss import losses_of
 from weightops.ops.measures.witness import Witness
 from weightops.plan import Plan, Shard, sources_of
 from weightops.stores.reader import FileReader
+from weightops.stores.store import Target, WritableStore
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,23 +86,25 @@ def run_all(
     overwrite: bool = False,
     restart: bool = False,
     control: Control | None = None,
+    beside: Mapping[Path, WorkFolder] = {},
 ) -> list[Outcome]:
     """Write what each plan describes to its folder; all folders appear when all are whole.
 
     Shards of several outputs that are made of the same tensors are written side by side from one read.
     After a crash the same call continues: committed shards are checked against the journal and kept, and so is an
-    output that got its name before the crash. Files on servers are read through the control's `web`.
+    output that got its name before the crash. Files on servers are read through the control's `stores`.
+    `beside` are folders in which sources of an output were made, which are removed when it has its name.
     Raises any of `weightops.errors`; no folder is touched then.
     """
     control = control or Control()
     workers = workers or default_workers(list(plans.values()))
-    if any(plan.is_remote for plan in plans.values()) and control.web is None:
-        raise UsageError("a source is on a server", hint="give the control a Web to read it through")
     preflight({out: plan for out, plan in plans.items() if published(out, plan) is None}, workers)
     with ExitStack() as stack:
         try:
             stagings = {
-                out: stack.enter_context(Staging(out, plan, overwrite=overwrite, restart=restart))
+                out: stack.enter_context(
+                    Staging(out, plan, overwrite=overwrite, restart=restart, beside=beside.get(out))
+                )
                 for out, plan in plans.items()
             }
         except OutputExists:
@@ -131,7 +134,7 @@ def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifes
     """Write everything into the partial folders; where nothing in one is worth keeping, a failure leaves none."""
     try:
         for job in jobs:
-            job.fetched = fetch_sidecars(job.plan, job.staging.folder, control)
+            job.fetched = fetch_sidecars(job.plan, job.staging.store, control)
         _watch(jobs, workers, control)
         _write_shards(jobs, workers, control)
         digests: dict[str, str] = {}
@@ -167,9 +170,8 @@ def _at_fault(job: _Job) -> Iterator[None]:
 
 def _forget(plan: Plan, control: Control) -> None:
     """The next run reads the files anew, and has to prove them anew."""
-    if control.web is not None:
-        for file in plan.sources:
-            control.web.ranges.forget(file)
+    for file in plan.sources:
+        control.stores.forget(file)
 
 
 def _watch(jobs: Sequence[_Job], workers: int, control: Control) -> None:
@@ -190,7 +192,7 @@ def _watch(jobs: Sequence[_Job], workers: int, control: Control) -> None:
             with FileReader() as files:
                 made_of = sample(job.plan.watch, files)
             job.staging.note(WatchRecord(sample=made_of, witnesses=witnesses))
-            note_proven(job.plan, job.staging, control.web)
+            note_proven(job.plan, job.staging, control.stores)
 
 
 def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
@@ -208,21 +210,17 @@ def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
         for _, shard in members:
             files = ", ".join(escape(file.name) for file in sources_of(shard.tensors.values())) or "no file"
             _LOG.info("writing %s: %d tensors from %s", escape(shard.name), len(shard.tensors), files)
-        records = write_group([(job.plan, shard, _temporary(job, shard)) for job, shard in members], control, threads)
-        for (job, shard), record in zip(members, records, strict=True):
+        written = write_group([(job.plan, shard, job.staging.store) for job, shard in members], control, threads)
+        for (job, shard), (target, record) in zip(members, written, strict=True):
             with _at_fault(job):
                 check_expected(job.plan, {record.name: record.digests}, record.tensors)
-            job.staging.commit(_temporary(job, shard), record)
-            note_proven(job.plan, job.staging, control.web)
+            job.staging.commit(target, record)
+            note_proven(job.plan, job.staging, control.stores)
             job.records[shard.name] = record
             control.progress.finish_file(shard.name, record.nbytes, resumed=False)
 
     in_threads(workers, control, [partial(write, [(jobs[i], missing[i][j]) for i, j in members]) for members in groups])
     control.progress.stop()
-
-
-def _temporary(job: _Job, shard: Shard) -> Path:
-    return job.staging.folder / temporary_of(shard.name)
 
 
 def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Control) -> dict[str, ShardRecord]:
@@ -242,23 +240,28 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
     return found
 
 
-def write_group(shards: Sequence[tuple[Plan, Shard, Path]], control: Control, threads: int) -> list[ShardRecord]:
-    """Write shards to their paths, side by side: the unit of work, which depends on their plans alone."""
-    with Evaluator(control.web, control.once, threads) as read:
-        files = [File(path, plan.layout(shard), shard.tensors, plan.digests) for plan, shard, path in shards]
+def write_group(
+    shards: Sequence[tuple[Plan, Shard, WritableStore]], control: Control, threads: int
+) -> list[tuple[Target, ShardRecord]]:
+    """Write shards to stores, side by side: the unit of work, which depends on their plans alone."""
+    with Evaluator(control.stores, control.once, threads) as read:
+        files = [File(to, each.name, plan.layout(each), each.tensors, plan.digests) for plan, each, to in shards]
         written = write_files(files, read, control)
         _witness_rest((t for _, shard, _ in shards for t in shard.tensors.values()), read, control)
         read.files.check_unchanged()
         return [
-            ShardRecord(
-                name=shard.name,
-                nbytes=result.nbytes,
-                sample=sample(shard.tensors.values(), read.files),
-                digests=result.digests,
-                tensors=result.tensors,
-                witnesses=read.witnesses,
-                losses=losses_of(shard.tensors.values(), read),
-                notes=read.noted(shard.tensors.values()),
+            (
+                result.target,
+                ShardRecord(
+                    name=shard.name,
+                    nbytes=result.nbytes,
+                    sample=sample(shard.tensors.values(), read.files),
+                    digests=result.digests,
+                    tensors=result.tensors,
+                    witnesses=read.witnesses,
+                    losses=losses_of(shard.tensors.values(), read),
+                    notes=read.noted(shard.tensors.values()),
+                ),
             )
             for (_, shard, _), result in zip(shards, written, strict=True)
         ]

@@ -14,25 +14,30 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from weightops.engine.lock import is_lock
 from weightops.engine.sample import sample
-from weightops.engine.targets import FileTarget, FolderTarget, Target
-from weightops.engine.work_folder import LOCK, WorkFolder, read_document, refuse_others
+from weightops.engine.targets import FileTarget, FolderTarget, Place
+from weightops.engine.work_folder import WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
-from weightops.io.atomic import fsync_folder, publish, temporary_of, write_all
+from weightops.io.atomic import fsync_folder, write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.entries import is_link, rename
+from weightops.io.platform.files import flush, open_to_write
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.loss import Loss
 from weightops.plan import Plan, first_difference, identity_of
+from weightops.stores.local import LocalStore
 from weightops.stores.reader import FileReader
+from weightops.stores.store import Target
 
 SCHEMA = "weightops-partial/1"
 JOURNAL, OUTPUT, REPLACED = "journal.jsonl", "output", "replaced"
@@ -67,10 +72,18 @@ class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
 Record = ShardRecord | WatchRecord | ProofRecord
 
 
+class Beside(msgspec.Struct, frozen=True, kw_only=True):
+    """Another folder of a run, by its name beside the output and what it is."""
+
+    name: str
+    schema: str
+
+
 class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     """`run.json`: the plan, its fingerprint and the files that it makes.
 
-    When all is written it says also by which inode the output will be known, and what it takes the place of.
+    When all is written it says also by which inode the output will be known, what it takes the place of, and which
+    folder `beside` it the run needs no longer.
     """
 
     fingerprint: str
@@ -78,6 +91,7 @@ class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
     plan: dict[str, Any]
     finished: int | msgspec.UnsetType | None = msgspec.UNSET
     replaces: int | msgspec.UnsetType | None = msgspec.UNSET
+    beside: Beside | msgspec.UnsetType = msgspec.UNSET
 
 
 class Staging:
@@ -87,13 +101,17 @@ class Staging:
     when it was killed; there is nothing left to do then but `clean`. `warnings` tell why work was not kept.
     """
 
-    def __init__(self, out: Path, plan: Plan, *, overwrite: bool, restart: bool) -> None:
+    def __init__(
+        self, out: Path, plan: Plan, beside: WorkFolder | None = None, *, overwrite: bool, restart: bool
+    ) -> None:
         """Take the lock and find what an earlier run of this plan has done.
+
+        `beside` is another folder of the run, in which it made sources of the plan: done with when `out` has its name.
 
         Raises `OutputExists`, `Locked`, or `PlanDiffers` naming the field in which the plans differ.
         """
         self.out = out = Path(os.path.abspath(out))
-        self._plan = plan
+        self._plan, self._beside = plan, beside
         self._target = _target(out, plan, overwrite=overwrite)
         self.warnings: tuple[str, ...] = ()
         self.records: list[Record] = []
@@ -102,10 +120,12 @@ class Staging:
             self._target.refuse_existing()
         self._work = WorkFolder(partial(out), SCHEMA)
         self.folder = self._work.path / OUTPUT
+        self.store = LocalStore(self.folder)
         try:
             self.published = published(out, plan)
             if self.published is None:
                 self._restore_replaced()
+                self._target = _target(out, plan, overwrite=overwrite)  # of what is there now
                 self._target.refuse_existing()
                 self._begin(restart)
         except BaseException:
@@ -117,11 +137,11 @@ class Staging:
         """Remove what a run left beside its finished output that was killed when it had all but done so."""
         out = Path(os.path.abspath(out))
         folder = partial(out)
-        if folder.is_symlink() or not folder.is_dir():
+        if is_link(folder) or not folder.is_dir():
             return
         document = read_document(folder, SCHEMA)
         is_over = document is not None and _is_published(out, document)
-        if is_over or [entry.name for entry in folder.iterdir()] == [LOCK]:
+        if is_over or all(is_lock(entry.name) for entry in folder.iterdir()):
             with suppress(Locked, OutputExists), WorkFolder(folder, SCHEMA) as work:
                 _remove_published(work)
 
@@ -129,7 +149,7 @@ class Staging:
         """Put back what a run that was killed between two renames had moved aside."""
         aside = self._work.path / REPLACED
         if not os.path.lexists(self.out) and _is_replaced(aside, self._work):
-            os.rename(aside, self.out)
+            rename(aside, self.out)
 
     def _begin(self, restart: bool) -> None:
         """Go on where an earlier run of the same plan stopped, or anew."""
@@ -155,49 +175,47 @@ class Staging:
         kept = {self.folder / record.name for record in records if isinstance(record, ShardRecord)}
         kept |= {self._work.path / JOURNAL} if records else set()
         try:
-            for path in self._own_files():
+            for path in self._work.own_files():
                 if path not in kept:
                     path.unlink()
             if not records:
                 self._work.begin(self._run())
             self.folder.mkdir(exist_ok=True)
-            self._journal = os.open(self._work.path / JOURNAL, _APPEND, 0o666)
+            self._journal = open_to_write(self._work.path / JOURNAL, append=True)
             os.ftruncate(self._journal, nbytes)
         except OSError as error:
             raise write_failure(self._work.path, error) from None
         self.records = records
 
-    def _run(self, **inodes: int | None) -> PartialRun:
+    def _run(self, **more: Any) -> PartialRun:
         plan = self._plan
-        names = tuple(sorted(plan.file_names))
-        return PartialRun(fingerprint=plan.fingerprint, files=names, plan=plan.to_json(), **inodes)
+        files = (JOURNAL, *(f"{OUTPUT}/{name}" for name in sorted(plan.file_names)))
+        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=plan.to_json(), **more)
 
-    def _own_files(self) -> list[Path]:
-        """The files of this run or the earlier one; raises `OutputExists` for anything that neither makes."""
-        return self._work.own_files(_own_names(self._work).__contains__)
-
-    def commit(self, temporary: Path, record: ShardRecord) -> None:
-        """Give a finished, flushed shard its name, then note it."""
-        publish(temporary, self.folder / record.name)
+    def commit(self, target: Target, record: ShardRecord) -> None:
+        """Give a finished, durable shard its name, then note it."""
+        target.commit()
         self.note(record)
 
     def note(self, record: Record) -> None:
         """Append a line to the journal and flush it."""
         try:
             write_all(self._journal, msgspec.json.encode(record) + b"\n")
-            os.fsync(self._journal)
+            flush(self._journal)
         except OSError as error:
             raise write_failure(self._work.path / JOURNAL, error) from None
         self.records.append(record)
 
     def finish(self) -> None:
         """Note that everything is there, and what will be `out`; raises `OutputExists` if anything else is there."""
-        self._own_files()
+        self._work.own_files()
         try:
             for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
                 fsync_folder(folder)
             staged = self.folder / self.out.name if self._plan.is_file else self.folder
-            self._work.begin(self._run(finished=_inode(staged), replaces=_inode(self.out)))
+            other = self._beside
+            beside = msgspec.UNSET if other is None else Beside(name=other.path.name, schema=other.schema)
+            self._work.begin(self._run(finished=_inode(staged), replaces=_inode(self.out), beside=beside))
         except OSError as error:
             raise write_failure(self.folder, error) from None
 
@@ -214,7 +232,7 @@ class Staging:
     def clean(self) -> None:
         """Remove what is left beside an output that has its name, and what that took the place of."""
         self._close_journal()
-        _remove_published(self._work)
+        _remove_published(self._work, self._beside)
 
     @property
     def has_shards(self) -> bool:
@@ -226,7 +244,7 @@ class Staging:
         if self.published is None:
             self._close_journal()
             with suppress(OutputExists):
-                self._work.remove(_own_names(self._work).__contains__)
+                self._work.remove()
 
     def _close_journal(self) -> None:
         if self._journal >= 0:
@@ -241,20 +259,24 @@ class Staging:
         self._work.close()
 
 
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-def _own_names(work: WorkFolder) -> set[str]:
-    """The files that the run of this folder makes in it."""
-    files = (work.document or {}).get("files")
-    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-    return {f"{OUTPUT}/{name}" for file in names for name in (file, temporary_of(file))} | {JOURNAL}
-
-
-def _remove_published(work: WorkFolder) -> None:
-    with suppress(OutputExists):
+def _remove_published(work: WorkFolder, beside: WorkFolder | None = None) -> None:
+    """Remove what a run leaves beside its output; its own folder last, which says what the others are."""
+    with suppress(OutputExists, Locked), ExitStack() as stack:
         _remove_replaced(work)
-        work.remove(_own_names(work).__contains__)
+        if beside is None and (path := _beside(work)) is not None:
+            beside = stack.enter_context(WorkFolder(*path))
+        if beside is not None:
+            beside.remove()
+        work.remove()
+
+
+def _beside(work: WorkFolder) -> tuple[Path, str] | None:
+    """Another folder of the run, and its schema: where the sources of its output lay."""
+    found = (work.document or {}).get("beside")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "schema")):
+        return None
+    path = work.path.with_name(Path(found["name"]).name)
+    return (path, found["schema"]) if read_document(path, found["schema"]) is not None else None
 
 
 def _remove_replaced(work: WorkFolder) -> None:
@@ -276,7 +298,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _target(out: Path, plan: Plan, *, overwrite: bool) -> Target:
+def _target(out: Path, plan: Plan, *, overwrite: bool) -> Place:
     return (FileTarget if plan.is_file else FolderTarget)(out, overwrite=overwrite)
 
 

@@ -13,7 +13,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -23,10 +22,11 @@ from weightops.engine.joint import common_block, common_nodes, first_read, inter
 from weightops.formats.layout import Data, Late, Layout, Literal, Piece
 from weightops.formats.safetensors import SharingLayout
 from weightops.io.digests import new_hasher
-from weightops.io.direct import DirectFile, aligned_buffer
 from weightops.io.escape import escape
 from weightops.io.memory import copy_bytes
+from weightops.io.platform.machine import page_memory
 from weightops.lazy import Evaluator, LazyTensor
+from weightops.stores.store import Target, WritableStore
 
 BLOCK_NBYTES = 4 << 20
 _ON_THEIR_WAY = 3
@@ -34,8 +34,9 @@ _ON_THEIR_WAY = 3
 
 @dataclass(frozen=True)
 class Written:
-    """What went into a file: its digests by algorithm, and its tensors' xxh3_128 by name."""
+    """What went into a file, which lacks its name yet: its digests by algorithm, its tensors' xxh3_128 by name."""
 
+    target: Target
     nbytes: int
     digests: dict[str, str]
     tensors: dict[str, str]
@@ -115,14 +116,15 @@ class _Digester:
 class File:
     """What is to be written where: `tensors` by the names in `layout`; `algorithms` of the digests that are wanted."""
 
-    path: Path
+    store: WritableStore
+    name: str
     layout: Layout
     tensors: Mapping[str, LazyTensor]
     algorithms: Sequence[str] = ("xxh3_128",)
 
 
 def write_files(files: Sequence[File], read: Evaluator, control: Control) -> list[Written]:
-    """Write each file, flushed to disk, and say what is in it.
+    """Write each file, durably, and say what is in it; `commit` of its target gives it its name.
 
     Everything is computed and digested, also what is not written because its blocks are shared with a source.
     Where the next tensors of several files share inputs, they are computed block by block together.
@@ -137,7 +139,7 @@ def write_files(files: Sequence[File], read: Evaluator, control: Control) -> lis
     digest = _Stage(lambda slot: slot.stream.digester.work(slot), failures)
     write = _Stage(put, failures)
     write.inbox = digest.outbox
-    ring = [_Slot(memoryview(aligned_buffer(BLOCK_NBYTES))) for _ in range(slots(len(files)))]
+    ring = [_Slot(memoryview(page_memory(BLOCK_NBYTES))) for _ in range(slots(len(files)))]
     for slot in ring:
         write.outbox.put(slot)
     digest.start()
@@ -183,7 +185,7 @@ class _Stream:
         self._file = file
         self.digester = _Digester(file.layout, file.algorithms)
         shared = file.layout.shared if isinstance(file.layout, SharingLayout) else {}
-        self.target = DirectFile(file.path, file.layout.nbytes, shared=shared)
+        self.target = file.store.target(file.name, file.layout.nbytes, shared)
         self._pieces = deque(file.layout.pieces)
         self._free, self._filled, self._control, self._failures = free, filled, control, failures
         self._slot: _Slot | None = None
@@ -216,7 +218,9 @@ class _Stream:
             shared = f"{self.target.shared_nbytes / scale:.1f} of {layout.nbytes / scale:.1f} {unit}"
             self._control.progress.note(f"{escape(layout.name)}: {shared} shared with the source")
         digests = {**digests, **{alias: digests[name] for alias, name in layout.aliases.items()}}
-        return Written(layout.nbytes, self.digester.digests, {name: digests[name] for name in self._file.tensors})
+        return Written(
+            self.target, layout.nbytes, self.digester.digests, {name: digests[name] for name in self._file.tensors}
+        )
 
     def _current(self) -> _Slot:
         """The slot in work, with room in it; waits for one to come free."""

@@ -5,20 +5,18 @@ Either appears under its name when it is whole, and neither takes the place of a
 
 from __future__ import annotations
 
-import errno
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 from weightops.errors import OutputExists
 from weightops.formats.proofs import manifest
-from weightops.io.atomic import exchange, fsync_folder
+from weightops.io.atomic import fsync_folder
 from weightops.io.escape import escape
+from weightops.io.platform.entries import TAKEN, exchange, give_name, is_link, rename, replace_file
 
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
-
-class Target(ABC):
+class Place(ABC):
     """The name `out`, and what may be done to what is there."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -50,7 +48,7 @@ class Target(ABC):
         )
 
 
-class FolderTarget(Target):
+class FolderTarget(Place):
     """A folder, which appears by one rename."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -63,10 +61,10 @@ class FolderTarget(Target):
 
     def refuse_existing(self) -> None:
         out, shown = self.out, escape(str(self.out))
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
-            what = "is a link" if out.is_symlink() else "exists and is not a folder"
+        if is_link(out) or (out.exists() and not out.is_dir()):
+            what = "is a link" if is_link(out) else "exists and is not a folder"
             raise OutputExists(f"{shown} {what}", hint="choose another --out")
-        if out.is_mount():
+        if os.path.ismount(out):
             raise OutputExists(
                 f"{shown} is where a file system is mounted, so that nothing can be put in its place",
                 hint=f"write into it: --out {shown}/NAME",
@@ -76,22 +74,21 @@ class FolderTarget(Target):
 
     def publish(self, staged: Path, aside: Path) -> None:
         try:
-            # Of folders, rename replaces only those that hold nothing.
-            os.rename(staged, self.out)
+            rename(staged, self.out)
             return
         except OSError as error:
-            if error.errno not in _TAKEN:
+            if error.errno not in TAKEN:
                 raise
-        if not self._overwrite or self.out.is_symlink() or _identity(self.out) != self._replaced:
+        if not self._overwrite or is_link(self.out) or _identity(self.out) != self._replaced:
             raise self._appeared(self.out, staged)
         if exchange(staged, self.out):
-            os.rename(staged, aside)
+            rename(staged, aside)
         else:
-            os.rename(self.out, aside)
-            os.rename(staged, self.out)
+            rename(self.out, aside)
+            rename(staged, self.out)
 
 
-class FileTarget(Target):
+class FileTarget(Place):
     """A single file. Its manifest, `OUT.weightops-manifest.json`, is there before it."""
 
     @property
@@ -100,8 +97,8 @@ class FileTarget(Target):
 
     def refuse_existing(self) -> None:
         for path in (self.out, self.manifest):
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                what = "is a link" if path.is_symlink() else "exists and is not a file"
+            if is_link(path) or (path.exists() and not path.is_file()):
+                what = "is a link" if is_link(path) else "exists and is not a file"
                 raise OutputExists(f"{escape(str(path))} {what}", hint="choose another --out")
             if path.exists() and not self._overwrite:
                 raise self._exists(path)
@@ -109,25 +106,18 @@ class FileTarget(Target):
     def publish(self, staged: Path, aside: Path) -> None:
         for source, path in ((staged / manifest.NAME, self.manifest), (staged / self.out.name, self.out)):
             if self._overwrite and source.exists():
-                os.replace(source, path)
+                replace_file(source, path)
             elif not self._overwrite:
-                self._link(source, path, staged)
+                self._name(source, path, staged)
             fsync_folder(path.parent)
 
-    def _link(self, source: Path, path: Path, staged: Path) -> None:
+    def _name(self, source: Path, path: Path, staged: Path) -> None:
         try:
-            os.link(source, path)
+            give_name(source, path)
         except FileExistsError:
-            if not path.is_symlink() and os.path.samefile(source, path):
-                return  # a run that was killed here has done it
-            raise self._appeared(path, staged) from None
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            # A file system without hard links has no way to refuse what appears in this moment.
-            if os.path.lexists(path):
+            if is_link(path) or not os.path.samefile(source, path):
                 raise self._appeared(path, staged) from None
-            os.rename(source, path)
+            # Else a run that was killed here has done it.
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

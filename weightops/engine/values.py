@@ -18,13 +18,13 @@ def values(tensors: Sequence[LazyTensor], control: Control) -> list[bytes]:
     """The bytes of each tensor. Where much is to be read for them, several are computed at once, with progress."""
     costs = [sum(n.op.extent[1] - n.op.extent[0] for n in t.walk() if n.op.source is not None) for t in tensors]
     if sum(costs) < _NOTABLE_NBYTES:
-        with Evaluator(control.web, control.once) as read:
+        with Evaluator(control.stores, control.once) as read:
             return [read.whole(tensor) for tensor in tensors]
     found: list[bytes] = [b""] * len(tensors)
 
     def compute(i: int, control: Control) -> None:
         control.check()
-        with Evaluator(control.web, control.once) as read:
+        with Evaluator(control.stores, control.once) as read:
             found[i] = read.whole(tensors[i])
         control.progress.advance(costs[i])
 

@@ -1,7 +1,7 @@
 """A folder beside an output in which one run works, `OUT.partial` or `OUT.blocks`.
 
     FOLDER/weightops.lock    held by the run that works here; says who that is
-    FOLDER/run.json          what the run is; written before anything else
+    FOLDER/run.json          what the run is, and the files that it makes; written before anything else
     FOLDER/...               what the run makes, under names that can be told from run.json
 
 Whose a folder is is shown before anything in it is touched: it holds a run.json of this kind and nothing that such a
@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from weightops.engine.lock import take_lock
+from weightops.engine.lock import Lock, is_lock
 from weightops.errors import OutputExists
 from weightops.io.atomic import temporary_of, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.entries import is_link
 
-LOCK, RUN = "weightops.lock", "run.json"
-_OWN = {LOCK, RUN, temporary_of(RUN)}
-
-IsOwn = Callable[[str], bool]
-"""Whether a run makes a file of this name, relative to its folder."""
+RUN = "run.json"
 
 
 class WorkFolder:
@@ -42,29 +39,31 @@ class WorkFolder:
 
         Raises `OutputExists` for a folder that is not ours, `Locked`.
         """
-        self.path, self._schema = path, schema
+        self.path, self.schema = path, schema
         refuse_others(path, schema)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_failure(path, error) from None
-        self._lock = take_lock(path / LOCK)
+        self._lock = Lock(path)
         self.document = read_document(path, schema)
 
-    def begin(self, document: Mapping[str, Any] | msgspec.Struct) -> None:
-        """Say what the run is."""
-        said = document if isinstance(document, Mapping) else msgspec.to_builtins(document)
-        data = json.dumps({"schema": self._schema, **said}).encode()
+    def begin(self, document: msgspec.Struct) -> None:
+        """Say what the run is: of its schema, with the `files` that it makes here, by their names from here."""
+        data = json.dumps(msgspec.to_builtins(document)).encode()
         self.document = json.loads(data)
         write_whole(self.path / RUN, data)
 
-    def own_files(self, is_own: IsOwn) -> list[Path]:
+    def own_files(self) -> list[Path]:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""
+        files = (self.document or {}).get("files")
+        names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+        own = {*names, *map(temporary_of, names)}
         found = []
         for name, path in _walk(self.path):
-            if name in _OWN:
+            if is_lock(name) or name in (RUN, temporary_of(RUN)):
                 continue
-            if not is_own(name):
+            if name not in own:
                 raise OutputExists(
                     f"{escape(str(self.path))} holds {escape(name)}, which weightops did not make",
                     hint="move it away, and run the same command again",
@@ -72,9 +71,9 @@ class WorkFolder:
             found.append(path)
         return found
 
-    def clear(self, is_own: IsOwn) -> None:
+    def clear(self) -> None:
         """Remove what the run has made; raises as `own_files` does, with nothing removed."""
-        found = self.own_files(is_own)
+        found = self.own_files()
         try:
             for path in found:
                 path.unlink()
@@ -82,21 +81,20 @@ class WorkFolder:
         except OSError as error:
             raise write_failure(self.path, error) from None
 
-    def remove(self, is_own: IsOwn) -> None:
+    def remove(self) -> None:
         """Clear and remove the folder itself; run.json last, which shows whose it is."""
-        self.clear(is_own)
+        self.clear()
         try:
-            for name in (temporary_of(RUN), RUN, LOCK):
+            for name in (temporary_of(RUN), RUN):
                 (self.path / name).unlink(missing_ok=True)
+            self._lock.remove()
             self.path.rmdir()
         except OSError:
             return  # another run has just taken the folder over
 
     def close(self) -> None:
         """Let go."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -108,17 +106,17 @@ class WorkFolder:
 def refuse_others(path: Path, schema: str) -> None:
     """Raise `OutputExists` unless a run can work at `path`: nothing is there, or what such a run has left."""
     shown = escape(str(path))
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        what = "a link" if path.is_symlink() else "no folder"
+    if is_link(path) or (path.exists() and not path.is_dir()):
+        what = "a link" if is_link(path) else "no folder"
         raise OutputExists(
             f"{shown} is {what}, and weightops works in a folder of that name",
             hint="move it away, or choose another --out",
         )
     if not path.exists():
         return
-    names = {entry.name for entry in path.iterdir()}
     # A run that was killed right away has left no more than its lock.
-    if not names <= {LOCK, temporary_of(RUN)} and read_document(path, schema) is None:
+    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and entry.name != temporary_of(RUN)]
+    if others and read_document(path, schema) is None:
         raise OutputExists(
             f"{shown} is there, and weightops cannot tell that it made it", hint="move it away, or choose another --out"
         )
@@ -139,7 +137,7 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         name = prefix + entry.name
-        if entry.is_dir(follow_symlinks=False):
+        if entry.is_dir(follow_symlinks=False) and not is_link(folder / entry.name):
             yield from _walk(folder / entry.name, f"{name}/")
         else:
             yield name, folder / entry.name
@@ -147,6 +145,6 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
 
 def _remove_empty_folders(folder: Path) -> None:
     for entry in list(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
+        if entry.is_dir() and not is_link(entry):
             _remove_empty_folders(entry)
             entry.rmdir()

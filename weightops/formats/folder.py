@@ -13,7 +13,7 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import find_adapter, trained_beside
 from weightops.formats.choose import PART, chosen, find_index, is_weights, weights_without_index
 from weightops.formats.index import ShardIndex, parse_index
-from weightops.formats.places import _Matching, find_place, is_remote
+from weightops.formats.places import Matching, find_place, store_beside
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.formats.safetensors import read_safetensors
@@ -22,40 +22,39 @@ from weightops.formats.torch import read_torch
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
-from weightops.stores.local import LocalFolder
 from weightops.stores.reader import FileReader
-from weightops.stores.store import Folder
+from weightops.stores.store import Store
+from weightops.stores.stores import Stores
 
 if TYPE_CHECKING:
     from weightops.stores.web.web import Web
 
-_REMOTE_READERS = 8
-"""Headers that are fetched at once: nearly all of the time is waiting for a server."""
+_READERS = 8
+"""Headers that are read at once: on a server nearly all of the time is waiting for it."""
 
 
-def open_checkpoint(path: str | os.PathLike[str], web: Web | None = None, weights: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], stores: Stores | Web | None = None, weights: str | None = None
+) -> Checkpoint:
     """Read the headers of a weight file, or of the weight files of a folder, here or on a server.
 
-    `hf://org/name[@revision]` and http(s) URLs are read through `web`; one with defaults is opened if it is None.
+    `hf://org/name[@revision]` and http(s) URLs are read through `stores`; where there are none, or a `Web` alone, as
+    defaults have it.
     `weights` is a glob for the weight files to go by, in a folder that holds the same model twice; a path may end with
     one as well, `DIR/model-4bit-*.pt`, and then names files of any numbering. Meta's files that hold parts of each
     tensor give every part a name of its own, `consolidated.01/norm.weight`.
     Raises `SourceMissing` when there are none, `CorruptInput` when headers, index and files disagree.
     """
-    if web is None and is_remote(path):
-        from weightops.stores.web.web import Web
-
-        with Web() as web:
-            return open_checkpoint(path, web, weights)
-    return read_place(find_place(path, web), web, weights)
+    with (stores if isinstance(stores, Stores) else Stores(stores)).connected() as stores:
+        return read_place(find_place(path, stores), stores, weights)
 
 
-def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None = None) -> Checkpoint:
+def read_place(place: Store | SourceFile, stores: Stores, weights: str | None = None) -> Checkpoint:
     """The checkpoint in a folder or weight file; raises as `open_checkpoint` does."""
     if not isinstance(place, SourceFile):
-        return _read_folder(place, web, weights)
-    (read,) = _read_weights([place], web)
-    beside = None if place.is_remote else LocalFolder(Path(place.path).parent)
+        return _read_folder(place, stores, weights)
+    (read,) = _read_weights([place], stores)
+    beside = store_beside(place)
     metadata, said = _joined([read.metadata])
     return Checkpoint(
         place.name,
@@ -67,35 +66,34 @@ def read_place(place: Folder | SourceFile, web: Web | None, weights: str | None 
     )
 
 
-def open_adapter(path: str | os.PathLike[str], web: Web | None = None, weights: str | None = None) -> Checkpoint:
+def open_adapter(path: str | os.PathLike[str], stores: Stores | None = None, weights: str | None = None) -> Checkpoint:
     """Read the headers of a LoRA adapter and of the trained weights beside it; `path` is its folder or its file.
 
     Which file it is, is peft's rule (`weightops.formats.adapter.files`); where that finds none, and where `weights`
     chooses, the folder is opened as `open_checkpoint` does. Raises as that does.
     """
-    if web is None and is_remote(path):
-        from weightops.stores.web.web import Web
+    with (stores or Stores()).connected() as stores:
+        return _open_adapter(find_place(path, stores), stores, weights)
 
-        with Web() as web:
-            return open_adapter(path, web, weights)
-    place = find_place(path, web)
+
+def _open_adapter(place: Store | SourceFile, stores: Stores, weights: str | None) -> Checkpoint:
     if not isinstance(place, SourceFile):
-        return _read_folder(place, web, weights, find_adapter(place.names()) if weights is None else None)
-    if place.is_remote:
-        return read_place(place, web)
-    folder = LocalFolder(Path(place.path).parent)
+        return _read_folder(place, stores, weights, find_adapter(place.names()) if weights is None else None)
+    folder = store_beside(place)
+    if folder is None:
+        return read_place(place, stores)
     is_named = is_weights(place.name)
-    return _read_folder(folder, web, None, place.name if is_named else find_adapter(folder.names()))
+    return _read_folder(folder, stores, None, place.name if is_named else find_adapter(folder.names()))
 
 
-def _read_folder(folder: Folder, web: Web | None, weights: str | None, adapter: str | None = None) -> Checkpoint:
+def _read_folder(folder: Store, stores: Stores, weights: str | None, adapter: str | None = None) -> Checkpoint:
     """The checkpoint in a folder: its model, or `adapter` and what was trained with it."""
     names = folder.names()
     if weights is not None:
         names = chosen(names, weights)
     index_name = find_index(names, folder.shown) if adapter is None else None
-    index = parse_index(folder.read(index_name), f"{folder.shown}/{escape(index_name)}") if index_name else None
-    is_named = isinstance(folder, _Matching)
+    index = parse_index(folder.get(index_name), f"{folder.shown}/{escape(index_name)}") if index_name else None
+    is_named = isinstance(folder, Matching)
     if adapter is not None:
         files = [adapter, *(n for n in trained_beside(filter(is_weights, names)) if n != adapter)]
     else:
@@ -111,7 +109,7 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None, adapter: 
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     warnings: list[str] = []
-    read = _read_weights([folder.file(name) for name in files], web)
+    read = _read_weights([folder.identity(name) for name in files], stores)
     for name, weights_in_it in zip(files, read, strict=True):
         found = weights_in_it.tensors
         warnings += weights_in_it.warnings
@@ -143,7 +141,7 @@ def _read_folder(folder: Folder, web: Web | None, weights: str | None, adapter: 
         sidecars,
         shards,
         index.total_size if index else None,
-        (*warnings, *notes),
+        (*folder.notes, *warnings, *notes),
         metadata=metadata,
         left=left,
         folder=folder,
@@ -176,12 +174,12 @@ def downloaded_from(found: Manifest) -> str | None:
     return f"{source}@{commit}" if isinstance(commit, str) and commit else source
 
 
-def _manifest(folder: Folder, names: Iterable[str]) -> Manifest | None:
+def _manifest(folder: Store, names: Iterable[str]) -> Manifest | None:
     """What lies in the folder as its manifest, unless that is none: then `verify` has something to say, not we."""
     if manifest.NAME not in names:
         return None
     try:
-        return manifest.parse_manifest(folder.read(manifest.NAME), folder.shown)
+        return manifest.parse_manifest(folder.get(manifest.NAME), folder.shown)
     except CorruptInput:
         return None
 
@@ -203,16 +201,16 @@ class _Weights(NamedTuple):
     metadata: Mapping[str, str] = {}
 
 
-def _read_weights(files: Sequence[SourceFile], web: Web | None) -> list[_Weights]:
-    """The headers of weight files; several at a time if they are on servers."""
+def _read_weights(files: Sequence[SourceFile], stores: Stores) -> list[_Weights]:
+    """The headers of weight files, several at a time."""
 
     def read(file: SourceFile) -> _Weights:
-        with FileReader(web) as reader:
+        with FileReader(stores) as reader:
             return _read_file(file, reader)
 
-    if not any(file.is_remote for file in files):
-        return [read(file) for file in files]
-    with ThreadPoolExecutor(_REMOTE_READERS, "header") as pool:
+    if len(files) == 1:
+        return [read(files[0])]
+    with ThreadPoolExecutor(_READERS, "header") as pool:
         return list(pool.map(read, files))
 
 

@@ -11,13 +11,14 @@ from weightops.errors import SourceMissing
 from weightops.formats.choose import chosen, is_weights
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
-from weightops.stores.local import LocalFolder
-from weightops.stores.store import Folder
+from weightops.stores.local import LocalStore
+from weightops.stores.store import Store
 
 if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
+    from weightops.stores.stores import Stores
 
 _GLOB = re.compile(r"[*?[]")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\S+)?", re.ASCII)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -29,23 +30,29 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return is_location(os.fspath(path))
 
 
-def find_place(path: str | os.PathLike[str], web: Web | None) -> Folder | SourceFile:
+def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFile:
     """The folder or weight file that is meant; raises `SourceMissing`."""
-    if web is not None and is_remote(path):
+    if is_remote(path):
         from weightops.formats.web_places import find_remote
 
-        return find_remote(os.fspath(path), web)
+        return find_remote(os.fspath(path), stores)
     path = Path(path)
     if path.is_dir():
-        return LocalFolder(path)
+        return LocalStore(path)
     if path.exists():
         return SourceFile.at(path)
     if _GLOB.search(path.name) and path.parent.is_dir():
-        return _Matching(path.parent, path.name)
-    raise SourceMissing(f"{escape(str(path))}: no such file or folder")
+        return Matching(path.parent, path.name)
+    raise SourceMissing(f"{escape(str(path))}: no such file or folder", hint=repository_hint(path))
 
 
-class _Matching(LocalFolder):
+def repository_hint(path: Path) -> str | None:
+    """What to ask about a path at which nothing is, if it could be the name of a repository."""
+    is_name = _REPOSITORY.fullmatch(str(path)) and not is_weights(path.name) and not path.parent.exists()
+    return f"did you mean hf://{path}?" if is_name else None
+
+
+class Matching(LocalStore):
     """A folder of which only the weight files that match a pattern are looked at."""
 
     def __init__(self, root: Path, pattern: str) -> None:
@@ -57,3 +64,8 @@ class _Matching(LocalFolder):
     def names(self) -> list[str]:
         """What lies in it, sorted, without weights that do not match, and without indexes, which list others."""
         return chosen(super().names(), self._pattern)
+
+
+def store_beside(file: SourceFile) -> Store | None:
+    """Where what lies beside a weight file can be found, if that can be said."""
+    return None if file.is_remote else LocalStore(Path(file.path).parent)

@@ -18,7 +18,8 @@ from weightops.formats.proofs import checksums, manifest
 from weightops.formats.sniff import LFS_MAGIC
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.stores.store import Folder
+from weightops.io.notebook import in_units
+from weightops.stores.store import Store
 
 MAX_NBYTES = 100_000_000
 _READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json", "quantize_config.json")
@@ -80,7 +81,7 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def find_sidecars(
-    folder: Folder, names: Sequence[str], weights: Collection[str], known: Collection[str]
+    folder: Store, names: Sequence[str], weights: Collection[str], known: Collection[str]
 ) -> tuple[dict[str, Sidecar], list[str], dict[str, int | None]]:
     """The files of a folder that go along with `weights`, what there is to say of them, and what stays (`left`).
 
@@ -98,18 +99,18 @@ def find_sidecars(
             if not any(fnmatchcase(name, pattern) for pattern in _SUBFOLDERS):
                 left[f"{name}/"] = None
             continue
-        file = folder.file(name)
+        file = folder.identity(name)
         if kind_of(name) is None and name not in code:
             left[name] = file.nbytes
             continue
         if file.nbytes > MAX_NBYTES:
             left[name] = file.nbytes
             continue
-        if file.nbytes < 1024 and not file.is_remote and folder.read(name).startswith(LFS_MAGIC):
+        if file.nbytes < 1024 and folder.is_near and folder.get(name).startswith(LFS_MAGIC):
             notes.append(f"{escape(name)}: a Git LFS pointer, not the file itself; run `git lfs pull`")
         if name in code:
             notes.append(f"{escape(name)}: code, carried along as data and never run")
-        sidecars[name] = Written(folder.read(name)) if file.is_remote and name in _READ_EARLY else Copied(file)
+        sidecars[name] = Written(folder.get(name)) if name in _READ_EARLY and not folder.is_near else Copied(file)
     return sidecars, notes, left
 
 
@@ -118,7 +119,7 @@ def _is_about_files(name: str) -> bool:
     return manifest.is_manifest_name(name) or name.endswith(".index.json") or checksums.is_checksum_list(name)
 
 
-def _code(folder: Folder, names: Collection[str]) -> set[str]:
+def _code(folder: Store, names: Collection[str]) -> set[str]:
     """The Python files that a config's `auto_map` names, and those of the folder that they import."""
     pending = [
         f"{module}.py"
@@ -132,15 +133,15 @@ def _code(folder: Folder, names: Collection[str]) -> set[str]:
         if name in found or not folder.has(name):
             continue
         found.add(name)
-        text = folder.read(name).decode("utf-8", "replace")
+        text = folder.get(name).decode("utf-8", "replace")
         pending += [f"{(a or b).partition('.')[0]}.py" for a, b in _RELATIVE.findall(text)]
     return found
 
 
-def _auto_map(folder: Folder, name: str) -> Iterator[str]:
+def _auto_map(folder: Store, name: str) -> Iterator[str]:
     """The modules of the folder that a config names, `modeling_x` of `modeling_x.XModel`."""
     try:
-        document = strict_json.load_object(folder.read(name), name)
+        document = strict_json.load_object(folder.get(name), name)
     except CorruptInput:
         return  # whoever needs the config says what is wrong with it
     references: Any = document.get("auto_map")
@@ -153,13 +154,8 @@ def _auto_map(folder: Folder, name: str) -> Iterator[str]:
 
 def left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Which files beside a checkpoint stay where they are, in words."""
-    sizes = {name: "" if nbytes is None else f" ({_size(nbytes)})" for name, nbytes in checkpoint.left.items()}
+    sizes = {name: "" if nbytes is None else f" ({in_units(nbytes)})" for name, nbytes in checkpoint.left.items()}
     named = [f"{escape(name)}{size}" for name, size in sizes.items()]
     more = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
     said = f"{escape(checkpoint.name)}: not carried along, as no part of the model: "
     return (said + ", ".join([*named[:_MAX_NAMED], *more]),) if named else ()
-
-
-def _size(nbytes: int) -> str:
-    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if nbytes >= u), (1, "bytes"))
-    return f"{nbytes / unit:.1f} {name}" if unit > 1 else f"{nbytes} {name}"

@@ -20,6 +20,7 @@ import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
+from weightops.engine.proof import hold
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
@@ -28,6 +29,7 @@ from weightops.inference.packed import Engine, refuse_unquantized
 from weightops.inference.tokens import check_tokens, encode, load_tokenizer
 from weightops.inference.windows import cut, final_states
 from weightops.io.brief import brief
+from weightops.io.notebook import card
 from weightops.io.strict_json import as_json
 
 if TYPE_CHECKING:
@@ -136,6 +138,10 @@ class Evaluation:
 
     __repr__ = brief
 
+    def _repr_html_(self) -> str:
+        rows = [(s.name, s.perplexity, s.tokens, s.agreement.kl_mean if s.agreement else "") for s in self.scores]
+        return card("perplexity", {"convention": self.convention}, ("model", "perplexity", "tokens", "mean KL"), rows)
+
     @property
     def convention(self) -> str:
         """What was computed, in one sentence."""
@@ -187,7 +193,8 @@ def evaluate(
     Quantised models are dequantised, a block at a time, unless `engine` is "packed": kernels then multiply.
     `seq_len` is 2048 by default, or as much less as the model was made for. All that can be known before is checked
     before the first block is read. Raises `SourceMissing` without config or tokenizer, `UsageError` for a text shorter
-    than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN.
+    than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN, `Differs` for
+    weights on servers or in a cache whose digest is wrong.
     """
     control = control or Control()
     given = [*([reference] if reference is not None else []), *checkpoints]
@@ -237,8 +244,9 @@ def evaluate(
             model = reader.model
             scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
     control.progress.stop()
+    left = hold([tensor for checkpoint in given for tensor in checkpoint.values()], control)
     begins = readers[0].begins_with_bos
-    warnings = tuple(dict.fromkeys(warning for model in models for warning in model.warnings))
+    warnings = tuple(dict.fromkeys([*(warning for model in models for warning in model.warnings), *left]))
     return Evaluation(seq_len, begins, reference.name if reference is not None else None, tuple(scores), warnings)
 
 

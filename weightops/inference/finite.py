@@ -31,5 +31,5 @@ def check_finite(model: BlockModel, values: torch.Tensor, what: str) -> None:
         raise CorruptInput(text, hint=hint)
     raise UsageError(
         f"{text} in float16, which ends at 65504: what passes between its layers is larger",
-        hint="give --dtype bfloat16 or float32 (quantize: --device cpu); the weights need not be changed",
+        hint="give --dtype bfloat16 or float32 (`quantize`: --device cpu); the weights need not be changed",
     )

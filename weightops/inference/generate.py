@@ -12,7 +12,7 @@ from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.engine.limits import available_memory
+from weightops.engine.proof import hold, unproven
 from weightops.errors import NoRoom, UsageError
 from weightops.inference.finite import check_finite
 from weightops.inference.forwards import forwards
@@ -21,6 +21,7 @@ from weightops.inference.packed import Engine, are_faster, refuse_unquantized
 from weightops.inference.pieces import pieces
 from weightops.inference.sampling import Sampling
 from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
+from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
 
 Finish = Literal["eos", "length"]
@@ -75,6 +76,7 @@ class Generation:
         fits into `max_nbytes` more than the process has now (by default what memory there is).
         """
         self._control = control or Control()
+        self._checkpoint = checkpoint
         self._model = BlockModel(checkpoint, dtype=dtype, device=device, control=self._control)
         self._tokenizer = load_tokenizer(checkpoint)
         self._sampling = sampling or Sampling()
@@ -93,7 +95,7 @@ class Generation:
             self._model.keep_packed()
         self._whole_nbytes = _whole_nbytes(self._model)
         self.streams_weights = self._check_memory(room)
-        self.warnings = self._model.warnings
+        self.warnings = (*self._model.warnings, *unproven(checkpoint.values()))
         self.tokens: list[int] = []
         self.finish: Finish | None = None
 
@@ -168,12 +170,15 @@ class Generation:
         self.tokens, self.finish = [], None
         draw = torch.Generator().manual_seed(self._sampling.seed)
         with ExitStack() as stack:
+            stack.enter_context(self._control.stores.connected())
             if self.streams_weights:
                 stack.enter_context(self._model.loaded(""))
                 for name in self._model.blocks:
                     _load_on_call(stack, self._model, name)
             else:
                 self._load_all(stack)
+            # Weights that are wrong write no word. Those that are read again for each token are proven once.
+            hold(self._checkpoint.values(), self._control)
             text = self._prompt[None].to(self._model.device)  # [1, T]
             steps = forwards(self._model.module, text, self._max_new_tokens)
             token = None

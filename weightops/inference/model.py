@@ -12,7 +12,6 @@ from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.engine.limits import release_freed
 from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.inference.arguments import BlockArguments, beyond_hidden_states
@@ -21,6 +20,7 @@ from weightops.inference.packed import Engine, PackedWeight, find_packed
 from weightops.inference.skeleton import build, find_blocks
 from weightops.inference.weights import read_all
 from weightops.io.escape import escape
+from weightops.io.platform.machine import release_freed
 from weightops.layouts.skeleton import place, read_config
 from weightops.spec import DType
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from weightops.errors import NoRoom
 from weightops.io.escape import escape
+from weightops.io.platform.files import fill
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def hidden_states(
     place = folder or Path(tempfile.gettempdir())
     with tempfile.TemporaryFile(dir=place) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            fill(file.fileno(), nbytes)
         except OSError as error:
             raise NoRoom(
                 f"{escape(str(place))}: hidden states of {nbytes / 1e9:.1f} GB do not fit: {error.strerror}",

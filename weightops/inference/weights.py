@@ -42,7 +42,7 @@ def read_all(wanted: Sequence[tuple[LazyTensor, torch.dtype]], device: str, cont
     results: list[torch.Tensor | None] = [None] * len(tensors)
 
     def read_some(positions: Sequence[int]) -> None:
-        with Evaluator(control.web, control.once) as read:
+        with Evaluator(control.stores, control.once) as read:
             for i in positions:
                 results[i] = _read(tensors[i], read, control).to(device)
 

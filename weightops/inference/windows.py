@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from weightops.engine.control import Control
-from weightops.engine.limits import available_memory
 from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
 from weightops.inference.states import hidden_states
+from weightops.io.platform.machine import available_memory
 
 _BATCH_TOKENS = 2048
 """Short windows are run together up to so many tokens: below that, a block's matrices cost more than its arithmetic."""

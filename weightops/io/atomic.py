@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import secrets
@@ -10,29 +9,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from weightops.errors import UsageError
+from weightops.errors import OutputExists, UsageError
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+from weightops.io.platform.entries import flush_folder, give_name, is_read_only, replace_file
+from weightops.io.platform.files import flush, open_to_write
 
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        flush_folder(folder)
     except OSError as error:
         raise write_failure(folder, error) from None
-    finally:
-        os.close(fd)
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished, flushed file its name, durably. Both are in the same folder."""
     try:
-        os.replace(temporary, final)
+        replace_file(temporary, final)
     except OSError as error:
         raise write_failure(final, error) from None
     fsync_folder(final.parent)
@@ -48,6 +43,30 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a small file: temporary name, flush, rename, flush the folder."""
     with writing_whole(path) as write:
         write(data)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """As `write_whole`, for a name that nothing has; raises `OutputExists`, also if something takes it meanwhile."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with removed_at_end(temporary):
+            write_whole(temporary, data)
+            give_name(temporary, path)
+            fsync_folder(path.parent)
+    except FileExistsError:
+        raise OutputExists(f"{escape(str(path))} exists", hint="it is left alone: choose another name") from None
+    except OSError as error:
+        raise write_failure(path, error) from None
+
+
+@contextmanager
+def removed_at_end(temporary: Path) -> Iterator[None]:
+    """Remove a temporary file at the end, if it is still there."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 @contextmanager
@@ -67,7 +86,7 @@ def writing_whole(path: Path) -> Iterator[Callable[[bytes], None]]:
     try:
         try:
             yield write
-            os.fsync(fd)
+            flush(fd)
         except OSError as error:
             raise write_failure(path, error) from None
         finally:
@@ -93,12 +112,11 @@ def make_folder(path: Path) -> None:
 
 def _create(path: Path) -> tuple[Path, int]:
     """A new file, open for writing, of this name; of one like it if that is taken, by whomever."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return path, os.open(path, flags, 0o666)
+        return path, open_to_write(path, is_new=True)
     except FileExistsError:
         path = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
-        return path, os.open(path, flags, 0o666)
+        return path, open_to_write(path, is_new=True)
 
 
 def check_folder(path: Path) -> None:
@@ -109,7 +127,7 @@ def check_folder(path: Path) -> None:
     if not there.is_dir():
         raise write_failure(path, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
-        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        reason = errno.EROFS if is_read_only(there) else errno.EACCES
         raise write_failure(path, OSError(reason, os.strerror(reason)))
 
 
@@ -128,13 +146,3 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Swap two existing paths in one step; False where system or file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    done: bool = rename(*arguments) == 0
-    return done

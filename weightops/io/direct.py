@@ -1,22 +1,24 @@
 """Writing a file of known size past the page cache, where the file system allows it.
 
 The kernel's buffered write costs more than most of our operations, so O_DIRECT into a preallocated file is
-the fastest durable way out; where it is refused (tmpfs, some network file systems) writes are buffered.
+the fastest durable way out; where it is refused (tmpfs, some network file systems) or not known (macOS, Windows)
+writes are buffered.
 What can be shared with another file is not written at all.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weightops.errors import NoRoom, WeightopsError
 from weightops.io.escape import escape
+from weightops.io.platform.files import allocate, flush, no_longer_direct, open_direct, taken_nbytes, write_at
+from weightops.io.platform.names import is_too_long
 from weightops.io.reflink import Extent, share
 from weightops.io.source_file import SourceFile
 
@@ -24,11 +26,6 @@ ALIGNMENT = 4096
 _BUFFERED_PIECE = 128 << 10
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file system's largest file is full."""
-
-
-def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Page-aligned anonymous memory, as direct writes need."""
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class DirectFile:
@@ -50,15 +47,10 @@ class DirectFile:
         self._path = path
         self._nbytes = nbytes
         self._shared: list[tuple[int, int]] = []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if resume else os.O_TRUNC)
         try:
-            self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
-            self._direct = True
+            self._fd, self._direct = open_direct(path, keep=resume)
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise self._failure(error) from None
-            self._fd = os.open(path, flags, 0o666)
-            self._direct = False
+            raise self._failure(error) from None
         try:
             self._share(shared)
             self._allocate()
@@ -76,13 +68,20 @@ class DirectFile:
         self._shared.sort()
 
     def _allocate(self) -> None:
-        """Take the disk for what is to be written: no more than that, or a file that fits would not."""
-        try:
-            for start, stop in self._unshared(0, self._nbytes):
-                os.posix_fallocate(self._fd, start, stop - start)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
+        """Take the disk for what is to be written: no more than that, or a file that fits would not.
+
+        Of buffered files only the room is looked at: tmpfs would write zeros, in a third of the time of a copy.
+        """
+        ranges = list(self._unshared(0, self._nbytes))
+        if self._direct:
+            for start, stop in ranges:
+                allocate(self._fd, start, stop - start)
+        elif sum(stop - start for start, stop in ranges) > self._room():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _room(self) -> int:
+        """What the file may take: what is free, and what it has already."""
+        return shutil.disk_usage(self._path.parent).free + taken_nbytes(os.fstat(self._fd))
 
     @property
     def shared_nbytes(self) -> int:
@@ -121,14 +120,14 @@ class DirectFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            no_longer_direct(self._fd)
             self._direct = False
         return self._direct
 
     def _write_all(self, offset: int, block: memoryview) -> None:
         done = 0
         while done < len(block):
-            count = os.pwrite(self._fd, block[done:], offset + done)
+            count = write_at(self._fd, block[done:], offset + done)
             if count == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             done += count
@@ -137,7 +136,7 @@ class DirectFile:
         """Cut what alignment added, or to `nbytes` if they turned out to be others, and flush to disk."""
         try:
             os.ftruncate(self._fd, self._nbytes if nbytes is None else nbytes)
-            os.fsync(self._fd)
+            flush(self._fd)
         except OSError as error:
             raise self._failure(error) from None
         finally:
@@ -161,6 +160,9 @@ def write_failure(path: Path, error: OSError) -> WeightopsError:
             f"{shown}: the disk is full ({error.strerror})",
             hint="make room and run the same command again: it continues",
         )
-    denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    hint = "name a place that you may write to, or make this one so" if denied else None
+    hint = None
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "name a place that you may write to, or make this one so"
+    elif is_too_long(path):
+        hint = "choose a shorter --out: this system has no paths of that length, unless it is told to"
     return WeightopsError(f"{shown}: cannot be written ({error.strerror})", hint=hint)

@@ -8,8 +8,9 @@ import platform
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Self
+
+from weightops.io.platform.machine import boot_id, pid_namespace, started
 
 _NAME = re.compile(r"([0-9a-f]{12})-(\d+)-(\d+)")
 
@@ -37,40 +38,16 @@ class Owner:
     @classmethod
     def here(cls) -> Self:
         """This process."""
-        return cls(_place(), os.getpid(), _started(os.getpid()) or 0)
+        return cls(_place(), os.getpid(), started(os.getpid()) or 0)
 
     def is_alive(self) -> bool | None:
         """Whether the process still runs; None if it is (or was) on a system that cannot be asked."""
         if self.place != _place():
             return None
-        return _started(self.pid) == self.started
+        return started(self.pid) == self.started
 
 
 @cache
 def _place() -> str:
-    parts = (platform.node(), boot_id(), _pid_namespace())
+    parts = (platform.node(), boot_id(), pid_namespace())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-
-
-def boot_id() -> str:
-    """A name for the time since this machine was started; empty where the system gives none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone (a zombie counts as gone)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.escape import escape, is_harmless
+from weightops.io.platform.files import open_to_read
+from weightops.io.platform.names import folds_case, is_too_long, taken_for_one, why_refused
 
 _TEMPORARY = ".partial"
 
@@ -31,12 +33,41 @@ def check_relative(name: str, what: str) -> str:
     return name
 
 
+def check_names(folder: Path, names: Collection[str], what: str) -> None:
+    """Refuse files that cannot lie together in a folder, which may still have to be made.
+
+    Raises `CorruptInput` for names that the system does not have, and for those that are one to a file system to which
+    case makes no difference; `WeightopsError` for a path that becomes too long.
+    """
+    for name in names:
+        _check_holdable(name, what)
+        if is_too_long(folder / name):
+            shown = escape(str(folder / name))
+            raise WeightopsError(
+                f"{shown}: cannot be written (the path is too long for this system)", hint="choose a shorter --out"
+            )
+    alike = taken_for_one(sorted(names))
+    if alike is not None and folds_case(folder):
+        one, other = map(escape, alike)
+        raise CorruptInput(
+            f"{what}: {one!r} and {other!r} differ in case only, and are one where they are to be written",
+            hint="choose an --out on a file system that tells them apart",
+        )
+
+
+def _check_holdable(name: str, what: str) -> None:
+    reason = why_refused(name)
+    if reason is not None:
+        raise CorruptInput(f"{what}: the file name {escape(name)!r} cannot be used on this system: {reason}")
+
+
 def inside(root: Path, name: str, what: str) -> Path:
     """Resolve `name` below `root`, following symbolic links only as far as they stay inside.
 
     The snapshot folders of the Hugging Face cache link to blobs beside them; those count as inside.
     """
     path = root / check_relative(name, what)
+    _check_holdable(name, what)
     real_root = Path(os.path.realpath(root))
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(_trusted_root(real_root)):
@@ -86,11 +117,11 @@ def open_regular(path: Path) -> int:
     """
     shown = escape(str(path))
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_to_read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceMissing(f"{shown}: no such file") from None
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ELOOP, errno.ENXIO) or os.path.isdir(path):
             raise CorruptInput(f"{shown}: not a regular file") from None
         raise WeightopsError(f"{shown}: cannot be opened ({error.strerror})") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -7,15 +7,13 @@ lies equally far from a block's beginning in both files.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from weightops.io.paths import open_regular
+from weightops.io.platform.files import clone_range
 from weightops.io.source_file import SourceFile
 
 BLOCK_NBYTES = 4096
@@ -23,20 +21,6 @@ BLOCK_NBYTES = 4096
 MIN_SHARED_NBYTES = 256 << 10
 """Less is written: the request, and the writes around it that it cuts short, would cost about as much."""
 _HEADER_ALIGNMENT = 8
-_FICLONERANGE = 0x4020940D
-_ARGUMENT = struct.Struct("=qQQQ")
-_CANNOT = {
-    errno.EOPNOTSUPP,  # the file system has no shared blocks
-    errno.ENOTTY,  # it does not know the request
-    errno.ENOSYS,
-    errno.EXDEV,  # two file systems
-    errno.EINVAL,  # not whole blocks, or a file that cannot share them
-    errno.EBADF,  # what some kernels say of a source that has no shared blocks
-    errno.EPERM,
-    errno.EACCES,
-    errno.EISDIR,
-    errno.ETXTBSY,  # a swap file
-}
 
 
 class Extent(NamedTuple):
@@ -45,28 +29,6 @@ class Extent(NamedTuple):
     source_offset: int
     target_offset: int
     nbytes: int
-
-
-def clone_range(source_fd: int, source_offset: int, target_fd: int, target_offset: int, nbytes: int) -> bool:
-    """Let the target share `nbytes` bytes with the source; False if that cannot be, and nothing has changed.
-
-    Both ranges must begin and end at blocks, or end where the files do. The source is open for reading, the target
-    for writing. What was in the target is replaced, what lay behind its end stays as it was. Raises `OSError` if the
-    disk is full or fails.
-    """
-    if not nbytes:
-        return True
-    argument = _ARGUMENT.pack(source_fd, source_offset, nbytes, target_offset)
-    while True:
-        try:
-            fcntl.ioctl(target_fd, _FICLONERANGE, argument)
-            return True
-        except InterruptedError:
-            continue
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-            return False
 
 
 def shareable(extents: Iterable[Extent], source_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> list[Extent]:

@@ -14,8 +14,7 @@ from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.tokenizers.files import CONFIG, MORE_TEMPLATES, NAMES, TokenizerFiles
 from weightops.lazy import LazyTensor
-from weightops.stores.local import LocalFolder
-from weightops.stores.reader import read_source
+from weightops.stores.local import LocalStore, read_source
 
 SETTINGS: Mapping[str, tuple[type, str]] = {
     "context_length": (int, "tokens that the model was trained for at once"),
@@ -83,7 +82,7 @@ def beside(checkpoint: Checkpoint, tokenizer: Path | Literal[False] | None) -> C
     keeps its own in the folder above those of the models.
     """
     folder = checkpoint.folder
-    above = LocalFolder(folder.root.resolve().parent) if isinstance(folder, LocalFolder) else None
+    above = LocalStore(folder.root.resolve().parent) if isinstance(folder, LocalStore) else None
 
     def read(name: str) -> bytes | None:
         if tokenizer is not None and kind_of(name) is Kind.TOKENIZER:
@@ -91,13 +90,13 @@ def beside(checkpoint: Checkpoint, tokenizer: Path | Literal[False] | None) -> C
                 return None
             if name.startswith("tokenizer."):
                 return read_source(tokenizer)[1] if name.endswith(tokenizer.suffix) else None
-            companions = LocalFolder(tokenizer.parent)
-            return companions.read(name) if companions.has(name) else None
+            companions = LocalStore(tokenizer.parent)
+            return companions.get(name) if companions.has(name) else None
         if folder is None:
             return checkpoint.sidecar(name)
         if folder.has(name):
-            return folder.read(name)
-        return above.read(name) if name == "tokenizer.model" and above is not None and above.has(name) else None
+            return folder.get(name)
+        return above.get(name) if name == "tokenizer.model" and above is not None and above.has(name) else None
 
     return read
 

@@ -1,4 +1,4 @@
-"""Dequantize: a GPTQ checkpoint as a plain one, each weight computed from its integers as it is written."""
+"""Dequantise: a GPTQ checkpoint as a plain one, each weight computed from its integers as it is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.gptq.tensors import dequantized
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
-from weightops.stores.reader import read_source
+from weightops.stores.local import read_source
 
 DTYPES = (DType.F16, DType.BF16, DType.F32)
 _CONFIG = "config.json"
@@ -130,7 +130,7 @@ def _with_config(source: Checkpoint, path: str | None) -> Checkpoint:
     folder = source.folder
     beside: dict[str, Sidecar] = {}
     if folder is not None and not source.sidecars:
-        beside = {name: Copied(folder.file(name)) for name in (_CONFIG, CONFIG_NAME) if folder.has(name)}
+        beside = {name: Copied(folder.identity(name)) for name in (_CONFIG, CONFIG_NAME) if folder.has(name)}
     return replace(source, sidecars=beside) if beside else source
 
 

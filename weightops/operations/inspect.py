@@ -14,10 +14,11 @@ from weightops.formats.containers import find_aliases
 from weightops.formats.proofs import manifest
 from weightops.formats.quantized.gptq import PARTS, packed_shapes
 from weightops.io.brief import brief
+from weightops.io.notebook import card, in_units
 from weightops.io.source_file import SourceFile
 from weightops.io.strict_json import as_json
 from weightops.spec import DType, TensorSpec
-from weightops.stores.store import Folder
+from weightops.stores.store import Store
 
 
 class ShardDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +78,12 @@ class Inspection:
 
     __repr__ = brief
 
+    def _repr_html_(self) -> str:
+        facts = {"kind": self.kind, "model_type": self.model_type, "tensors": len(self.tensors)}
+        facts |= {"parameters": self.parameters, "size": in_units(self.nbytes), "content": self.content_id}
+        rows = [(n, s.dtype.value, list(s.shape), self.shards.get(n, "")) for n, s in self.tensors.items()]
+        return card(self.path, facts, ("tensor", "dtype", "shape", "file"), rows, what="tensors")
+
     @property
     def history(self) -> list[str]:
         """How it was made, in lines, if its manifest knows."""
@@ -133,14 +140,14 @@ class Inspection:
         return as_json(document)
 
 
-def inspect(checkpoint: Checkpoint, place: Folder | SourceFile, path: str) -> Inspection:
+def inspect(checkpoint: Checkpoint, place: Store | SourceFile, path: str) -> Inspection:
     """The inventory of the checkpoint at `place`, which the user called `path`.
 
     `content_id` and `recipe` are what the folder's manifest says, if it has one.
     """
     found = None
     if not isinstance(place, SourceFile) and place.has(manifest.NAME):
-        found = manifest.parse_manifest(place.read(manifest.NAME), f"{place.shown}/{manifest.NAME}")
+        found = manifest.parse_manifest(place.get(manifest.NAME), f"{place.shown}/{manifest.NAME}")
     model_type = checkpoint.config().get("model_type")
     return Inspection(
         path=path,

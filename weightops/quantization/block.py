@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from weightops.engine.control import Control
-from weightops.engine.limits import release_freed
 from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
+from weightops.io.platform.machine import release_freed
 from weightops.ops.gptq.solver import (
     Factor,
     Hessian,

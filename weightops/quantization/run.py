@@ -19,8 +19,9 @@ import torch
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, digest_of, lasting
-from weightops.engine.limits import available_memory
+from weightops.engine.proof import hold
 from weightops.engine.sample import sample
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
@@ -29,6 +30,7 @@ from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
 from weightops.io.digests import hash_bytes
 from weightops.io.escape import escape
+from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
 from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor
@@ -64,11 +66,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised checkpoint, not yet written, and what became of each layer."""
+    """A quantised checkpoint, not yet written, what became of each layer, and where its packed tensors lie."""
 
     checkpoint: Checkpoint
     modules: tuple[ModuleReport, ...]
     bits_per_weight: float
+    work_folder: WorkFolder
 
 
 @dataclass(frozen=True)
@@ -107,28 +110,25 @@ class Run:
             kept_nbytes=tokens * outputs * 4,
         )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> BlocksRun:
         """What tells this run from another: source, settings, data, and versions that could change bits."""
         tensors = json.dumps(identity_of({n: t.to_json() for n, t in self.source.items()}), sort_keys=True)
         with FileReader() as files:
             contents = sample(self.source.values(), files)
-        document: dict[str, Any] = msgspec.to_builtins(
-            BlocksRun(
-                source=hashlib.sha256(tensors.encode()).hexdigest(),
-                contents=contents,
-                options=self.options,
-                calibration=self.calibration.digest if self.calibration else None,
-                versions={n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
-            )
+        return BlocksRun(
+            source=hashlib.sha256(tensors.encode()).hexdigest(),
+            contents=contents,
+            options=self.options,
+            calibration=self.calibration.digest if self.calibration else None,
+            versions={n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
         )
-        return {key: value for key, value in document.items() if key != "schema"}
 
     def marks(self, files: Mapping[str, Any]) -> dict[str, str]:
         """What the manifest of the output says of how it was made, with what was said of its files.
 
         As of `weightops.engine.finished`: the plan of such an output is of files that are gone when it is there.
         """
-        identity = self.identity()
+        identity: dict[str, Any] = msgspec.to_builtins(self.identity())
         tensors = {n: lasting(identity_of(t.to_json())) for n, t in self.source.items()}
         sidecars = {n: hash_bytes(self.source.sidecar(n) or b"", ["xxh3_128"]) for n in self.source.sidecars}
         said = {
@@ -168,7 +168,14 @@ def sample_length(source: Checkpoint, seq_len: int | None) -> int:
     return seq_len
 
 
-def prepare(source: Checkpoint, options: Options, calibration: Calibration | None, *, device: str = "cpu") -> Run:
+def prepare(
+    source: Checkpoint,
+    options: Options,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    control: Control | None = None,
+) -> Run:
     """Look at everything that can be known before work starts.
 
     Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for layers that do not fit or a
@@ -177,7 +184,7 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     _refuse_quantized(source)
     if options.method == "gptq" and calibration is None:
         raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
-    model = BlockModel(source, dtype=compute_dtype(source, device), device=device)
+    model = BlockModel(source, dtype=compute_dtype(source, device), device=device, control=control)
     if calibration is not None:
         model.refuse_joined_blocks()
     modules = find_modules(model, options)
@@ -219,19 +226,20 @@ def quantized(
     """Quantise, continuing what an earlier run of the same began, and lend the result to be written.
 
     Memory that is left of `max_nbytes`, or of half of what is free, is used to run blocks less often.
-    When the `with` block ends well, what was kept beside the output is thrown away.
+    What lies beside the output, its `work_folder`, is the writer's to throw away when the output has its name.
     Raises `NoRoom`, `Locked`, `PlanDiffers`, or what `quantize_blocks` raises.
     """
     estimate = run.estimate()
-    with Work(out, run.identity(), restart=restart) as work:
+    with Work(out, run.identity(), len(run.modules), restart=restart) as work:
         if work.n_done < len(run.modules):
             check_room(out, estimate.packed_nbytes, estimate.hidden_nbytes)
             tokens = run.calibration.tokens if run.calibration else torch.empty((0, 0), dtype=torch.int64)
             room = available_memory() // 2 if max_nbytes is None else max_nbytes
             spare = max(0, room - estimate.memory_nbytes)
+            # What blocks are made of is kept by the next run, whatever is found to be wrong when all is written.
+            hold(run.source.values(), control)
             quantize_blocks(run.model, run.modules, run.options, tokens, work, control, spare_nbytes=spare)
         yield _collect(run, work)
-        work.remove()
 
 
 def _collect(run: Run, work: Work) -> Quantized:
@@ -259,7 +267,7 @@ def _collect(run: Run, work: Work) -> Quantized:
                 shards |= dict.fromkeys(parts, shards.pop(name))
     weights = sum(run.source[name].spec.numel for name in modules)
     bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / weights
-    return Quantized(_described(run, tensors, shards, reports), tuple(reports), bits)
+    return Quantized(_described(run, tensors, shards, reports), tuple(reports), bits, work.work_folder)
 
 
 def _described(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from weightops.formats.safetensors import read_safetensors
 from weightops.io.atomic import fsync_folder, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.files import flush, open_to_write, read_at, write_at
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import first_difference
@@ -40,13 +40,12 @@ if TYPE_CHECKING:
 
 SCHEMA = "weightops-blocks/1"
 _REPORT = "report"
-_NAME = re.compile(r"block-\d{5,}\.safetensors|hidden-\d{5,}\.bin")
 
 
 class BlocksRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     """`run.json`: source, settings, data and versions, all of which a run must have in common to be continued.
 
-    `source` and `calibration` are digests, `contents` is one of a sample of every tensor.
+    `source` and `calibration` are digests, `contents` is one of a sample of every tensor, `files` what it makes here.
     """
 
     source: str
@@ -54,6 +53,7 @@ class BlocksRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", t
     options: Options
     calibration: str | None
     versions: dict[str, str]
+    files: tuple[str, ...] = ()
 
 
 def blocks_of(out: Path) -> Path:
@@ -61,40 +61,39 @@ def blocks_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.blocks")
 
 
-def _is_own(name: str) -> bool:
-    return any(_NAME.fullmatch(known) for known in (name, name.removeprefix(".").removesuffix(".tmp")))
-
-
 class Work:
     """The folder of one run; a context manager that holds its lock."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(self, out: Path, identity: BlocksRun, n_blocks: int, *, restart: bool = False) -> None:
         """Take the lock, and find what an earlier run of the same identity has done.
 
         Raises `Locked`, `OutputExists` for a folder that is not ours, or `PlanDiffers` naming the field in which the
         runs differ.
         """
-        self._work = WorkFolder(blocks_of(out), SCHEMA)
-        self.folder = self._work.path
+        self.work_folder = WorkFolder(blocks_of(out), SCHEMA)
+        self.folder = self.work_folder.path
+        self._n_blocks = n_blocks
         try:
-            self._resume(json.loads(json.dumps(identity)), restart)
+            self._resume(identity, restart)
         except BaseException:
             self.close()
             raise
 
-    def _resume(self, identity: dict[str, Any], restart: bool) -> None:
-        if self._work.document is not None and not restart:
-            earlier = {key: value for key, value in self._work.document.items() if key != "schema"}
-            difference = first_difference(identity, earlier)
+    def _resume(self, identity: BlocksRun, restart: bool) -> None:
+        numbers = range(self._n_blocks + 1)
+        files = tuple(path.name for i in numbers for path in (self._block(i), self._hidden(i)))
+        identity = msgspec.structs.replace(identity, files=files)
+        if self.work_folder.document is not None and not restart:
+            difference = first_difference(json.loads(msgspec.json.encode(identity)), self.work_folder.document)
             if difference is not None:
                 raise PlanDiffers(
                     f"{escape(str(self.folder))} is of another run: {difference}",
                     hint="run the earlier command again to finish it, or give --restart to throw it away",
                 )
-            self._work.own_files(_is_own)
+            self.work_folder.own_files()
             return
-        self._work.clear(_is_own)
-        self._work.begin(identity)
+        self.work_folder.clear()
+        self.work_folder.begin(identity)
 
     def _block(self, i: int) -> Path:
         return self.folder / f"block-{i:05d}.safetensors"
@@ -134,12 +133,8 @@ class Work:
                 f"{escape(str(self._block(i)))}: has no report on its block", hint="give --restart to begin anew"
             ) from None
 
-    def remove(self) -> None:
-        """Throw everything away."""
-        self._work.remove(_is_own)
-
     def close(self) -> None:
-        self._work.close()
+        self.work_folder.close()
 
     def __enter__(self) -> Work:
         return self
@@ -153,7 +148,7 @@ class Hidden:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self._path, self.shape = path, shape
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._fd = open_to_write(path, read=True)
 
     @property
     def sample_nbytes(self) -> int:
@@ -164,7 +159,7 @@ class Hidden:
         batch = torch.empty((stop - first, *self.shape[1:]), dtype=torch.float32)
         view, offset = _bytes(batch), first * self.sample_nbytes
         while view:
-            n = os.preadv(self._fd, [view], offset)
+            n = read_at(self._fd, view, offset)
             if n == 0:
                 raise CorruptInput(f"{escape(str(self._path))}: ends early", hint="give --restart to begin anew")
             view, offset = view[n:], offset + n
@@ -176,14 +171,14 @@ class Hidden:
         offset = first * self.sample_nbytes
         try:
             while data:
-                n = os.pwrite(self._fd, data, offset)
+                n = write_at(self._fd, data, offset)
                 data, offset = data[n:], offset + n
         except OSError as error:
             raise write_failure(self._path, error) from None
 
     def flush(self) -> None:
         """All that was written is on disk."""
-        os.fsync(self._fd)
+        flush(self._fd)
         fsync_folder(self._path.parent)
 
     def __enter__(self) -> Hidden:

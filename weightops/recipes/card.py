@@ -185,7 +185,7 @@ def render_card(
     if warnings:
         parts.append("## Warnings")
         parts.append("\n".join(f"- {_plain(warning)}" for warning in warnings))
-    parts.append("## License")
+    parts.append("## Licence")
     parts.append("None is stated here. Those of the models and adapters that it was made from apply; add them above.")
     return ("\n\n".join(parts) + "\n").encode()
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
@@ -16,11 +15,11 @@ from weightops.engine.finished import find_made
 from weightops.engine.run import run_all
 from weightops.engine.staging import Staging
 from weightops.engine.values import values
+from weightops.engine.work_folder import WorkFolder
 from weightops.errors import UsageError
 from weightops.formats.choose import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.containers import CONTAINERS, without_place
 from weightops.formats.folder import open_adapter, open_checkpoint
-from weightops.formats.places import is_remote
 from weightops.formats.proofs import checksums
 from weightops.formats.proofs import manifest as manifest_format
 from weightops.formats.proofs.manifest import Manifest
@@ -28,15 +27,13 @@ from weightops.formats.proofs.published import find_manifest
 from weightops.formats.sidecars import left_behind
 from weightops.io.brief import brief
 from weightops.io.escape import escape
+from weightops.io.notebook import card, in_units
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.stored import without_shared_checks
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size, sources_of
 from weightops.recipes.observe import observe
 from weightops.recipes.recipe import Location, Recipe, Step
 from weightops.recipes.verbs import find_verb
-
-if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
 
 _LOG = logging.getLogger(__name__)
 CARD = "README.md"
@@ -107,11 +104,18 @@ class Result:
 
     __repr__ = brief
 
+    def _repr_html_(self) -> str:
+        rows = [(shard.name, in_units(self.plan.shard_nbytes[shard.name])) for shard in self.plan.shards]
+        facts = {"files": len(rows), "size": in_units(self.plan.total_nbytes), "warnings": len(self.warnings)}
+        title = f"{self.out}{'' if self.manifest else ' (not written: a dry run)'}"
+        return card(title, facts, ("file", "size"), rows, what="files")
+
 
 @dataclass(frozen=True)
 class Wanted:
     """A checkpoint to be written, to a folder or one file; the sources it comes from by role; how it was made.
 
+    `beside` is a folder in which a part of it was made, which nobody needs when it is written.
     `provenance` is what the manifest is to say of that if the plan does not tell; see `weightops.engine.finished`.
     """
 
@@ -120,17 +124,19 @@ class Wanted:
     recipe: Mapping[str, Any]
     sources: Mapping[str, Checkpoint]
     is_file: bool = False
+    beside: WorkFolder | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
     """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
-    with connected(running, any(is_remote(place.path) for place in recipe.sources.values())) as web:
-        control = running.get("control") or Control()
+    control = running.get("control") or Control()
+    running = {**running, "control": control}
+    with control.stores.connected() as stores:
         made = {}
         for name, place in recipe.sources.items():
             opener = open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint
-            made[name] = opener(place.path, web, place.weights)
+            made[name] = opener(place.path, stores, place.weights)
             _log_opened(name, place, made[name])
         sources = dict(made)
         evaluate = _evaluate(control)
@@ -195,13 +201,15 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
     if running.get("dry_run"):
         return results
     missing = {out: plan for out, plan in plans.items() if not results[out].skipped}
-    with connected(running, any(plan.is_remote for plan in missing.values())):
+    control = running.get("control") or Control()
+    with control.stores.connected():
         outcomes = run_all(
             missing,
             workers=running.get("workers"),
             overwrite=running.get("overwrite", False),
             restart=running.get("restart", False),
-            control=running.get("control"),
+            control=control,
+            beside={out: each.beside for out, each in wanted.items() if each.beside is not None},
         )
     for (out, plan), done in zip(missing.items(), outcomes, strict=True):
         results[out] = Result(done.out, plan, done.manifest, done.resumed, (*said[out], *done.warnings))
@@ -318,21 +326,3 @@ def read_expectation(name_or_path: StrPath) -> Expectation:
         found = manifest_format.read_manifest(path)
         return Expectation(path.name, {}, {n: t.xxh3_128 for n, t in found.tensors.items()})
     return Expectation(path.name, checksums.read_checksums(path).by_file(), {})
-
-
-@contextmanager
-def connected(running: Running, remote: bool) -> Iterator[Web | None]:
-    """The web of the control in `running`; if there is none and something is remote, one with defaults."""
-    control = running.get("control") or Control()
-    if control.web is not None or not remote:
-        yield control.web
-        return
-    from weightops.stores.web.web import Web
-
-    running["control"] = control
-    with Web() as web:
-        control.web = web
-        try:
-            yield web
-        finally:
-            control.web = None

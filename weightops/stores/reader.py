@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.paths import open_regular
+from weightops.io.platform.files import advise_in_order, advise_soon
 from weightops.io.source_file import SourceFile
+from weightops.stores.local import read_from
 
 if TYPE_CHECKING:
-    from weightops.stores.web.web import Web
+    from weightops.stores.stores import Stores
 
 _READ_AHEAD = 16 << 20
 
@@ -21,14 +23,14 @@ class FileReader:
     """Positioned reads from source files, for one thread; descriptors are kept in a small cache.
 
     `pread` rather than mmap: a file that is truncated while mapped kills the process, and touched pages of a
-    mapping count as memory. Files on servers are read through `web`.
+    mapping count as memory. Files on servers and in caches are read through `stores`.
     """
 
-    def __init__(self, web: Web | None = None, max_open: int = 32) -> None:
+    def __init__(self, stores: Stores | None = None, max_open: int = 32) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()
         self._max_open = max_open
         self._seen: dict[str, SourceFile] = {}
-        self._web = web
+        self._stores = stores
 
     def _descriptor(self, file: SourceFile) -> int:
         fd = self._open.get(file.path)
@@ -43,32 +45,26 @@ class FileReader:
             path, oldest = self._open.popitem(last=False)
             _check_unchanged(self._seen[path], oldest)
             os.close(oldest)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        advise_in_order(fd)
         return fd
 
     def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
         """Fill `out` with the bytes at `offset`; so many `following` ones will be wanted next.
 
-        Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails; as `RangeReader.read_into`
-        does for a file on a server.
+        Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails; as `Remote.read_into` does
+        for a file that is read through that.
         """
         if file.is_remote:
-            if self._web is None:
-                raise WeightopsError(f"{file.shown}: is on a server", hint="give a Web to read it through")
-            self._web.ranges.read_into(file, offset, out, following)
+            if self._stores is None:
+                raise WeightopsError(
+                    f"{file.shown}: is on a server or in a cache", hint="give the Stores to read it through"
+                )
+            self._stores.reader_of(file).read_into(file, offset, out, following)
             return
         fd = self._descriptor(file)
-        done = 0
-        try:
-            while done < len(out):
-                count = os.preadv(fd, [out[done:]], offset + done)
-                if count == 0:
-                    raise CorruptInput(f"{file.shown}: ends at byte {offset + done}, expected {file.nbytes} bytes")
-                done += count
-            if len(out) >= 1 << 20:
-                os.posix_fadvise(fd, offset + done, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            raise WeightopsError(f"{file.shown}: cannot be read at byte {offset + done} ({error.strerror})") from None
+        read_from(fd, file, offset, out)
+        if len(out) >= 1 << 20:
+            advise_soon(fd, offset + len(out), _READ_AHEAD)
 
     def read(self, file: SourceFile, offset: int, nbytes: int) -> bytes:
         """The `nbytes` at `offset`; for headers, whose size the caller has checked against the file's."""
@@ -101,16 +97,3 @@ def _check_unchanged(file: SourceFile, fd: int) -> None:
             f"{file.shown}: changed while it was being read (expected {file.nbytes} bytes, found {found.st_size})",
             hint="wait until whatever writes it has finished, then run the command again",
         )
-
-
-def read_source(path: Path) -> tuple[SourceFile, bytes]:
-    """A small file, whole, with its identity. For config, index and manifest files."""
-    fd = open_regular(path)
-    try:
-        file = SourceFile.of(path, fd)
-        if file.nbytes > 200_000_000:
-            raise CorruptInput(f"{file.shown}: {file.nbytes} bytes is too large for a file of this kind")
-        with os.fdopen(os.dup(fd), "rb") as stream:
-            return file, stream.read()
-    finally:
-        os.close(fd)

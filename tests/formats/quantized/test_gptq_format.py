@@ -11,7 +11,7 @@ import torch
 from gptq_models import Scheme, rounded
 from hypothesis import given
 from hypothesis import strategies as st
-from support import given_tensor
+from support import evaluate, given_tensor
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import CorruptInput, IncompatibleInputs
@@ -23,6 +23,8 @@ from weightops.formats.quantized.gptq import (
     read_config,
     write_module,
 )
+from weightops.lazy import LazyTensor
+from weightops.ops.gptq.tensors import Pack
 from weightops.ops.numbers.bitpack import BITS, unpack, unpack_columns
 
 MINIMAL = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "quant_method": "gptq"}
@@ -244,3 +246,13 @@ def with_scale(value: float) -> np.ndarray:
 def test_what_cannot_be_stored_is_refused(edits: dict[str, Any], text: str) -> None:
     with pytest.raises(IncompatibleInputs, match=text):
         write_module("p", *arrays(**edits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integers_are_packed_alike_whatever_part_is_asked_for(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightops.ops.gptq.tensors._READ_NBYTES", 1)
+    integers = given_tensor(torch.randint(0, 1 << bits, (192, 8), dtype=torch.int32))
+    packed = LazyTensor.make(Pack("x", bits), integers)
+    whole = evaluate(packed)
+    assert evaluate(packed, packed.grain) == whole
+    assert evaluate(packed, 3 * packed.grain + 1) == whole

@@ -273,6 +273,20 @@ def test_38_two_end_records_that_say_different_places_are_refused(tmp_path: Path
             read_torch(path)
 
 
+@pytest.mark.parametrize(
+    ("record", "field", "form"),
+    [(b"PK\6\6", 4, "<Q"), (b"PK\5\6", 8, "<H"), (b"PK\5\6", 10, "<H"), (b"PK\5\6", 12, "<I")],
+)
+def test_38_end_records_that_contradict_each_other_are_refused(
+    tmp_path: Path, record: bytes, field: int, form: str
+) -> None:
+    path, data, _ = valid(tmp_path)
+    struct.pack_into(form, data, data.rindex(record) + field, 7)
+    path.write_bytes(data)
+    with pytest.raises(CorruptInput, match="the two end records contradict each other"):
+        read_torch(path)
+
+
 def test_38_local_sizes_that_differ_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     write_archive(path, [("archive/data.pkl", forge({"w": tensor()})), ("archive/data/0", FLOATS)])
@@ -288,7 +302,7 @@ def test_38_local_sizes_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_quantized_tensors_are_refused(read_body: ReadBody) -> None:
     body = b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_qtensor\n)Rs."
-    with pytest.raises(CorruptInput, match=r"holds a quantized tensor.*_rebuild_qtensor"):
+    with pytest.raises(CorruptInput, match=r"holds a quantised tensor.*_rebuild_qtensor"):
         read_body(body)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from support import evaluate, random_tensor, read_torch, to_bytes
 
 from weightops.errors import CorruptInput
 from weightops.formats.layout import Data, Literal
+from weightops.formats.torch import objects
 from weightops.formats.torch.objects import TorchFile
+from weightops.formats.torch.pickle_reader import Call
 from weightops.formats.torch.writer import Flavour, torch_layout
 from weightops.io.source_file import SourceFile
 from weightops.spec import DType, TensorSpec
@@ -169,6 +172,7 @@ def test_a_checkpoint_that_holds_itself_ends(tmp_path: Path) -> None:
         read_torch(tmp_path / "model.bin")
 
 
+RIGHT = Call(lambda *arguments: arguments)
 ATTRIBUTES: list[dict[str, Any]] = [
     {"partition_dim": 0},
     {"label": "w", "shape_was": torch.Size([2, 3]), "tags": ["a", ("b", 1.5)]},
@@ -190,6 +194,16 @@ def test_attributes_of_tensors_are_passed_over(
     torch.save({"w": tensor, "v": torch.ones(2)}, path, _use_new_zipfile_serialization=is_zip)
     assert torch.equal(torch.load(path, weights_only=True)["w"], tensor)
     assert_equal(read_torch(path), {"w": tensor.detach(), "v": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "kind", "arguments"),
+    [(print, objects._PLAIN, ()), (RIGHT, OrderedDict, ()), (RIGHT, objects._PLAIN, [])],
+)
+def test_only_plain_tensors_have_attributes(rebuild: object, kind: object, arguments: object) -> None:
+    with pytest.raises(ValueError, match="a tensor of a class that is not torch's own"):
+        objects._with_attributes(rebuild, kind, arguments, None)
+    assert objects._with_attributes(RIGHT, objects._PLAIN, (1, 2), None) == (1, 2)
 
 
 class Sub(torch.Tensor):

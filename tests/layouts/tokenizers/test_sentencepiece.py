@@ -73,7 +73,7 @@ GOOD = (UNKNOWN, BOS, EOS, *BYTES, piece("a"), TRAINER, NORMALIZER)
     ("data", "expected"),
     [
         (b"", "0 pieces and 0 of 2 parts"),
-        (message(TRAINER, NORMALIZER), "0 pieces and 2 of 2 parts on training and normalization: cut short, or no"),
+        (message(TRAINER, NORMALIZER), "0 pieces and 2 of 2 parts on training and normalisation: cut short, or no"),
         (message(*GOOD[:-1]), "260 pieces and 1 of 2 parts"),
         (message(*GOOD[1:]), "0 pieces for what is unknown, expected one"),
         (message(*GOOD, piece("<u>", 2)), "2 pieces for what is unknown"),

@@ -220,6 +220,10 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], list[tuple[str, str, str]]]] = {
         {"num_key_value_heads": 4},
         [("error", "config-shape", f"model.layers.0.self_attn.{p}_proj.weight") for p in "kv"],
     ),
+    "one kv head": (
+        {"num_key_value_heads": 1},
+        [("error", "config-shape", f"model.layers.0.self_attn.{p}_proj.weight") for p in "kv"],
+    ),
     "head size": (
         {"head_dim": 8},
         [("error", "config-shape", f"model.layers.0.self_attn.{p}_proj.weight") for p in "kovq"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from systems import mkfifo
 
 from weightops.engine.control import Control, Silent
 from weightops.errors import CorruptInput, Interrupted, SourceMissing, UsageError, WeightopsError
@@ -163,7 +164,7 @@ def test_extra_files(folder: Path) -> None:
     for name in ("a.lock", "b.partial", "extra.bin", "sub/more", "sub/deep/er", *ours):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
-    os.mkfifo(folder / "pipe")
+    mkfifo(folder / "pipe")
     (folder / "elsewhere").symlink_to("/", target_is_directory=True)
     extra = ["a.lock", "b.partial", "elsewhere", "extra.bin", "pipe", "sub/deep/er", "sub/more"]
     report = verify(folder)
@@ -203,7 +204,7 @@ def test_what_is_not_a_file_inside_is_refused(folder: Path, tmp_path: Path, kind
     if kind == "folder":
         target.mkdir()
     elif kind == "fifo":
-        os.mkfifo(target)
+        mkfifo(target)
     elif kind == "device":
         target.symlink_to("/dev/zero")
     elif kind == "outside":
@@ -226,7 +227,7 @@ def test_what_is_not_a_file_inside_is_refused(folder: Path, tmp_path: Path, kind
 def test_manifest_that_is_no_file_is_refused(folder: Path, kind: str) -> None:
     path = folder / "MD5SUMS"
     if kind == "fifo":
-        os.mkfifo(path)
+        mkfifo(path)
     elif kind == "folder":
         path.mkdir()
     else:

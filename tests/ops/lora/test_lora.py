@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from fractions import Fraction
@@ -17,8 +18,9 @@ from support import evaluate, from_bytes, given_tensor, to_bytes
 
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import LazyTensor
+from weightops.ops.lora import product
 from weightops.ops.lora.dora import merge, sum_in_order
-from weightops.ops.lora.factors import LoraBias, ReplaceRows
+from weightops.ops.lora.factors import Lora, LoraBias, ReplaceRows
 from weightops.ops.lora.product import Part, split, to_narrower
 from weightops.spec import DType
 
@@ -271,8 +273,8 @@ import sys
 import numpy as np
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops import libtorch
-from weightops.ops.dora import merge
-from weightops.ops.lora_product import Part
+from weightops.ops.lora.dora import merge
+from weightops.ops.lora.product import Part
 from weightops.ops.rows import Given
 from weightops.spec import DType
 
@@ -298,3 +300,28 @@ print("equal")
 def test_the_c_interface_gives_the_bits_of_torch() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "is_tame"),
+    [
+        (0.0, True),
+        (2.0**-44, True),
+        (2.0**-45, False),
+        (1.0, True),
+        (2.0**28, True),
+        (2.0**29, False),
+        (math.nan, False),
+    ],
+)
+def test_sizes_whose_products_a_wider_type_holds_exactly(size: float, is_tame: bool) -> None:
+    for sign in (1, -1):
+        assert product._is_tame(np.array([0.5, sign * size])) is is_tame
+
+
+def test_nothing_is_merged_into_other_types() -> None:
+    factors = [given_tensor(torch.ones(2, 4)), given_tensor(torch.ones(4, 2))]
+    for dtype in (torch.int32, torch.float64, torch.float8_e4m3fn):
+        weight = given_tensor(torch.ones(4, 4).to(dtype))
+        with pytest.raises(IncompatibleInputs, match="expected float32, float16 or bfloat16"):
+            LazyTensor.make(Lora((Part(1.0),)), weight, *factors)

@@ -172,7 +172,7 @@ def test_types_without_numbers_of_whole_bytes_are_refused() -> None:
 SCRIPT = """
 import sys
 import numpy as np
-from weightops.ops import counting
+from weightops.ops.measures import counting
 
 for size, bins in ((1, 5), (4096, 256), (1 << 18, 65536)):
     words = np.random.default_rng(0).integers(0, bins, size, dtype=np.int32)
@@ -195,3 +195,11 @@ def test_counting_nothing() -> None:
     for many in (True, False):
         count_words(np.zeros(0, np.int32), total, many=many)
     assert not total.any()
+
+
+@pytest.mark.parametrize("odd", [[math.inf], [-math.inf], [math.nan], [-math.inf, math.inf]])
+def test_extremes_are_those_of_finite_numbers_whatever_else_there_is(odd: list[float]) -> None:
+    tensor = torch.tensor([1.5, -2.5, *odd])
+    found = measure(given_tensor(tensor))
+    assert (found.minimum, found.maximum) == (-2.5, 1.5)
+    assert found == expected(tensor, DType.F32)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from fetching import FINAL, MIB, REPO, WEIGHTS, assert_complete, content, fetch, files, wait_until
 from hub import Fault, Hub
+from systems import needs_itself
 
 from weightops.cli.main import run
 from weightops.errors import NetworkFailed, NoRoom, WeightopsError
@@ -91,6 +92,7 @@ def test_what_is_counted_as_done_is_what_stays(hub: Hub, tmp_path: Path, capsys:
     assert events[-1]["nbytes"] == len(DATA) + 2
 
 
+@needs_itself("fork")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_at_once_and_loses_nothing(hub: Hub, tmp_path: Path, number: int, code: int) -> None:
     hub.always[WEIGHTS] = Fault("stall", 9 * MIB, 60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,10 +10,11 @@ from pathlib import Path
 import pytest
 from fetching import FINAL, MIB, QUICK, REPO, WEIGHTS, assert_complete, content, fetch, files, sha256
 from hub import Fault, Faults, Hub
+from systems import opened_below
 
 from weightops.errors import CorruptInput, Differs, NetworkFailed, NoRoom, WeightopsError
+from weightops.stores.hashing import FileHasher
 from weightops.stores.transfer.fetch import Fetch
-from weightops.stores.web.hashing import FileHasher
 
 DATA, OTHER = content(10 * MIB), content(10 * MIB, seed=1)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}
@@ -138,8 +138,7 @@ def test_what_fails_leaves_no_file_open(hub: Hub, tmp_path: Path) -> None:
     for attempt in range(3):
         with pytest.raises(Differs, match=r"sha256 is .*, expected"):
             fetch(hub, tmp_path / str(attempt))
-    there = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)]
-    assert [path for path in there if path.startswith(str(tmp_path))] == []
+    assert opened_below(tmp_path) == []
 
 
 def test_chunks_that_the_disk_loses_at_once_are_fetched_again_and_no_others(

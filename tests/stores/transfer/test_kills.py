@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from fetching import FINAL, MIB, REPO, WEIGHTS, content, wait_until
 from hub import Hub
+from systems import needs_itself
 
 from weightops.cli.main import run
 
@@ -115,6 +116,7 @@ OLD = {"config.json": b"{}", WEIGHTS: content(5 * MIB), "gone.txt": b"old", "sub
 NEW = {"config.json": b"[]", WEIGHTS: content(5 * MIB, seed=1), "sub/same.txt": b"same", "sub/empty.txt": b""}
 
 
+@needs_itself("fork")
 @pytest.mark.parametrize("before", [False, True], ids=["new", "update"])
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_change_to_the_disk_it_ends_as_if_nothing_had_happened(

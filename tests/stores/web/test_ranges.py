@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from weightops.errors import CorruptInput, Differs, Interrupted, NetworkFailed, SourceMissing, WeightopsError
 from weightops.io.source_file import SourceFile
 from weightops.stores.reader import FileReader
+from weightops.stores.stores import Stores
 from weightops.stores.web.policy import Policy
 from weightops.stores.web.web import Web
 
@@ -44,7 +45,7 @@ def source(hub: Hub, digest: str = SHA256, nbytes: int = len(DATA), etag: str = 
 
 
 def read(web: Web, file: SourceFile, *ranges: tuple[int, int]) -> bytes:
-    with FileReader(web) as files:
+    with FileReader(Stores(web)) as files:
         return b"".join(files.read(file, start, stop - start) for start, stop in ranges)
 
 
@@ -82,7 +83,7 @@ def test_a_header_costs_little(hub: Hub, web: Web) -> None:
 
 def test_a_tensor_in_the_middle_is_asked_for_as_a_whole(hub: Hub, web: Web) -> None:
     out = memoryview(bytearray(100_000))
-    with FileReader(web) as files:
+    with FileReader(Stores(web)) as files:
         for at in range(2_000_000, 2_500_000, len(out)):
             files.read_into(source(hub), at, out, 2_500_000 - at - len(out))
             assert out == DATA[at : at + len(out)]
@@ -92,7 +93,7 @@ def test_a_tensor_in_the_middle_is_asked_for_as_a_whole(hub: Hub, web: Web) -> N
 def test_two_places_of_a_file_and_other_files_are_read_by_turns(hub: Hub, web: Web) -> None:
     hub.static["other"] = DATA[::-1]
     other = SourceFile(f"{hub.endpoint}/static/files/other", len(DATA), 0)
-    with FileReader(web) as files:
+    with FileReader(Stores(web)) as files:
         for at in range(0, 1_400_000, 100_000):
             assert files.read(source(hub), at, 100_000) == DATA[at : at + 100_000]
             assert files.read(source(hub), at + 1_500_000, 100_000) == DATA[at + 1_500_000 : at + 1_600_000]
@@ -107,7 +108,7 @@ def test_what_is_put_away_for_others_is_asked_for_again(hub: Hub, web: Web, monk
     others = {f"{i}": DATA[i:] + DATA[:i] for i in range(5)}
     hub.static |= others
     many = {name: SourceFile(f"{hub.endpoint}/static/files/{name}", len(DATA), 0) for name in others}
-    with FileReader(web) as files:
+    with FileReader(Stores(web)) as files:
         for at in (0, 100_000, 2_000_000):
             for name, file in many.items():
                 assert files.read(file, at, 70_000) == others[name][at : at + 70_000]
@@ -241,7 +242,7 @@ def test_a_range_that_leaves_the_file_asks_no_server(hub: Hub, web: Web) -> None
 
 @pytest.mark.parametrize("algorithm", ["sha256", "git_sha1", "xxh3_128", "md5"])
 def test_digests_of_every_kind_follow_the_bytes(hub: Hub, web: Web, algorithm: str) -> None:
-    from weightops.stores.web.hashing import FileHasher
+    from weightops.stores.hashing import FileHasher
 
     hasher = FileHasher([algorithm], len(DATA))
     hasher.update(memoryview(DATA))

@@ -12,8 +12,8 @@ import click
 import weightops
 from weightops.cli.colour import Kind, say, styled
 from weightops.cli.meter import human
-from weightops.cli.options import cache_folder, connected, report_options, workers_option
-from weightops.cli.output import escape_lines, print_json, save_report, table
+from weightops.cli.options import cache_folder, report_options, workers_option
+from weightops.cli.output import escape_lines, print_json, running, save_report, table
 from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog, named
 from weightops.io.escape import escape
 
@@ -75,7 +75,7 @@ def command(
         from weightops.io.atomic import check_target
 
         check_target(html)
-    with connected(quiet, source) as control:
+    with running(quiet) as control:
         report = weightops.check(
             source,
             values=not no_values,

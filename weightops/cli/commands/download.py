@@ -9,15 +9,19 @@ import click
 
 import weightops
 from weightops.cli.colour import say
+from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.meter import duration, human
 from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FOLDER, GLOB, Command, NameOrFile, epilog, published
+from weightops.errors import UsageError
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
     from weightops.operations.download import Download
 
+_OF_FOLDERS = ("out", "sha256", "md5", "checksums", "prune", "overwrite", "offline")
+"""What says how a folder is written, or is for one URL."""
 _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 """What says which files to fetch, and how they are held against digests that come from elsewhere."""
 
@@ -28,9 +32,9 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
     "-o",
     "--out",
     type=FOLDER,
-    required=True,
     help="Folder to write. Files appear in it one by one, each when it is complete.",
 )
+@click.option("--cache", is_flag=True, help="Download into the Hugging Face cache, not into a folder.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a repository; org/name@NAME says the same.")
 @click.option("--include", multiple=True, metavar="GLOB", help=f"Download only files of such names. {GLOB}")
 @click.option("--exclude", multiple=True, metavar="GLOB", help=f"Leave out files of such names. {GLOB}")
@@ -70,7 +74,8 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 @report_options
 def command(
     source: str,
-    out: Path,
+    out: Path | None,
+    cache: bool,
     endpoint: str | None,
     limit_rate: str | None,
     timeout: float,
@@ -90,40 +95,46 @@ def command(
     Example:
       weightops download zjunlp/knowlm-13b-diff --out ./zhixi-diff
       weightops download zhixi-13b-diff --out ./zhixi-diff
+      weightops download zjunlp/knowlm-13b-diff --cache
       weightops download https://example.org/model.safetensors --sha256 HEX --out ./model
 
     A file gets its name only when it is complete and has the digest that its source or list says. Files of which the
     source says no digest are named in a warning. A list of what came, with digests, is left in the folder as
     weightops-manifest.json, for `weightops verify`.
+
+    With --cache a repository goes into the Hugging Face cache, in which transformers and huggingface_hub find it, as
+    other commands do that are given hf://org/name. Nothing there is replaced or removed.
     """
     # Imported here because help and completion do without them.
-    from weightops.cli.network import hub_endpoint, is_offline, open_web
+    from weightops.cli.network import hub_endpoint, open_web
     from weightops.plan import parse_size
     from weightops.stores.web.policy import Policy
     from weightops.stores.web.web import Web
 
+    if cache:
+        refuse_unused("with --cache, which a repository of a hub is added to, and nothing else", *_OF_FOLDERS)
+    elif out is None:
+        raise UsageError("there is no folder to write", hint="give --out DIR, or --cache for the Hugging Face cache")
     if offline:
         refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
-    offline = offline or is_offline()
+    offline = (offline or is_offline()) and not cache
     limit = parse_size(limit_rate) if limit_rate else None
-    with running(quiet) as control:
+    policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
+
+    def connect() -> Web:
         if offline:
-            control.web = Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
-        else:
-            policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
-            control.web = open_web(endpoint=endpoint, policy=policy)
-            control.web.on_wait = control.progress.note
-        try:
-            found = weightops.download(source, out, offline=offline, control=control, **options)
-        finally:
-            if control.web is not None:
-                control.web.close()
+            return Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
+        return open_web(endpoint=endpoint, policy=policy)
+
+    with running(quiet, connect=connect) as control:
+        place = hub_cache() if cache else None
+        found = weightops.download(source, out, cache=place, offline=offline, control=control, **options)
     warn(found.warnings)
     if as_json:
         from weightops.operations.download import download_json
 
         print_json(download_json(found))
-    elif found.manifest is None:
+    elif not found.is_complete:
         say(_dry_run_text(found, limit))
     elif not quiet:
         say(_text(found))

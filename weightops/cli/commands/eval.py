@@ -11,7 +11,7 @@ import weightops
 from weightops.cli.colour import say
 from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.params import FILE, FOLDER, READ_CODES, SEQ_LEN, Command, epilog
+from weightops.cli.params import FILE, READ_CODES, SEQ_LEN, SOURCE, Command, epilog
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _SHOWN_MODULES = 8
 
 
 @click.command("eval", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("source", nargs=-1, required=True, type=FOLDER)
+@click.argument("source", nargs=-1, required=True, type=SOURCE)
 @click.option(
     "--text",
     multiple=True,
@@ -36,14 +36,14 @@ _SHOWN_MODULES = 8
 @click.option(
     "--seq-len", type=click.IntRange(2), metavar="N", help=f"Tokens in each window of the text; default: {SEQ_LEN}."
 )
-@click.option("--reference", type=FOLDER, metavar="DIR", help="Measure also how far each model is from this one.")
+@click.option("--reference", type=SOURCE, metavar="DIR", help="Measure also how far each model is from this one.")
 @run_model_options
 @report_options
 def command(
-    source: tuple[Path, ...],
+    source: tuple[Path | str, ...],
     text: tuple[Path, ...],
     seq_len: int | None,
-    reference: Path | None,
+    reference: Path | str | None,
     dtype: ComputeDType,
     device: str,
     engine: Engine,
@@ -53,9 +53,10 @@ def command(
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from another.
 
-    SOURCE is a folder with a model that transformers knows, and its tokenizer; several are measured one after the
-    other. The lower the perplexity, the better the prediction. With --reference, the predictions are compared with
-    those of another model: by KL divergence, and by how often both find the same next token the most probable.
+    SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL. Several
+    are measured one after the other. The lower the perplexity, the better the prediction. With --reference, the
+    predictions are compared with those of another model: by KL divergence, and by how often both find the same next
+    token the most probable.
 
     \b
     Example:

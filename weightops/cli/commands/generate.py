@@ -14,7 +14,7 @@ import weightops
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, run_model_options
 from weightops.cli.output import print_json, running, warn
-from weightops.cli.params import FOLDER, READ_CODES, SEED, Command, epilog
+from weightops.cli.params import READ_CODES, SEED, SOURCE, Command, epilog
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("generate", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("source", type=FOLDER)
+@click.argument("source", type=SOURCE)
 @click.option("--prompt", required=True, metavar="TEXT", help="The text to continue; - reads it from stdin.")
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many tokens; default: 128.")
 @click.option(
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @run_model_options
 @report_options
 def command(
-    source: Path,
+    source: Path | str,
     prompt: str,
     max_new_tokens: int | None,
     temperature: float,
@@ -64,16 +64,17 @@ def command(
 ) -> None:
     """Continue a text with a model; what is new is printed as it comes.
 
-    SOURCE is a folder with a model that transformers knows, and its tokenizer: in safetensors or torch files, quantised
-    with GPTQ or not.
+    SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL; in
+    safetensors or torch files, quantised with GPTQ or not.
 
     \b
     Example:
       weightops generate ./model --prompt "Once upon a time"
+      weightops generate hf://org/name --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
 
     It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers
-    are then read from disk for every token, which is slow.
+    are then read again for every token, which is slow.
     """
     if temperature == 0:
         refuse_unused("at --temperature 0, where nothing is drawn", "seed")

@@ -10,8 +10,8 @@ import click
 import weightops
 from weightops.cli.colour import say
 from weightops.cli.meter import human
-from weightops.cli.options import connected, json_option
-from weightops.cli.output import print_json, table, warn
+from weightops.cli.options import json_option
+from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import SOURCE, Command, epilog
 from weightops.io.escape import escape
 
@@ -34,13 +34,8 @@ def command(source: Path | str, tensors: bool, as_json: bool) -> None:
       weightops inspect ./model --tensors
       weightops inspect hf://org/name
     """
-    from weightops.formats.places import is_remote
-
-    if is_remote(source):
-        with connected(True, source) as control:
-            found = weightops.inspect(source, web=control.web)
-    else:
-        found = weightops.inspect(source)
+    with running(True) as control:
+        found = weightops.inspect(source, control=control)
     if as_json:
         print_json(found.to_json())
         return

@@ -18,11 +18,11 @@ from weightops.cli.params import (
     CHECKPOINT_FORMAT,
     DEVICE,
     FILE,
-    FOLDER,
     GLOB,
     GROUP_SIZE,
     SEED,
     SEQ_LEN,
+    SOURCE,
     WEIGHT_BITS,
     WRITE_CODES,
     Command,
@@ -42,7 +42,7 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 
 
 @click.command("quantize", cls=Command, epilog=epilog(WRITE_CODES))
-@click.argument("source", type=FOLDER)
+@click.argument("source", type=SOURCE)
 @out_option
 @click.option(
     "--calibration",
@@ -124,12 +124,14 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 )
 @click.option("--html", type=FILE, help="Write a page for a browser, with the error of every layer.")
 @write_options
-def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    source: Path | str, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Quantise a model to 2, 3, 4 or 8 bits for each weight, with GPTQ.
 
     A quantised model takes a fraction of the memory. GPTQ runs some text, the calibration data, through the model, and
-    chooses the integers with which the outputs of each layer change least. SOURCE is a folder with a model that
-    transformers knows, and its tokenizer.
+    chooses the integers with which the outputs of each layer change least. SOURCE is a model that transformers knows,
+    with its tokenizer: a folder, hf://org/name[@revision] or a URL.
 
     \b
     Example:

@@ -9,8 +9,8 @@ import click
 
 import weightops
 from weightops.cli.colour import say
-from weightops.cli.options import connected, run_options
-from weightops.cli.output import print_json, warn
+from weightops.cli.options import run_options
+from weightops.cli.output import print_json, running, warn
 from weightops.cli.params import WRITE_CODES, Command, epilog
 
 
@@ -50,7 +50,7 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from weightops.recipes.report import run_json
 
     parsed = read_recipe(recipe)
-    with connected(quiet, *(place.path for place in parsed.sources.values())) as control:
+    with running(quiet) as control:
         results = weightops.run(parsed, control=control, **options)
     if as_json:
         print_json(run_json(results.values(), options["workers"]))

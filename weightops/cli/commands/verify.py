@@ -12,7 +12,7 @@ from weightops.cli.colour import say, styled
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.params import DIGESTS, FILE, FOLDER, Command, NameOrFile, OneOf, epilog, named, published, some
+from weightops.cli.params import DIGESTS, FILE, SOURCE, Command, NameOrFile, OneOf, epilog, named, published, some
 from weightops.errors import WeightopsError
 from weightops.io.escape import escape
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=SOURCE)
 @click.option(
     "--manifest",
     type=NameOrFile(published),
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @workers_option
 @report_options
 def command(
-    folder: Path,
+    folder: Path | str,
     manifest: str | None,
     quick: bool,
     content: bool,
@@ -69,9 +69,12 @@ def command(
       weightops verify ./zhixi
       weightops verify ./zhixi --manifest zhixi-13b-base
       weightops verify ./zhixi.gguf
+      weightops verify hf://org/name
 
     Lists of md5sum, sha256sum, b3sum and xxhsum are read too, and Meta's checklist.chk. If files differ, the verdict
-    says whether the tensors in them do, and which.
+    says whether the tensors in them do, and which. A name such as hf://org/name[@revision] means the copy of that
+    repository in the Hugging Face cache. It is compared with the digests of its hub, or, with HF_HUB_OFFLINE, with
+    those that the cache names its files by.
     """
     if content:
         refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")

@@ -18,7 +18,7 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.io.digests import HEX_DIGITS, NAMED, check_algorithm
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
-from weightops.stores.reader import read_source
+from weightops.stores.local import read_source
 
 BY_LENGTH = {16: "xxh64", 32: "md5", 40: "sha1", 56: "sha224", 64: "sha256", 96: "sha384", 128: "sha512"}
 """What a digest is that nothing says the algorithm of."""

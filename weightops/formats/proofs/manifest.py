@@ -20,7 +20,7 @@ from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.ops.measures.loss import Loss
 from weightops.spec import DType, TensorSpec
-from weightops.stores.reader import read_source
+from weightops.stores.local import read_source
 
 NAME = "weightops-manifest.json"
 SCHEMA: Final = "weightops-manifest/1"

@@ -157,7 +157,7 @@ def _with_attributes(rebuild: object, kind: object, arguments: object, state: ob
 
 
 _OTHER_TENSORS = {
-    "qtensor": "a quantized tensor",
+    "qtensor": "a quantised tensor",
     "sparse_tensor": "a sparse tensor",
     "sparse_csr_tensor": "a sparse tensor",
     "nested_tensor": "a nested tensor",

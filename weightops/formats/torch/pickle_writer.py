@@ -1,6 +1,6 @@
 """The `data.pkl` of a state dict: what CPython's pickler, protocol 2, writes for a plain dict of torch tensors.
 
-CPython's C pickler memoizes by object identity, and so do we: `storage`, `cpu`, classes and dtypes are each one
+CPython's C pickler memoises by object identity, and so do we: `storage`, `cpu`, classes and dtypes are each one
 object throughout, a storage's key is one object for all tensors that share it, and tensor names equal to any of
 these are still objects of their own, as they are when they were read from a file.
 """

@@ -112,7 +112,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
     symbols = [text for text, token in zip(texts, tokenizer.tokens, strict=True) if token.kind is Kind.USER_DEFINED]
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     if tokenizer.add_dummy_prefix and symbols:
-        # Added tokens that users define are normalized as texts are, and must come out without the space.
+        # Added tokens that users define are normalised as texts are, and must come out without the space.
         pattern = rf"\A(?!(?:{'|'.join(map(re.escape, symbols))})?\z)"
         normalizers.insert(0, {"type": "Replace", "pattern": {"Regex": pattern}, "content": _SPACE})
     elif tokenizer.add_dummy_prefix:

@@ -47,12 +47,12 @@ def parse(data: bytes, what: str) -> Tokenizer:
             specs[number] = value
     if not tokens or len(specs) != 2:
         raise CorruptInput(
-            f"{what}: {len(tokens)} pieces and {len(specs)} of 2 parts on training and normalization: cut short, or no"
+            f"{what}: {len(tokens)} pieces and {len(specs)} of 2 parts on training and normalisation: cut short, or no"
             " sentencepiece model"
         )
     spec = _message(specs[2], _TRAINER, f"{what}: trainer")
     _check_trainer(spec, what)
-    add_dummy_prefix = _check_normalizer(_message(specs[3], _NORMALIZER, f"{what}: normalizer"), what)
+    add_dummy_prefix = _check_normalizer(_message(specs[3], _NORMALIZER, f"{what}: normaliser"), what)
     ids = _check_pieces(tokens, byte_fallback=bool(_get(spec, 35, 0)), what=what)
 
     def control(number: int, default: bytes) -> int | None:
@@ -104,7 +104,7 @@ def _check_trainer(spec: Mapping[int, int | bytes], what: str) -> None:
 
 def _check_normalizer(spec: Mapping[int, int | bytes], what: str) -> bool:
     """Whether a space is put before a text; raises `UsageError` for whatever else would be done to it."""
-    hint = "only sentencepiece models that leave text as it is (normalization rule `identity`) can be converted"
+    hint = "only sentencepiece models that leave text as it is (normalisation rule `identity`) can be converted"
     if _get(spec, 2, b""):
         raise UsageError(f"{what}: rewrites characters before it cuts text into tokens", hint=hint)
     if _get(spec, 4, 1):

@@ -40,6 +40,8 @@ _OPENING: tuple[tuple[str, str, Severity], ...] = (
     ("holds weights but is not part", "file", "warning"),
     ("a Git LFS pointer", "file", "error"),
     ("code, carried along", "file", "note"),
+    (": offline: ", "file", "note"),
+    (": not in the cache, so left out: ", "file", "note"),
 )
 
 
@@ -80,7 +82,7 @@ def leftover_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iter
         wrapped, "error", "leftover", "named by a wrapper (DDP, FSDP, torch.compile)", "save the model inside it"
     )
     training = [n for n in names if _TRAINING.search(n)]
-    yield from group(training, "warning", "leftover", "of an optimizer or training run, not of the model", "drop them")
+    yield from group(training, "warning", "leftover", "of an optimiser or training run, not of the model", "drop them")
     lora = [n for n in names if _LORA.search(n)]
     if len(lora) < len(names) and not is_adapter(checkpoint):
         yield from group(

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 import msgspec
 
 from weightops.io.brief import brief
+from weightops.io.notebook import card, in_units
 from weightops.io.strict_json import as_json
 from weightops.ops.measures.statistics import TensorStatistics
 from weightops.spec import DType, TensorSpec
@@ -193,6 +194,13 @@ class CheckReport:
     not_held: str = ""
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        counts = {f"{severity}s": number for severity, number in self.counts.items()}
+        facts = {"tensors": len(self.tensors), "size": in_units(self.nbytes), **counts}
+        rows = [(f.severity, f.code, f.message, f.hint or "") for f in self.findings]
+        title = f"{self.name}: {'nothing wrong' if self.verdict else 'look at this'}"
+        return card(title, facts, ("severity", "code", "what was found", "hint"), rows, what="findings")
 
     @property
     def verdict(self) -> bool:

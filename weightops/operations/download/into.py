@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from weightops.engine.control import Control
@@ -14,8 +13,6 @@ from weightops.operations.download import operation as operation
 from weightops.operations.download import record as record
 from weightops.operations.download import source as sources
 from weightops.operations.download.operation import Download
-from weightops.stores.web.urls import DEFAULT_ENDPOINT
-from weightops.stores.web.web import Web
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ def download_into(
 ) -> Download:
     """What `weightops.api.prove.download` does, with all its options."""
     include, exclude = tuple(include), tuple(exclude)
-    target = sources.find_target(source, revision, control.web.endpoint if control.web else DEFAULT_ENDPOINT)
+    target = sources.find_target(source, revision, control.stores.web.endpoint)
     if offline:
         given = {**digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
         for name in (name for name, value in given.items() if value):
@@ -47,8 +44,8 @@ def download_into(
         )
         return operation.from_manifest(out, found)
     operation.check_out(out)
-    with ExitStack() as stack:
-        web = control.web or stack.enter_context(Web())
+    with control.stores.connected() as stores:
+        web = stores.web
         target = sources.with_digests(target, digests, checksums, web)
         version = sources.find_version(target, web)
         request = record.request_of(str(target.place), version, target.expected_by, include, exclude)

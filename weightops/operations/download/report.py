@@ -49,7 +49,7 @@ def download_json(found: Download) -> dict[str, Any]:
             source=found.listing.source,
             revision=found.listing.revision,
             commit=found.listing.commit,
-            complete=found.manifest is not None,
+            complete=found.is_complete,
             nbytes=found.nbytes,
             files=files,
             stale=found.stale,

@@ -182,7 +182,7 @@ def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
     refuse_parts(checkpoint)
     refuse_adapter(checkpoint, role)
     sources = (node.op.source for tensor in checkpoint.values() for node in tensor.walk())
-    if any(source is not None and source.is_remote for source in sources):
+    if any(source is not None and source.is_on_server for source in sources):
         raise UsageError(
             f"{shown} is on a server, and would be fetched {PASSES + 2} times or more",
             hint="weightops download fetches it once",

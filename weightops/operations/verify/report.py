@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from weightops.io.brief import brief
+from weightops.io.notebook import card, in_units
 from weightops.io.strict_json import as_json
 
 Status = Literal["ok", "differs", "missing", "extra", "unreadable"]
@@ -76,6 +77,13 @@ class VerifyReport:
     warnings: tuple[str, ...] = ()
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        wrong = [(file.name, file.status, file.detail or file.found) for file in self.files if file.status != "ok"]
+        rows = [*(("the folder", "wrong", problem) for problem in self.problems), *wrong]
+        facts = {"held against": self.manifest, "files": len(self.files), "read": in_units(self.nbytes)}
+        title = f"{self.folder}: {'as listed' if self.verdict else 'differs'}"
+        return card(title, facts, ("file", "", "why"), rows, what="files")
 
     @property
     def verdict(self) -> bool:

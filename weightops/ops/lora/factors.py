@@ -7,13 +7,13 @@ pair of factors is merged after the other, and the weight is rounded each time. 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightops.errors import IncompatibleInputs
+from weightops.io.platform.machine import cores
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import computes_here, convert
 from weightops.ops.lora.product import (
@@ -140,7 +140,7 @@ class Lora(Op, frozen=True):
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS), "merge")
+    return ThreadPoolExecutor(min(cores(), MAX_THREADS), "merge")
 
 
 class LoraBias(Op, frozen=True):

@@ -11,7 +11,6 @@ of 32, and fresh pages cost more than most passes.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import CorruptInput, IncompatibleInputs
+from weightops.io.platform.machine import cores
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import convert
 from weightops.spec import DType, TensorSpec
@@ -110,7 +110,7 @@ def _pool() -> ThreadPoolExecutor:
 
 @cache
 def _threads() -> int:
-    return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    return min(cores(), _MAX_THREADS)
 
 
 def _chunk() -> int:

@@ -6,7 +6,6 @@ again once it is their turn. The file gets its final name when its digests are r
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,11 +19,12 @@ import xxhash
 from weightops.errors import Differs, NetworkFailed
 from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.files import read_at
+from weightops.stores.hashing import FileHasher
 from weightops.stores.transfer.events import Events
 from weightops.stores.transfer.partial import CHUNK_NBYTES, Claim, Header, Journal, right_chunks
 from weightops.stores.transfer.pipe import Pipe
 from weightops.stores.web.body import Body, Miscoded, RangeRefused
-from weightops.stores.web.hashing import FileHasher
 from weightops.stores.web.http import Tries
 from weightops.stores.web.listing import RemoteFile
 from weightops.stores.web.policy import Transient
@@ -317,7 +317,7 @@ class Fetch:
             part = self._scratch[: self._chunk_nbytes(self._position)]
             try:
                 with self.claim.data.open("rb", buffering=0) as file:
-                    count = os.preadv(file.fileno(), [part], self._position * CHUNK_NBYTES)
+                    count = read_at(file.fileno(), part, self._position * CHUNK_NBYTES)
             except OSError as error:
                 raise write_failure(self.claim.data, error) from None
             self._hasher.update(part[:count])

@@ -14,7 +14,6 @@ a chunk counts only if its digest is right when it is read again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -30,6 +29,8 @@ import xxhash
 from weightops.io.atomic import fsync_folder, write_all, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.owner import Owner
+from weightops.io.platform.entries import TAKEN, is_link, rename
+from weightops.io.platform.files import open_to_write, read_at
 
 STATE = ".weightops-partial"
 CHUNK_NBYTES = 4 << 20
@@ -83,9 +84,9 @@ class Claim:
     def release(self) -> None:
         """Leave what there is to the next run."""
         try:
-            os.rename(self.folder, self._free)
+            rename(self.folder, self._free)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno in TAKEN:
                 self.remove()  # somebody has begun anew meanwhile
 
     def remove(self) -> None:
@@ -195,7 +196,7 @@ class Claims:
             # Renamed first, so that nobody continues what is being removed, to what nobody takes for a claim.
             doomed = entry.with_name(f"{entry.name.partition('.part')[0]}.gone.{self._name}")
             if _renamed(entry, doomed):
-                is_folder = doomed.is_dir() and not doomed.is_symlink()
+                is_folder = doomed.is_dir() and not is_link(doomed)
                 shutil.rmtree(doomed) if is_folder else doomed.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -203,9 +204,9 @@ class Claims:
 
 
 def _renamed(source: Path, target: Path) -> bool:
-    """Whether it was this process that renamed the folder."""
+    """Whether it was this process that renamed it."""
     try:
-        os.rename(source, target)
+        rename(source, target)
     except FileNotFoundError:
         return False
     return True
@@ -238,7 +239,7 @@ class Journal:
 
     def _open(self) -> int:
         try:
-            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            return open_to_write(self._path, append=True)
         except OSError as error:
             raise write_failure(self._path, error) from None
 
@@ -284,7 +285,7 @@ def right_chunks(path: Path, journal: Journal, nbytes: int) -> Iterator[tuple[in
             for index, digest in sorted(journal.chunks.items()):
                 start = index * CHUNK_NBYTES
                 part = buffer[: max(0, min(CHUNK_NBYTES, nbytes - start))]
-                count = os.preadv(file.fileno(), [part], start) if part else 0
+                count = read_at(file.fileno(), part, start) if part else 0
                 right = part and count == len(part) and xxhash.xxh3_128_hexdigest(part) == digest
                 yield index, part if right else None
     except FileNotFoundError:

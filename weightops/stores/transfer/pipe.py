@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from weightops.io.direct import aligned_buffer
+from weightops.io.platform.machine import page_memory
 from weightops.stores.transfer.partial import CHUNK_NBYTES
 
 
@@ -13,7 +13,7 @@ class Pipe:
     """One stream's chunks: one arrives while those before it are hashed and written."""
 
     def __init__(self) -> None:
-        self._slots = [memoryview(aligned_buffer(CHUNK_NBYTES)) for _ in range(3)]
+        self._slots = [memoryview(page_memory(CHUNK_NBYTES)) for _ in range(3)]
         self._pending: list[list[Future[None]]] = [[], [], []]
         self._executors = (ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "write"))
         self._turn = 0

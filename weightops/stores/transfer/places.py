@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -12,6 +11,7 @@ import msgspec
 from weightops.errors import CorruptInput, OutputExists
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.platform.entries import folder_below, is_link, is_real_folder
 from weightops.stores.transfer.partial import STATE, key_of
 from weightops.stores.web.listing import RemoteFile
 
@@ -64,14 +64,14 @@ def check_place(root: Path, name: str) -> None:
     for i in range(1, len(parts) + 1):
         path = root.joinpath(*parts[:i])
         try:
-            mode = path.lstat().st_mode
+            status = path.lstat()
         except FileNotFoundError:
             return
         except OSError as error:
             raise write_failure(path, error) from None
-        expected = stat.S_ISDIR(mode) if i <= len(parents) else stat.S_ISREG(mode)
+        expected = is_real_folder(status) if i <= len(parents) else stat.S_ISREG(status.st_mode)
         if not expected:
-            what = "a link" if stat.S_ISLNK(mode) else "no folder" if i <= len(parents) else "no file"
+            what = "a link" if is_link(path) else "no folder" if i <= len(parents) else "no file"
             raise CorruptInput(f"{escape(str(path))} is {what}, so {escape(name)} cannot be written there")
 
 
@@ -81,38 +81,18 @@ def move_into(root: Path, name: str, source: Path, *, may_replace: bool = True) 
     Unless it `may_replace`, raises `OutputExists` for what is there.
     """
     *parents, base = name.split("/")
-    with ExitStack() as stack:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        try:
-            folder = os.open(root, flags)
-            stack.callback(os.close, folder)
-            for parent in parents:
-                with suppress(FileExistsError):
-                    os.mkdir(parent, dir_fd=folder)
-                    os.fsync(folder)
-                folder = os.open(parent, flags | os.O_NOFOLLOW, dir_fd=folder)
-                stack.callback(os.close, folder)
-            if may_replace or not _link(source, base, folder):
-                os.replace(source, base, dst_dir_fd=folder)
-            os.fsync(folder)
-        except FileExistsError:
-            raise other_there(root / name) from None
-        except OSError as error:
-            raise write_failure(root / name, error) from None
-
-
-def _link(source: Path, base: str, folder: int) -> bool:
-    """Give a file a name in an open folder, unless that is taken; False where there are no hard links."""
     try:
-        os.link(source, base, dst_dir_fd=folder, follow_symlinks=False)
+        with folder_below(root, parents) as folder:
+            if may_replace:
+                folder.replace(source, base)
+            else:
+                folder.give(source, base)
+                source.unlink(missing_ok=True)
+            folder.flush()
     except FileExistsError:
-        raise
-    except OSError:
-        if os.path.lexists(f"/proc/self/fd/{folder}/{base}"):
-            raise FileExistsError from None
-        return False
-    os.unlink(source)
-    return True
+        raise other_there(root / name) from None
+    except OSError as error:
+        raise write_failure(root / name, error) from None
 
 
 def refuse_other(out: Path, file: RemoteFile, ours: frozenset[str]) -> None:

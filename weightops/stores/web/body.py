@@ -46,7 +46,7 @@ class Watcher(Protocol):
     def throttle(self, nbytes: int) -> None:
         """Wait until so many more bytes may have arrived."""
 
-    def forget(self, body: Body) -> None:
+    def unwatch(self, body: Body) -> None:
         """The body is closed."""
 
 
@@ -192,7 +192,7 @@ class Body:
                 return  # it has ended by itself
 
     def close(self) -> None:
-        self._web.forget(self)
+        self._web.unwatch(self)
         if self._framed and self._received == self._expected and not self._aborted:
             self._response.release_conn()  # nothing is left to read, so the next request may follow
         else:

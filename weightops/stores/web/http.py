@@ -224,7 +224,7 @@ class Http:
         with self._lock:
             self._bodies.add(body)
 
-    def forget(self, body: Body) -> None:
+    def unwatch(self, body: Body) -> None:
         """The body is closed."""
         with self._lock:
             self._bodies.discard(body)

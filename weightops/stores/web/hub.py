@@ -17,13 +17,13 @@ import msgspec
 
 from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.io.escape import escape
-from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile
+from weightops.stores.web.http import Http
+from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile, is_commit
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import ask
 from weightops.stores.web.urls import origin, show
-from weightops.stores.web.web import Web
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 _MAX_FILES = 100_000
@@ -47,12 +47,7 @@ class _Revision(msgspec.Struct):
     sha: str
 
 
-def is_commit(revision: str) -> bool:
-    """Whether a revision can never mean anything else tomorrow."""
-    return _COMMIT.fullmatch(revision) is not None
-
-
-def find_commit(repository: HubRepository, web: Web) -> str:
+def find_commit(repository: HubRepository, web: Http) -> str:
     """The commit that the revision is now: one request, or none if it is a commit itself.
 
     Raises `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`.
@@ -67,7 +62,7 @@ def find_commit(repository: HubRepository, web: Web) -> str:
     return commit
 
 
-def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
+def list_commit(repository: HubRepository, commit: str, web: Http) -> Listing:
     """The files of a commit, below the repository's folder if that is meant, with sizes and digests.
 
     Raises as `find_commit` does, `CorruptInput` for odd listings.
@@ -93,7 +88,7 @@ def list_commit(repository: HubRepository, commit: str, web: Web) -> Listing:
     return Listing(str(repository), tuple(files), commit, repository.revision)
 
 
-def find_file(file: HubFile, commit: str, web: Web) -> RemoteFile:
+def find_file(file: HubFile, commit: str, web: Http) -> RemoteFile:
     """A file of a commit by its own name, without the folder that it lies in; raises as `list_commit` does."""
     found = next((f for f in list_commit(file.repository, commit, web).files if f.name == file.path), None)
     if found is None:
@@ -120,10 +115,11 @@ def _next_page(url: str, link: str, endpoint: str) -> str:
 
 def _file(entry: _Entry, repository: HubRepository, commit: str, endpoint: str) -> RemoteFile:
     digest = {"sha256": entry.lfs.oid} if entry.lfs else {"git_sha1": entry.oid}
-    known = _SHA256.fullmatch(entry.lfs.oid) if entry.lfs else _COMMIT.fullmatch(entry.oid)
+    known = _SHA256.fullmatch(entry.lfs.oid) if entry.lfs else _SHA1.fullmatch(entry.oid)
     if not known or entry.size < 0:
         raise CorruptInput(f"{repository}: lists {escape(entry.path)} without a size or digest")
-    return RemoteFile(entry.path, file_url(repository.name, entry.path, commit, endpoint), entry.size, digest)
+    url = file_url(repository.name, entry.path, commit, endpoint)
+    return RemoteFile(entry.path, url, entry.size, digest, git_oid=entry.oid)
 
 
 def file_url(repository: str, name: str, commit: str, endpoint: str) -> str:
@@ -131,7 +127,7 @@ def file_url(repository: str, name: str, commit: str, endpoint: str) -> str:
     return f"{endpoint}/{repository}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
 
-def _ask(repository: HubRepository, url: str, web: Web, kind: type[Answer]) -> tuple[Answer, Mapping[str, str]]:
+def _ask(repository: HubRepository, url: str, web: Http, kind: type[Answer]) -> tuple[Answer, Mapping[str, str]]:
     """The hub's answer as a value of `kind`, and its headers; what makes no sense is asked for again."""
 
     def call() -> tuple[Answer, Mapping[str, str]]:

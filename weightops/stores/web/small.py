@@ -6,24 +6,24 @@ from collections.abc import Mapping
 
 from weightops.errors import CorruptInput, Differs, SourceMissing
 from weightops.io.escape import escape
+from weightops.stores.hashing import FileHasher
 from weightops.stores.web.body import Miscoded, RangeRefused
-from weightops.stores.web.hashing import FileHasher
+from weightops.stores.web.http import Http
 from weightops.stores.web.listing import RemoteFile
 from weightops.stores.web.urls import show
-from weightops.stores.web.web import Web
 
 MAX_NBYTES = 200_000_000
 
 
-def ask(url: str, web: Web, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, Mapping[str, str]]:
-    """One attempt at a small answer: its bytes and headers. Raises as `Web.get`, `CorruptInput` if it is too large."""
+def ask(url: str, web: Http, max_nbytes: int = MAX_NBYTES) -> tuple[bytes, Mapping[str, str]]:
+    """One attempt at a small answer: its bytes and headers. Raises as `Http.get`, `CorruptInput` if it is too large."""
     try:
         return _ask(url, web, max_nbytes, raw=False)
     except Miscoded:
         return _ask(url, web, max_nbytes, raw=True)
 
 
-def _ask(url: str, web: Web, max_nbytes: int, *, raw: bool) -> tuple[bytes, Mapping[str, str]]:
+def _ask(url: str, web: Http, max_nbytes: int, *, raw: bool) -> tuple[bytes, Mapping[str, str]]:
     data = bytearray()
     with web.get(url, raw=raw) as body:
         while block := body.read(1 << 20):
@@ -33,7 +33,7 @@ def _ask(url: str, web: Web, max_nbytes: int, *, raw: bool) -> tuple[bytes, Mapp
         return bytes(data), body.headers
 
 
-def read_whole(url: str, web: Web, digests: Mapping[str, str] | None = None, max_nbytes: int = MAX_NBYTES) -> bytes:
+def read_whole(url: str, web: Http, digests: Mapping[str, str] | None = None, max_nbytes: int = MAX_NBYTES) -> bytes:
     """A small file's bytes. Raises as `ask`, `NetworkFailed`, `Differs` if a digest is wrong."""
     data, _ = web.retried(show(url), lambda: ask(url, web, max_nbytes))
     hasher = FileHasher(digests or (), len(data))
@@ -45,7 +45,7 @@ def read_whole(url: str, web: Web, digests: Mapping[str, str] | None = None, max
 
 
 def describe(
-    name: str, url: str, web: Web, digests: Mapping[str, str] | None = None, *, pages: bool = True
+    name: str, url: str, web: Http, digests: Mapping[str, str] | None = None, *, pages: bool = True
 ) -> RemoteFile:
     """A file's size and ETag, from an answer to a request for its first byte: servers sign HEAD less often than GET.
 

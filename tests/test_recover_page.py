@@ -1,4 +1,4 @@
-"""The README's walk-through, run as it stands on KnowLM's golden files, which a local hub serves."""
+"""The page about recovering: its walk-through as it stands, on KnowLM's golden files, which a local hub serves."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from weightops.cli.main import run
 from weightops.formats.proofs import published as manifests
 from weightops.formats.proofs.manifest import read_manifest
 
-ROOT = Path(__file__).parent.parent
+PAGE = Path(__file__).parents[1] / "docs/recover.md"
 GOLDEN = Path(__file__).parent / "golden" / "knowlm"
 REPOSITORY = "zjunlp/knowlm-13b-diff"
 
 
 def walk_through() -> list[str]:
     """The commands of the section, in blocks and in sentences, in their order."""
-    section = (ROOT / "README.md").read_text().partition("## Recover ZhiXi-13B")[2].partition("\n## ")[0]
-    found = re.findall(r"^ {7}(weightops (?:.*\\\n)*.*)|`(weightops [^`]*)`", section, re.MULTILINE)
+    section = PAGE.read_text().partition("## Recover ZhiXi-13B")[2].partition("\n## ")[0]
+    found = re.findall(r"^    (weightops (?:.*\\\n)*.*)|`(weightops [^`]*)`", section, re.MULTILINE)
     return [(block or inline).replace("\\\n", " ") for block, inline in found]
 
 

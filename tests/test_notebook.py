@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fetching import REPO, fetch
 from hub import Hub
+from support import write_checkpoint
 from tiny_models import save_tiny, text
 
 import weightops
@@ -63,3 +66,23 @@ def test_a_download_is_one_short_line(tmp_path: Path) -> None:
         result = fetch(hub, tmp_path / "out")
     assert is_brief(result), repr(result)
     assert repr(result).startswith("Download(")
+
+
+PICTURED = ["Result", "Checkpoint", "Inspection", "CheckReport", "VerifyReport", "Evaluation"]
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_notebook_shows_a_table_of_its_first_rows(source: Path, name: str) -> None:
+    shown = RESULTS[name](source)._repr_html_()
+    assert shown.count("<tr>") <= 21
+    assert len(shown) < 12_000
+    parsed = HTMLParser()
+    parsed.feed(shown)
+    parsed.close()
+
+
+def test_names_in_a_notebook_are_harmless(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", {"<script>alert(1)</script>\x1b[2J": torch.ones(2)})
+    shown = weightops.open_checkpoint(tmp_path / "model")._repr_html_()
+    assert "<script" not in shown
+    assert "\x1b" not in shown

@@ -1,0 +1,134 @@
+"""Every command over stores that fail: at each call of theirs in turn, and then the same command without a fault."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from meta_model import make_meta
+from safetensors.torch import save_file
+from support import write_checkpoint
+
+import weightops
+from weightops.cli.main import run
+from weightops.errors import NoRoom, WeightopsError
+from weightops.stores.local import LocalStore, LocalTarget
+from weightops.stores.reader import FileReader
+
+READING = [(LocalStore, name) for name in ("names", "identity", "get")] + [(FileReader, "read_into")]
+WRITING = [(LocalStore, name) for name in ("put", "putting", "target")]
+WRITING += [(LocalTarget, name) for name in ("write", "close", "commit")]
+RECIPE = """\
+sources: {raw: ./raw, delta: ./delta, adapter: ./adapter}
+tensors:
+  tuned: {recover: {raw: raw, diff: delta}}
+  chat: {merge-lora: {base: tuned, adapter: adapter}}
+outputs:
+  out: {from: chat, max_shard_size: 9KB}
+"""
+COMMANDS = [
+    "recover --raw raw --diff delta",
+    "diff --raw raw --tuned tuned",
+    "convert meta --to hf --set context_length=8 --dtype float16",
+    "merge-lora --base raw --adapter adapter",
+    "extract-lora --base raw --tuned tuned --rank 2",
+    "cast raw --dtype bfloat16",
+    "shard raw",
+    "pack integers --bits 4 --group-size 32",
+    "dequantize packed",
+    "run recipe.yaml",
+    "check raw --no-architecture",
+    "inspect raw",
+]
+TELLING = ("check", "inspect")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    torch.manual_seed(0)
+    raw = {f"{name}.weight": torch.randn(40, 50).half() for name in "abc"}
+    write_checkpoint(folder / "raw", raw, shards=2)
+    write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()}, shards=2)
+    weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
+    factors = {"lora_A": (2, 50), "lora_B": (40, 2)}
+    adapter = {f"base_model.model.{m}.{f}.weight": torch.randn(size) for m in "ac" for f, size in factors.items()}
+    (folder / "adapter").mkdir()
+    save_file(adapter, folder / "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a", "c"]}
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    integers = {
+        "layer.q": torch.randint(0, 16, (64, 32), dtype=torch.int32),
+        "layer.scales": torch.rand(2, 32).half() + 0.5,
+        "layer.zeros": torch.randint(1, 16, (2, 32), dtype=torch.int32),
+    }
+    write_checkpoint(folder / "integers", integers)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab": 48}
+    make_meta(folder / "meta", **sizes, parts=2, dtype=torch.float32)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@contextmanager
+def faults(fatal: int) -> Iterator[list[int]]:
+    """The `fatal`-th call of a store fails; lends how many there were."""
+    count = [0]
+
+    def wrap(original: Callable[..., Any], error: WeightopsError) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] == fatal:
+                raise error
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, name in READING:
+            patch.setattr(kind, name, wrap(getattr(kind, name), WeightopsError("the store: cannot be read")))
+        for kind, name in WRITING:
+            patch.setattr(kind, name, wrap(getattr(kind, name), NoRoom("the store: the disk is full")))
+        yield count
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("command", "step"),
+    [*((each, 5) for each in COMMANDS), *(pytest.param(each, 1, marks=pytest.mark.slow) for each in COMMANDS)],
+)
+def test_a_command_survives_a_fault_at_every_call(
+    family: Path, command: str, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(family)
+    if command.startswith("dequantize") and not (family / "packed").exists():
+        assert run(["pack", "integers", "--bits", "4", "--group-size", "32", "--out", "packed"]) == 0
+    out, words = family / "out", command.split()
+    writes = words[0] not in TELLING
+    arguments = words if not writes or words[0] == "run" else [*words, "--out", "out", "--workers", "1"]
+    with faults(0) as calls:
+        assert run(arguments) == 0, capsys.readouterr().err
+    expected, said = contents(out) if writes else {}, capsys.readouterr().out
+    assert calls[0] > 4
+    for fatal in range(1, calls[0] + 1, step):
+        shutil.rmtree(out, ignore_errors=True)
+        with faults(fatal):
+            code = run(arguments)
+        told = capsys.readouterr()
+        assert code in (1, 3, 16), (fatal, told.err)
+        assert "the store: " in told.err + told.out, (fatal, told.err)
+        assert "bug" not in told.err
+        assert not out.exists() or contents(out) == expected, fatal
+        assert run(arguments) == 0, (fatal, capsys.readouterr().err)
+        assert capsys.readouterr().out == said or writes
+        assert not writes or contents(out) == expected, fatal
+        assert [path.name for path in family.iterdir() if "partial" in path.name] == []
+    shutil.rmtree(out, ignore_errors=True)

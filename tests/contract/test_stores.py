@@ -1,0 +1,326 @@
+"""What every store answers, asked of each: a folder, one on a web server, a repository of a hub or in a cache.
+
+After restic's backend suite and zarr's StoreTests. A new kind of store is one more `Kind` here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from huggingface_hub import snapshot_download
+from safetensors.numpy import save
+
+from weightops.errors import CorruptInput, OutputExists, SourceMissing, WeightopsError
+from weightops.formats.places import find_place
+from weightops.io.platform.machine import page_memory
+from weightops.io.source_file import SourceFile
+from weightops.stores.local import LocalStore
+from weightops.stores.reader import FileReader
+from weightops.stores.store import Store, WritableStore
+from weightops.stores.stores import Stores
+from weightops.stores.web.policy import Policy
+from weightops.stores.web.web import Web
+
+WEIGHTS = save({}, {"filler": "x" * 300_000})
+FILES: Mapping[str, bytes] = {
+    "model.safetensors": WEIGHTS,
+    "config.json": b"{}",
+    "generation_config.json": b"",
+    "additional_chat_templates/rag.jinja": b"{{ messages }}",
+}
+QUICK = Policy(attempts=2, timeout_s=5)
+
+
+@dataclass
+class Kind:
+    """A store with `FILES` in it, how to reach it, and how somebody else changes a file of it."""
+
+    stores: Stores
+    open: Callable[[], Store]
+    change: Callable[[str, bytes], None]
+    has_subfolders: bool = True
+
+
+@pytest.fixture(params=["local", "web", "hub", "cache", "cache offline"])
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
+    if request.param == "local":
+        for name, data in FILES.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+        yield Kind(Stores(), lambda: LocalStore(tmp_path), lambda name, data: slowly(tmp_path / name, data))
+        return
+    with Hub() as hub, Web(QUICK, endpoint=hub.endpoint) as web:
+        is_cached = request.param.startswith("cache")
+        cache = tmp_path / "cache" if is_cached else None
+        stores, files = Stores(web, cache=cache, offline=request.param.endswith("offline")), dict(FILES)
+
+        def publish() -> None:
+            hub.static.update({f"m/{name}": data for name, data in files.items()})
+            hub.add("org/m", files)
+            if cache is not None:
+                snapshot_download("org/m", cache_dir=cache, endpoint=hub.endpoint)
+            hub.log.clear()
+
+        def change(name: str, data: bytes) -> None:
+            files[name] = data
+            publish()
+
+        def place() -> Store:
+            url = f"{hub.endpoint}/static/files/m/" if request.param == "web" else "hf://org/m"
+            found = find_place(url, stores)
+            assert not isinstance(found, SourceFile)
+            return found
+
+        publish()
+        yield Kind(stores, place, change, has_subfolders=request.param != "web")
+        assert not is_cached or hub.bytes_sent() == 0
+
+
+def slowly(path: Path, data: bytes) -> None:
+    """Write a file at another time than it was written before, as far as the file system tells times apart."""
+    before = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == before:
+        time.sleep(0.01)
+        path.write_bytes(data)
+
+
+def top() -> list[str]:
+    return sorted(name for name in FILES if "/" not in name)
+
+
+def read(kind: Kind, file: SourceFile) -> bytes:
+    with FileReader(kind.stores) as files:
+        data = files.read(file, 0, file.nbytes)
+        files.check_unchanged()
+        return data
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_those_that_lie_directly_in_it(kind: Kind) -> None:
+    store = kind.open()
+    assert [name for name in store.names() if name in FILES] == top()
+    assert store.shown
+    assert store.name
+    if kind.has_subfolders:
+        assert store.below("additional_*") == ["additional_chat_templates/rag.jinja"]
+    assert store.below("nothing*") == []
+
+
+def test_what_is_there_can_be_read_and_what_is_not_is_missing(kind: Kind) -> None:
+    store = kind.open()
+    for name in top():
+        assert store.has(name)
+        assert store.get(name) == FILES[name]
+        assert store.identity(name).nbytes == len(FILES[name])
+        assert store.identity(name).name == name
+    assert not store.has("nowhere.json")
+    for ask in (store.identity, store.get):
+        with pytest.raises(SourceMissing, match=r"nowhere\.json"):
+            ask("nowhere.json")
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "sub/../../config.json", "", "."])
+def test_no_name_leads_out_of_it(kind: Kind, name: str) -> None:
+    store = kind.open()
+    for ask in (store.identity, store.get):
+        with pytest.raises(CorruptInput, match=r"name|path|file"):
+            ask(name)
+
+
+def test_any_range_is_that_part_of_the_whole(kind: Kind) -> None:
+    draw = random.Random(0)
+    file = kind.open().identity("model.safetensors")
+    with FileReader(kind.stores) as files:
+        for _ in range(60):
+            start = draw.randrange(len(WEIGHTS))
+            nbytes = draw.choice([0, 1, 7, 4096, 70_000])
+            nbytes = min(nbytes, len(WEIGHTS) - start)
+            assert files.read(file, start, nbytes) == WEIGHTS[start : start + nbytes]
+        with pytest.raises(CorruptInput, match="ends at byte"):
+            files.read(file, len(WEIGHTS) - 3, 4)
+
+
+def test_an_identity_stays_as_long_as_the_bytes_do(kind: Kind) -> None:
+    assert kind.open().identity("model.safetensors") == kind.open().identity("model.safetensors")
+
+
+@pytest.mark.parametrize("other", [WEIGHTS[:-9] + b"y" * 9, WEIGHTS + b" ", WEIGHTS[:1000]], ids=str.__class__)
+def test_other_bytes_are_another_identity_and_the_first_never_gives_them(kind: Kind, other: bytes) -> None:
+    before = kind.open().identity("model.safetensors")
+    kind.change("model.safetensors", other)
+    after = kind.open().identity("model.safetensors")
+    assert after != before
+    assert read(kind, after) == other
+    try:
+        found = read(kind, before)
+    except WeightopsError as error:
+        assert "model.safetensors" in str(error)  # noqa: PT017  # a hub keeps what it had, and may give that
+    else:
+        assert found == WEIGHTS
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local"])
+def writable(request: pytest.FixtureRequest, tmp_path: Path) -> WritableStore:
+    return LocalStore(tmp_path)
+
+
+def names(store: Store) -> list[str]:
+    return [name for name in store.names() if not name.startswith(".")]
+
+
+def stream(store: WritableStore, name: str, data: bytes) -> None:
+    target = store.target(name, len(data))
+    try:
+        block = memoryview(page_memory(1 << 16))
+        for start in range(0, len(data), len(block)):
+            used = len(data[start : start + len(block)])
+            block[:used] = data[start : start + used]
+            target.write(start, block, used)
+        target.close()
+    except BaseException:
+        target.abandon()
+        raise
+    target.commit()
+
+
+def pieces(store: WritableStore, name: str, data: bytes) -> None:
+    with store.putting(name) as write:
+        for start in range(0, len(data), 1000):
+            write(data[start : start + 1000])
+
+
+WAYS: Mapping[str, Callable[[WritableStore, str, bytes], None]] = {
+    "create": lambda store, name, data: store.create(name, data),
+    "put": lambda store, name, data: store.put(name, data),
+    "putting": pieces,
+    "target": stream,
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@ways
+@pytest.mark.parametrize("name", ["a.bin", "sub/folder/a.bin"])
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 200_001])
+def test_what_was_written_is_what_is_read(
+    writable: WritableStore, way: Callable[..., None], name: str, nbytes: int
+) -> None:
+    data = random.Random(nbytes).randbytes(nbytes)
+    way(writable, name, data)
+    assert writable.get(name) == data
+    assert writable.identity(name).nbytes == nbytes
+    assert names(writable) == [name.partition("/")[0]]
+
+
+def test_a_name_that_is_taken_is_not_created(writable: WritableStore) -> None:
+    writable.create("a", b"first")
+    with pytest.raises(OutputExists, match="a exists"):
+        writable.create("a", b"second")
+    assert writable.get("a") == b"first"
+    writable.put("a", b"third")
+    assert writable.get("a") == b"third"
+
+
+def test_of_many_that_create_one_name_one_wins(writable: WritableStore) -> None:
+    won: list[int] = []
+    ready = threading.Barrier(8)
+
+    def create(number: int) -> None:
+        ready.wait()
+        try:
+            writable.create("lock", b"%d" % number * 1000)
+        except OutputExists:
+            return
+        won.append(number)
+
+    threads = [threading.Thread(target=create, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert writable.get("lock") == b"%d" % won[0] * 1000
+
+
+def test_a_target_has_no_name_before_it_is_committed(writable: WritableStore) -> None:
+    block = memoryview(page_memory(4096))
+    for end in ("abandon", "close"):
+        target = writable.target("a", 4096)
+        target.write(0, block, 4096)
+        getattr(target, end)()
+        assert not writable.has("a")
+    target.commit()
+    assert writable.get("a") == bytes(block)
+
+
+class Faults:
+    """The `fatal`-th of all calls finds the disk full."""
+
+    def __init__(self, fatal: int) -> None:
+        self.count, self._fatal = 0, fatal
+
+    def among(self, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            self.count += 1
+            if self.count == self._fatal:
+                raise OSError(28, os.strerror(28))
+            return original(*args, **kwargs)
+
+        return call
+
+
+@ways
+def test_a_fault_at_every_call_leaves_the_name_with_nothing_or_the_whole(
+    writable: WritableStore, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random.Random(1).randbytes(70_000)
+    for fatal in range(1, 100):
+        name, faults = f"file-{fatal}", Faults(fatal)
+        with monkeypatch.context() as patch:
+            for call in ("open", "write", "pwrite", "fsync", "replace", "link", "rename"):
+                patch.setattr(os, call, faults.among(getattr(os, call)))
+            with suppress(WeightopsError):
+                way(writable, name, data)
+        # What had its name before the folder could be flushed is whole too.
+        assert not writable.has(name) or writable.get(name) == data
+        if faults.count < fatal:
+            break
+    assert faults.count > 4
+
+
+@ways
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "out/a"])
+def test_nothing_is_written_outside(tmp_path: Path, way: Callable[..., None], name: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "out").symlink_to(tmp_path / "other")
+    with pytest.raises(CorruptInput, match="a"):
+        way(LocalStore(tmp_path / "store"), name, b"data")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+@ways
+def test_a_link_is_not_written_through(tmp_path: Path, way: Callable[..., None]) -> None:
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "a").symlink_to(tmp_path / "theirs")
+    try:
+        way(LocalStore(tmp_path), "a", b"ours")
+    except OutputExists:
+        assert (tmp_path / "a").is_symlink()
+    else:
+        assert (tmp_path / "a").read_bytes() == b"ours"
+        assert not (tmp_path / "a").is_symlink()
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"

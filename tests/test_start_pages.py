@@ -1,0 +1,95 @@
+"""The pages to start at, as they stand: their commands and their Python, on small models."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import save_adapter
+from hub import Hub
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny, text
+
+import weightops
+from weightops.cli.main import run
+from weightops.io.source_file import SourceFile
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def commands(page: str) -> list[list[str]]:
+    """The lines of weightops, as arguments without what a shell takes from them."""
+    found = re.findall(r"^    (?:if )?weightops (.*)", (DOCS / page).read_text(), re.MULTILINE)
+    return [shlex.split(re.split(r";|>", line)[0]) for line in found]
+
+
+def python(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
+    """A working directory with a small base, an adapter for it, and texts."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base", "llama", hidden_size=128, intermediate_size=256)
+    for name in ("text.txt", "heldout.txt"):
+        (tmp_path / name).write_text(text(200))
+    return tmp_path
+
+
+def test_a_release_is_made_and_proven(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(here / "lora", here / "base")
+    shutil.move(here / "base", here / "published")
+    found = commands("release-engineer.md")
+    verbs = ("download", "merge-lora", "check", "verify", "merge-lora", "verify", "verify")
+    assert [arguments[0] for arguments in found] == [*verbs]
+    with Hub() as hub:
+        hub.add("org/base-model", {path.name: path.read_bytes() for path in (here / "published").iterdir()})
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        for arguments in found:
+            assert run(arguments) == 0, arguments
+    assert (here / "report.xml").exists()
+    assert "base_model" in (here / "release/README.md").read_text()
+    assert b'"sha256"' in (here / "release/weightops-manifest.json").read_bytes()
+    assert (here / "again/weightops-manifest.json").exists()
+
+
+def test_an_adapter_becomes_a_model_on_a_laptop(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter(here / "lora", here / "base")
+    found = commands("laptop.md")
+    verbs = ("merge-lora", "check", "generate", "quantize", "eval", "generate", "convert")
+    assert [arguments[0] for arguments in found] == [*verbs]
+    for arguments in found:
+        assert run(arguments) == 0, arguments
+    assert "merged-4bit" in capsys.readouterr().out
+    assert SourceFile.at(here / "merged.gguf").nbytes > 0
+    assert run(["verify", "./merged-4bit"]) == 0
+
+
+def test_the_page_for_notebooks_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(here / "base", here / "tuned")
+    tensors = load_file(here / "base/model.safetensors")
+    for name in tensors:
+        if name.endswith("_proj.weight"):
+            tensors[name] += torch.randn_like(tensors[name]) * 0.01
+    save_file(tensors, here / "tuned/model.safetensors", {"format": "pt"})
+    namespace: dict[str, object] = {}
+    for block in python("researcher.md"):
+        exec(block, namespace)
+    assert namespace["widest"] in tensors
+    assert "is changed in more directions than 8" in capsys.readouterr().out
+    assert weightops.inspect("./tuned-bf16").by_dtype().keys() == {"bfloat16"}
+
+
+def test_a_recovered_model_runs_without_being_written(here: Path) -> None:
+    shutil.copytree(here / "base", here / "llama-13b")
+    shutil.copytree(here / "base", here / "zhixi")
+    weightops.diff("./base", "./zhixi", "./zhixi-diff")
+    (block,) = python("inference.md")
+    namespace: dict[str, object] = {}
+    exec(block, namespace)
+    assert "model.norm.weight" in namespace["tuned"]  # type: ignore[operator]
