@@ -172,6 +172,7 @@ SOMEWHERE = {
 """Modules that some systems lack, or that are asked for what systems have in different ways."""
 EXCEPTIONS = {
     *(("ops/libtorch.py", "ctypes"), ("ops/measures/counting.py", "ctypes")),  # torch's own library
+    ("stores/transfer/hub_locks.py", "filelock"),  # what huggingface_hub locks its cache with
     *(("cli/main.py", "os.open"), ("cli/main.py", "os.O_WRONLY")),  # of os.devnull, which is no file
 }
 

@@ -34,7 +34,7 @@ OF_THE_COMMAND = {
     "manifest": {"out", "lists", "dry_run", "overwrite"},
     "inspect": {"tensors"},
     "quantize": {"html"},
-    "download": {"endpoint", "limit_rate", "timeout", "deadline"},
+    "download": {"cache", "endpoint", "limit_rate", "timeout", "deadline"},
 }
 """What only the command line has: reports in files, exit codes, and what Python gives to a `Web`."""
 OF_PYTHON = {"control", "web", "cache"}

@@ -75,7 +75,7 @@ ENVIRONMENT = {
     "HF_ENDPOINT": "the hub; default https://huggingface.co",
     "HF_TOKEN": "the hub's token; default: that of `hf auth login`, which HF_HOME and HF_TOKEN_PATH say the place of",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1: no token",
-    "HF_HUB_CACHE, HF_HOME": "the Hugging Face cache, or the folder that it is in as hub; default ~/.cache/huggingface",
+    "HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME": "the Hugging Face cache, or HF_HOME/hub; default ~/.cache",
     "HF_HUB_OFFLINE": "1: no server is asked; hf://org/name is what the cache has of it",
     "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY": "http://user:password@host:port, by the scheme of a URL",
     "NO_PROXY": "hosts and networks (10.0.0.0/8), each with a port or without, that need no proxy; * is all",

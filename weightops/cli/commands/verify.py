@@ -66,8 +66,8 @@ def command(
       weightops verify ./zhixi.gguf
       weightops verify hf://org/name
 
-    hf://org/name[@revision] is the copy of a repository in the Hugging Face cache. Without --manifest it is compared
-    with the digests of its hub, or, with HF_HUB_OFFLINE, with those that the cache names its files by.
+    The copy of a repository in the Hugging Face cache is called hf://org/name[@revision]. Without --manifest it is
+    compared with the digests of its hub, or, with HF_HUB_OFFLINE, with those that the cache names its files by.
 
     Lists of md5sum, sha256sum, b3sum and xxhsum are read too, and Meta's checklist.chk. If files differ, the verdict
     says whether the tensors in them do, and which.
