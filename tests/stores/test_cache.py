@@ -527,11 +527,11 @@ def test_verify_says_what_is_not_in_the_cache(cache: Cache, model: Path, tmp_pat
 
 
 def test_a_fault_of_the_disk_is_said(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def preadv(*_: object) -> int:
+    def read_at(*_: object) -> int:
         raise OSError(5, os.strerror(5))
 
     opened = weightops.open_checkpoint(SOURCE, cache.control().stores)
-    monkeypatch.setattr("weightops.stores.cache.read_at", preadv)
+    monkeypatch.setattr("weightops.stores.local.read_at", read_at)
     with pytest.raises(WeightopsError, match=r"cannot be read at byte 0 \(Input/output error\)"):
         weightops.save(opened, tmp_path / "out", control=cache.control())
 

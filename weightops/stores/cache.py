@@ -126,11 +126,8 @@ class CachedRepository:
     def names(self, commit: str) -> list[str]:
         """The files of a commit that are in the cache."""
         root = self.snapshot(commit)
-        found = []
-        for folder, folders, files in os.walk(root):
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            found += [(Path(folder) / name).relative_to(root).as_posix() for name in (*files, *links)]
-        return sorted(found)
+        found = (path for path in root.rglob("*") if path.is_symlink() or path.is_file())
+        return sorted(path.relative_to(root).as_posix() for path in found)
 
     def find(self, commit: str, file: RemoteFile) -> SourceFile | None:
         """A file of a commit that the hub lists, if its content is in the cache, by its digest and size.
@@ -156,7 +153,7 @@ class CachedRepository:
         path = self.snapshot(commit) / check_relative(name, self.shown)
         digest = next(iter(listed.digests.values())) if listed else ""
         if path.is_symlink():
-            target = Path(os.path.normpath(path.parent / os.readlink(path)))
+            target = Path(os.path.normpath(path.parent / path.readlink()))
             if target.parent != self.folder / "blobs" or not _BLOB.fullmatch(target.name):
                 raise _wrong(path, f"leads to {escape(str(target))}, which is no blob of its repository")
             if digest not in ("", target.name):
@@ -179,7 +176,8 @@ class CachedRepository:
             raise _wrong(place, "is no regular file")
         if nbytes not in (None, status.st_size):
             raise _wrong(place, f"has {status.st_size} bytes, expected {nbytes}")
-        return SourceFile(f"{_SCHEME}://{quote(str(path))}", status.st_size, 0, f"{algorithm}:{digest}")
+        url = f"{_SCHEME}:///{quote(path.as_posix().lstrip('/'))}"
+        return SourceFile(url, status.st_size, 0, f"{algorithm}:{digest}")
 
     def resolved(self, path: Path) -> Path:
         """Where a path leads; raises `CorruptInput` for one that leaves the cache.
