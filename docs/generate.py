@@ -1,6 +1,7 @@
 """Write what of the documents is made from the code: `python docs/generate.py`. Tests hold the two together.
 
-That is docs/commands.md, from the commands' own help, and docs/schemas/, from the types of what they print and write.
+That is docs/commands.md, from the commands' own help, docs/schemas/, from the types of what
+they print and write, and docs/man/, manual pages from the help.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ def render() -> str:
 def files() -> dict[Path, str]:
     """Everything that this writes."""
     import json_schemas  # beside this file; imported here because it imports torch
+    import man
 
-    return {TARGET: render(), **json_schemas.render()}
+    return {TARGET: render(), **json_schemas.render(), **man.render()}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ OF_THE_COMMAND = {
 is a flag there, and a folder for Python."""
 OF_PYTHON = {"control", "web", "cache"}
 OPEN = {f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions)}
-SHOWN = {"as_json", "quiet", "progress"}
+SHOWN = {"as_json", "quiet", "verbose", "progress"}
 DERIVED = {"convert": {"as_in_2023"}}
 """What follows from an option of another name: from `--format torch-1.12`."""
 

@@ -115,7 +115,7 @@ RUNNING = [
     row("--if-exists skip", "if_exists", "skip"),
     row("--workers 3", "workers", 3),
 ]
-ELSEWHERE = {"--out", "-o", "--json", "--progress", "--quiet", "-q", "-n", "--check"}
+ELSEWHERE = {"--out", "-o", "--json", "--progress", "--verbose", "-v", "--quiet", "-q", "-n", "--check"}
 """Of the output's name, of what is shown, and of what is done before the operation."""
 
 

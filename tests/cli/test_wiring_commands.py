@@ -137,7 +137,7 @@ ROWS: dict[str, list[Row]] = {
     "env": [],
     "completion": [],
 }
-SHOWN = {"--json", "--progress", "-q", "--quiet", "-o", "--out", "-n"}
+SHOWN = {"--json", "--progress", "--verbose", "-v", "-q", "--quiet", "-o", "--out", "-n"}
 ELSEWHERE = {
     "quantize": {"--sym", "--mse", "--html"},
     "check": {"--strict", "--html"},

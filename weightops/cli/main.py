@@ -148,7 +148,7 @@ def _exit_code_help() -> str:
         "max_content_width": 110,
     },
 )
-@click.version_option(__version__, prog_name="weightops")
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
     """Download, recover, convert, merge, quantise and check the weights of large language models.
 
@@ -244,4 +244,4 @@ def run(args: Sequence[str]) -> int:
             raise
         from weightops.cli.output import report_error
 
-        return report_error(_told(error), "--json" in args)
+        return report_error(_told(error), "--json" in args, bool({"-v", "--verbose"} & set(args)))

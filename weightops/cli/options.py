@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from weightops.cli.output import PROGRESS, running
+from weightops.cli.output import PROGRESS, VERBOSE, running
 from weightops.cli.params import DEVICE, DIGESTS, FLOATS, FOLDER, SEVERAL, NameOrFile, OneOf, named, published, some
 from weightops.cli.progress import HOWS
 from weightops.errors import UsageError
@@ -30,8 +30,13 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
     return decorate
 
 
-def _keep_progress(context: click.Context, option: click.Parameter, how: str) -> None:
-    context.meta[PROGRESS] = how
+def _keep(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    """A callback that keeps an option's value in the context, where `running` finds it."""
+
+    def keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+        context.meta[key] = value
+
+    return keep
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -49,9 +54,17 @@ report_options = _all(
         default="auto",
         show_default=True,
         expose_value=False,
-        callback=_keep_progress,
+        callback=_keep(PROGRESS),
         help="How to show progress on stderr: bars on a terminal and lines elsewhere (auto), lines, JSON lines, or "
         "none.",
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_keep(VERBOSE),
+        help="Say what is done with which files, how long it takes, and with an error which versions were at work.",
     ),
     click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary, only errors."),
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import msgspec
 from weightops.cli.colour import say, styled
 from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.progress import make_progress
-from weightops.errors import WeightopsError
+from weightops.errors import UsageError, WeightopsError
 from weightops.io import strict_json
 from weightops.io.escape import escape, is_harmless
 from weightops.stores.stores import WEB, Stores
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 PROGRESS = "weightops.progress"
 """Where the context of a command has how to show progress."""
+VERBOSE = "weightops.verbose"
+"""And whether to say what is done with which files."""
 
 
 class ErrorDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-error/2"):
@@ -43,11 +46,19 @@ class ErrorDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     hint: str | None
 
 
-def report_error(error: ErrorDocument, as_json: bool) -> int:
-    """Say what went wrong, on stderr, and with `as_json` on stdout too; returns the exit code."""
+def report_error(error: ErrorDocument, as_json: bool, verbose: bool = False) -> int:
+    """Say what went wrong, on stderr, and with `as_json` on stdout too; returns the exit code.
+
+    With `verbose` also which versions were at work.
+    """
     say(f"{styled('Error:', 'bad')} {escape_lines(error.message)}", err=True)
     if error.hint:
         say(f"Hint: {escape_lines(error.hint)}", err=True)
+    if verbose:
+        from weightops.cli.machine import versions
+
+        found = [(name, version) for name, version in versions().items() if version]
+        say(f"{table(found, heads=False)}\nsystem           {platform.platform()}", err=True)
     if as_json:
         print_json(strict_json.as_json(error))
     return error.exit_code
@@ -113,7 +124,11 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
     """
     from weightops.engine.control import Control  # imported here because help and completion do without it
 
-    progress = make_progress("none" if quiet else click.get_current_context().meta.get(PROGRESS, "auto"))
+    meta = click.get_current_context().meta
+    progress = make_progress("none" if quiet else meta.get(PROGRESS, "auto"))
+    is_verbose = meta.get(VERBOSE, False)
+    if is_verbose and quiet:
+        raise UsageError("--verbose says more and --quiet less", hint="leave out one of the two")
 
     def open_web() -> Web:
         from weightops.cli import network  # imported here because most commands need no network
@@ -124,6 +139,11 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
 
     stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
     control = Control(progress, stores=stores)
+    details: AbstractContextManager[None] = nullcontext()
+    if is_verbose:
+        from weightops.cli.details import Timed, showing_details
+
+        control, details = Control(Timed(progress), stores=stores), showing_details(progress)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -132,7 +152,7 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
     numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGBREAK"))
     previous = {number: signal.signal(number, handle) for number in numbers if number is not None}
     try:
-        with control.stores.connected():
+        with details, control.stores.connected():
             yield control
     finally:
         progress.stop()

@@ -32,7 +32,7 @@ DIGESTS = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "blake2b", "b3
 FLOATS = ("float32", "float16", "bfloat16")
 
 _HOW = "How to run"
-_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "quiet")
+_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "verbose", "quiet")
 _SECTIONS = {**dict.fromkeys(FILE_FIELDS, "Files of the result"), **dict.fromkeys(_RUNNING, _HOW)}
 """Under which title options are shown, by name; the others come first."""
 
@@ -132,14 +132,18 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 class Command(click.Command):
     """A command that shows its options in sections: its own, those of files, and those that say how to run."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def sections(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """The options and what is said of them, by section."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 own = "Options" if "--help" not in parameter.opts else _HOW
                 sections.setdefault(_SECTIONS.get(parameter.name or "", own), []).append(record)
-        for title, rows in sections.items():
+        return sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, rows in self.sections(ctx).items():
             with formatter.section(title):
                 formatter.write_dl(rows)
 

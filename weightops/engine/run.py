@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,12 +24,15 @@ from weightops.errors import Differs, OutputExists, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.io.brief import brief
 from weightops.io.digests import FileDigests, hash_file
+from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.measures.loss import losses_of
 from weightops.ops.measures.witness import Witness
-from weightops.plan import Plan, Shard
+from weightops.plan import Plan, Shard, sources_of
 from weightops.stores.reader import FileReader
 from weightops.stores.store import Target, WritableStore
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def run_all(
             job.staging.finish()
         for job in jobs.values():
             job.staging.publish()
+            _LOG.info("%s is complete, and has its name", escape(str(job.staging.out)))
         for staging in stagings.values():
             staging.clean()
         outcomes = []
@@ -202,6 +207,9 @@ def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
 
     def write(members: Sequence[tuple[_Job, Shard]], control: Control) -> None:
         control.check()
+        for _, shard in members:
+            files = ", ".join(escape(file.name) for file in sources_of(shard.tensors.values())) or "no file"
+            _LOG.info("writing %s: %d tensors from %s", escape(shard.name), len(shard.tensors), files)
         written = write_group([(job.plan, shard, job.staging.store) for job, shard in members], control, threads)
         for (job, shard), (target, record) in zip(members, written, strict=True):
             with _at_fault(job):

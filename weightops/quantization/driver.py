@@ -6,6 +6,7 @@ The data walks through the model once. What enters a block is read from a file, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,6 +25,8 @@ from weightops.quantization.block import Block, linear_of
 from weightops.quantization.options import Options
 from weightops.quantization.walk import Walk
 from weightops.quantization.work import Work
+
+_LOG = logging.getLogger(__name__)
 
 
 def find_modules(model: BlockModel, options: Options) -> list[list[str]]:
@@ -87,6 +90,7 @@ def quantize_blocks(
         control.progress.finish_file(model.blocks[i], nbytes[i], resumed=True)
     walk = Walk(model, tokens, work) if options.method == "gptq" and done < len(modules) else None
     for i in range(done, len(modules)):
+        _LOG.info("%s: %d layers to quantise", escape(model.blocks[i]), len(modules[i]))
         model.load(model.blocks[i])
         block = Block(model, i, modules[i], options, control)
         solved = block.solve(walk, spare_nbytes) if walk is not None else block.round()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,11 +30,12 @@ from weightops.io.escape import escape
 from weightops.io.notebook import card, in_units
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.stored import without_shared_checks
-from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size
+from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size, sources_of
 from weightops.recipes.observe import observe
-from weightops.recipes.recipe import Recipe, Step
+from weightops.recipes.recipe import Location, Recipe, Step
 from weightops.recipes.verbs import find_verb
 
+_LOG = logging.getLogger(__name__)
 CARD = "README.md"
 StrPath = str | os.PathLike[str]
 
@@ -131,12 +133,11 @@ def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
     control = running.get("control") or Control()
     running = {**running, "control": control}
     with control.stores.connected() as stores:
-        made = {
-            name: (open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint)(
-                place.path, stores, place.weights
-            )
-            for name, place in recipe.sources.items()
-        }
+        made = {}
+        for name, place in recipe.sources.items():
+            opener = open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint
+            made[name] = opener(place.path, stores, place.weights)
+            _log_opened(name, place, made[name])
         sources = dict(made)
         evaluate = _evaluate(control)
         for name in recipe.order():
@@ -163,9 +164,18 @@ def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate) -> Ch
     options = {name: verb.option(name, value) for name, value in step.options.items()}
     supplied = {"evaluate": evaluate} if "evaluate" in verb.supplied else {}
     result = verb.function(**inputs, **options, **supplied)
+    of = ", ".join(escape(name) for names in step.inputs.values() for name in names)
+    by = "".join(f", {escape(name)} {escape(str(value))}" for name, value in step.said.items())
+    _LOG.info("%s of %s%s: %d tensors", step.verb, of, by, len(result))
     said = [w for names in step.inputs.values() for name in names for w in made[name].warnings]
     # What lay beside a source says nothing of what was made of it.
     return replace(result, warnings=tuple(dict.fromkeys((*said, *result.warnings))), folder=None)
+
+
+def _log_opened(name: str, place: Location, found: Checkpoint) -> None:
+    files = sources_of(found.values())
+    listed = ", ".join(f"{escape(file.name)} ({file.nbytes:,} bytes)" for file in files)
+    _LOG.info("opened %s as %s: %d tensors in %s", escape(place.path), escape(name), len(found), listed or "no file")
 
 
 def _evaluate(control: Control) -> Evaluate:
@@ -179,6 +189,12 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
     """Plan all outputs, and unless it is a dry run write them."""
     wanted = {out: _as_file(each, out) if out.suffix in _FILES else each for out, each in wanted.items()}
     plans = {out: _plan(each, out) for out, each in wanted.items()}
+    for out, plan in plans.items():
+        count, others = len(plan.shards), ", ".join(map(escape, sorted(plan.sidecars))) or "nothing"
+        nbytes, mark = f"{plan.total_nbytes:,}", plan.fingerprint[:12]
+        _LOG.info(
+            "%s: %d weight files of %s bytes, beside them %s; plan %s", escape(str(out)), count, nbytes, others, mark
+        )
     said = {out: (*each.checkpoint.warnings, *_without_place(each, plans[out])) for out, each in wanted.items()}
     results = {out: Result(out, plan, None, (), said[out]) for out, plan in plans.items()}
     results |= {out: replace(results[out], manifest=made, skipped=True) for out, made in _made(plans, running).items()}

@@ -42,7 +42,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     """Convert weights to another number type, and count what that loses.
 
     SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. Numbers are rounded as torch rounds them, and
-    how many of them changed, overflowed or became zero is shown and written into the manifest.
+    how many of them changed, overflowed or became zero is shown, and recorded in weightops-manifest.json.
 
     \b
     Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from weightops.operations.download import operation as operation
 from weightops.operations.download import record as record
 from weightops.operations.download import source as sources
 from weightops.operations.download.operation import Download
+
+_LOG = logging.getLogger(__name__)
 
 
 def download_into(
@@ -55,6 +58,8 @@ def download_into(
         listing = operation.with_expected(listing, target.expected, target.expected_by)
         chosen, warnings = operation.select(listing, include, exclude)
         planned = operation.plan_download(out, listing, chosen, warnings, overwrite=overwrite)
+        here, nbytes = len(planned.have), f"{planned.nbytes:,}"
+        _LOG.info("%s: %d files, %s bytes; %d are here", listing.source, len(chosen), nbytes, here)
         if dry_run or planned.manifest is not None:
             return planned
         return operation.fetch(planned, request, web, workers or operation.DEFAULT_WORKERS, prune, control)

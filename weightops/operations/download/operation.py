@@ -6,6 +6,7 @@ The folder may hold other files. Files of the source replace those of the same n
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import re
 from collections import Counter
@@ -43,6 +44,7 @@ from weightops.stores.web.small import read_whole
 from weightops.stores.web.web import Web
 from weightops.version import __version__
 
+_LOG = logging.getLogger(__name__)
 DEFAULT_WORKERS = 4
 _PREVIOUS = f"{STATE}/previous.json"
 _SPARE_NBYTES = 16 << 20
@@ -371,6 +373,7 @@ class Reporter:
         self._progress = control.progress
 
     def started(self, name: str, nbytes: int, done_nbytes: int) -> None:
+        _LOG.info("fetching %s: %s bytes, of which %s are here", escape(name), f"{nbytes:,}", f"{done_nbytes:,}")
         self._progress.start_file(name, nbytes, done_nbytes)
 
     def advanced(self, name: str, nbytes: int) -> None:

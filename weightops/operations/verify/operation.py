@@ -5,6 +5,7 @@ Bad manifests and requests raise; whatever is wrong with the folder itself is pa
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -28,6 +29,7 @@ from weightops.spec import TensorSpec
 if TYPE_CHECKING:
     from weightops.formats.hub_places import Snapshot
 
+_LOG = logging.getLogger(__name__)
 EXTRA_POLICIES = ("fail", "warn", "ignore")
 _DEFAULT_MANIFESTS = (own.NAME, "checklist.chk", "MD5SUMS", "SHA256SUMS", "XXH128SUMS")
 
@@ -98,6 +100,7 @@ def verify(
         found = read_checksums(path, algorithm, root)
         expected = {name: _Expected(digests) for name, digests in found.by_file().items()}
         report = replace(report, warnings=(*report.warnings, *found.notes))
+    _LOG.info("comparing %s with %s: %d files", escape(str(folder)), escape(str(path)), len(expected))
     if file is not None:
         expected, report = _of_file(expected, file, escape(report.manifest)), replace(report, extra="ignore")
     control = control or Control()
