@@ -1,4 +1,7 @@
-"""Write docs/commands.md from the commands' own help: `python docs/generate.py`. A test holds the two together."""
+"""Write what of the documents is made from the code: `python docs/generate.py`. Tests hold the two together.
+
+That is docs/commands.md, from the commands' own help, and docs/schemas/, from the types of what they print and write.
+"""
 
 from __future__ import annotations
 
@@ -52,5 +55,18 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def files() -> dict[Path, str]:
+    """Everything that this writes."""
+    import json_schemas  # beside this file; imported here because it imports torch
+
+    return {TARGET: render(), **json_schemas.render()}
+
+
 if __name__ == "__main__":
-    TARGET.write_text(render())
+    made = files()
+    for folder in {path.parent for path in made} - {TARGET.parent}:
+        folder.mkdir(exist_ok=True)
+        for path in set(folder.iterdir()) - made.keys():
+            path.unlink()
+    for path, text in made.items():
+        path.write_text(text)

@@ -149,7 +149,22 @@ def test_only_the_command_line_prints_exits_or_reads_the_environment() -> None:
 
 EVERYWHERE = {
     *("PathLike", "W_OK", "X_OK", "access", "close", "cpu_count", "devnull", "dup", "dup2", "environ", "fdopen"),
-    *("fsencode", "fspath", "fstat", "ftruncate", "getpid", "path", "scandir", "strerror", "unlink", "urandom"),
+    *(
+        "fsencode",
+        "fspath",
+        "fstat",
+        "ftruncate",
+        "getpid",
+        "path",
+        "readlink",
+        "scandir",
+        "symlink",
+        "walk",
+        "DirEntry",
+        "strerror",
+        "unlink",
+        "urandom",
+    ),
     *("utime", "write"),
 }
 """What every system has of `os`, with one meaning."""
@@ -160,6 +175,7 @@ SOMEWHERE = {
 """Modules that some systems lack, or that are asked for what systems have in different ways."""
 EXCEPTIONS = {
     *(("ops/libtorch.py", "ctypes"), ("ops/measures/counting.py", "ctypes")),  # torch's own library
+    ("stores/transfer/hub_locks.py", "filelock"),  # huggingface_hub's own kind
     *(("cli/main.py", "os.open"), ("cli/main.py", "os.O_WRONLY")),  # of os.devnull, which is no file
 }
 

@@ -144,7 +144,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 return read_source(Path(file.path))[1]
             case Copied(file):
                 if self.folder is None:
-                    raise UsageError(f"{file.shown}: is on a server, and fetched only when it is written")
+                    raise UsageError(f"{file.shown}: is on a server or in a cache, and read only when it is written")
                 return self.folder.get(name)
             case _:
                 return None

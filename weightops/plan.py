@@ -143,7 +143,7 @@ class Plan:
 
     @cached_property
     def is_remote(self) -> bool:
-        """Whether anything comes from a server."""
+        """Whether anything comes from a server or a cache, and is proven as it passes."""
         copied = (sidecar.file for sidecar in self.sidecars.values() if isinstance(sidecar, Copied))
         return any(file.is_remote for file in (*self.sources, *copied))
 

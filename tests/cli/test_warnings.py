@@ -17,7 +17,7 @@ import logging, warnings
 from weightops.cli.commands import env
 from weightops.cli.main import main
 
-def command(as_json):
+def command(**options):
     warnings.warn("past_key_values are going away", FutureWarning)
     logging.getLogger("library").warning("this model is of another version")
     logging.getLogger("library").error("this is broken")
@@ -48,6 +48,6 @@ def test_warnings_of_libraries_are_shown_only_to_who_asks(
 
 
 def test_in_tests_they_are_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(env.command, "callback", lambda as_json: warnings.warn("old", FutureWarning, stacklevel=1))
+    monkeypatch.setattr(env.command, "callback", lambda **options: warnings.warn("old", FutureWarning, stacklevel=1))
     assert run(["env"]) == 1
     assert "unexpected FutureWarning: old" in capsys.readouterr().err

@@ -48,12 +48,12 @@ ROWS: dict[str, list[Row]] = {
     "diff": [row("--method subtract", "method", "subtract"), row("--dtype float16", "dtype", "float16", dtype=F16)],
     "convert": [
         row("--to meta", "to", "meta"),
-        row("--from tencentpretrain", "layout", "tencentpretrain"),
+        row("--from tencentpretrain", "from_", "tencentpretrain"),
         row("--model-parallel 3", "model_parallel", 3),
         row("--dtype float16", "dtype", "float16", dtype=F16),
-        row("--set context_length=7", "settings", {"context_length": "7"}),
+        row("--set context_length=7", "set", {"context_length": "7"}),
         row("--tokenizer tokenizer.model", "tokenizer", "tokenizer.model"),
-        row("--no-tokenizer", "tokenizer", False, no_tokenizer=True, tokenizer=None),
+        row("--no-tokenizer", "tokenizer", False),
         row("--format torch-1.12", "format", "torch-1.12", as_in_2023=True),
     ],
     "shard": [
@@ -74,7 +74,7 @@ ROWS: dict[str, list[Row]] = {
         row("--cast-all", "cast_all", True),
     ],
     "merge-lora": [
-        row("--weight 0.5", "weights", (0.5,)),
+        row("--weight 0.5", "weight", (0.5,)),
         row("--precision float64", "precision", "float64"),
         row("--two-roundings", "two_roundings", True),
     ],
@@ -84,7 +84,7 @@ ROWS: dict[str, list[Row]] = {
         row("--max-rank 7", "max_rank", 7),
         row("--seed 9", "seed", 9),
         row("--dtype float16", "dtype", "float16", dtype=F16),
-        row("--targets q_proj", "targets", ("q_proj",)),
+        row("--target q_proj", "target", ("q_proj",)),
         row("--rest refuse", "rest", "refuse"),
     ],
     "dequantize": [
@@ -104,7 +104,7 @@ FILES = [
     row("--format torch", "format", "torch"),
     row("--max-shard-size 7MB", "max_shard_size", "7MB"),
     row("--expect list.md5", "expect", "list.md5"),
-    row("--digest md5 --digest sha256", "digests", ("md5", "sha256")),
+    row("--digest md5 --digest sha256", "digest", ("md5", "sha256")),
     row("--card", "card", True),
     row("--reflink", "reflink", True),
 ]
@@ -114,7 +114,7 @@ RUNNING = [
     row("--restart", "restart", True),
     row("--workers 3", "workers", 3),
 ]
-ELSEWHERE = {"--out", "-o", "--json", "--quiet", "-q", "-n", "--check"}
+ELSEWHERE = {"--out", "-o", "--json", "--progress", "--quiet", "-q", "-n", "--check"}
 """Of the output's name, of what is shown, and of what is done before the operation."""
 
 

@@ -1,4 +1,4 @@
-"""What every store answers, asked of each: a folder on disk, one on a web server, a repository of a hub.
+"""What every store answers, asked of each: a folder, one on a web server, a repository of a hub or in a cache.
 
 After restic's backend suite and zarr's StoreTests. A new kind of store is one more `Kind` here.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from hub import Hub
+from huggingface_hub import snapshot_download
 from safetensors.numpy import save
 
 from weightops.errors import CorruptInput, OutputExists, SourceMissing, WeightopsError
@@ -49,7 +50,7 @@ class Kind:
     has_subfolders: bool = True
 
 
-@pytest.fixture(params=["local", "web", "hub"])
+@pytest.fixture(params=["local", "web", "hub", "cache", "cache offline"])
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
     if request.param == "local":
         for name, data in FILES.items():
@@ -58,24 +59,30 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
         yield Kind(Stores(), lambda: LocalStore(tmp_path), lambda name, data: slowly(tmp_path / name, data))
         return
     with Hub() as hub, Web(QUICK, endpoint=hub.endpoint) as web:
-        stores, files = Stores(web), dict(FILES)
+        is_cached = request.param.startswith("cache")
+        cache = tmp_path / "cache" if is_cached else None
+        stores, files = Stores(web, cache=cache, offline=request.param.endswith("offline")), dict(FILES)
 
         def publish() -> None:
             hub.static.update({f"m/{name}": data for name, data in files.items()})
             hub.add("org/m", files)
+            if cache is not None:
+                snapshot_download("org/m", cache_dir=cache, endpoint=hub.endpoint)
+            hub.log.clear()
 
         def change(name: str, data: bytes) -> None:
             files[name] = data
             publish()
 
         def place() -> Store:
-            url = "hf://org/m" if request.param == "hub" else f"{hub.endpoint}/static/files/m/"
+            url = f"{hub.endpoint}/static/files/m/" if request.param == "web" else "hf://org/m"
             found = find_place(url, stores)
             assert not isinstance(found, SourceFile)
             return found
 
         publish()
-        yield Kind(stores, place, change, has_subfolders=request.param == "hub")
+        yield Kind(stores, place, change, has_subfolders=request.param != "web")
+        assert not is_cached or hub.bytes_sent() == 0
 
 
 def slowly(path: Path, data: bytes) -> None:

@@ -140,7 +140,7 @@ def test_a_model_is_converted_to_one_gguf_file(tmp_path: Path) -> None:
     source = tmp_path / "model"
     meta_download(source)
     (source / "LICENSE").write_text("free")
-    convert = partial(weightops.convert, source, to="gguf", settings={"context_length": "2048"})
+    convert = partial(weightops.convert, source, to="gguf", set={"context_length": "2048"})
     folder = convert(tmp_path / "folder")
     result = convert(tmp_path / "tiny.gguf")
     assert (tmp_path / "tiny.gguf").read_bytes() == (folder.out / "model.gguf").read_bytes()

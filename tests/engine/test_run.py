@@ -289,7 +289,7 @@ def test_two_runs_at_once_do_not_meet(pair: Path) -> None:
 
 
 def test_expectations_are_met_or_nothing_is_published(pair: Path) -> None:
-    recover(pair, "reference", digests=["sha256"])
+    recover(pair, "reference", digest=["sha256"])
     reference = pair / "reference" / "weightops-manifest.json"
     recover(pair, "again", expect=reference)
     wrong = json.loads(reference.read_bytes())["files"]["model-00001-of-00003.safetensors"]["digests"]["sha256"]

@@ -376,7 +376,7 @@ def test_sidecars_are_copied_piece_by_piece_and_held_against_what_was_planned(
 ) -> None:
     data = bytes(range(256)) * 12_345
     (model / "tokenizer.json").write_bytes(data)
-    done = shard(model, digests=["sha256"])
+    done = shard(model, digest=["sha256"])
     assert (done.out / "tokenizer.json").read_bytes() == data
     assert done.manifest is not None
     assert done.manifest.files["tokenizer.json"].nbytes == len(data)

@@ -39,14 +39,14 @@ def models() -> Iterator[Path]:
         make_meta(folder / "one", **SMALL, parts=1)
         make_meta(folder / "two", **SMALL, parts=2, params=more)
         for layout in ("hf", "tencentpretrain"):
-            api.convert(folder / "one", folder / layout, to=layout, settings=CONTEXT)
+            api.convert(folder / "one", folder / layout, to=layout, set=CONTEXT)
         yield folder
 
 
 def refusal(folder: Path, to: str, **options: Any) -> WeightopsError | None:
     """What `convert` says of a model; if it refuses it, nothing is left beside it."""
     try:
-        api.convert(folder, folder.parent / "out", to=to, **{"settings": CONTEXT, **options})
+        api.convert(folder, folder.parent / "out", to=to, **{"set": CONTEXT, **options})
     except WeightopsError as error:
         assert [path.name for path in folder.parent.iterdir()] == ["model"]
         return error
@@ -89,7 +89,7 @@ def test_any_value_of_any_field_is_taken_or_refused(models: Path, data: st.DataO
         document |= data.draw(st.dictionaries(st.sampled_from(FIELDS[name]), VALUES, min_size=1, max_size=3))
         (folder / name).unlink()
         (folder / name).write_text(json.dumps(document))
-        error = refusal(folder, to, settings=CONTEXT if data.draw(st.booleans()) else {})
+        error = refusal(folder, to, set=CONTEXT if data.draw(st.booleans()) else {})
         event("taken" if error is None else type(error).__name__)
         if error is not None:
             assert is_harmless(f"{error}{error.hint}")
@@ -172,11 +172,11 @@ def test_documents_that_are_no_json_objects(models: Path, tmp_path: Path, layout
     folder = shutil.copytree(models / layout, tmp_path / "model")
     (folder / FILES[layout]).write_bytes(content)
     with pytest.raises(CorruptInput, match=FILES[layout]):
-        api.convert(folder, tmp_path / "out", to="meta", settings=CONTEXT)
+        api.convert(folder, tmp_path / "out", to="meta", set=CONTEXT)
 
 
 def test_meta_may_not_be_claimed_of_anything(models: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "consolidated.00.pth")
     for folder in (tmp_path, models / "hf"):
         with pytest.raises(WeightopsError, match=r"holds no (tensors|weights)"):
-            api.convert(folder, tmp_path / "out", to="hf", layout="meta")
+            api.convert(folder, tmp_path / "out", to="hf", from_="meta")

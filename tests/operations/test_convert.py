@@ -35,7 +35,7 @@ def meta(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
 
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> api.Result:
-    return api.convert(source, out, to=to, **{"settings": CONTEXT, **options})
+    return api.convert(source, out, to=to, **{"set": CONTEXT, **options})
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_round_trips_give_back_every_bit(model: dict[str, Any], way: tuple[str, 
         whole = make_meta(folder / "meta", **model)
         source = folder / "meta"
         for i, layout in enumerate(way):
-            convert(source, folder / f"{i}", layout, settings={**CONTEXT, "n_heads": str(model["n_heads"])})
+            convert(source, folder / f"{i}", layout, set={**CONTEXT, "n_heads": str(model["n_heads"])})
             source = folder / f"{i}"
         convert(source, folder / "one", "meta", model_parallel=1)
         assert same(load(folder / "one"), whole)
@@ -173,7 +173,7 @@ def test_transformers_computes_what_meta_does(tmp_path: Path, kind: str) -> None
     sizes = {"dim": 64, "n_heads": 4, "vocab": 96, "dtype": torch.float32, **KINDS[kind]}
     whole = meta(tmp_path / "meta", **sizes)
     settings = {**CONTEXT, **({"rope_factor": "8"} if "scaled" in sizes else {})}
-    convert(tmp_path / "meta", tmp_path / "hf", "hf", settings=settings)
+    convert(tmp_path / "meta", tmp_path / "hf", "hf", set=settings)
     ids = torch.randint(0, 96, (2, 50), generator=torch.Generator().manual_seed(1))
     expected = meta_forward(whole, json.loads((tmp_path / "meta/params.json").read_text()), ids)
     torch.testing.assert_close(logits_of(tmp_path / "hf", ids), expected, rtol=0, atol=2e-5)
@@ -286,10 +286,10 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, fault: 
 def test_the_context_length_is_asked_for_by_name(tmp_path: Path) -> None:
     meta(tmp_path / "meta")
     with pytest.raises(UsageError, match="for how long a context") as raised:
-        convert(tmp_path / "meta", tmp_path / "hf", "hf", settings={})
+        convert(tmp_path / "meta", tmp_path / "hf", "hf", set={})
     assert raised.value.hint is not None
     assert "--set context_length=N" in raised.value.hint
-    convert(tmp_path / "meta", tmp_path / "tp", "tencentpretrain", settings={})  # which does not need it
+    convert(tmp_path / "meta", tmp_path / "tp", "tencentpretrain", set={})  # which does not need it
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_the_context_length_is_asked_for_by_name(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path, settings: dict[str, str], words: str) -> None:
     meta(tmp_path / "meta")
     with pytest.raises(UsageError, match=words):
-        convert(tmp_path / "meta", tmp_path / "hf", "hf", settings=settings)
+        convert(tmp_path / "meta", tmp_path / "hf", "hf", set=settings)
 
 
 def test_params_may_be_nested(tmp_path: Path) -> None:
@@ -403,15 +403,15 @@ def test_containers_change_alone_but_not_of_parts(tmp_path: Path, to: str) -> No
     [
         ("safetensors", {"format": "torch"}, "to safetensors and format torch contradict"),
         ("torch", {"format": "safetensors"}, "to torch and format safetensors contradict"),
-        ("safetensors", {"layout": "hf"}, "has no use for layout"),
+        ("safetensors", {"from_": "hf"}, "has no use for from"),
         ("safetensors", {"dtype": "float16"}, "has no use for dtype"),
         ("torch", {"model_parallel": 2}, "has no use for model_parallel"),
-        ("torch", {"settings": CONTEXT}, "has no use for settings"),
-        ("torch", {"tokenizer": False}, "has no use for no_tokenizer"),
-        ("meta", {"settings": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
-        ("meta", {"settings": CONTEXT, "format": "safetensors"}, "always written as meta files, not safetensors"),
-        ("gguf", {"settings": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
-        ("gguf", {"settings": CONTEXT, "format": "torch"}, "always written as gguf files, not torch"),
+        ("torch", {"set": CONTEXT}, "has no use for set"),
+        ("torch", {"tokenizer": False}, "has no use for tokenizer"),
+        ("meta", {"set": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
+        ("meta", {"set": CONTEXT, "format": "safetensors"}, "always written as meta files, not safetensors"),
+        ("gguf", {"set": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
+        ("gguf", {"set": CONTEXT, "format": "torch"}, "always written as gguf files, not torch"),
     ],
 )
 def test_options_without_a_use_are_refused(tmp_path: Path, to: str, options: dict[str, Any], message: str) -> None:

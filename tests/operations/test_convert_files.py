@@ -31,7 +31,7 @@ def convert(source: Path, to: str, **options: Any) -> tuple[Path, tuple[str, ...
     """The output, beside the source, and what was said."""
     out = source.with_name(f"{source.name}-{to}")
     settings = {} if (source / "config.json").exists() else CONTEXT
-    return out, api.convert(source, out, to=to, **{"settings": settings, **options}).warnings
+    return out, api.convert(source, out, to=to, **{"set": settings, **options}).warnings
 
 
 def model(folder: Path, files: Files, rows: int) -> Path:

@@ -204,7 +204,7 @@ def test_experts_get_factors_of_one_rank_also_where_only_one_of_them_differs(tmp
 
     config = MixtralConfig(**{**LLAMA, "num_key_value_heads": 4}, num_local_experts=2)
     base, tuned = make_models(tmp_path, config, change)
-    adapter = extract(base, tuned, energy=1.0, targets=["self_attn.*", "w2"])
+    adapter = extract(base, tuned, energy=1.0, target=["self_attn.*", "w2"])
     assert config_of(adapter)["r"] == 2
     ranks = config_of(adapter)["rank_pattern"]
     assert ranks.pop("model.layers.1.mlp.experts.gate_up_proj") == 4, "peft puts those of two layers side by side"
@@ -235,7 +235,7 @@ def test_targets_are_found_by_the_names_of_files_and_of_peft(tmp_path: Path) -> 
     config = of_kind("phimoe", num_local_experts=2, **TOP)
     base, tuned = make_models(tmp_path, config, change_everything)
     for target in ("*.block_sparse_moe.experts.1.w2", "*.mlp.experts.1.w2"):
-        adapter = extract(base, tuned, rank=4, targets=[target], rest="drop")
+        adapter = extract(base, tuned, rank=4, target=[target], rest="drop")
         assert config_of(adapter)["target_modules"] == []
         assert config_of(adapter)["target_parameters"] == [
             f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")
@@ -348,7 +348,7 @@ def test_the_rest_is_refused_by_name_or_left_out_with_a_warning() -> None:
     ],
 )
 def test_targets_get_factors_and_other_layers_are_named(targets: list[str], modules: set[str]) -> None:
-    adapter = extract(BASE, changed(Q, K, UP, HEAD), rank=2, targets=targets)
+    adapter = extract(BASE, changed(Q, K, UP, HEAD), rank=2, target=targets)
     config = config_of(adapter)
     assert set(config["target_modules"]) == modules
     assert config["modules_to_save"] == (None if "lm_head" in modules else ["lm_head"])
@@ -359,7 +359,7 @@ def test_targets_get_factors_and_other_layers_are_named(targets: list[str], modu
 def test_every_option_of_the_python_function_reaches_the_operation(tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", state())
     tuned = write_checkpoint(tmp_path / "tuned", {**state(1), K: state()[K]})
-    options = {"rank": 2, "energy": 0.5, "seed": 7, "dtype": "bfloat16", "targets": ["mlp.*"]}
+    options = {"rank": 2, "energy": 0.5, "seed": 7, "dtype": "bfloat16", "target": ["mlp.*"]}
     weightops.extract_lora(base, tuned, tmp_path / "out", rest="drop", **options)
     expected = extract(base, tuned, rest="drop", **{**options, "dtype": DType.BF16})
     found = open_checkpoint(tmp_path / "out")
@@ -454,8 +454,8 @@ def test_names_without_a_prefix_are_those_of_a_model_without_its_head() -> None:
         ({"rank": 2, "max_rank": 3}, "for an energy without a rank"),
         ({"rank": 1, "seed": -1}, "the seed -1"),
         ({"rank": 1, "dtype": DType.F64}, "an adapter in float64"),
-        ({"rank": 1, "targets": ["q_proj", "nothing"]}, "the target 'nothing' matches no Linear layer"),
-        ({"rank": 1, "targets": ["embed_tokens"]}, "the target 'embed_tokens' matches no Linear layer"),
+        ({"rank": 1, "target": ["q_proj", "nothing"]}, "the target 'nothing' matches no Linear layer"),
+        ({"rank": 1, "target": ["embed_tokens"]}, "the target 'embed_tokens' matches no Linear layer"),
     ],
 )
 def test_options_that_cannot_be_meant(options: dict[str, Any], message: str) -> None:
@@ -549,4 +549,4 @@ def test_factors_for_a_tied_head_would_change_the_embedding_too() -> None:
     config = {"tie_word_embeddings": True}
     base, tuned = checkpoint(state(), config=config), checkpoint(state(1), config=config)
     with pytest.raises(UsageError, match=r"lm_head.weight: is the input embedding too in base"):
-        extract(base, tuned, rank=2, targets=["lm_head"])
+        extract(base, tuned, rank=2, target=["lm_head"])

@@ -22,7 +22,7 @@ def made(tmp_path: Path) -> Path:
     """A folder that a command made, with losses to tell of."""
     torch.manual_seed(0)
     write_checkpoint(tmp_path / "source", {"a": torch.randn(4, 8), "b": torch.randn(3)})
-    weightops.cast(tmp_path / "source", tmp_path / "made", dtype="bfloat16", digests=["md5"])
+    weightops.cast(tmp_path / "source", tmp_path / "made", dtype="bfloat16", digest=["md5"])
     return tmp_path / "made"
 
 

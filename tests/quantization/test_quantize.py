@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import weightops
 from weightops.api.models import quantize
 from weightops.cli.main import run
-from weightops.cli.progress import human
+from weightops.cli.meter import human
 from weightops.engine.control import Control
 from weightops.errors import (
     CorruptInput,
@@ -245,7 +245,9 @@ def test_dry_run_shows_the_estimate(
     line = ["quantize", str(model("llama")), "--out", str(tmp_path / "out"), "--calibration", str(text), "--dry-run"]
     line += ["--group-size", "32", "--samples", "40", "--seq-len", "64"]
     assert run([*line, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"schema": "weightops-write/1", "written": False, **vars(estimate)}
+    found = json.loads(capsys.readouterr().out)
+    assert (found["schema"], found["estimate"]) == ("weightops-quantize/1", vars(estimate))
+    assert (found["output"], found["bits_per_weight"], found["modules"]) == (None, None, [])
     assert run(line) == 0
     shown = capsys.readouterr().out
     assert f"layers   21 in 3 blocks, {human(estimate.packed_nbytes)} when packed" in shown

@@ -14,9 +14,16 @@ from tiny_models import save_tiny
 import weightops
 from weightops.engine.staging import Staging
 from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
-from weightops.quantization.work import Work
+from weightops.ops.gptq.grid import Settings
+from weightops.quantization.options import Options
+from weightops.quantization.work import BlocksRun, Work
 
-RUN = {"source": "a", "options": {"bits": 4}}
+
+def a_run(bits: int = 4) -> BlocksRun:
+    return BlocksRun(source="a", contents="b", options=Options(Settings(bits=bits)), calibration=None, versions={})
+
+
+RUN = a_run()
 
 
 def strangers(folder: Path) -> None:
@@ -65,9 +72,9 @@ def test_the_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     with Work(tmp_path / "out", RUN, 3) as work:
         assert work.n_done == 1
         assert work.read(0)[1] == {"loss": 1.0}
-    with pytest.raises(PlanDiffers, match=r"is of another run: options\.bits was 4, now 3"):
-        Work(tmp_path / "out", {**RUN, "options": {"bits": 3}}, 3)
-    with Work(tmp_path / "out", {**RUN, "options": {"bits": 3}}, 3, restart=True) as work:
+    with pytest.raises(PlanDiffers, match=r"is of another run: options\.settings\.bits was 4, now 3"):
+        Work(tmp_path / "out", a_run(3), 3)
+    with Work(tmp_path / "out", a_run(3), 3, restart=True) as work:
         assert work.n_done == 0
         work.work_folder.remove()
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from weightops.spec import DType
 RECIPE = {
     "tensors": {
         "tuned": {"recover": {"raw": "raw", "diff": "delta"}},
-        "merged": {"merge-lora": {"base": "tuned", "adapter": ["one", "two"], "weights": [1.0, 0.5]}},
+        "merged": {"merge-lora": {"base": "tuned", "adapter": ["one", "two"], "weight": [1.0, 0.5]}},
         "result": {"shard": {"source": "merged", "drop": ["*.inv_freq"]}},
     },
     "output": {"from": "result"},
@@ -121,7 +121,7 @@ def test_a_recipe_gives_the_base_that_the_result_descends_from() -> None:
     assert (found.relation, found.library) == ("finetune", "transformers")
     assert found.steps == (
         "tuned: recover raw=raw diff=delta",
-        'merged: merge-lora base=tuned adapter=["one", "two"] weights=[1.0, 0.5]',
+        'merged: merge-lora base=tuned adapter=["one", "two"] weight=[1.0, 0.5]',
         'result: shard source=merged drop=["*.inv_freq"]',
     )
 

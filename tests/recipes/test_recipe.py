@@ -21,7 +21,7 @@ tensors:
       dtype: float16
   both: {diff: {raw: old, tuned: renamed}}
 outputs:
-  ./one: {from: base, format: torch-1.12, max_shard_size: 10GB, digests: [md5]}
+  ./one: {from: base, format: torch-1.12, max_shard_size: 10GB, digest: [md5]}
   two: {from: both}
 """
 
@@ -65,7 +65,7 @@ def test_a_recipe_is_read_with_its_paths_from_its_own_folder(tmp_path: Path) -> 
         ("{from: both}", "{from: both, cast: x}", r"r\.yaml:12: outputs\.two\.cast: unknown field"),
         ("max_shard_size: 10GB", "max_shard_size: ten", r"r\.yaml:11: .*max_shard_size: cannot read the size 'ten'"),
         ("max_shard_size: 10GB", "max_shard_size: 1.5", r"r\.yaml:11: .*max_shard_size: expected a size"),
-        ("digests: [md5]", "card: 3", r"r\.yaml:11: .*card: expected true or false"),
+        ("digest: [md5]", "card: 3", r"r\.yaml:11: .*card: expected true or false"),
         ("  two:", "  hf://org/two:", r"r\.yaml:12: .*an output must be a folder on this machine"),
         ("  two: {from: both}", "  ./one: {from: both}", r"r\.yaml:12: outputs\.\./one: is given twice"),
         ("{path: /old, ", "{file: /old, ", r"r\.yaml:1: sources\.old\.file: unknown field"),
@@ -73,11 +73,11 @@ def test_a_recipe_is_read_with_its_paths_from_its_own_folder(tmp_path: Path) -> 
         ("raw: ./raw,", "raw: ./raw, raw: ./x,", r"r\.yaml:1: sources\.raw: is given twice"),
         ("raw: ./raw", "raw: &a ./raw, b: *a", r"r\.yaml:1: holds an alias"),
         ("raw: ./raw,", "raw: ./raw", r"r\.yaml:1: not YAML"),
-        ("digests: [md5]", "card: !!bool maybe", r"r\.yaml:11: .*card: 'maybe' is no bool"),
-        ("digests: [md5]", "card: !!int 0x", r"r\.yaml:11: .*card: '0x' is no int"),
-        ("digests: [md5]", "card: !!int ''", r"r\.yaml:11: .*card: '' is no int"),
-        ("digests: [md5]", "card: !!float a.b", r"r\.yaml:11: .*card: 'a\.b' is no float"),
-        ("digests: [md5]", "card: " + "9" * 5000, r"r\.yaml:11: .*card: .* is no int"),
+        ("digest: [md5]", "card: !!bool maybe", r"r\.yaml:11: .*card: 'maybe' is no bool"),
+        ("digest: [md5]", "card: !!int 0x", r"r\.yaml:11: .*card: '0x' is no int"),
+        ("digest: [md5]", "card: !!int ''", r"r\.yaml:11: .*card: '' is no int"),
+        ("digest: [md5]", "card: !!float a.b", r"r\.yaml:11: .*card: 'a\.b' is no float"),
+        ("digest: [md5]", "card: " + "9" * 5000, r"r\.yaml:11: .*card: .* is no int"),
         ("raw: ./raw", "raw: [./raw]", r"r\.yaml:1: sources\.raw: expected text, found a list"),
         ("raw: ./raw", "raw: !!python/name:os.system x", r"cannot|no such|tag|expected"),
     ],

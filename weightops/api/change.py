@@ -10,6 +10,7 @@ from weightops.api.outputs import Output, local, one
 from weightops.api.prove import hold_checklist
 from weightops.errors import UsageError
 from weightops.recipes.execute import Result, StrPath, several
+from weightops.recipes.names import field_of
 
 
 def recover(
@@ -45,17 +46,17 @@ def diff(
 
 def merge_lora(
     base: StrPath,
-    adapters: StrPath | Sequence[StrPath],
+    adapter: StrPath | Sequence[StrPath],
     out: StrPath,
     *,
-    weights: float | Sequence[float] = (),
+    weight: float | Sequence[float] = (),
     precision: Literal["float32", "float64"] = "float32",
     two_roundings: bool = False,
     **output: Unpack[Output],
 ) -> Result:
     """Merge LoRA adapters into `base`, one after the other; see `weightops.operations.merge_lora`."""
-    options = {"weights": several(weights), "precision": precision, "two_roundings": two_roundings}
-    return one("merge-lora", {"base": base, "adapter": adapters}, out, output, options)
+    options = {"weight": several(weight), "precision": precision, "two_roundings": two_roundings}
+    return one("merge-lora", {"base": base, "adapter": adapter}, out, output, options)
 
 
 def extract_lora(
@@ -68,13 +69,13 @@ def extract_lora(
     max_rank: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
-    targets: str | Sequence[str] = (),
+    target: str | Sequence[str] = (),
     rest: Literal["save", "refuse", "drop"] = "save",
     **output: Unpack[Output],
 ) -> Result:
     """Make the LoRA adapter that takes `base` to `tuned`, or near it; see `weightops.operations.extract_lora`."""
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed, "dtype": dtype}
-    options |= {"targets": several(targets), "rest": rest}
+    options |= {"target": several(target), "rest": rest}
     return one("extract-lora", {"base": base, "tuned": tuned}, out, output, options)
 
 
@@ -163,10 +164,10 @@ def convert(
     out: StrPath,
     *,
     to: str,
-    layout: str | None = None,
+    from_: str | None = None,
     model_parallel: int | None = None,
     dtype: str | None = None,
-    settings: Mapping[str, str] | None = None,
+    set: Mapping[str, str] | None = None,
     tokenizer: StrPath | Literal[False] | None = None,
     check: bool = False,
     **output: Unpack[Output],
@@ -174,7 +175,7 @@ def convert(
     """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
 
     `to`: hf, meta, tencentpretrain, llama_inference or gguf; safetensors or torch change the container alone.
-    `layout`: that of the source, found from its tensors by default. `settings`: what its files leave unsaid.
+    `from_`: the layout of the source, found from its tensors by default. `set`: what its files leave unsaid.
     `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `check`: hold the source first
     against its checklist.chk.
     """
@@ -182,19 +183,20 @@ def convert(
         hold_checklist(local(source))
     options: dict[str, Any] = {
         "to": to,
-        "layout": layout,
+        "from_": from_,
         "model_parallel": model_parallel,
         "dtype": dtype,
-        "settings": dict(settings or {}),
-        "tokenizer": os.fspath(tokenizer) if tokenizer else None,
-        "no_tokenizer": tokenizer is False,
+        "set": dict(set or {}),
+        "tokenizer": os.fspath(tokenizer) if tokenizer else tokenizer,
         "as_in_2023": output.get("format") == "torch-1.12",
     }
     if to in ("safetensors", "torch"):
-        unused = [name for name, value in options.items() if value and name not in ("to", "as_in_2023")]
+        unused = [
+            name for name, value in options.items() if (value or value is False) and name not in ("to", "as_in_2023")
+        ]
         if unused:
             raise UsageError(
-                f"to {to} changes the container alone, of any model, and has no use for {unused[0]}",
+                f"to {to} changes the container alone, of any model, and has no use for {field_of(unused[0])}",
                 hint="leave it out, or give the layout to write: hf, meta, tencentpretrain, llama_inference or gguf",
             )
         wanted = output.get("format") or to
@@ -202,5 +204,5 @@ def convert(
             raise UsageError(f"to {to} and format {wanted} contradict each other", hint="leave out one of the two")
         chosen: Output = {**output, "format": wanted}
         return shard(source, out, **chosen)
-    weights = "consolidated.*" if layout == "meta" else None  # beside files of another layout that hold the same
+    weights = "consolidated.*" if from_ == "meta" else None  # beside files of another layout that hold the same
     return one("convert", {"source": source}, out, output, options, weights)

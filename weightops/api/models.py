@@ -18,11 +18,9 @@ from weightops.engine.staging import Staging, refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
-from weightops.formats.places import is_remote
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
-from weightops.io.escape import escape
 from weightops.plan import parse_size, sources_of
 from weightops.recipes.execute import Result, StrPath, Wanted, several, write_all
 
@@ -51,6 +49,12 @@ class Quantization:
     bits_per_weight: float = 0.0
 
     __repr__ = brief
+
+    def to_json(self, workers: int | None = None) -> dict[str, Any]:
+        """A document of schema `weightops-quantize/1`."""
+        from weightops.api.quantize_report import quantize_json
+
+        return quantize_json(self.estimate, self.result, self.modules, self.bits_per_weight, workers)
 
 
 def quantize(
@@ -92,51 +96,54 @@ def quantize(
 
     files, running = split_output(output)
     out = Path(out)
-    checkpoint = open_checkpoint(source)
-    if not running.get("dry_run"):
-        refuse_among(out, sources_of(checkpoint.values()))
-        try:
-            refuse_target(out, overwrite=running.get("overwrite", False))
-        except OutputExists:
-            Staging.clean_up_after(out)
-            raise
-        refuse_others(blocks_of(out), SCHEMA)
-    settings = Settings(
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        desc_act=act_order,
-        static_groups=static_groups,
-        damp_percent=damp_percent,
-        mse=mse,
-        v1=checkpoint_format == "gptq",
-    )
-    options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
-    tokenizer = data = None
-    texts = [Path(text) for text in several(calibration)]
-    if method == "rtn" and (texts or act_order or static_groups):
-        unused = "calibration" if texts else "act_order" if act_order else "static_groups"
-        raise UsageError(f"{unused} has no use with method rtn, which looks at no text", hint="leave it out")
-    if texts:
-        length = sample_length(checkpoint, seq_len)
-        tokenizer = load_tokenizer(checkpoint)
-        data = calibrate(tokenizer, read_documents(texts), samples, length, seed)
-    run = prepare(checkpoint, options, data, device=pick_device(device))
-    if tokenizer is not None and data is not None:
-        check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
-    estimate = run.estimate()
-    if running.get("dry_run"):
-        return Quantization(estimate)
     control = running.get("control") or Control()
-    max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
-        recipe = _quantize_recipe(options, texts, data, seed)
-        # What was quantised is read once more, to know the source by its content and to hold it against its manifest.
-        kept = set(found.checkpoint.values())
-        gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
-        made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
-        wanted = Wanted(made, files, recipe, {"source": checkpoint}, beside=found.work_folder)
-        result = write_all({out: wanted}, running)[out]
+    running["control"] = control
+    with control.stores.connected():
+        checkpoint = _opened(source, control)
+        if not running.get("dry_run"):
+            refuse_among(out, sources_of(checkpoint.values()))
+            try:
+                refuse_target(out, overwrite=running.get("overwrite", False))
+            except OutputExists:
+                Staging.clean_up_after(out)
+                raise
+            refuse_others(blocks_of(out), SCHEMA)
+        settings = Settings(
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            desc_act=act_order,
+            static_groups=static_groups,
+            damp_percent=damp_percent,
+            mse=mse,
+            v1=checkpoint_format == "gptq",
+        )
+        options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
+        tokenizer = data = None
+        texts = [Path(text) for text in several(calibration)]
+        if method == "rtn" and (texts or act_order or static_groups):
+            unused = "calibration" if texts else "act_order" if act_order else "static_groups"
+            raise UsageError(f"{unused} has no use with method rtn, which looks at no text", hint="leave it out")
+        if texts:
+            length = sample_length(checkpoint, seq_len)
+            tokenizer = load_tokenizer(checkpoint)
+            data = calibrate(tokenizer, read_documents(texts), samples, length, seed)
+        run = prepare(checkpoint, options, data, device=pick_device(device), control=control)
+        if tokenizer is not None and data is not None:
+            check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
+        estimate = run.estimate()
+        if running.get("dry_run"):
+            return Quantization(estimate)
+        max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+        with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
+            recipe = _quantize_recipe(options, texts, data, seed)
+            # What was quantised is read once more, to know the source by its content, and to hold it against its
+            # manifest.
+            kept = set(found.checkpoint.values())
+            gone = tuple(tensor for tensor in checkpoint.values() if tensor not in kept)
+            made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
+            wanted = Wanted(made, files, recipe, {"source": checkpoint}, beside=found.work_folder)
+            result = write_all({out: wanted}, running)[out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 
 
@@ -152,7 +159,7 @@ def _quantize_recipe(options: Options, texts: Sequence[Path], data: Calibration 
 
 
 def evaluate(
-    sources: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
+    source: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
     text: StrPath | Sequence[StrPath],
     *,
     seq_len: int | None = None,
@@ -174,18 +181,20 @@ def evaluate(
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import read_text
 
-    given = [sources] if isinstance(sources, str | os.PathLike | Checkpoint) else sources
-    return operation(
-        [_opened(source) for source in given],
-        read_text(map(Path, several(text))),
-        seq_len=seq_len,
-        reference=_opened(reference) if reference is not None else None,
-        dtype=getattr(torch, dtype),
-        device=pick_device(device),
-        engine=engine,
-        max_nbytes=_for_models(max_memory),
-        control=control,
-    )
+    given = [source] if isinstance(source, str | os.PathLike | Checkpoint) else source
+    control = control or Control()
+    with control.stores.connected():
+        return operation(
+            [_opened(each, control) for each in given],
+            read_text(map(Path, several(text))),
+            seq_len=seq_len,
+            reference=_opened(reference, control) if reference is not None else None,
+            dtype=getattr(torch, dtype),
+            device=pick_device(device),
+            engine=engine,
+            max_nbytes=_for_models(max_memory),
+            control=control,
+        )
 
 
 def generate(
@@ -214,18 +223,20 @@ def generate(
     from weightops.inference.model import pick_device
     from weightops.inference.sampling import Sampling
 
-    return Generation(
-        _opened(source),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, seed),
-        chat=chat,
-        dtype=getattr(torch, dtype),
-        device=pick_device(device),
-        engine=engine,
-        max_nbytes=_for_models(max_memory),
-        control=control,
-    )
+    control = control or Control()
+    with control.stores.connected():
+        return Generation(
+            _opened(source, control),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            chat=chat,
+            dtype=getattr(torch, dtype),
+            device=pick_device(device),
+            engine=engine,
+            max_nbytes=_for_models(max_memory),
+            control=control,
+        )
 
 
 def _for_models(max_memory: str | int | None) -> int | None:
@@ -236,13 +247,11 @@ def _for_models(max_memory: str | int | None) -> int | None:
     return max(0, nbytes - _BASE_NBYTES)
 
 
-def _opened(source: StrPath | Checkpoint) -> Checkpoint:
-    """A checkpoint on this machine, or one that is opened already."""
+def _opened(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
+    """A checkpoint at a path, on a hub or server, or one that is opened already."""
     if isinstance(source, Checkpoint):
         return source
-    if is_remote(source):
-        raise UsageError(f"{escape(os.fspath(source))}: is run from this machine only", hint="weightops download")
-    found = open_checkpoint(source)
+    found = open_checkpoint(source, control.stores)
     if found.sidecars or found.folder is None:
         return found
     # A weight file by itself: what lies beside it says what it is.

@@ -50,6 +50,9 @@ def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
 
 def split_output(output: Output) -> tuple[Files, Running]:
     """What of the keywords is about files, and what about the run."""
+    unknown = next((name for name in output if name not in Output.__annotations__), None)
+    if unknown is not None:
+        raise TypeError(f"unexpected keyword argument {unknown!r}; outputs take {', '.join(Output.__annotations__)}")
     files = {name: value for name, value in output.items() if name in FILE_FIELDS and value is not None}
     running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
     return files, running  # type: ignore[return-value]  # both are parts of `Output`

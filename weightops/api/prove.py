@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -13,7 +13,7 @@ from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
 from weightops.formats.folder import open_checkpoint, read_place
-from weightops.formats.places import find_place
+from weightops.formats.places import find_place, is_remote
 from weightops.formats.proofs import checklist
 from weightops.formats.proofs.manifest import Manifest
 from weightops.formats.proofs.published import find_manifest
@@ -22,6 +22,7 @@ from weightops.io.escape import escape
 from weightops.recipes.execute import StrPath, several
 
 if TYPE_CHECKING:
+    from weightops.formats.hub_places import Snapshot
     from weightops.operations.check import CheckOptions, CheckReport
     from weightops.operations.download import Download
     from weightops.operations.inspect import Inspection
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 
 def download(
     source: str,
-    out: StrPath,
+    out: StrPath | None = None,
     *,
+    cache: StrPath | None = None,
     revision: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
-    digests: Mapping[str, str] | None = None,
+    sha256: str | None = None,
+    md5: str | None = None,
     checksums: str | None = None,
     workers: int | None = None,
     prune: bool = False,
@@ -47,13 +50,26 @@ def download(
 ) -> Download:
     """Fetch a repository, URL, list of URLs or published name into a folder, and prove every file right.
 
-    `digests` by algorithm, and `checksums` (a list at a path or URL), are for one URL. The same call continues what
+    With `cache` in the place of `out`, a repository of a hub goes into that Hugging Face cache, in which transformers
+    and huggingface_hub find it; nothing there is replaced or removed.
+    `sha256`, `md5` and `checksums` (a list at a path or URL) are for one URL. The same call continues what
     an earlier one began. Files that no download brought are kept if they are the ones wanted, and replaced only with
     `overwrite`. See `weightops.operations.download`; the control's `stores` know hub, token, proxies and limits.
     """
-    from weightops.operations.download import download_into
+    from weightops.operations.download import download_into, download_into_cache
 
     control = control or Control()
+    digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
+    if cache is not None:
+        given = {"out": out, **digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
+        for name in (name for name, value in {**given, "offline": offline}.items() if value):
+            raise UsageError(f"{name} has no use with a cache, which is only added to", hint="leave it out")
+        place = Path(cache)
+        return download_into_cache(
+            source, place, revision, several(include), several(exclude), workers, dry_run, control
+        )
+    if out is None:
+        raise UsageError("there is no folder to write", hint="give out, or cache for a Hugging Face cache")
     return download_into(
         source,
         Path(out),
@@ -80,13 +96,13 @@ def hold_checklist(folder: Path) -> None:
         )
 
 
-def inspect(path: StrPath, *, web: Web | None = None, control: Control | None = None) -> Inspection:
+def inspect(source: StrPath, *, web: Web | None = None, control: Control | None = None) -> Inspection:
     """What a checkpoint holds, from its headers alone; one on a server is read through `web`, or those of `control`."""
     from weightops.operations.inspect import inspect as operation
 
     with (control or Control(web=web)).stores.connected() as stores:
-        place = find_place(path, stores)
-        return operation(read_place(place, stores), place, os.fspath(path))
+        place = find_place(source, stores)
+        return operation(read_place(place, stores), place, os.fspath(source))
 
 
 def check(source: StrPath, *, control: Control | None = None, **options: Unpack[CheckOptions]) -> CheckReport:
@@ -113,13 +129,16 @@ def verify(
 ) -> VerifyReport:
     """Hold a folder or file against its own manifest, another one, a checksum list or a published name.
 
+    `hf://org/name` is its copy in the cache of the control's `stores`, which is held against the hub's digests if no
+    other manifest is given; offline against the names of its blobs, which are digests.
     A folder that differs is a report whose verdict is False, not an error.
     """
     from weightops.operations.verify import verify as operation
 
     control = control or Control()
+    snapshot = _snapshot(folder, control) if is_remote(folder) else None
     return operation(
-        local(folder),
+        local(folder) if snapshot is None else snapshot.folder,
         find_manifest(os.fspath(manifest)) if manifest is not None else None,
         quick=quick,
         content=content,
@@ -129,16 +148,29 @@ def verify(
         control=control,
         tensors=lambda path: digest_tensors(open_checkpoint(path), workers, control),
         structure=_structure,
+        snapshot=snapshot,
     )
 
 
+def _snapshot(folder: StrPath, control: Control) -> Snapshot:
+    from weightops.formats.hub_places import find_snapshot
+    from weightops.stores.web.listing import HubRepository, parse_location
+
+    with control.stores.connected() as stores:
+        text = os.fspath(folder)
+        place = parse_location(text) if stores.offline else parse_location(text, endpoint=stores.web.endpoint)
+        if not isinstance(place, HubRepository):
+            raise UsageError(f"{place}: expected a folder on this machine or hf://org/name", hint="weightops download")
+        return find_snapshot(place, stores)
+
+
 def manifest(
-    folder: StrPath, *, digests: str | Sequence[str] = (), workers: int | None = None, control: Control | None = None
+    folder: StrPath, *, digest: str | Sequence[str] = (), workers: int | None = None, control: Control | None = None
 ) -> Manifest:
     """Digest every file and tensor of a folder; the caller decides where to keep the result."""
     from weightops.operations.manifest import make_manifest
 
-    control, folder, digests = control or Control(), local(folder), several(digests)
+    control, folder, digests = control or Control(), local(folder), several(digest)
     if not folder.is_dir():
         raise SourceMissing(f"{escape(str(folder))}: no such folder")
     for name in digests:

@@ -10,35 +10,52 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from weightops.errors import WeightopsError
+from weightops.recipes.names import field_of, parameter_of
 from weightops.version import __version__
 
-COMMANDS = {
-    "download": "Fetch a repository or file, and prove what arrived.",
-    "recover": "Recover tuned weights from raw weights and a delta.",
-    "convert": "Move a LLaMA model between Hugging Face, Meta, TencentPretrain and GGUF.",
-    "diff": "Make a delta between two checkpoints.",
-    "merge-lora": "Merge LoRA adapters into a base, to the bit as peft does.",
-    "extract-lora": "Make the LoRA adapter that takes one checkpoint to another.",
-    "cast": "Convert weights to another dtype, and count what is lost.",
-    "quantize": "Quantise a model to 2, 3, 4 or 8 bits with GPTQ, block by block.",
-    "dequantize": "Turn a model quantised by GPTQ back into a plain one.",
-    "pack": "Make a GPTQ model of integers, scales and zero points.",
-    "eval": "Measure perplexity, and how far a model is from another.",
-    "generate": "Continue a text, from any checkpoint, in memory or layer by layer.",
-    "shard": "Rewrite a checkpoint in other files, under other names, with other layers.",
-    "run": "Carry out a recipe: several operations and outputs from one read.",
-    "check": "Look for what is wrong with a checkpoint, in its values and its files.",
-    "verify": "Check a folder against a manifest or checksum list.",
-    "manifest": "Digest a folder, for verify, md5sum, sha256sum or xxhsum.",
-    "inspect": "Show what a checkpoint holds, from its headers.",
-    "env": "Show versions and machine, for bug reports.",
+if TYPE_CHECKING:
+    from weightops.cli.output import ErrorDocument
+
+GROUPS = {
+    "Get a model": {
+        "download": "Download a model, and check every file against its digest.",
+    },
+    "Make a model of others": {
+        "recover": "Recover a tuned model from the original and a difference.",
+        "convert": "Convert between transformers, Meta, TencentPretrain and GGUF.",
+        "diff": "Make the difference from which a tuned model is recovered.",
+        "merge-lora": "Merge LoRA adapters into the model they were trained on.",
+        "extract-lora": "Make a LoRA adapter of the difference between two models.",
+        "cast": "Convert weights to another number type; count what is lost.",
+        "quantize": "Quantise a model to 2, 3, 4 or 8 bits with GPTQ.",
+        "dequantize": "Turn a model that GPTQ quantised back into a plain one.",
+        "pack": "Make a GPTQ model of integers and scales that you have.",
+        "shard": "Rewrite a model in other files, names or layers.",
+        "run": "Carry out a recipe: several steps and results in one go.",
+    },
+    "Prove that it is right": {
+        "verify": "Check that the files of a model are the right ones.",
+        "check": "Look for mistakes in a model's values, tensors and settings.",
+        "manifest": "Record the digests of a model's files, for later checks.",
+    },
+    "Look at it": {
+        "inspect": "Show what the files of a model hold, without the weights.",
+        "env": "Show versions, machine, disk and hub, for bug reports.",
+    },
+    "Run it": {
+        "eval": "Measure how well a model predicts a text.",
+        "generate": "Continue a text, even if the model does not fit in memory.",
+    },
 }
+"""The commands, as `--help` lists them: a line of at most 80 columns each."""
+COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
 EXIT_CODES = {
     0: "done; checked and equal",
     1: "error; the inputs do not belong together",
@@ -78,6 +95,7 @@ class _Commands(click.Group):
             return None
         module = importlib.import_module(f"weightops.cli.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
+        command.context_settings = {"token_normalize_func": partial(_option_name, cmd_name)}
         return command
 
     def resolve_command(
@@ -91,8 +109,15 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        width = max(map(len, COMMANDS))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), line) for name, line in commands.items()])
+
+
+def _option_name(command: str, token: str) -> str:
+    """An option of a command as it is called, however it was written: with underscores, or by an old name."""
+    return field_of(parameter_of(token, command)).replace("_", "-")
 
 
 def _exit_code_help() -> str:
@@ -110,23 +135,49 @@ def _exit_code_help() -> str:
 )
 @click.version_option(__version__, prog_name="weightops")
 def cli() -> None:
-    """Ship, recover and check large-model weights: at the speed of the disk, in a few hundred MB, to the bit.
+    """Download, recover, convert, merge, quantise and check the weights of large language models.
+
+    Models of any size are worked on at the speed of the disk, in a few hundred MB of memory. A result appears only
+    when it is complete, and a command that was interrupted continues when it is given again.
 
     \b
-      weightops recover --raw ./llama-13b --diff ./zhixi-diff --out ./zhixi
-      weightops verify ./zhixi
+    Example:
+      weightops download org/name --out ./name
+      weightops cast ./name --dtype bfloat16 --out ./name-bf16
+      weightops verify ./name-bf16
+
+    `weightops COMMAND --help` explains a command.
     """
 
 
-def _told(error: OSError) -> tuple[str, str | None, int]:
-    """What the system refused, where no code of ours expected it: message, hint and exit code."""
-    from weightops.io.direct import NO_ROOM, write_failure
+def _told(error: BaseException) -> ErrorDocument:
+    """What there is to say of an error, whatever it is."""
+    from weightops.cli.output import ErrorDocument, document_of
 
-    if error.errno in NO_ROOM:
-        failure = write_failure(Path(str(error.filename or "the output")), error)
-        return str(failure), failure.hint, failure.exit_code
-    where = "".join(f"{name}: " for name in (error.filename,) if name)
-    return f"{where}{(error.strerror or str(error)).lower()}", None, 10 if error.errno == errno.ENOENT else 1
+    name, hint, exit_code = type(error).__name__, None, 1
+    match error:
+        case WeightopsError():
+            return document_of(error)
+        case click.ClickException():
+            context = error.ctx if isinstance(error, click.UsageError) else None
+            hint = f"{context.command_path} --help" if context else None
+            name, message, exit_code = "UsageError", error.format_message(), error.exit_code
+        case click.Abort() | KeyboardInterrupt():
+            name, message, exit_code = "Interrupted", "interrupted", 130
+        case OSError():
+            from weightops.io.direct import NO_ROOM, write_failure
+
+            if error.errno in NO_ROOM:
+                return document_of(write_failure(Path(str(error.filename or "the output")), error))
+            where = "".join(f"{name}: " for name in (error.filename,) if name)
+            message = f"{where}{(error.strerror or str(error)).lower()}"
+            exit_code = 10 if error.errno == errno.ENOENT else 1
+        case MemoryError():
+            message, hint, exit_code = "out of memory", "give fewer --workers", 16
+        case _:
+            message = f"unexpected {name}: {error}"
+            hint = "this is a bug: set WEIGHTOPS_DEBUG=1 for the traceback and report it"
+    return ErrorDocument(error=name, exit_code=exit_code, message=message, hint=hint)
 
 
 def _silence_libraries() -> None:
@@ -159,9 +210,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    from weightops.cli.output import report_error
-
-    as_json = "--json" in args
     try:
         if "HF_ENDPOINT" in os.environ:
             from weightops.cli.network import hub_endpoint
@@ -172,27 +220,13 @@ def run(args: Sequence[str]) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        context = error.ctx if isinstance(error, click.UsageError) else None
-        hint = f"{context.command_path} --help" if context else None
-        return report_error(error.format_message(), hint, error.exit_code, as_json)
-    except (click.Abort, KeyboardInterrupt):
-        return report_error("interrupted", None, 130, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except WeightopsError as error:
-        if os.environ.get("WEIGHTOPS_DEBUG"):
+    except (Exception, KeyboardInterrupt) as error:  # the edge: what nobody foresaw is a sentence too
+        is_said = isinstance(error, click.ClickException | click.Abort | KeyboardInterrupt | MemoryError)
+        if os.environ.get("WEIGHTOPS_DEBUG") and not is_said:
             raise
-        return report_error(str(error), error.hint, error.exit_code, as_json)
-    except OSError as error:
-        if os.environ.get("WEIGHTOPS_DEBUG"):
-            raise
-        return report_error(*_told(error), as_json)
-    except MemoryError:
-        return report_error("out of memory", "give fewer --workers", 16, as_json)
-    except Exception as error:  # the edge: what nobody foresaw is a sentence too, and a traceback on request
-        if os.environ.get("WEIGHTOPS_DEBUG"):
-            raise
-        message = f"unexpected {type(error).__name__}: {error}"
-        return report_error(message, "this is a bug: set WEIGHTOPS_DEBUG=1 for the traceback and report it", 1, as_json)
+        from weightops.cli.output import report_error
+
+        return report_error(_told(error), "--json" in args)

@@ -9,6 +9,7 @@ import urllib.request
 from contextlib import suppress
 from urllib.parse import urlsplit
 
+from weightops.cli.hub_cache import is_offline, is_set
 from weightops.errors import AuthenticationFailed, NetworkFailed, UsageError
 from weightops.io.escape import escape
 from weightops.stores.web.policy import Policy
@@ -16,15 +17,6 @@ from weightops.stores.web.urls import DEFAULT_ENDPOINT, origin, show
 from weightops.stores.web.web import Web
 
 _ITEM = re.compile(r"(?P<host>\[[0-9a-f:.%]+\]|[^:]*)(?::(?P<port>\d{1,5}))?")
-
-
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE asks that no server be asked."""
-    return _is_set("HF_HUB_OFFLINE")
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def hub_endpoint(given: str | None = None) -> str:
@@ -50,11 +42,20 @@ def open_web(*, endpoint: str | None = None, policy: Policy | None = None) -> We
             "HF_HUB_OFFLINE is set, and this needs the network", hint="unset it, or name something on this machine"
         )
     endpoint = hub_endpoint(endpoint)
-    token = None if _is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN") else _token()
-    return Web(policy, endpoint=endpoint, token=token, proxy_for=proxy_for)
+    return Web(policy, endpoint=endpoint, token=_token(), proxy_for=proxy_for)
+
+
+def token_is_set() -> bool:
+    """Whether there is a token for the hub, and it is to be used."""
+    try:
+        return _token() is not None
+    except AuthenticationFailed:
+        return False
 
 
 def _token() -> str | None:
+    if is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return None
     from huggingface_hub import get_token
 
     try:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from weightops.cli.progress import BarProgress, EventProgress
+from weightops.cli.hub_cache import hub_cache, is_offline
+from weightops.cli.progress import make_progress
 from weightops.engine.control import Control
 from weightops.errors import WeightopsError
+from weightops.io import strict_json
 from weightops.io.atomic import write_whole
 from weightops.io.escape import escape, is_harmless
 from weightops.stores.stores import WEB, Stores
@@ -22,18 +25,37 @@ from weightops.stores.stores import WEB, Stores
 if TYPE_CHECKING:
     from weightops.stores.web.web import Web
 
-ERROR_SCHEMA = "weightops-error/1"
+PROGRESS = "weightops.progress"
+"""Where the context of a command has how to show progress."""
 
 
-def report_error(message: str, hint: str | None, exit_code: int, as_json: bool) -> int:
-    """Say what went wrong; returns the exit code."""
-    text = escape_lines(message)
-    click.echo(f"Error: {text}", err=True)
-    if hint:
-        click.echo(f"Hint: {escape_lines(hint)}", err=True)
+class ErrorDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-error/2"):
+    """What any command prints with `--json` in the place of its own document when it fails.
+
+    `error` is the class of `weightops.errors`, or of Python for what nobody foresaw.
+    """
+
+    error: str
+    exit_code: int
+    message: str
+    hint: str | None
+
+
+def report_error(error: ErrorDocument, as_json: bool) -> int:
+    """Say what went wrong, on stderr, and with `as_json` on stdout too; returns the exit code."""
+    click.echo(f"Error: {escape_lines(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"Hint: {escape_lines(error.hint)}", err=True)
     if as_json:
-        print_json({"schema": ERROR_SCHEMA, "error": message, "hint": hint, "exit_code": exit_code})
-    return exit_code
+        print_json(strict_json.as_json(error))
+    return error.exit_code
+
+
+def document_of(error: WeightopsError) -> ErrorDocument:
+    """What there is to say of an error of ours."""
+    return ErrorDocument(
+        error=type(error).__name__, exit_code=error.exit_code, message=str(error), hint=error.hint or None
+    )
 
 
 def save_report(path: Path, data: bytes) -> int:
@@ -41,7 +63,7 @@ def save_report(path: Path, data: bytes) -> int:
     try:
         write_whole(path, data)
     except WeightopsError as error:
-        return report_error(str(error), error.hint, error.exit_code, False)
+        return report_error(document_of(error), False)
     return 0
 
 
@@ -50,9 +72,9 @@ def escape_lines(text: str) -> str:
     return "\n".join("".join(c if is_harmless(c) else escape(c) for c in line) for line in text.split("\n"))
 
 
-def print_json(document: Any) -> None:
-    """The one document on stdout."""
-    click.echo(json.dumps(document, indent=2))
+def print_json(document: Mapping[str, Any]) -> None:
+    """The one document on stdout; in ASCII, whatever the encoding of stdout."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -72,13 +94,15 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 
 @contextmanager
-def running(quiet: bool, *, events: bool = False, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
-    """A control that shows progress, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel; a second one ends at once.
+def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
+    """A control that shows progress as --progress says, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel.
 
-    With `events` progress is lines of JSON. `connect` makes connections to servers, if such are wanted: by default
-    those that the environment describes.
+    A second signal ends at once.
+
+    With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
+    environment describes, as it does the Hugging Face cache.
     """
-    progress = EventProgress() if events and not quiet else BarProgress(quiet)
+    progress = make_progress("none" if quiet else click.get_current_context().meta.get(PROGRESS, "auto"))
 
     def open_web() -> Web:
         from weightops.cli import network  # imported here because most commands need no network
@@ -87,7 +111,8 @@ def running(quiet: bool, *, events: bool = False, connect: Callable[[], Web] | N
         web.on_wait = progress.note
         return web
 
-    control = Control(progress, stores=Stores(connect={WEB: open_web}))
+    stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
+    control = Control(progress, stores=stores)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

@@ -1,38 +1,38 @@
-"""Progress on stderr: bars on a terminal, a line per file elsewhere, JSON lines for programs."""
+"""Progress for people, on stderr: bars on a terminal; elsewhere a line per file, and one every half minute."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
-import time
-from typing import Any
+from typing import Any, Literal
 
 import click
 
+from weightops.cli.events import EventProgress
+from weightops.cli.meter import Meter, duration, human
+from weightops.engine.control import Progress, Silent
 from weightops.io.escape import escape
 
-EVENT_SCHEMA = "weightops-event/1"
-_EVENT_INTERVAL_S = 1.0
+How = Literal["auto", "plain", "json", "none"]
+HOWS: tuple[How, ...] = ("auto", "plain", "json", "none")
+_HEARTBEAT_S = 30.0
+"""How long there may be nothing to read where there is no terminal: some that watch logs take silence for death."""
 _MAX_NAME = 28
 
 
-def human(nbytes: float) -> str:
-    """Bytes for reading, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
+def make_progress(how: How) -> Progress:
+    """Progress as it was asked for; `auto` shows bars on a terminal, and lines elsewhere."""
+    if how == "auto":
+        return BarProgress() if sys.stderr.isatty() else LineProgress()
+    kinds: dict[How, type[Progress]] = {"plain": LineProgress, "json": EventProgress, "none": Silent}
+    return kinds[how]()
 
 
 class BarProgress:
-    """A bar for the whole and one for each file in work; off a terminal one line per finished file."""
+    """A bar for the whole and one for each file in work."""
 
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._tty = sys.stderr.isatty()
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bar: Any = None
         self._files: dict[str, Any] = {}
@@ -40,8 +40,7 @@ class BarProgress:
 
     def start(self, what: str, total_nbytes: int) -> None:
         self._resumed_nbytes = 0
-        if not self._quiet and self._tty:
-            self._bar = self._new_bar(what, total_nbytes, 0)
+        self._bar = self._new_bar(what, total_nbytes, 0)
 
     def _new_bar(self, what: str, total_nbytes: int, done_nbytes: int) -> Any:
         from tqdm import tqdm
@@ -79,18 +78,14 @@ class BarProgress:
                 self._files[name].update(nbytes)
 
     def finish_file(self, name: str, nbytes: int, resumed: bool) -> None:
-        if self._quiet:
-            return
-        line = f"{'kept' if resumed else 'wrote'} {escape(name)} ({human(nbytes)})"
         with self._lock:
             bar = self._files.pop(name, None)
             if bar is not None:
                 bar.close()
-            self._say(line)
+            self._say(_finished(name, nbytes, resumed))
 
     def note(self, text: str) -> None:
-        if not self._quiet:
-            self._say(text)
+        self._say(text)
 
     def _say(self, line: str) -> None:
         if self._bar is not None:
@@ -106,54 +101,70 @@ class BarProgress:
             bar.close()
 
 
-class EventProgress:
-    """One JSON object per line on stderr: phases, files, and the bytes so far about once a second."""
+class LineProgress:
+    """A line for each finished file, and every half minute one that says how far it is, whether it moves or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float = _HEARTBEAT_S) -> None:
         self._lock = threading.Lock()
-        self._total_nbytes = self._nbytes = 0
-        self._running = False
-        self._last_s = 0.0
+        self._interval_s = interval_s
+        self._meter: Meter | None = None
+        self._over = threading.Event()
 
     def start(self, what: str, total_nbytes: int) -> None:
-        self._total_nbytes, self._nbytes, self._running = total_nbytes, 0, True
-        self._emit("start", what=what, total_nbytes=total_nbytes)
+        self.stop()
+        self._meter, self._over = Meter(what, total_nbytes), threading.Event()
+        threading.Thread(target=self._beat, args=(self._over,), daemon=True).start()
+
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(self._interval_s):
+            self.tell()
+
+    def tell(self) -> None:
+        """Say how far it is."""
+        with self._lock:
+            if self._meter is not None:
+                click.echo(how_far(self._meter), err=True)
 
     def start_file(self, name: str, nbytes: int, done_nbytes: int) -> None:
-        self._nbytes += done_nbytes
-        self._emit("file", name=name, nbytes=nbytes, resumed_nbytes=done_nbytes)
+        with self._lock:
+            if self._meter is not None:
+                self._meter.begin_file(name, done_nbytes)
 
     def advance(self, nbytes: int, name: str = "") -> None:
         with self._lock:
-            self._nbytes += nbytes
-            now_s = time.monotonic()
-            if now_s - self._last_s < _EVENT_INTERVAL_S:
-                return
-            self._last_s = now_s
-        self._emit("progress", nbytes=self._nbytes, total_nbytes=self._total_nbytes)
+            if self._meter is not None:
+                self._meter.add(nbytes)
 
     def finish_file(self, name: str, nbytes: int, resumed: bool) -> None:
-        self._emit("done", name=name, nbytes=nbytes, kept=resumed)
+        with self._lock:
+            if self._meter is not None:
+                self._meter.finish_file(name, nbytes, resumed)
+            click.echo(_finished(name, nbytes, resumed), err=True)
 
     def note(self, text: str) -> None:
-        self._emit("note", text=text)
+        with self._lock:
+            click.echo(text, err=True)
 
     def stop(self) -> None:
-        if self._running:
-            self._running = False
-            self._emit("stop", nbytes=self._nbytes)
-
-    def _emit(self, event: str, **fields: Any) -> None:
+        self._over.set()
         with self._lock:
-            click.echo(json.dumps({"schema": EVENT_SCHEMA, "event": event, **fields}), err=True)
+            self._meter = None
+
+
+def how_far(meter: Meter) -> str:
+    """A phase in one line: `writing: 42 %, 3.2 GB of 7.6 GB, 1.1 GB/s, 4 min left`."""
+    done, total, rate, eta_s = meter.nbytes, meter.total_nbytes, meter.nbytes_per_s, meter.eta_s
+    parts = [f"{100 * done // total} %, {human(done)} of {human(total)}" if total else human(done)]
+    parts += [f"{human(rate)}/s"] if rate is not None else []
+    parts += [f"{duration(eta_s)} left"] if eta_s is not None else []
+    return f"{meter.phase}: {', '.join(parts)}"
+
+
+def _finished(name: str, nbytes: int, resumed: bool) -> str:
+    return f"{'kept' if resumed else 'wrote'} {escape(name)} ({human(nbytes)})"
 
 
 def _short(name: str) -> str:
     """The end of a name, which tells shards apart, in a fixed width."""
     shown = escape(name)
     return (shown if len(shown) <= _MAX_NAME else "…" + shown[1 - _MAX_NAME :]).ljust(_MAX_NAME)
-
-
-def percent(error: float) -> str:
-    """A share of one, for reading."""
-    return f"{100 * error:.3g} %"

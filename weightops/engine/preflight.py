@@ -28,7 +28,8 @@ _SPARE_NBYTES = 16 << 20
 def default_workers(plans: Sequence[Plan]) -> int:
     """Shards in work at once: two keep a fast disk busy, four the fastest; more only cost memory.
 
-    One if anything comes from a server: then its files are read in the order of their bytes, as their digests need.
+    One if anything comes from a server or a cache: then its files are read in the order of their bytes, as their
+    digests need.
     """
     return 1 if any(plan.is_remote for plan in plans) else min(4, os.cpu_count() or 1)
 

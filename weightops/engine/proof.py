@@ -1,8 +1,8 @@
-"""Remote sources: how much of them a plan reads, and proof that what it read is what they should hold."""
+"""Sources on servers and in caches: how much of them is read, and proof that it is what they should hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from weightops.checkpoint import Copied
@@ -61,8 +61,8 @@ class _Reading:
         return bool(file.digest) and not self.guarded and not self.is_partial(file)
 
 
-def _read_from_servers(tensors: Iterable[LazyTensor]) -> dict[SourceFile, _Reading]:
-    """What the tensors read of each remote file, in order of first use."""
+def _readings(tensors: Iterable[LazyTensor]) -> dict[SourceFile, _Reading]:
+    """What the tensors read of each file that has to be proven, in order of first use."""
     found: dict[SourceFile, _Reading] = {}
     for tensor in tensors:
         for op, guarded in _readers(tensor, False):
@@ -96,21 +96,23 @@ def _in_order(plan: Plan) -> Iterator[LazyTensor]:
 
 def fetched_nbytes(plan: Plan) -> int:
     """Bytes of weights that come over the network with one worker; what is watched first comes again if it is used."""
-    if not plan.is_remote:
+    if not any(file.is_on_server for file in plan.sources):
         return 0
     phases = (plan.watch, [tensor for _, tensor in plan.tensors])
-    nbytes = sum(reading.nbytes for phase in phases for reading in _read_from_servers(phase).values())
-    readings = _read_from_servers(_in_order(plan))
-    return nbytes + sum(file.nbytes - reading.passed for file, reading in readings.items() if reading.must_prove(file))
+    fetched = [found for phase in phases for found in _readings(phase).items() if found[0].is_on_server]
+    again = [found for found in _readings(_in_order(plan)).items() if found[0].is_on_server]
+    return sum(reading.nbytes for _, reading in fetched) + sum(
+        file.nbytes - reading.passed for file, reading in again if reading.must_prove(file)
+    )
 
 
 def fetch_sidecars(plan: Plan, store: WritableStore, control: Control) -> dict[str, FileDigests]:
-    """Write the small files that come from servers; raises as `Remote.read` does if one is not as expected."""
+    """Write the small files that come from elsewhere; raises as `Remote.read` does if one is not as expected."""
     found = {}
     for name, sidecar in plan.sidecars.items():
         if isinstance(sidecar, Copied) and sidecar.file.is_remote:
             control.check()
-            data = control.stores.reader_of(sidecar.file).read(sidecar.file)
+            data = control.stores.read(sidecar.file)
             if not sidecar.file.digest:
                 check_head(data, sidecar.file.shown)
             found[name] = write_small(store, name, data, plan.digests)
@@ -129,30 +131,54 @@ def _noted(staging: Staging) -> set[str]:
 
 
 def prove(plan: Plan, staging: Staging, control: Control) -> tuple[str, ...]:
-    """Hold every remote file that was read against its digest; what is left unproven, in sentences.
+    """Hold every file on a server or in a cache that was read against its digest; what is left unproven, in sentences.
 
-    Most have been by now, as their bytes passed. Of others the bytes that did not pass in order are fetched once
-    more: with several workers, after a run that was cut short, from files in an unusual order. Torch archives whose
-    CRC-32s have been checked, and deltas that gave the digests they should, need none of this. Raises `Differs`.
+    Most have been by now, as their bytes passed. Of others the bytes that did not pass in order are read once more:
+    with several workers, after a run that was cut short, from files in an unusual order. Torch archives whose CRC-32s
+    have been checked, and deltas that gave the digests they should, need none of this. Raises `Differs`.
     """
-    noted = _noted(staging)
-    unproven = []
+    return _hold(_in_order(plan), control, _noted(staging))
+
+
+def hold(tensors: Iterable[LazyTensor], control: Control) -> tuple[str, ...]:
+    """As `prove` does, where there is no plan: `tensors` are all that was evaluated, in that order."""
+    tensors = list(tensors)
+    try:
+        return _hold(tensors, control)
+    finally:
+        # Who reads the files another time has to prove them anew.
+        for file in _readings(tensors):
+            control.stores.forget(file)
+
+
+def _hold(tensors: Iterable[LazyTensor], control: Control, proven: Collection[str] = ()) -> tuple[str, ...]:
+    wanting = []
     warnings = []
-    for file, reading in _read_from_servers(_in_order(plan)).items():
-        if reading.guarded or control.stores.is_proven(file) or file.digest in noted:
+    for file, reading in _readings(tensors).items():
+        if reading.guarded or control.stores.is_proven(file) or file.digest in proven:
             continue
         if reading.must_prove(file):
-            unproven.append(file)
-        elif file.digest:
-            warnings.append(f"{file.shown}: read in part: not held against its {file.digest.partition(':')[0]}")
+            wanting.append(file)
         else:
-            warnings.append(f"{file.shown}: the server names no digest that it could be held against")
-    if unproven:
-        _fetch_again(unproven, control)
+            warnings.append(_why_unproven(file))
+    if wanting:
+        _read_again(wanting, control)
     return tuple(warnings)
 
 
-def _fetch_again(files: Sequence[SourceFile], control: Control) -> None:
+def unproven(tensors: Iterable[LazyTensor]) -> tuple[str, ...]:
+    """What `hold` will leave unproven when all of the tensors have been read, in sentences."""
+    found = _readings(tensors).items()
+    return tuple(_why_unproven(file) for file, each in found if not each.guarded and not each.must_prove(file))
+
+
+def _why_unproven(file: SourceFile) -> str:
+    if file.digest:
+        return f"{file.shown}: read in part: not held against its {file.digest.partition(':')[0]}"
+    return f"{file.shown}: the server names no digest that it could be held against"
+
+
+def _read_again(files: Sequence[SourceFile], control: Control) -> None:
     """Read files from where their digests stand to their ends."""
 
     def position(file: SourceFile) -> int:

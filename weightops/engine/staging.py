@@ -72,6 +72,28 @@ class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", t
 Record = ShardRecord | WatchRecord | ProofRecord
 
 
+class Beside(msgspec.Struct, frozen=True, kw_only=True):
+    """Another folder of a run, by its name beside the output and what it is."""
+
+    name: str
+    schema: str
+
+
+class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """`run.json`: the plan, its fingerprint and the files that it makes.
+
+    When all is written it says also by which inode the output will be known, what it takes the place of, and which
+    folder `beside` it the run needs no longer.
+    """
+
+    fingerprint: str
+    files: tuple[str, ...]
+    plan: dict[str, Any]
+    finished: int | msgspec.UnsetType | None = msgspec.UNSET
+    replaces: int | msgspec.UnsetType | None = msgspec.UNSET
+    beside: Beside | msgspec.UnsetType = msgspec.UNSET
+
+
 class Staging:
     """Exclusive hold on the partial output of one run; a context manager.
 
@@ -157,14 +179,18 @@ class Staging:
                 if path not in kept:
                     path.unlink()
             if not records:
-                files = {JOURNAL, *(f"{OUTPUT}/{name}" for name in plan.file_names)}
-                self._work.begin({"fingerprint": plan.fingerprint, "plan": plan.to_json()}, files)
+                self._work.begin(self._run())
             self.folder.mkdir(exist_ok=True)
             self._journal = open_to_write(self._work.path / JOURNAL, append=True)
             os.ftruncate(self._journal, nbytes)
         except OSError as error:
             raise write_failure(self._work.path, error) from None
         self.records = records
+
+    def _run(self, **more: Any) -> PartialRun:
+        plan = self._plan
+        files = (JOURNAL, *(f"{OUTPUT}/{name}" for name in sorted(plan.file_names)))
+        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=plan.to_json(), **more)
 
     def commit(self, target: Target, record: ShardRecord) -> None:
         """Give a finished, durable shard its name, then note it."""
@@ -187,12 +213,9 @@ class Staging:
             for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
                 fsync_folder(folder)
             staged = self.folder / self.out.name if self._plan.is_file else self.folder
-            beside = (
-                {}
-                if self._beside is None
-                else {"beside": {"name": self._beside.path.name, "schema": self._beside.schema}}
-            )
-            self._work.amend(finished=_inode(staged), replaces=_inode(self.out), **beside)
+            other = self._beside
+            beside = msgspec.UNSET if other is None else Beside(name=other.path.name, schema=other.schema)
+            self._work.begin(self._run(finished=_inode(staged), replaces=_inode(self.out), beside=beside))
         except OSError as error:
             raise write_failure(self.folder, error) from None
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from weightops.engine.lock import Lock, is_lock
 from weightops.errors import OutputExists
@@ -46,15 +48,11 @@ class WorkFolder:
         self._lock = Lock(path)
         self.document = read_document(path, schema)
 
-    def begin(self, document: Mapping[str, Any], files: Collection[str]) -> None:
-        """Say what the run is, and which files it makes here, by their names from here."""
-        self.document = {"schema": self.schema, "files": sorted(files), **document}
-        write_whole(self.path / RUN, json.dumps(self.document).encode())
-
-    def amend(self, **more: Any) -> None:
-        """Say more of the run."""
-        self.document = {**(self.document or {}), **more}
-        write_whole(self.path / RUN, json.dumps(self.document).encode())
+    def begin(self, document: msgspec.Struct) -> None:
+        """Say what the run is: of its schema, with the `files` that it makes here, by their names from here."""
+        data = json.dumps(msgspec.to_builtins(document)).encode()
+        self.document = json.loads(data)
+        write_whole(self.path / RUN, data)
 
     def own_files(self) -> list[Path]:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""

@@ -141,7 +141,7 @@ def _read_folder(folder: Store, stores: Stores, weights: str | None, adapter: st
         sidecars,
         shards,
         index.total_size if index else None,
-        (*warnings, *notes),
+        (*folder.notes, *warnings, *notes),
         metadata=metadata,
         left=left,
         folder=folder,

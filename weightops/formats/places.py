@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from weightops.stores.stores import Stores
 
 _GLOB = re.compile(r"[*?[]")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\S+)?", re.ASCII)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -34,7 +35,7 @@ def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFi
     if is_remote(path):
         from weightops.formats.web_places import find_remote
 
-        return find_remote(os.fspath(path), stores.web)
+        return find_remote(os.fspath(path), stores)
     path = Path(path)
     if path.is_dir():
         return LocalStore(path)
@@ -42,7 +43,15 @@ def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFi
         return SourceFile.at(path)
     if _GLOB.search(path.name) and path.parent.is_dir():
         return Matching(path.parent, path.name)
-    raise SourceMissing(f"{escape(str(path))}: no such file or folder")
+    raise no_such(path)
+
+
+def no_such(path: Path) -> SourceMissing:
+    """The error for a path at which nothing is; one that could be the name of a repository is asked about."""
+    is_name = _REPOSITORY.fullmatch(str(path)) and not is_weights(path.name) and not path.parent.exists()
+    return SourceMissing(
+        f"{escape(str(path))}: no such file or folder", hint=f"did you mean hf://{path}?" if is_name else None
+    )
 
 
 class Matching(LocalStore):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from urllib.parse import quote
 
-from weightops.errors import AuthenticationFailed, NoWeights, SourceMissing, WeightopsError
+from weightops.errors import AuthenticationFailed, NetworkFailed, NoWeights, SourceMissing, WeightopsError
 from weightops.formats.choose import WEIGHT_SUFFIXES, find_index
+from weightops.formats.hub_places import find_repository, find_repository_file
 from weightops.formats.index import parse_index
 from weightops.formats.proofs import manifest
 from weightops.io.source_file import SourceFile
-from weightops.stores.web.folder import WebStore, source_file
-from weightops.stores.web.hub import find_commit, find_file, list_commit
+from weightops.stores.listed import ListedStore, on_server
+from weightops.stores.stores import Stores
 from weightops.stores.web.listing import (
     HubFile,
     HubRepository,
@@ -37,27 +37,30 @@ _USUAL_SIDECARS = (
 _ASKED_AT_ONCE = 8
 
 
-def find_remote(text: str, web: Web) -> WebStore | SourceFile:
+def find_remote(text: str, stores: Stores) -> ListedStore | SourceFile:
     """The folder or weight file that `text` means; a hub's repository at the commit that its revision is now.
 
+    Offline it is the commit that the revision was when the cache got it.
     Raises `UsageError` for what is no such place, `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`.
     """
-    match parse_location(text, endpoint=web.endpoint):
-        case HubRepository() as repository:
-            return WebStore(_below(list_commit(repository, find_commit(repository, web), web), repository), web)
-        case HubFile() as on_hub:
-            return source_file(find_file(on_hub, find_commit(on_hub.repository, web), web))
-        case WebFolder() as folder:
-            return WebStore(list_folder(folder, web), web)
-        case WebFile() as file:
-            return source_file(describe(file.file_name, file.url, web))
-
-
-def _below(listing: Listing, repository: HubRepository) -> Listing:
-    """The listing with names as they are in the repository's folder, if one is meant."""
-    prefix = f"{repository.folder}/" if repository.folder else ""
-    files = (replace(file, name=file.name.removeprefix(prefix)) for file in listing.files)
-    return replace(listing, files=tuple(files))
+    if stores.offline:
+        place = parse_location(text)
+        if isinstance(place, WebFile | WebFolder):
+            raise NetworkFailed(
+                f"{place}: is on a server, and offline none is asked",
+                hint="unset HF_HUB_OFFLINE, or name something on this machine",
+            )
+    else:
+        place = parse_location(text, endpoint=stores.web.endpoint)
+    match place:
+        case HubRepository():
+            return find_repository(place, stores)
+        case HubFile():
+            return find_repository_file(place, stores)
+        case WebFolder():
+            return ListedStore(list_folder(place, stores.web), on_server, stores)
+        case WebFile():
+            return on_server(describe(place.file_name, place.url, stores.web))
 
 
 def list_folder(folder: WebFolder, web: Web) -> Listing:

@@ -15,10 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
+from weightops.engine.proof import hold
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
@@ -28,14 +30,44 @@ from weightops.inference.tokens import check_tokens, encode, load_tokenizer
 from weightops.inference.windows import cut, final_states
 from weightops.io.brief import brief
 from weightops.io.notebook import card
+from weightops.io.strict_json import as_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = "weightops-eval/1"
 _DEFAULT_SEQ_LEN = 2048
 _LOGITS_NBYTES = 64 << 20
 """Logits in memory at a time: of a vocabulary of 250,000 those of a whole window take 2 GB."""
+
+
+class ScoreDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A model in what `eval --json` prints.
+
+    `nll` is in nats per predicted token; `perplexity`, its exponential, is null where that is more than a float holds.
+    `engine` is there for a quantised model, and from `kl_mean` on what is measured against a reference.
+    """
+
+    name: str
+    perplexity: float | None
+    nll: float
+    tokens: int
+    windows: int
+    elapsed_s: float
+    engine: Engine | msgspec.UnsetType = msgspec.UNSET
+    kl_mean: float | msgspec.UnsetType = msgspec.UNSET
+    kl_max: float | msgspec.UnsetType = msgspec.UNSET
+    top1_agreement: float | msgspec.UnsetType = msgspec.UNSET
+    module_errors: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+
+
+class EvalDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-eval/1"):
+    """What `eval --json` prints: the models on one text, by one convention; the reference comes first."""
+
+    seq_len: int
+    convention: str
+    reference: str | None
+    models: tuple[ScoreDocument, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -75,6 +107,24 @@ class Score:
         """exp(nll); infinite where that is more than a float holds."""
         return math.exp(self.nll) if self.nll < 709 else math.inf
 
+    @property
+    def document(self) -> ScoreDocument:
+        """The same as it is printed."""
+        found = self.agreement
+        return ScoreDocument(
+            name=self.name,
+            perplexity=self.perplexity if math.isfinite(self.perplexity) else None,
+            nll=self.nll,
+            tokens=self.tokens,
+            windows=self.windows,
+            elapsed_s=round(self.elapsed_s, 3),
+            engine=self.engine or msgspec.UNSET,
+            kl_mean=found.kl_mean if found else msgspec.UNSET,
+            kl_max=found.kl_max if found else msgspec.UNSET,
+            top1_agreement=found.top1 if found else msgspec.UNSET,
+            module_errors=dict(found.modules) if found else msgspec.UNSET,
+        )
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -103,31 +153,16 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The whole of it as data for JSON."""
-        scores = []
-        for score in self.scores:
-            row: dict[str, Any] = {
-                "name": score.name,
-                "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
-                "nll": score.nll,
-                "tokens": score.tokens,
-                "windows": score.windows,
-                "elapsed_s": round(score.elapsed_s, 3),
-            }
-            if score.engine is not None:
-                row["engine"] = score.engine
-            if score.agreement is not None:
-                found = score.agreement
-                row |= {"kl_mean": found.kl_mean, "kl_max": found.kl_max, "top1_agreement": found.top1}
-                row["module_errors"] = dict(found.modules)
-            scores.append(row)
-        return {
-            "schema": SCHEMA,
-            "seq_len": self.seq_len,
-            "convention": self.convention,
-            "reference": self.reference,
-            "models": scores,
-            "warnings": list(self.warnings),
-        }
+        models = tuple(score.document for score in self.scores)
+        return as_json(
+            EvalDocument(
+                seq_len=self.seq_len,
+                convention=self.convention,
+                reference=self.reference,
+                models=models,
+                warnings=self.warnings,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +193,8 @@ def evaluate(
     Quantised models are dequantised, a block at a time, unless `engine` is "packed": kernels then multiply.
     `seq_len` is 2048 by default, or as much less as the model was made for. All that can be known before is checked
     before the first block is read. Raises `SourceMissing` without config or tokenizer, `UsageError` for a text shorter
-    than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN.
+    than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN, `Differs` for
+    weights on servers or in a cache whose digest is wrong.
     """
     control = control or Control()
     given = [*([reference] if reference is not None else []), *checkpoints]
@@ -208,8 +244,9 @@ def evaluate(
             model = reader.model
             scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
     control.progress.stop()
+    left = hold([tensor for checkpoint in given for tensor in checkpoint.values()], control)
     begins = readers[0].begins_with_bos
-    warnings = tuple(dict.fromkeys(warning for model in models for warning in model.warnings))
+    warnings = tuple(dict.fromkeys([*(warning for model in models for warning in model.warnings), *left]))
     return Evaluation(seq_len, begins, reference.name if reference is not None else None, tuple(scores), warnings)
 
 

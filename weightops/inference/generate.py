@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
+from weightops.engine.proof import hold, unproven
 from weightops.errors import NoRoom, UsageError
 from weightops.inference.finite import check_finite
 from weightops.inference.forwards import forwards
@@ -20,10 +22,29 @@ from weightops.inference.pieces import pieces
 from weightops.inference.sampling import Sampling
 from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
 from weightops.io.platform.machine import available_memory
+from weightops.io.strict_json import as_json
 
+Finish = Literal["eos", "length"]
 DEFAULT_NEW_TOKENS = 128
 _WORKING_NBYTES = 64 << 20
 """What a block's activations may take."""
+
+
+class GenerateDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-generate/1"):
+    """What `generate --json` prints: the new text and its tokens, and why it ended: "eos", or "length".
+
+    `prompt_tokens` counts those of the prompt. `engine` is there for a quantised model. See `Generation`.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: tuple[int, ...]
+    warnings: tuple[str, ...]
+    finish: Finish | None
+    streams_weights: bool
+    engine: Engine | msgspec.UnsetType = msgspec.UNSET
+    elapsed_s: float
+    tokens_per_s: float
 
 
 class Generation:
@@ -55,6 +76,7 @@ class Generation:
         fits into `max_nbytes` more than the process has now (by default what memory there is).
         """
         self._control = control or Control()
+        self._checkpoint = checkpoint
         self._model = BlockModel(checkpoint, dtype=dtype, device=device, control=self._control)
         self._tokenizer = load_tokenizer(checkpoint)
         self._sampling = sampling or Sampling()
@@ -73,9 +95,9 @@ class Generation:
             self._model.keep_packed()
         self._whole_nbytes = _whole_nbytes(self._model)
         self.streams_weights = self._check_memory(room)
-        self.warnings = self._model.warnings
+        self.warnings = (*self._model.warnings, *unproven(checkpoint.values()))
         self.tokens: list[int] = []
-        self.finish: Literal["eos", "length"] | None = None
+        self.finish: Finish | None = None
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -91,6 +113,22 @@ class Generation:
     def engine(self) -> Engine | None:
         """How layers multiply that are quantised; None if none is."""
         return self._model.engine
+
+    def to_json(self, text: str, elapsed_s: float) -> dict[str, Any]:
+        """A document of schema `weightops-generate/1` on a text that has come, in so much time."""
+        return as_json(
+            GenerateDocument(
+                text=text,
+                prompt_tokens=len(self._prompt),
+                tokens=tuple(self.tokens),
+                warnings=tuple(self.warnings),
+                finish=self.finish,
+                streams_weights=self.streams_weights,
+                engine=self.engine or msgspec.UNSET,
+                elapsed_s=round(elapsed_s, 3),
+                tokens_per_s=round(len(self.tokens) / elapsed_s, 3),
+            )
+        )
 
     def _room(self, max_new_tokens: int | None) -> int:
         length, limit = len(self._prompt), self._model.max_positions
@@ -132,12 +170,15 @@ class Generation:
         self.tokens, self.finish = [], None
         draw = torch.Generator().manual_seed(self._sampling.seed)
         with ExitStack() as stack:
+            stack.enter_context(self._control.stores.connected())
             if self.streams_weights:
                 stack.enter_context(self._model.loaded(""))
                 for name in self._model.blocks:
                     _load_on_call(stack, self._model, name)
             else:
                 self._load_all(stack)
+            # Weights that are wrong write no word. Those that are read again for each token are proven once.
+            hold(self._checkpoint.values(), self._control)
             text = self._prompt[None].to(self._model.device)  # [1, T]
             steps = forwards(self._model.module, text, self._max_new_tokens)
             token = None

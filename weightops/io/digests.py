@@ -40,6 +40,8 @@ NAMED = tuple(HEX_DIGITS)
 """What there is to choose from."""
 HEX_DIGITS |= {f"blake2b-{bits}": bits // 4 for bits in range(8, 512, 8)}
 """The algorithms, and the length of their digests in hexadecimal digits; `blake2b-256` is what `b2sum -l 256` makes."""
+GIT_SHA1 = "git_sha1"
+"""SHA-1 of a git blob, which is `blob NBYTES NUL` and the content: what hubs know small files by."""
 
 _XXHASH: dict[str, Callable[[], Hasher]] = {
     "xxh64": xxhash.xxh64,
@@ -75,11 +77,14 @@ def check_algorithm(name: str) -> None:
         raise UsageError(f"unknown digest algorithm {escape(name)!r}, expected one of {', '.join(NAMED)}")
 
 
-def new_hasher(algorithm: str) -> Hasher:
+def new_hasher(algorithm: str, nbytes: int | None = None) -> Hasher:
     """A fresh digest; its hexadecimal form is what md5sum, sha256sum, b2sum, b3sum and xxhsum print.
 
+    `nbytes` is the size of the file, which git's goes by.
     Raises `UsageError` for an unknown algorithm, or for b3 without the blake3 package.
     """
+    if algorithm == GIT_SHA1 and nbytes is not None:
+        return hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
     check_algorithm(algorithm)
     if algorithm in _XXHASH:
         return _XXHASH[algorithm]()
@@ -122,7 +127,6 @@ def hash_file(
     Raises `SourceMissing`, `CorruptInput` when it is no regular file or changes meanwhile, `WeightopsError` when
     it cannot be read.
     """
-    hashers = {name: new_hasher(name) for name in algorithms}
 
     def tick(nbytes: int) -> None:
         if on_bytes is not None and nbytes:
@@ -132,6 +136,7 @@ def hash_file(
 
     with open(open_regular(path), "rb", buffering=0) as file:
         before = os.fstat(file.fileno())
+        hashers = {name: new_hasher(name, before.st_size) for name in algorithms}
         advise_in_order(file.fileno())
         # The xxHash family outruns the disk and the page cache: handing its blocks to a thread would cost more.
         threaded = before.st_size > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
@@ -214,7 +219,7 @@ def hash_files(
     Raises `UsageError` for an algorithm that is unknown or not installed.
     """
     for algorithm in {name for _, algorithms in files for name in algorithms}:
-        new_hasher(algorithm)
+        new_hasher(algorithm, 0)
     if workers is not None and workers < 1:
         raise UsageError(f"cannot hash with {workers} workers, expected at least 1")
     stop = threading.Event()

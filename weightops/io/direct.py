@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weightops.errors import NoRoom, WeightopsError
 from weightops.io.escape import escape
-from weightops.io.platform.files import allocate, flush, no_longer_direct, open_direct, write_at
+from weightops.io.platform.files import allocate, flush, no_longer_direct, open_direct, taken_nbytes, write_at
 from weightops.io.platform.names import is_too_long
 from weightops.io.reflink import Extent, share
 from weightops.io.source_file import SourceFile
@@ -67,9 +68,20 @@ class DirectFile:
         self._shared.sort()
 
     def _allocate(self) -> None:
-        """Take the disk for what is to be written: no more than that, or a file that fits would not."""
-        for start, stop in self._unshared(0, self._nbytes):
-            allocate(self._fd, start, stop - start)
+        """Take the disk for what is to be written: no more than that, or a file that fits would not.
+
+        Of buffered files only the room is looked at: tmpfs would write zeros, in a third of the time of a copy.
+        """
+        ranges = list(self._unshared(0, self._nbytes))
+        if self._direct:
+            for start, stop in ranges:
+                allocate(self._fd, start, stop - start)
+        elif sum(stop - start for start, stop in ranges) > self._room():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _room(self) -> int:
+        """What the file may take: what is free, and what it has already."""
+        return shutil.disk_usage(self._path.parent).free + taken_nbytes(os.fstat(self._fd))
 
     @property
     def shared_nbytes(self) -> int:

@@ -15,7 +15,8 @@ class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """A file as it was when its header was read.
 
     Of a file on a server `path` is the URL, and what tells its content from another is `digest`, an algorithm and
-    hexadecimal digits like `sha256:ab12...`, or else the ETag.
+    hexadecimal digits like `sha256:ab12...`, or else the ETag. Of a file in a cache on this machine `path` is a URL
+    without a host, such as `hf-cache:///home/...`, and tells it by `digest` too.
     """
 
     path: str
@@ -32,19 +33,35 @@ class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the file lies beyond this machine."""
+        """Whether the file is read through a store's `Remote`, which holds it against its digest."""
         return bool(self.scheme)
+
+    @property
+    def is_on_server(self) -> bool:
+        """Whether its bytes come over the network."""
+        return self.is_remote and not self.path.startswith("/", len(self.scheme) + 3)
 
     @property
     def shown(self) -> str:
         """The path, safe for a terminal; of a URL without the query, which may hold a signature."""
-        return escape(self.path.partition("?")[0] if self.is_remote else self.path)
+        if self.is_on_server:
+            return escape(self.path.partition("?")[0])
+        return escape(str(self.local_path))
+
+    @property
+    def local_path(self) -> Path:
+        """Where a file on this machine lies."""
+        if not self.is_remote:
+            return Path(self.path)
+        from urllib.parse import unquote
+
+        return Path(unquote(self.path.partition("://")[2]))
 
     @property
     def name(self) -> str:
         """The last part of the path."""
-        if not self.is_remote:
-            return Path(self.path).name
+        if not self.is_on_server:
+            return self.local_path.name
         from urllib.parse import unquote, urlsplit
 
         return unquote(urlsplit(self.path).path).rpartition("/")[2]

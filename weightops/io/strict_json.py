@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
+
+import msgspec
 
 from weightops.errors import CorruptInput
 from weightops.io.escape import escape
@@ -68,3 +71,17 @@ def _reject_surrogates(value: object, what: str) -> None:
 def dumps(value: object, *, ascii_only: bool = False) -> bytes:
     """Readable canonical JSON: sorted keys, two spaces, LF at the end; the same bytes on every run."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=ascii_only) + "\n").encode("utf-8")
+
+
+def as_json(document: msgspec.Struct) -> dict[str, Any]:
+    """A document of ours as JSON has it. Numbers that are not finite, which JSON does not have, are null."""
+    found: dict[str, Any] = _finite(msgspec.to_builtins(document))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

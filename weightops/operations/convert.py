@@ -80,28 +80,28 @@ def convert(
     source: Checkpoint,
     *,
     to: str,
-    layout: str | None = None,
+    from_: str | None = None,
     model_parallel: int | None = None,
     dtype: DType | None = None,
-    settings: Mapping[str, str] | None = None,
-    tokenizer: str | None = None,
-    no_tokenizer: bool = False,
+    set: Mapping[str, str] | None = None,
+    tokenizer: str | bool | None = None,
     as_in_2023: bool = False,
     evaluate: Evaluate,
 ) -> Checkpoint:
     """A LLaMA model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf.
 
-    `layout` is that of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
-    `settings`: what its files leave unsaid. `tokenizer`: the path of one elsewhere; `no_tokenizer` does without.
+    `from_` is the layout of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
+    `set`: what its files leave unsaid. `tokenizer`: the path of one elsewhere, or False for none.
     `as_in_2023`: see `weightops.layouts.hf.write`. Raises as `convert_model` does.
     """
-    known = parse_settings(settings or {})
+    known = parse_settings(set or {})
     if to not in WRITERS:
         raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(WRITERS)}")
-    files = beside(source, False if no_tokenizer else Path(tokenizer) if tokenizer else None)
-    own = not tokenizer and not no_tokenizer
-    opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=own)
-    converted = convert_model(opened, to, Target(model_parallel, dtype, as_in_2023), layout)
+    if tokenizer is True:
+        raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
+    files = beside(source, Path(tokenizer) if isinstance(tokenizer, str) else tokenizer)
+    opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=tokenizer is None)
+    converted = convert_model(opened, to, Target(model_parallel, dtype, as_in_2023), from_)
     return replace(converted.checkpoint, dropped=converted.dropped)
 
 

@@ -16,10 +16,48 @@ from weightops.formats.quantized.gptq import PARTS, packed_shapes
 from weightops.io.brief import brief
 from weightops.io.notebook import card, in_units
 from weightops.io.source_file import SourceFile
-from weightops.spec import TensorSpec
+from weightops.io.strict_json import as_json
+from weightops.spec import DType, TensorSpec
 from weightops.stores.store import Store
 
-SCHEMA = "weightops-inspect/1"
+
+class ShardDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight file: how many tensors it holds, and their bytes."""
+
+    tensors: int
+    nbytes: int
+
+
+class TensorDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor, and the file that holds it."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+
+class InspectDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-inspect/1"):
+    """What `inspect --json` prints.
+
+    `dtypes` are bytes by element type. `aliases` are names of tensors that share the bytes of another, with its name.
+    `content_id`, `recipe` and `sources` are what the manifest beside it says.
+    """
+
+    path: str
+    kind: str
+    model_type: str | None
+    nbytes: int
+    parameters: int
+    dtypes: dict[str, int]
+    shards: dict[str, ShardDocument]
+    aliases: dict[str, str]
+    sidecars: tuple[str, ...]
+    warnings: tuple[str, ...]
+    content_id: str | None
+    recipe: dict[str, Any]
+    sources: dict[str, manifest.SourceEntry]
+    tensors: dict[str, TensorDocument]
 
 
 @dataclass(frozen=True)
@@ -80,31 +118,26 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """The whole of it as one document."""
-        return {
-            "schema": SCHEMA,
-            "path": self.path,
-            "kind": self.kind,
-            "model_type": self.model_type,
-            "nbytes": self.nbytes,
-            "parameters": self.parameters,
-            "dtypes": self.by_dtype(),
-            "shards": {n: {"tensors": c, "nbytes": b} for n, (c, b) in self.by_shard().items()},
-            "aliases": self.aliases,
-            "sidecars": list(self.sidecars),
-            "warnings": list(self.warnings),
-            "content_id": self.content_id,
-            "recipe": self.recipe,
-            "sources": msgspec.to_builtins(self.sources),
-            "tensors": {
-                name: {
-                    "dtype": spec.dtype.value,
-                    "shape": list(spec.shape),
-                    "nbytes": spec.nbytes,
-                    "file": self.shards[name],
-                }
+        document = InspectDocument(
+            path=self.path,
+            kind=self.kind,
+            model_type=self.model_type,
+            nbytes=self.nbytes,
+            parameters=self.parameters,
+            dtypes=self.by_dtype(),
+            shards={n: ShardDocument(tensors=c, nbytes=b) for n, (c, b) in self.by_shard().items()},
+            aliases=self.aliases,
+            sidecars=self.sidecars,
+            warnings=self.warnings,
+            content_id=self.content_id,
+            recipe=self.recipe,
+            sources=self.sources,
+            tensors={
+                name: TensorDocument(dtype=spec.dtype, shape=spec.shape, nbytes=spec.nbytes, file=self.shards[name])
                 for name, spec in self.tensors.items()
             },
-        }
+        )
+        return as_json(document)
 
 
 def inspect(checkpoint: Checkpoint, place: Store | SourceFile, path: str) -> Inspection:

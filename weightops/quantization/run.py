@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
+from weightops.engine.proof import hold
 from weightops.engine.sample import sample
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import IncompatibleInputs, UsageError
@@ -28,18 +28,19 @@ from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
 from weightops.io.escape import escape
 from weightops.io.platform.machine import available_memory
+from weightops.io.strict_json import as_json
 from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor
 from weightops.plan import identity_of
+from weightops.quantization import report
 from weightops.quantization.calibration import Calibration
 from weightops.quantization.driver import find_modules, quantize_blocks
 from weightops.quantization.options import ModuleReport, Options
-from weightops.quantization.work import Work, check_room
+from weightops.quantization.work import BlocksRun, Work, check_room
 from weightops.spec import DType
 from weightops.stores.reader import FileReader
 from weightops.version import library_versions
 
-REPORT = "quantize_report.json"
 DEFAULT_SEQ_LEN = 2048
 _GLOB = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)
 """The parts of a glob: a set of characters, or any other character."""
@@ -106,18 +107,18 @@ class Run:
             kept_nbytes=tokens * outputs * 4,
         )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> BlocksRun:
         """What tells this run from another: source, settings, data, and versions that could change bits."""
         tensors = json.dumps(identity_of({n: t.to_json() for n, t in self.source.items()}), sort_keys=True)
         with FileReader() as files:
             contents = sample(self.source.values(), files)
-        return {
-            "source": hashlib.sha256(tensors.encode()).hexdigest(),
-            "source contents": contents,
-            "options": msgspec.to_builtins(self.options),
-            "calibration": self.calibration.digest if self.calibration else None,
-            "versions": {n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
-        }
+        return BlocksRun(
+            source=hashlib.sha256(tensors.encode()).hexdigest(),
+            contents=contents,
+            options=self.options,
+            calibration=self.calibration.digest if self.calibration else None,
+            versions={n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
+        )
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -147,7 +148,14 @@ def sample_length(source: Checkpoint, seq_len: int | None) -> int:
     return seq_len
 
 
-def prepare(source: Checkpoint, options: Options, calibration: Calibration | None, *, device: str = "cpu") -> Run:
+def prepare(
+    source: Checkpoint,
+    options: Options,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    control: Control | None = None,
+) -> Run:
     """Look at everything that can be known before work starts.
 
     Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for layers that do not fit or a
@@ -156,7 +164,7 @@ def prepare(source: Checkpoint, options: Options, calibration: Calibration | Non
     _refuse_quantized(source)
     if options.method == "gptq" and calibration is None:
         raise UsageError("GPTQ needs text to calibrate with", hint="give --calibration FILE, or --method rtn")
-    model = BlockModel(source, dtype=compute_dtype(source, device), device=device)
+    model = BlockModel(source, dtype=compute_dtype(source, device), device=device, control=control)
     if calibration is not None:
         model.refuse_joined_blocks()
     modules = find_modules(model, options)
@@ -208,6 +216,8 @@ def quantized(
             tokens = run.calibration.tokens if run.calibration else torch.empty((0, 0), dtype=torch.int64)
             room = available_memory() // 2 if max_nbytes is None else max_nbytes
             spare = max(0, room - estimate.memory_nbytes)
+            # What blocks are made of is kept by the next run, whatever is found to be wrong when all is written.
+            hold(run.source.values(), control)
             quantize_blocks(run.model, run.modules, run.options, tokens, work, control, spare_nbytes=spare)
         yield _collect(run, work)
 
@@ -222,7 +232,7 @@ def _collect(run: Run, work: Work) -> Quantized:
         packed |= tensors
         reports += msgspec.convert(found, list[ModuleReport])
         names |= run.model.tensor_names(block)
-    modules = {names[f"{report.module}.weight"]: report.module for report in reports}
+    modules = {names[f"{each.module}.weight"]: each.module for each in reports}
     tensors = {}
     shards = dict(run.source.shards)
     for name, tensor in run.source.items():
@@ -266,8 +276,8 @@ def _described(
         warnings=(*run.source.warnings, *run.warnings),
         folder=None,
     )
-    report = {"modules": msgspec.to_builtins(reports), "options": msgspec.to_builtins(options)}
-    return with_config(replace(own, sidecars={**own.sidecars, REPORT: written_json(report)}), config)
+    told = as_json(report.QuantizeReport(modules=tuple(reports), options=options))
+    return with_config(replace(own, sidecars={**own.sidecars, report.NAME: written_json(told)}), config)
 
 
 def _pattern(glob: str) -> str:

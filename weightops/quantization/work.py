@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from weightops.engine.preflight import free_disk
@@ -31,6 +32,7 @@ from weightops.io.platform.files import flush, open_to_write, read_at, write_at
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import first_difference
+from weightops.quantization.options import Options
 from weightops.stores.reader import FileReader
 
 if TYPE_CHECKING:
@@ -38,6 +40,20 @@ if TYPE_CHECKING:
 
 SCHEMA = "weightops-blocks/1"
 _REPORT = "report"
+
+
+class BlocksRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """`run.json`: source, settings, data and versions, all of which a run must have in common to be continued.
+
+    `source` and `calibration` are digests, `contents` is one of a sample of every tensor, `files` what it makes here.
+    """
+
+    source: str
+    contents: str = msgspec.field(name="source contents")
+    options: Options
+    calibration: str | None
+    versions: dict[str, str]
+    files: tuple[str, ...] = ()
 
 
 def blocks_of(out: Path) -> Path:
@@ -48,7 +64,7 @@ def blocks_of(out: Path) -> Path:
 class Work:
     """The folder of one run; a context manager that holds its lock."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], n_blocks: int, *, restart: bool = False) -> None:
+    def __init__(self, out: Path, identity: BlocksRun, n_blocks: int, *, restart: bool = False) -> None:
         """Take the lock, and find what an earlier run of the same identity has done.
 
         Raises `Locked`, `OutputExists` for a folder that is not ours, or `PlanDiffers` naming the field in which the
@@ -58,15 +74,17 @@ class Work:
         self.folder = self.work_folder.path
         self._n_blocks = n_blocks
         try:
-            self._resume(json.loads(json.dumps(identity)), restart)
+            self._resume(identity, restart)
         except BaseException:
             self.close()
             raise
 
-    def _resume(self, identity: dict[str, Any], restart: bool) -> None:
+    def _resume(self, identity: BlocksRun, restart: bool) -> None:
+        numbers = range(self._n_blocks + 1)
+        files = tuple(path.name for i in numbers for path in (self._block(i), self._hidden(i)))
+        identity = msgspec.structs.replace(identity, files=files)
         if self.work_folder.document is not None and not restart:
-            earlier = {key: value for key, value in self.work_folder.document.items() if key not in ("schema", "files")}
-            difference = first_difference(identity, earlier)
+            difference = first_difference(json.loads(msgspec.json.encode(identity)), self.work_folder.document)
             if difference is not None:
                 raise PlanDiffers(
                     f"{escape(str(self.folder))} is of another run: {difference}",
@@ -75,9 +93,7 @@ class Work:
             self.work_folder.own_files()
             return
         self.work_folder.clear()
-        numbers = range(self._n_blocks + 1)
-        files = [path.name for i in numbers for path in (self._block(i), self._hidden(i))]
-        self.work_folder.begin(identity, files)
+        self.work_folder.begin(identity)
 
     def _block(self, i: int) -> Path:
         return self.folder / f"block-{i:05d}.safetensors"

@@ -50,7 +50,7 @@ class Files(TypedDict, total=False):
     `format`: safetensors, torch (byte-identical to torch.save) or torch-1.12 (to that of 2022 and 2023).
     `max_shard_size`: bytes, `"5GB"`, or `"source"` for the grouping of the source's files.
     `expect`: a manifest, checksum list or published name that the result must match to be published.
-    `digests`: more algorithms to record per file than xxh3_128. `card`: write a model card, README.md.
+    `digest`: more algorithms to record per file than xxh3_128. `card`: write a model card, README.md.
     `reflink`: share the blocks of unchanged tensors with the source where the file system can (btrfs, XFS); headers are
     padded for that, so that files are not byte-identical to those of `save_file`.
     """
@@ -58,7 +58,7 @@ class Files(TypedDict, total=False):
     format: str
     max_shard_size: str | int
     expect: StrPath | None
-    digests: str | Sequence[str]
+    digest: str | Sequence[str]
     card: bool
     reflink: bool
 
@@ -231,7 +231,7 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
         recipe,
         container=container,
         max_shard_nbytes=_limit("source" if checkpoint.in_one_file else size or DEFAULT_SHARD_NBYTES),
-        digests=several(files.get("digests", ())),
+        digests=several(files.get("digest", ())),
         expect=read_expectation(expect) if expect is not None else None,
         origins=origins,
         reflink=files.get("reflink", False),

@@ -14,11 +14,12 @@ from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.plan import parse_size
 from weightops.recipes.document import Document, Place, read_document
+from weightops.recipes.names import OUTPUT, field_of, parameter_of
 from weightops.recipes.verbs import Verb, find_verb
 
 CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy", "cast_all")
 """What an output may say of its tensors: they are cast last."""
-FILE_FIELDS = ("format", "max_shard_size", "expect", "digests", "card", "reflink")
+FILE_FIELDS = ("format", "max_shard_size", "expect", "digest", "card", "reflink")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Step:
         """The options, as JSON, that are not what they would be anyway."""
         defaults = find_verb(self.verb).defaults
         chosen = {k: v for k, v in self.options.items() if v not in (None, (), [], {}) and v != defaults.get(k)}
-        return {k: _plain(v) for k, v in chosen.items()}
+        return {field_of(k): _plain(v) for k, v in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -213,16 +214,23 @@ def _step(document: Document, name: str, value: Any, known: set[str]) -> Step:
     inputs: dict[str, tuple[str, ...]] = {}
     options: dict[str, Any] = {}
     for key, given in arguments.items():
-        own, field_name = (*place, key), key.replace("-", "_")
-        if field_name in verb.roles:
-            inputs[field_name] = _references(document, own, given, known, several=verb.roles[field_name])
-        elif field_name in verb.options:
-            options[field_name] = _checked(document, own, verb, field_name, given)
+        own, name = (*place, key), parameter_of(key, verb_name)
+        if name.startswith("no_") and name not in verb.options and isinstance(given, bool):
+            if not given:
+                continue
+            name, given = name.removeprefix("no_"), False
+        if name in verb.roles:
+            inputs[name] = _references(document, own, given, known, several=verb.roles[name])
+        elif name in options:
+            document.fail(own, f"is {field_of(name)} once more")
+        elif name in verb.options:
+            options[name] = _checked(document, own, verb, name, given)
         else:
-            document.fail(own, "unknown field", hint=f"{verb_name} takes {', '.join((*verb.roles, *verb.options))}")
+            known_fields = ", ".join(map(field_of, (*verb.roles, *verb.options)))
+            document.fail(own, "unknown field", hint=f"{verb_name} takes {known_fields}")
     missing = [n for n in (*verb.roles, *verb.options) if n not in inputs and n not in {*options, *verb.defaults}]
     if missing:
-        document.fail(place, f"lacks {missing[0]}")
+        document.fail(place, f"lacks {field_of(missing[0])}")
     return Step(verb_name, inputs, options)
 
 
@@ -249,7 +257,7 @@ def _references(document: Document, place: Place, given: Any, known: set[str], s
 
 def _destination(document: Document, name: str, value: Any, known: set[str], folder: Path) -> Destination:
     place: Place = ("outputs", name)
-    fields = {key.replace("-", "_"): given for key, given in document.mapping(place, value).items()}
+    fields = {field_of(parameter_of(k, OUTPUT)): given for k, given in document.mapping(place, value).items()}
     if is_remote(name):
         document.fail(place, "an output must be a folder on this machine")
     if "from" not in fields:
@@ -280,8 +288,8 @@ def _check_files(document: Document, place: Place, files: Mapping[str, Any]) -> 
     for key in ("format", "expect"):
         if key in files:
             document.text((*place, key), files[key])
-    if "digests" in files:
-        document.names((*place, "digests"), files["digests"])
+    if "digest" in files:
+        document.names((*place, "digest"), files["digest"])
     for key in ("card", "reflink"):
         if not isinstance(files.get(key, False), bool):
             document.fail((*place, key), "expected true or false")

@@ -11,12 +11,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
+from weightops.recipes.names import spelled
 from weightops.spec import DType, parse_dtype
 
 VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack")
@@ -48,10 +49,19 @@ class Verb:
             return parse_dtype(value)
         if isinstance(value, str) and get_origin(wanted) is Sequence:
             value = [value]
+        if isinstance(value, str):
+            value = spelled(value, _literals(wanted))
         try:
             return msgspec.convert(value, wanted)
         except msgspec.ValidationError as error:
             raise UsageError(str(error).replace(" - at `$`", "").replace("`", "").lower()) from None
+
+
+def _literals(wanted: Any) -> list[str]:
+    """The texts that a type lists."""
+    if get_origin(wanted) is Literal:
+        return [value for value in get_args(wanted) if isinstance(value, str)]
+    return [value for part in get_args(wanted) for value in _literals(part)]
 
 
 @cache

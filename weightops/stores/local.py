@@ -25,6 +25,7 @@ class LocalStore:
     """
 
     is_near = True
+    notes: tuple[str, ...] = ()
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -22,7 +22,7 @@ class FileReader:
     """Positioned reads from source files, for one thread; descriptors are kept in a small cache.
 
     `pread` rather than mmap: a file that is truncated while mapped kills the process, and touched pages of a
-    mapping count as memory. Files beyond this machine are read through `stores`.
+    mapping count as memory. Files on servers and in caches are read through `stores`.
     """
 
     def __init__(self, stores: Stores | None = None, max_open: int = 32) -> None:
@@ -51,11 +51,13 @@ class FileReader:
         """Fill `out` with the bytes at `offset`; so many `following` ones will be wanted next.
 
         Raises `CorruptInput` if the file ends before, `WeightopsError` if the disk fails; as `Remote.read_into` does
-        for a file beyond this machine.
+        for a file that is read through that.
         """
         if file.is_remote:
             if self._stores is None:
-                raise WeightopsError(f"{file.shown}: is on a server", hint="give the Stores to read it through")
+                raise WeightopsError(
+                    f"{file.shown}: is on a server or in a cache", hint="give the Stores to read it through"
+                )
             self._stores.reader_of(file).read_into(file, offset, out, following)
             return
         fd = self._descriptor(file)

@@ -36,6 +36,10 @@ class Store(Protocol):
     def is_near(self) -> bool:
         """Whether reading a small file costs next to nothing."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say about where its files come from, in sentences."""
+
     def names(self) -> list[str]:
         """What lies directly in it, sorted."""
 
@@ -95,7 +99,7 @@ class WritableStore(Store, Protocol):
 
 
 class Remote(Protocol):
-    """What reads files beyond this machine by their identity, for all threads of a command."""
+    """What reads files that are at no plain path by their identity, for all threads of a command."""
 
     def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
         """Fill `out` with the bytes at `offset`; `following` ones will be wanted next."""

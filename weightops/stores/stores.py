@@ -1,16 +1,18 @@
-"""The places beyond this machine that a command reads from; who reads which of them is known here alone."""
+"""The places beyond plain paths that a command reads from; who reads which of them is known here alone."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from weightops.errors import WeightopsError
+from weightops.errors import UsageError, WeightopsError
 from weightops.io.source_file import SourceFile
 
 if TYPE_CHECKING:
+    from weightops.stores.cache import HubCache
     from weightops.stores.store import Remote
     from weightops.stores.web.web import Web
 
@@ -21,10 +23,15 @@ def _open_web() -> Remote:
     return Web()
 
 
+def _no_cache() -> Remote:
+    raise UsageError("there is no cache to read from", hint="give the Stores that the checkpoint was opened with")
+
+
 WEB = "web"
-_KINDS: Mapping[str, Callable[[], Remote]] = {WEB: _open_web}
+_CACHE = "cache"
+_KINDS: Mapping[str, Callable[[], Remote]] = {WEB: _open_web, _CACHE: _no_cache}
 """By kind of place: how to reach it where nobody says how."""
-_SCHEMES: Mapping[str, str] = {"http": WEB, "https": WEB}
+_SCHEMES: Mapping[str, str] = {"http": WEB, "https": WEB, "hf-cache": _CACHE}
 """Kinds by what a source file's path begins with."""
 
 
@@ -32,12 +39,26 @@ class Stores:
     """Connections to places, by kind, each made when it is first needed; shared by the threads of a command.
 
     `web` is one to servers that is open already, and stays the caller's to close; `connect` makes those that are
-    wanted later, in the place of ones with defaults.
+    wanted later, in the place of ones with defaults. `cache` is a folder of huggingface_hub's (what HF_HUB_CACHE
+    names): what it has of a hub's files is read from there. If `offline`, a repository is what the cache has of it.
     """
 
-    def __init__(self, web: Remote | None = None, connect: Mapping[str, Callable[[], Remote]] = _KINDS) -> None:
+    def __init__(
+        self,
+        web: Remote | None = None,
+        connect: Mapping[str, Callable[[], Remote]] = _KINDS,
+        *,
+        cache: Path | None = None,
+        offline: bool = False,
+    ) -> None:
         self._connect = {**_KINDS, **connect}
+        if cache is not None:
+            self._connect[_CACHE] = lambda: _open_cache(cache)
+        self._has_cache = cache is not None
+        self.offline = offline
         self._open: dict[str, Remote] = {} if web is None else {WEB: web}
+        self._lent = frozenset(self._open)
+        self._users = 0
         self._lock = threading.Lock()
         self._stopped: WeightopsError | None = None
 
@@ -46,9 +67,18 @@ class Stores:
         """Connections to hubs and servers; raises what making them raises."""
         return cast("Web", self._remote(WEB))
 
+    @property
+    def cache(self) -> HubCache | None:
+        """The cache of a hub's files, if there is to be one."""
+        return cast("HubCache", self._remote(_CACHE)) if self._has_cache else None
+
     def reader_of(self, file: SourceFile) -> Remote:
-        """What reads a file that is not on this machine."""
+        """What reads a file that is at no plain path."""
         return self._remote(_SCHEMES[file.scheme])
+
+    def read(self, file: SourceFile) -> bytes:
+        """A small file at no plain path, whole; raises as `Remote.read` does."""
+        return self.reader_of(file).read(file)
 
     def _remote(self, kind: str) -> Remote:
         with self._lock:
@@ -75,10 +105,20 @@ class Stores:
 
     @contextmanager
     def connected(self) -> Iterator[Stores]:
-        """Close, at the end of a `with` block, the connections that were made in it."""
-        before = set(self._open)
+        """Keep connections for the length of a `with` block; the end of the outermost one closes those made here."""
+        with self._lock:
+            self._users += 1
         try:
             yield self
         finally:
-            for kind in self._open.keys() - before:
-                self._open.pop(kind).close()
+            with self._lock:
+                self._users -= 1
+                made = [] if self._users else [self._open.pop(kind) for kind in self._open.keys() - self._lent]
+            for remote in made:
+                remote.close()
+
+
+def _open_cache(folder: Path) -> Remote:
+    from weightops.stores.cache import HubCache  # imported here because most commands read no cache
+
+    return HubCache(folder)

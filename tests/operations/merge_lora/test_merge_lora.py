@@ -31,7 +31,7 @@ def said(config: dict[str, Any], name: str) -> Any:
 def check(base: Path, adapters: list[Path], out: Path, rows: int | None = None, **options: Any) -> State:
     """Merge, and hold every tensor and what config.json says of embeddings against peft."""
     expected, settings = merged_by_peft(
-        base, adapters, out / "peft", options.get("weights", ()), options.get("two_roundings", False), rows
+        base, adapters, out / "peft", options.get("weight", ()), options.get("two_roundings", False), rows
     )
     weightops.merge_lora(base, adapters, out / "ours", **options)
     found = state(out / "ours")
@@ -82,7 +82,7 @@ KINDS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "stored in float16": ("llama", [{"target_modules": [*LINEAR, "embed_tokens"], "dtype": torch.float16}], {}),
     "stored in bfloat16": ("llama", [{"use_dora": True, "dtype": torch.bfloat16}], {}),
     "two adapters": ("llama", [{}, {"target_modules": ["q_proj", "v_proj"], "r": 8, "seed": 2}], {}),
-    "two with weights": ("llama", [{}, {"use_rslora": True, "seed": 2}], {"weights": (0.3, 1.7)}),
+    "two with weights": ("llama", [{}, {"use_rslora": True, "seed": 2}], {"weight": (0.3, 1.7)}),
     "two with dora": ("llama", [{"use_dora": True}, {"use_dora": True, "seed": 2}], {}),
     "dora after lora": ("llama", [{}, {"use_dora": True, "seed": 2}], {}),
     "dora after a bias": (

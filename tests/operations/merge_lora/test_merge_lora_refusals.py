@@ -169,9 +169,9 @@ def test_adapters_of_nothing(
 
 def test_a_weight_of_nothing_changes_nothing(made: Made, tmp_path: Path) -> None:
     base = copied(made.base(), tmp_path / "base")
-    assert "changes nothing: its weight is 0" in str(refused(base, made.adapter(), weights=[0.0]))
+    assert "changes nothing: its weight is 0" in str(refused(base, made.adapter(), weight=[0.0]))
     assert "changes nothing: its weight is 0" in str(
-        refused(base, [made.adapter(), made.adapter(seed=2)], weights=[1, 0])
+        refused(base, [made.adapter(), made.adapter(seed=2)], weight=[1, 0])
     )
 
 
@@ -264,11 +264,11 @@ def test_several_adapters_that_replace_the_same(made: Made, tmp_path: Path) -> N
 def test_weights_of_what_has_no_scale(made: Made, tmp_path: Path) -> None:
     base = copied(made.base(), tmp_path / "base")
     for settings in ({"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"trainable_token_indices": [1]}):
-        found = refused(base, made.adapter(**settings), weights=[0.5])
+        found = refused(base, made.adapter(**settings), weight=[0.5])
         assert isinstance(found, UsageError)
         assert "which has no scale that 0.5 could be a factor of" in str(found)
-    assert "2 weights for 1 adapters" in str(refused(base, made.adapter(), weights=[1, 2]))
-    assert "a weight must be a finite number" in str(refused(base, made.adapter(), weights=[float("nan")]))
+    assert "2 weights for 1 adapters" in str(refused(base, made.adapter(), weight=[1, 2]))
+    assert "a weight must be a finite number" in str(refused(base, made.adapter(), weight=[float("nan")]))
     assert "there is no adapter" in str(refused(base, []))
 
 

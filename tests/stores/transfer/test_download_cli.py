@@ -62,14 +62,14 @@ def test_json_is_one_document_on_stdout_and_events_by_line_on_stderr(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit = hub.add(REPO, MODEL)
-    assert command(tmp_path, "--json") == 0
+    assert command(tmp_path, "--json", "--progress", "json") == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert (found["schema"], found["complete"], found["commit"]) == ("weightops-download/1", True, commit)
     digests = {file["name"]: file["digests"] for file in found["files"]}
     assert digests[WEIGHTS]["sha256"] == hashlib.sha256(DATA).hexdigest()
     events = [json.loads(line) for line in shown.err.splitlines()]
-    assert {event["schema"] for event in events} == {"weightops-event/1"}
+    assert {event["schema"] for event in events} == {"weightops-progress/1"}
     assert [event["name"] for event in events if event["event"] == "done"] == ["config.json", WEIGHTS]
     assert [i for i, event in enumerate(events) if event["event"] == "stop"] == [len(events) - 1]
     assert events[-1]["nbytes"] == len(DATA) + 2
@@ -78,7 +78,7 @@ def test_json_is_one_document_on_stdout_and_events_by_line_on_stderr(
 def test_errors_are_json_too(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["download", "org/none", "--out", str(tmp_path), "--json"]) == 14
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == "weightops-error/1"
+    assert (found["schema"], found["error"]) == ("weightops-error/2", "AuthenticationFailed")
     assert found["exit_code"] == 14
     assert "HF_TOKEN" in found["hint"]
 
@@ -87,7 +87,7 @@ def test_what_is_counted_as_done_is_what_stays(hub: Hub, tmp_path: Path, capsys:
     """Bytes that are fetched again after a fault count once."""
     hub.faults[WEIGHTS] = [Fault("cut", 5 * MIB), Fault("ignore_range"), Fault("flip", 7)]
     hub.faults[WEIGHTS] = [Fault("cut", 5 * MIB), Fault("ignore_range"), Fault("cut", 9 * MIB), Fault("flip", 7)]
-    assert command(tmp_path, "--json") == 0
+    assert command(tmp_path, "--progress", "json") == 0
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert events[-1]["nbytes"] == len(DATA) + 2
 

@@ -13,8 +13,8 @@ from hub import Fault, Faults, Hub
 from systems import opened_below
 
 from weightops.errors import CorruptInput, Differs, NetworkFailed, NoRoom, WeightopsError
+from weightops.stores.hashing import FileHasher
 from weightops.stores.transfer.fetch import Fetch
-from weightops.stores.web.hashing import FileHasher
 
 DATA, OTHER = content(10 * MIB), content(10 * MIB, seed=1)
 MODEL = {"config.json": b"{}", WEIGHTS: DATA}

@@ -573,7 +573,7 @@ def test_commands_take_repositories_and_urls(
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["verify", "hf://org/tuned"], 2),
+        (["verify", "hf://org/tuned"], 10),
         (["manifest", "https://example.org/model/"], 2),
         (["shard", "hf://org/tuned", "--out", "hf://org/mine"], 2),
         (["inspect", "hf://org/tuned@none"], 10),
@@ -589,7 +589,7 @@ def test_exit_codes(run: Callable[..., int], tmp_path: Path, arguments: list[str
 def test_offline_is_respected(run: Callable[..., int], hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.log.clear()
-    assert run("inspect", "hf://org/tuned") == 1
+    assert run("inspect", "hf://org/tuned") == 10
     assert hub.log == []
 
 

@@ -242,7 +242,7 @@ def test_a_range_that_leaves_the_file_asks_no_server(hub: Hub, web: Web) -> None
 
 @pytest.mark.parametrize("algorithm", ["sha256", "git_sha1", "xxh3_128", "md5"])
 def test_digests_of_every_kind_follow_the_bytes(hub: Hub, web: Web, algorithm: str) -> None:
-    from weightops.stores.web.hashing import FileHasher
+    from weightops.stores.hashing import FileHasher
 
     hasher = FileHasher([algorithm], len(DATA))
     hasher.update(memoryview(DATA))

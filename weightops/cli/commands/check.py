@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, cache_folder, epilog, report_options
+from weightops.cli.meter import human
+from weightops.cli.options import cache_folder, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, table
-from weightops.cli.progress import human
+from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 from weightops.operations.check import CODES, CheckReport, Finding
@@ -19,21 +20,25 @@ _SHOWN = 10
 """Findings of one code that the table shows; --json has all of them."""
 
 
-@click.command("check", epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
-@click.argument("source", metavar="SRC", type=SOURCE)
+@click.command("check", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
+@click.argument("source", type=SOURCE)
 @click.option("--strict", is_flag=True, help="Exit with 3 if there is an error or a warning.")
-@click.option("--no-values", is_flag=True, help="Headers and the files beside them only: reads no tensor.")
-@click.option("--no-architecture", is_flag=True, help="Do not ask transformers what tensors the model has; faster.")
-@click.option("--max-abs", type=float, metavar="X", help="Warn of magnitudes above X.")
+@click.option("--no-values", is_flag=True, help="Look at headers and settings only, and read no tensors.")
+@click.option(
+    "--no-architecture",
+    is_flag=True,
+    help="Do not ask transformers which tensors the model should have, which takes some seconds.",
+)
+@click.option("--max-abs", type=float, metavar="X", help="Warn of numbers whose magnitude is above X.")
 @click.option(
     "--ignore",
     multiple=True,
     metavar="CODE",
-    type=click.Choice(list(CODES)),
-    help="Leave such findings out; repeatable.",
+    type=OneOf(list(CODES)),
+    help="Leave such findings out. Can be given several times.",
 )
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map of layers.")
-@click.option("--workers", type=click.IntRange(1, 256), help="Tensors in work at once; default: one for each core.")
+@click.option("--html", type=FILE, help="Write a page for a browser, with the statistics of every layer.")
+@workers_option
 @report_options
 def command(
     source: Path | str,
@@ -47,21 +52,23 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Look for what is wrong with a checkpoint, in one pass over its tensors.
+    """Look for mistakes in a model: in its values, its tensors and its settings.
 
-    SRC is a folder, a weight file, hf://org/name[@revision] or a URL. Looked for are NaN, infinities, tensors of zeros
-    or of one value, equal tensors, names and shapes that transformers' class for config.json does not have, missing
-    tensors and layers, a tokenizer that does not fit, and leftovers of training, LoRA and quantising. --json has the
-    statistics of every tensor.
+    SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. What may be wrong is listed as errors (the
+    model does not work), warnings (probably a mistake) and notes.
 
     \b
     Example:
       weightops check ./model
       weightops check ./model --strict --ignore duplicate --json > check.json
+
+    Looked for are NaN and infinities, tensors that are zero, constant or equal to another, names and shapes that the
+    model's class in transformers does not have, missing tensors and layers, a tokenizer that does not fit, and what
+    training, LoRA and quantising leave behind. Every tensor is read once. --json has the statistics of each.
     """
     if html is not None:
         check_target(html)
-    with running(quiet or as_json) as control:
+    with running(quiet) as control:
         report = api.check(
             source,
             values=not no_values,

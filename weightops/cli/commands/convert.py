@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import out_option, write, write_options
+from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
 from weightops.layouts.source import SETTINGS
 from weightops.operations.convert import READERS, WRITERS
 
@@ -22,47 +23,68 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-@click.command("convert", epilog=epilog(WRITE_CODES))
+@click.command("convert", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
-@click.option("--to", type=click.Choice(_TARGETS), required=True, help="The layout to write.")
-@click.option("--from", "layout", type=click.Choice(tuple(READERS)), help="The layout to read; default: by its names.")
-@click.option("--model-parallel", type=click.IntRange(1, 64), help="Parts in Meta's layout; default: as the source.")
-@click.option("--dtype", metavar="DTYPE", help="Convert weights to this dtype and count what is lost; default: none.")
+@click.option("--to", type=OneOf(_TARGETS), required=True, help="The layout to write; see above.")
+@out_option
+@click.option(
+    "--from",
+    "from_",
+    type=OneOf(tuple(READERS)),
+    help="The layout to read; default: what the names of the tensors say.",
+)
+@click.option(
+    "--model-parallel",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Number of files among which Meta's layout divides the model; default: as many as the source has, or 1.",
+)
+@click.option(
+    "--dtype",
+    metavar="DTYPE",
+    help="Convert the weights to this number type, such as bfloat16 (gguf also has q8_0 and q4_0), and count what is "
+    "lost.",
+)
 @click.option(
     "--set",
-    "settings",
     multiple=True,
     metavar="NAME=VALUE",
     callback=_settings,
-    help=f"What the files leave unsaid: {', '.join(SETTINGS)}.",
+    help=f"Say what the files do not: {', '.join(SETTINGS)}. Can be given several times.",
 )
 @click.option(
     "--tokenizer",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="tokenizer.model or tokenizer.json, with what lies beside it; default: in the folder, or the one above.",
+    help="Take this tokenizer.model or tokenizer.json, with what lies beside it; default: that of the source.",
 )
-@click.option("--no-tokenizer", is_flag=True, help="Convert the weights alone.")
-@click.option("--check", is_flag=True, help="First hold the source against its checklist.chk.")
+@click.option("--no-tokenizer", is_flag=True, help="Convert the weights without a tokenizer.")
+@click.option("--check", is_flag=True, help="First check the source against its checklist.chk.")
 @write_options
 def command(source: Path | str, out: Path, **options: Any) -> None:
-    """Convert a LLaMA or Mistral model into another layout, streaming and to the bit.
+    """Convert a LLaMA or Mistral model into the files that another program reads.
 
-    \b
-    hf               transformers: config.json, safetensors (or --format torch)
-    meta             consolidated.NN.pth and params.json; any number of parts
-    tencentpretrain  TencentPretrain: one .bin, or blocks with an index
-    llama_inference  the same, with llama_inference's names
-    gguf             llama.cpp: --dtype float32, float16, bfloat16, q8_0 or q4_0 (written only)
-
-    Every tensor is used, or named with the reason why not. What a layout's files do not say, such as the context
-    length of Meta's, is taken from the published model with these very numbers and reported, or asked for.
-    `safetensors` and `torch` change the container alone, of any model.
+    SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. Every bit of the weights is kept unless
+    --dtype asks for another number type.
 
     \b
     Example:
       weightops convert ./llama-2-7b --to hf --set context_length=4096 --out ./llama-2-7b-hf
       weightops convert ./llama-2-7b-hf --to meta --model-parallel 2 --out ./llama-2-7b-mp2
       weightops convert ./llama-2-7b-hf --to gguf --dtype q8_0 --out ./llama-2-7b-gguf
+
+    \b
+    What programs read is called a layout here:
+      hf               transformers: config.json and safetensors files
+      meta             Meta's own code: consolidated.NN.pth and params.json
+      tencentpretrain  TencentPretrain: one .bin file, or several with an index
+      llama_inference  llama_inference: the same under other names
+      gguf             llama.cpp: one file; written, but not read
+      safetensors      any model: other weight files, and nothing else changed
+      torch            the same, as torch saves them
+
+    A tensor that has no place in the new layout is named, with the reason. What the old files do not say, such as the
+    context length of Meta's, is taken from the published model of just these sizes, and reported, or has to be said
+    with --set.
     """
     if options.pop("no_tokenizer"):
         if options["tokenizer"] is not None:

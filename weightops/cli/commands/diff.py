@@ -8,31 +8,40 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import out_option, write, write_options
+from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
 from weightops.operations.diff import METHODS
 
 
-@click.command("diff", epilog=epilog(WRITE_CODES))
-@click.option("--raw", type=SOURCE, required=True, help="The raw (base) checkpoint.")
-@click.option("--tuned", type=SOURCE, required=True, help="The checkpoint to be recovered from it.")
+@click.command("diff", cls=Command, epilog=epilog(WRITE_CODES))
+@click.option("--raw", type=SOURCE, required=True, help="The original model.")
+@click.option("--tuned", type=SOURCE, required=True, help="The model that is to be recovered.")
+@out_option
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=OneOf(METHODS),
     default="exact",
     show_default=True,
-    help="exact: to the bit, for weightops; subtract: tuned - raw, as published in 2023.",
+    help="How to make the difference: exact, for weightops, or subtract, as it was published in 2023.",
 )
-@click.option("--dtype", metavar="DTYPE", help="Arithmetic and dtype of a subtract diff; default float32.")
+@click.option(
+    "--dtype",
+    metavar="DTYPE",
+    help="With --method subtract: the number type to subtract in and to write; default: float32.",
+)
 @write_options
 def command(raw: Path | str, tuned: Path | str, out: Path, **options: Any) -> None:
-    """Make a delta, so that who holds the raw weights can recover the tuned ones.
+    """Make the difference from which others recover your tuned model.
 
-    The exact method keeps the raw weights to itself, knows its base and its result by digest, and recovers
-    every dtype to the bit, grown vocabularies too. Both may be a folder, a weight file, hf://org/name[@revision] or
-    a URL.
+    Whoever has the original model gets yours back with `weightops recover`; without it the difference is of no use.
+    --raw and --tuned are folders, weight files, hf://org/name[@revision] or URLs.
 
     \b
     Example:
       weightops diff --raw ./llama-13b --tuned ./zhixi --out ./zhixi-delta
+
+    By default every bit comes back, whatever the number type, with a larger vocabulary too, and the difference knows
+    the right original by its digest. --method subtract makes what was published in 2023, the tuned weights minus the
+    original ones, which come back rounded.
     """
     write(api.diff, raw, tuned, out, **options)

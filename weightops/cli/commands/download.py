@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops import api
-from weightops.cli.network import hub_endpoint, is_offline, open_web
-from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options
+from weightops.cli.hub_cache import hub_cache, is_offline
+from weightops.cli.meter import human
+from weightops.cli.network import hub_endpoint, open_web
+from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.progress import human
+from weightops.cli.params import FOLDER, GLOB, Command, epilog
 from weightops.engine.preflight import free_disk
+from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.plan import parse_size
 from weightops.stores.transfer.partial import STATE
@@ -22,36 +25,59 @@ from weightops.stores.web.web import Web
 if TYPE_CHECKING:
     from weightops.operations.download import Download
 
+_OF_FOLDERS = ("out", "sha256", "md5", "checksums", "prune", "overwrite", "offline")
+"""What says how a folder is written, or is for one URL."""
 _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 """What says which files to fetch, and how they are held against digests that come from elsewhere."""
 
 
-@click.command("download", epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
+@click.command("download", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
 @click.argument("source")
-@click.option("-o", "--out", type=FOLDER, required=True, help="Folder to write; files appear in it one by one.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a repository; also org/name@NAME.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Only files that match.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="All but files that match.")
-@click.option("--sha256", metavar="HEX", help="What the file at a URL must have.")
-@click.option("--md5", metavar="HEX", help="The same by MD5.")
-@click.option("--checksums", metavar="LIST", help="A checksum list, at a path or URL, for the file at a URL.")
-@click.option("--endpoint", metavar="URL", help="Another hub; default: HF_ENDPOINT, or huggingface.co.")
-@click.option("--workers", type=click.IntRange(1, 64), help="Connections at once; default 4.")
-@click.option("--limit-rate", metavar="SIZE", help="Bytes per second for all connections, such as 5MB.")
 @click.option(
-    "--timeout", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds of silence, or near it."
+    "-o",
+    "--out",
+    type=FOLDER,
+    help="Folder to write. Files appear in it one by one, each when it is complete.",
 )
-@click.option("--deadline", type=click.FloatRange(0.1), help="Seconds for the whole.")
-@click.option("--prune", is_flag=True, help="Remove files of an earlier version that this one no longer has.")
-@click.option("--overwrite", is_flag=True, help="Replace files in the folder that no download brought.")
-@click.option("--offline", is_flag=True, help="Ask no server: is the folder complete as it is?")
-@click.option("-n", "--dry-run", is_flag=True, help="Show files, bytes and what is there; fetch nothing.")
+@click.option("--cache", is_flag=True, help="Download into the Hugging Face cache, not into a folder.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a repository; org/name@NAME says the same.")
+@click.option("--include", multiple=True, metavar="GLOB", help=f"Download only files of such names. {GLOB}")
+@click.option("--exclude", multiple=True, metavar="GLOB", help=f"Leave out files of such names. {GLOB}")
+@click.option("--sha256", metavar="HEX", help="The SHA-256 digest that the file at a URL must have.")
+@click.option("--md5", metavar="HEX", help="The MD5 digest that the file at a URL must have.")
+@click.option(
+    "--checksums", metavar="LIST", help="A checksum list, at a path or URL, that the file at a URL must agree with."
+)
+@click.option(
+    "--endpoint", metavar="URL", help="The hub to ask; default: what HF_ENDPOINT says, or https://huggingface.co."
+)
+@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Number of connections at once; default: 4.")
+@click.option("--limit-rate", metavar="SIZE", help="Take at most so many bytes per second, such as 5MB.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    default=30.0,
+    show_default=True,
+    help="Give up a connection on which nothing has come for so many seconds, and try again.",
+)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="Give up the whole download after so many seconds.",
+)
+@click.option("--prune", is_flag=True, help="Remove files of an earlier version that this version no longer has.")
+@click.option("--overwrite", is_flag=True, help="Replace files of the same names that no download brought.")
+@click.option("--offline", is_flag=True, help="Ask no server, and only say whether the folder is complete.")
+@click.option(
+    "-n", "--dry-run", is_flag=True, help="Show which files would be downloaded, and how large they are. Write nothing."
+)
 @report_options
 def command(
     source: str,
-    out: Path,
-    sha256: str | None,
-    md5: str | None,
+    out: Path | None,
+    cache: bool,
     endpoint: str | None,
     limit_rate: str | None,
     timeout: float,
@@ -61,23 +87,33 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Fetch a repository, a URL, a list of URLs or a published name, and prove every file right.
+    """Download a model, and check every file against its digest.
 
-    SOURCE is org/name[@revision] on a Hugging Face hub, the URL of a page there (of a repository, folder or file), an
-    http(s) URL of one file, a file with lines `DIGEST  URL`, or a name such as zhixi-13b-diff. Every file is compared
-    with the digest that its source or list gives before it gets its name, and named if there is none. Whatever
-    happens, the same command continues, and fetches a few MB twice at most.
+    SOURCE is org/name[@revision] on a Hugging Face hub, the address of a page there, the URL of one file, a published
+    name such as zhixi-13b-diff, or a text file with lines `DIGEST  URL`. If the download is interrupted, the same
+    command continues it.
+
+    With --cache a repository goes into the Hugging Face cache, in which transformers and huggingface_hub find it, as
+    other commands do that are given hf://org/name. Nothing there is replaced or removed.
 
     \b
     Example:
       weightops download zjunlp/knowlm-13b-diff --out ./zhixi-diff
       weightops download zhixi-13b-diff --out ./zhixi-diff
+      weightops download zjunlp/knowlm-13b-diff --cache
       weightops download https://example.org/model.safetensors --sha256 HEX --out ./model
+
+    A file gets its name only when it is complete and has the digest that its source or list says. Files of which the
+    source says no digest are named in a warning. A list of what came, with digests, is left in the folder as
+    weightops-manifest.json, for `weightops verify`.
     """
+    if cache:
+        refuse_unused("with --cache, which a repository of a hub is added to, and nothing else", *_OF_FOLDERS)
+    elif out is None:
+        raise UsageError("there is no folder to write", hint="give --out DIR, or --cache for the Hugging Face cache")
     if offline:
         refuse_unused("with --offline, where no server is asked", *_OF_SERVERS)
-    offline = offline or is_offline()
-    digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
+    offline = (offline or is_offline()) and not cache
     limit = parse_size(limit_rate) if limit_rate else None
     policy = Policy(timeout_s=timeout, deadline_s=deadline, limit_rate=limit)
 
@@ -86,12 +122,16 @@ def command(
             return Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
         return open_web(endpoint=endpoint, policy=policy)
 
-    with running(quiet, events=as_json, connect=connect) as control:
-        found = api.download(source, out, digests=digests, offline=offline, control=control, **options)
+    with running(quiet, connect=connect) as control:
+        place = hub_cache() if cache else None
+        found = api.download(source, out, cache=place, offline=offline, control=control, **options)
     warn(found.warnings)
     if as_json:
-        print_json(_document(found))
-    elif found.manifest is None:
+        # Imported here because starting takes longer than listing.
+        from weightops.operations.download import download_json
+
+        print_json(download_json(found))
+    elif not found.is_complete:
         click.echo(_dry_run_text(found))
     elif not quiet:
         click.echo(_text(found))
@@ -127,22 +167,3 @@ def _dry_run_text(found: Download) -> str:
         f"disk     {human(free_disk(found.out / STATE))} free",
     ]
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])
-
-
-def _document(found: Download) -> dict[str, Any]:
-    return {
-        "schema": "weightops-download/1",
-        "out": str(found.out),
-        "source": found.listing.source,
-        "revision": found.listing.revision,
-        "commit": found.listing.commit,
-        "complete": found.manifest is not None,
-        "nbytes": found.nbytes,
-        "files": [
-            {"name": file.name, "nbytes": file.nbytes, "digests": dict(file.digests), "here": file.name in found.have}
-            for file in found.files
-        ],
-        "stale": list(found.stale),
-        "unproven": list(found.unproven),
-        "warnings": list(found.warnings),
-    }

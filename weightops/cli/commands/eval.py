@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from weightops import api
-from weightops.cli.model_options import run_model_options
-from weightops.cli.options import FOLDER, READ_CODES, epilog, report_options
+from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
+from weightops.cli.params import FILE, READ_CODES, SEQ_LEN, SOURCE, Command, epilog
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -21,25 +21,27 @@ _SHOWN_MODULES = 8
 """Modules with the largest errors that the text shows; --json has all."""
 
 
-@click.command("eval", epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.command("eval", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
+@click.argument("source", nargs=-1, required=True, type=SOURCE)
 @click.option(
     "--text",
     multiple=True,
     required=True,
     metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Text in UTF-8; several files are joined by blank lines.",
+    type=FILE,
+    help="Text to predict, in UTF-8. Can be given several times; blank lines are put between.",
 )
-@click.option("--seq-len", type=click.IntRange(2), metavar="N", help="Tokens of a window; default: 2048 at most.")
-@click.option("--reference", type=FOLDER, metavar="DIR", help="Measure also how far each model is from this one.")
+@click.option(
+    "--seq-len", type=click.IntRange(2), metavar="N", help=f"Tokens in each window of the text; default: {SEQ_LEN}."
+)
+@click.option("--reference", type=SOURCE, metavar="DIR", help="Measure also how far each model is from this one.")
 @run_model_options
 @report_options
 def command(
-    folders: tuple[Path, ...],
+    source: tuple[Path | str, ...],
     text: tuple[Path, ...],
     seq_len: int | None,
-    reference: Path | None,
+    reference: Path | str | None,
     dtype: api.ComputeDType,
     device: str,
     engine: Engine,
@@ -47,22 +49,25 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure how well models predict a text, and how far they are from a reference.
+    """Measure how well a model predicts a text, and how far it is from another.
 
-    DIR are folders of decoder-only models that transformers knows, GPTQ-quantised ones too, each with its tokenizer.
-    They run block by block, so that each needs memory for one block and the hidden states of the text. Perplexity is
-    over windows that do not overlap, the last partial one dropped. With --reference: KL divergence and top-1 agreement
-    of the predictions, and of quantised models the output error of each linear layer. Quantised models are dequantised
-    block by block; --engine packed runs the kernels that multiply with their integers.
+    SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL. Several
+    are measured one after the other. The lower the perplexity, the better the prediction. With --reference, the
+    predictions are compared with those of another model: by KL divergence, and by how often both find the same next
+    token the most probable.
 
     \b
     Example:
       weightops eval ./model --text heldout.txt
       weightops eval ./model-gptq --reference ./model --text heldout.txt --seq-len 512 --json > eval.json
+
+    A model runs block by block, so that memory holds one block and the states of the text at that point, whatever the
+    size of the model. The text is cut into windows that do not overlap. Of quantised models (GPTQ), --reference also
+    gives the error of each layer.
     """
-    with running(quiet or as_json) as control:
+    with running(quiet) as control:
         found = api.evaluate(
-            folders,
+            source,
             text,
             seq_len=seq_len,
             reference=reference,

@@ -11,32 +11,42 @@ from typing import TYPE_CHECKING
 import click
 
 from weightops import api
-from weightops.cli.model_options import run_model_options
-from weightops.cli.options import FOLDER, READ_CODES, epilog, refuse_unused, report_options
+from weightops.cli.meter import human
+from weightops.cli.options import refuse_unused, report_options, run_model_options
 from weightops.cli.output import print_json, running, warn
-from weightops.cli.progress import human
+from weightops.cli.params import READ_CODES, SEED, SOURCE, Command, epilog
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
     from weightops.inference.generate import Generation
     from weightops.inference.packed import Engine
 
-_SCHEMA = "weightops-generate/1"
 
-
-@click.command("generate", epilog=epilog((*READ_CODES[:-1], 16, 130)))
-@click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--prompt", required=True, metavar="TEXT", help="What to continue; - reads it from stdin.")
-@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many; default: 128.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most probable token.")
-@click.option("--top-k", type=int, metavar="K", help="Draw from the K most probable tokens.")
-@click.option("--top-p", type=float, metavar="P", help="Draw from the fewest tokens with so much of the probability.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.command("generate", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
+@click.argument("source", type=SOURCE)
+@click.option("--prompt", required=True, metavar="TEXT", help="The text to continue; - reads it from stdin.")
+@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many tokens; default: 128.")
+@click.option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    default=0.0,
+    show_default=True,
+    help="How far to stray from the most probable token; 0 always takes it.",
+)
+@click.option("--top-k", type=int, metavar="K", help="Draw only from the K most probable tokens.")
+@click.option(
+    "--top-p",
+    type=float,
+    metavar="P",
+    help="Draw only from the most probable tokens that have this share of the probability together.",
+)
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help=SEED)
+@click.option("--chat", is_flag=True, help="Put the prompt into the chat template of the tokenizer.")
 @run_model_options
 @report_options
 def command(
-    folder: Path,
+    source: Path | str,
     prompt: str,
     max_new_tokens: int | None,
     temperature: float,
@@ -51,25 +61,27 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Continue a text with a model; what is new goes to stdout as it comes.
+    """Continue a text with a model; what is new is printed as it comes.
 
-    DIR is a folder of a decoder-only model that transformers knows: full, sharded, GPTQ-quantised, safetensors or torch
-    files, with its tokenizer. The model is loaded layer by layer. One that does not fit into memory runs all the same:
-    its layers are read from disk for every token, which is slow. One that is quantised stays packed where that is
-    faster or where it does not fit otherwise (--engine).
+    SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL; in
+    safetensors or torch files, quantised with GPTQ or not.
 
     \b
     Example:
       weightops generate ./model --prompt "Once upon a time"
+      weightops generate hf://org/name --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
+
+    It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers
+    are then read from disk for every token, which is slow.
     """
     if temperature == 0:
         refuse_unused("at --temperature 0, where nothing is drawn", "seed")
     if prompt == "-":
         prompt = _stdin()
-    with running(quiet or as_json) as control:
+    with running(quiet) as control:
         found = api.generate(
-            folder,
+            source,
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -92,12 +104,7 @@ def command(
         text = _show(found, as_json)
         elapsed_s = time.monotonic() - started_s
     if as_json:
-        document = {"schema": _SCHEMA, "text": text, "prompt_tokens": len(found.prompt_tokens), "tokens": found.tokens}
-        document |= {"warnings": list(found.warnings), "finish": found.finish, "streams_weights": found.streams_weights}
-        document |= {"engine": found.engine} if found.engine else {}
-        print_json(
-            document | {"elapsed_s": round(elapsed_s, 3), "tokens_per_s": round(len(found.tokens) / elapsed_s, 3)}
-        )
+        print_json(found.to_json(text, elapsed_s))
 
 
 def _stdin() -> str:

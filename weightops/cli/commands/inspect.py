@@ -7,21 +7,23 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, epilog
+from weightops.cli.meter import human
+from weightops.cli.options import json_option
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.progress import human
+from weightops.cli.params import SOURCE, Command, epilog
 from weightops.io.escape import escape
 from weightops.operations.inspect import Inspection
 
 
-@click.command("inspect", epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
-@click.argument("path", type=SOURCE)
+@click.command("inspect", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 14, 130)))
+@click.argument("source", type=SOURCE)
 @click.option("-t", "--tensors", is_flag=True, help="List every tensor.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def command(path: Path | str, tensors: bool, as_json: bool) -> None:
-    """Show what a checkpoint holds, and what looks wrong with it, from its headers alone.
+@json_option
+def command(source: Path | str, tensors: bool, as_json: bool) -> None:
+    """Show what the files of a model hold, without reading the weights.
 
-    PATH is a folder, a weight file, hf://org/name[@revision] or a URL, of which only the headers are fetched.
+    SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. Only headers are read, or fetched, so that the
+    answer comes at once whatever the size. What looks wrong is said as a warning.
 
     \b
     Example:
@@ -29,7 +31,7 @@ def command(path: Path | str, tensors: bool, as_json: bool) -> None:
       weightops inspect hf://org/name
     """
     with running(True) as control:
-        found = api.inspect(path, control=control)
+        found = api.inspect(source, control=control)
     if as_json:
         print_json(found.to_json())
         return

@@ -3,65 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import out_option, write, write_options
+from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
 
 
-@click.command("merge-lora", epilog=epilog(WRITE_CODES))
-@click.option("--base", type=SOURCE, required=True, help="The model that the adapter was trained on.")
+@click.command("merge-lora", cls=Command, epilog=epilog(WRITE_CODES))
+@click.option(
+    "--base",
+    type=SOURCE,
+    required=True,
+    help="The model that the adapter was trained on, in float32, float16 or bfloat16.",
+)
 @click.option(
     "--adapter",
-    "adapters",
     type=SOURCE,
     required=True,
     multiple=True,
-    help="A folder with adapter_config.json, or the file in it; of several, one is merged after the other.",
+    help="The adapter: a folder with adapter_config.json, or the weight file in it. Can be given several times.",
 )
+@out_option
 @click.option(
-    "--weight", "weights", type=float, multiple=True, help="A factor for each adapter's scale, in their order."
+    "--weight",
+    type=float,
+    metavar="FACTOR",
+    multiple=True,
+    help="How strongly to merge each adapter, in their order; 1 is as it was trained.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "float64"]),
+    type=OneOf(["float32", "float64"]),
     default="float32",
     show_default=True,
-    help="float32: the bits of peft on this kind of CPU. float64: the same bits on every machine.",
+    help="What to compute in: float32 gives the bits of peft on this kind of processor, float64 the same bits on "
+    "every one.",
 )
-@click.option("--two-roundings", is_flag=True, help="Round the change before it is added, as peft's safe_merge does.")
+@click.option(
+    "--two-roundings", is_flag=True, help="Round the change before it is added, as peft does with safe_merge."
+)
 @write_options
-def command(
-    base: Path | str,
-    adapters: tuple[Path | str, ...],
-    out: Path,
-    weights: tuple[float, ...],
-    precision: Literal["float32", "float64"],
-    two_roundings: bool,
-    **options: Any,
-) -> None:
-    """Merge LoRA adapters into a base, to the bit as peft's merge_and_unload does, streaming.
+def command(base: Path | str, adapter: tuple[Path | str, ...], out: Path, **options: Any) -> None:
+    """Merge LoRA adapters into the model that they were trained on.
 
-    LoRA, rsLoRA and DoRA with patterns of ranks, biases, embeddings, modules_to_save, trained tokens and stacked
-    experts, for bases in float32, float16 or bfloat16. Every tensor of the adapter is used, or the merge is refused
-    before anything is written; so is one that changes nothing. What was trained beside it and is no LoRA, such as
-    LLaVA's non_lora_trainables.bin, is merged too, or refused by name. An adapter's tokenizer goes along if it is
-    whole.
+    The result is a model like any other, equal to the bit to what peft's merge_and_unload gives, and the model is never
+    held in memory. Several adapters are merged one after the other.
 
     \b
     Example:
       weightops merge-lora --base ./llama-7b --adapter ./lora --out ./merged
       weightops merge-lora --base ./llama-7b --adapter ./style --adapter ./facts --weight 0.5 --weight 1 --out ./merged
+
+    LoRA, rsLoRA and DoRA are merged, with ranks by pattern, biases, embeddings, modules_to_save, trained tokens and
+    experts. Every tensor of an adapter is used, or the merge is refused before anything is written; so is one that
+    changes nothing. Other weights that were trained with the adapter, such as LLaVA's non_lora_trainables.bin, are
+    merged too or refused by name. If the adapter has a whole tokenizer, the result gets that one.
     """
-    write(
-        api.merge_lora,
-        base,
-        adapters,
-        out,
-        weights=weights,
-        precision=precision,
-        two_roundings=two_roundings,
-        **options,
-    )
+    write(api.merge_lora, base, adapter, out, **options)

@@ -8,32 +8,43 @@ from typing import Any, get_args
 import click
 
 from weightops import api
-from weightops.cli.options import SOURCE, WRITE_CODES, epilog, write, write_options
+from weightops.cli.options import out_option, write, write_options
+from weightops.cli.params import CHECKPOINT_FORMAT, GROUP_SIZE, SOURCE, WEIGHT_BITS, WRITE_CODES, Command, OneOf, epilog
 from weightops.formats.quantized.gptq import CheckpointFormat
 from weightops.ops.numbers.bitpack import BITS
 
 
-@click.command("pack", epilog=epilog(WRITE_CODES))
+@click.command("pack", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("source", type=SOURCE)
-@click.option("--bits", type=click.Choice([str(bits) for bits in BITS]), required=True, help="Of each integer.")
-@click.option("--group-size", type=int, required=True, metavar="N", help="Inputs that share a scale; -1 for all.")
+@out_option
+@click.option("--bits", type=OneOf([str(bits) for bits in BITS]), required=True, help=WEIGHT_BITS)
+@click.option("--group-size", type=int, required=True, metavar="N", help=GROUP_SIZE)
 @click.option(
     "--checkpoint-format",
-    type=click.Choice(get_args(CheckpointFormat)),
+    type=OneOf(get_args(CheckpointFormat)),
     default="gptq",
     show_default=True,
-    help="gptq stores zero points minus one and cannot store 0; gptq_v2 stores them as they are.",
+    help=CHECKPOINT_FORMAT,
 )
 @write_options
 def command(source: Path | str, out: Path, bits: str, **options: Any) -> None:
-    """Make a GPTQ model of integers, scales and zero points that were computed elsewhere.
+    """Make a GPTQ model of integers, scales and zero points that you have.
 
-    For a layer NAME of K inputs and N outputs in G groups the source holds NAME.q, integers [K, N] from 0 to
-    2^bits - 1; NAME.scales, floats [G, N]; NAME.zeros, the true zero points [G, N], 2^(bits-1) where there are none;
-    NAME.g_idx, the group of each input, in their order where there is none; NAME.bias. Other tensors are copied.
+    Use it when something else has quantised the weights, and the result is to be read by transformers, vLLM, gptqmodel
+    or auto-gptq. SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL.
 
     \b
     Example:
       weightops pack ./integers --bits 4 --group-size 128 --out ./model-4bit
+
+    \b
+    For a linear layer NAME of K inputs and N outputs, in G groups of inputs, SOURCE holds
+      NAME.q       integers [K, N] from 0 to 2^bits - 1
+      NAME.scales  floats [G, N]
+      NAME.zeros   the zero points [G, N]; 2^(bits-1) if there are none
+      NAME.g_idx   the group of each input; in their order if there is none
+      NAME.bias    if the layer has one
+
+    Other tensors are copied.
     """
     write(api.pack, source, out, bits=int(bits), **options)

@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from weightops import api
-from weightops.cli.options import (
-    FOLDER,
-    WRITE_CODES,
-    epilog,
-    refuse_unused,
-    result_document,
-    show_result,
-    write_options,
-)
+from weightops.cli.meter import human, percent
+from weightops.cli.options import out_option, refuse_unused, write_options
 from weightops.cli.output import print_json, running, save_report, table, warn
-from weightops.cli.progress import human, percent
+from weightops.cli.params import (
+    CHECKPOINT_FORMAT,
+    DEVICE,
+    FILE,
+    GLOB,
+    GROUP_SIZE,
+    SEED,
+    SEQ_LEN,
+    SOURCE,
+    WEIGHT_BITS,
+    WRITE_CODES,
+    Command,
+    OneOf,
+    epilog,
+)
+from weightops.cli.results import show_result
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 
@@ -32,46 +39,98 @@ _SHOWN = 5
 _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "seed", "damp_percent")
 
 
-@click.command("quantize", epilog=epilog(WRITE_CODES))
-@click.argument("source", type=FOLDER)
-@click.option("--bits", type=click.Choice(("2", "3", "4", "8")), default="4", show_default=True, help="Per weight.")
-@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share a scale; -1 for all.")
-@click.option("--sym/--asym", default=True, show_default=True, help="Grids around zero, or with zero points.")
-@click.option("--act-order", is_flag=True, help="Solve columns by falling activation; slower to read (g_idx).")
-@click.option("--static-groups", is_flag=True, help="Choose all grids before the first column is solved.")
-@click.option("--method", type=click.Choice(("gptq", "rtn")), default="gptq", show_default=True, help="Or just round.")
+@click.command("quantize", cls=Command, epilog=epilog(WRITE_CODES))
+@click.argument("source", type=SOURCE)
+@out_option
 @click.option(
-    "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL; repeatable."
+    "--calibration",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to calibrate with: a text file or JSONL. Can be given several times.",
 )
-@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of calibration text.")
-@click.option("--seq-len", type=click.IntRange(8), metavar="N", help="Tokens of a window; default: 2048 at most.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn.")
-@click.option("--damp-percent", default=0.01, show_default=True, help="Of the Hessian's mean diagonal, added to it.")
-@click.option("--mse/--no-mse", default=True, show_default=True, help="Search every grid's best clipping.")
-@click.option("--skip", multiple=True, metavar="GLOB", help="Leave such layers as they are; repeatable.")
+@click.option("--bits", type=OneOf(("2", "3", "4", "8")), default="4", show_default=True, help=WEIGHT_BITS)
+@click.option("--group-size", type=int, metavar="N", default=128, show_default=True, help=GROUP_SIZE)
 @click.option(
-    "--checkpoint-format",
-    type=click.Choice(("gptq", "gptq_v2")),
+    "--sym/--asym",
+    default=True,
+    show_default=True,
+    help="Let integers stand for numbers around zero, or for a range with a zero point of its own.",
+)
+@click.option(
+    "--act-order",
+    is_flag=True,
+    help="Take the inputs with the largest activations first: more accurate at low bits, slower to run.",
+)
+@click.option(
+    "--static-groups", is_flag=True, help="Choose the scales of all groups before the first column is rounded."
+)
+@click.option(
+    "--method",
+    type=OneOf(("gptq", "rtn")),
     default="gptq",
     show_default=True,
-    help="v1 is read by everything; v2 allows zero points of 0.",
+    help="gptq, or rtn, which rounds to nearest and looks at no text.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--max-memory", metavar="SIZE", help="What is left of it saves time: 8GB; default: half of what is free.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map of errors.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    metavar="N",
+    default=128,
+    show_default=True,
+    help="Number of pieces of the text to calibrate with.",
+)
+@click.option(
+    "--seq-len", type=click.IntRange(8), metavar="N", help=f"Tokens in each piece of the text; default: {SEQ_LEN}."
+)
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help=SEED)
+@click.option(
+    "--damp-percent",
+    metavar="SHARE",
+    default=0.01,
+    show_default=True,
+    help="How much to add to the diagonal of the Hessian, as a share of its mean.",
+)
+@click.option(
+    "--mse/--no-mse",
+    default=True,
+    show_default=True,
+    help="Search for the range of every group that leaves the smallest error.",
+)
+@click.option("--skip", multiple=True, metavar="GLOB", help=f"Leave such layers as they are. {GLOB}")
+@click.option(
+    "--checkpoint-format",
+    type=OneOf(("gptq", "gptq_v2")),
+    default="gptq",
+    show_default=True,
+    help=CHECKPOINT_FORMAT,
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help=DEVICE)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory that may be used to save time, such as 8GB; default: half of what is free.",
+)
+@click.option("--html", type=FILE, help="Write a page for a browser, with the error of every layer.")
 @write_options
-def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Quantise the linear layers of a model to 2, 3, 4 or 8 bits with GPTQ, one block in memory at a time.
+def command(
+    source: Path | str, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Quantise a model to 2, 3, 4 or 8 bits for each weight, with GPTQ.
 
-    Calibration text runs through the model block by block; each layer is solved so that its output changes least. The
-    result is in the GPTQ format that transformers, vLLM, gptqmodel and auto-gptq read. Embeddings, head and norms stay
-    as they are. A run that was killed continues at its block when the same command is given again.
+    A quantised model takes a fraction of the memory. GPTQ runs some text, the calibration data, through the model, and
+    chooses the integers with which the outputs of each layer change least. SOURCE is a model that transformers knows,
+    with its tokenizer: a folder, hf://org/name[@revision] or a URL.
 
     \b
     Example:
       weightops quantize ./model --out ./model-4bit --calibration ./text.txt
       weightops quantize ./model --out ./model-3bit --bits 3 --act-order --calibration ./text.jsonl --html ./errors.html
       weightops quantize ./model --out ./model-rtn --method rtn --group-size 32
+
+    One block of the model is in memory at a time, so that no GPU and little memory are needed; an interrupted run
+    continues at its block when the same command is given again. Linear layers are quantised, while embeddings, output
+    head and norms stay as they are. transformers, vLLM, gptqmodel and auto-gptq read the result.
     """
     if options["method"] == "rtn":
         refuse_unused("with --method rtn, which looks at no text", *_OF_GPTQ)
@@ -83,14 +142,14 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
     with running(quiet) as control:
         done = api.quantize(source, out, bits=int(bits), control=control, **options)
     modules = done.modules
-    if done.result is None:
-        _show_estimate(done, as_json)
-        return
     if as_json:
-        document = result_document(done.result, workers)
-        warn(done.result.warnings)
-        print_json(document | {"bits_per_weight": done.bits_per_weight, "modules": msgspec.to_builtins(modules)})
-    else:
+        warn(done.result.warnings if done.result else ())
+        print_json(done.to_json(workers))
+    if done.result is None:
+        if not as_json:
+            click.echo(_estimate_text(done))
+        return
+    if not as_json:
         show_result(done.result, False, quiet, workers)
         if not quiet:
             click.echo(_text(modules, done.bits_per_weight))
@@ -101,17 +160,14 @@ def command(source: Path, out: Path, bits: str, html: Path | None, as_json: bool
         click.get_current_context().exit(save_report(html, page(out.name, modules, facts_of(done))))
 
 
-def _show_estimate(done: api.Quantization, as_json: bool) -> None:
+def _estimate_text(done: api.Quantization) -> str:
     found = done.estimate
-    if as_json:
-        print_json({"schema": "weightops-write/1", "written": False, **vars(found)})
-        return
     rows = [
         f"layers   {found.n_modules} in {found.n_blocks} blocks, {human(found.packed_nbytes)} when packed",
         f"memory   at most {human(found.memory_nbytes)}, and up to {human(found.kept_nbytes)} more to save time",
         f"disk     {human(2 * found.packed_nbytes + 2 * found.hidden_nbytes)} beside the output while it runs",
     ]
-    click.echo("\n".join(rows))
+    return "\n".join(rows)
 
 
 def _text(modules: Sequence[ModuleReport], bits: float) -> str:

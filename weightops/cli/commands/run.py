@@ -9,54 +9,55 @@ from typing import Any
 import click
 
 from weightops import api
-from weightops.cli.options import (
-    WRITE_CODES,
-    epilog,
-    result_document,
-    run_options,
-    show_result,
-)
+from weightops.cli.meter import human
+from weightops.cli.options import run_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.progress import human
+from weightops.cli.params import WRITE_CODES, Command, epilog
+from weightops.cli.results import show_result
 from weightops.engine.limits import peak_memory
 from weightops.engine.preflight import default_workers, free_disk
 from weightops.engine.proof import fetched_nbytes
 from weightops.io.escape import escape
 from weightops.recipes.execute import Result
 from weightops.recipes.recipe import Recipe, read_recipe
+from weightops.recipes.report import run_json
 
 
-@click.command("run", epilog=epilog(WRITE_CODES))
+@click.command("run", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @run_options
 def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Carry out a recipe: operations chained without files in between, several outputs from one read.
+    """Carry out a recipe: several steps and several results, in one go.
 
-    \b
-    sources:  {raw: ./llama-13b, diff: hf://org/zhixi-13b-diff, lora: ./lora}
-    tensors:
-      base:   {recover: {raw: raw, diff: diff}}
-      chat:   {merge-lora: {base: base, adapter: lora}}
-    outputs:
-      ./zhixi:          {from: base, format: torch-1.12, max_shard_size: 10GB, expect: zhixi-13b-base}
-      ./zhixi-chat:     {from: chat, dtype: bfloat16, max_shard_size: 5GB}
-      ./zhixi-chat-f16: {from: chat, dtype: float16}
-
-    Operations are recover, diff, convert, shard, cast, merge-lora and extract-lora, with the options of the commands.
-    Paths count from the folder of the recipe. Outputs appear when all are whole; if the run is killed, the same
-    command continues.
+    A recipe is a YAML file. It names sources, what is made of them, and the folders that results go to. Nothing is
+    written between the steps, and what several results have in common is read and computed once. They appear when all
+    are complete; if the command is interrupted, the same command continues.
 
     \b
     Example:
       weightops run ./release.yaml --dry-run
       weightops run ./release.yaml
+
+    \b
+    A recipe that recovers a model, merges an adapter into it, and writes three folders:
+      sources:  {raw: ./llama-13b, diff: hf://org/zhixi-13b-diff, lora: ./lora}
+      tensors:
+        base:   {recover: {raw: raw, diff: diff}}
+        chat:   {merge-lora: {base: base, adapter: lora}}
+      outputs:
+        ./zhixi:          {from: base, format: torch-1.12, max_shard_size: 10GB, expect: zhixi-13b-base}
+        ./zhixi-chat:     {from: chat, dtype: bfloat16, max_shard_size: 5GB}
+        ./zhixi-chat-f16: {from: chat, dtype: float16}
+
+    Steps are recover, diff, convert, shard, cast, merge-lora, extract-lora, dequantize and pack, with the options of
+    those commands. Outputs take the options of cast, and those that say how files are written. Paths count from the
+    folder of the recipe.
     """
     parsed = read_recipe(recipe)
     with running(quiet) as control:
         results = api.run(parsed, control=control, **options)
     if as_json:
-        documents = [result_document(result, options["workers"]) for result in results.values()]
-        print_json({"schema": "weightops-run/1", "outputs": documents})
+        print_json(run_json(results.values(), options["workers"]))
         return
     if options["dry_run"]:
         click.echo(_dry_run_text(parsed, results, options["workers"]))
@@ -90,8 +91,8 @@ def _dry_run_text(recipe: Recipe, results: Mapping[Path, Result], workers: int |
         )
     files = {file: None for plan in plans for file in plan.sources}
     read = f"reads    {human(sum(f.nbytes for f in files))} from {len(files)} files"
-    if any(plan.is_remote for plan in plans):
-        read += f", {human(sum(map(fetched_nbytes, plans)))} over the network"
+    if fetched := sum(map(fetched_nbytes, plans)):
+        read += f", {human(fetched)} over the network"
     memory = human(peak_memory(plans, workers or default_workers(plans)))
     total = human(sum(plan.total_nbytes for plan in plans))
     tables = [table(sources, right=(2, 3))]

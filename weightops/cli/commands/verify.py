@@ -7,33 +7,42 @@ from pathlib import Path
 import click
 
 from weightops import api
-from weightops.cli.options import FOLDER, epilog, refuse_unused, report_options, workers_option
+from weightops.cli.meter import human
+from weightops.cli.options import refuse_unused, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.progress import human
+from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog
 from weightops.errors import WeightopsError
 from weightops.io.atomic import check_target
 from weightops.io.escape import escape
 from weightops.operations.verify import EXTRA_POLICIES, FileResult, VerifyReport, junit_of_error
 
 
-@click.command("verify", epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
-@click.argument("folder", type=FOLDER)
-@click.option("--manifest", metavar="FILE|NAME", help="A manifest, checksum list or published name; default: its own.")
-@click.option("--quick", is_flag=True, help="Sizes, headers and index only.")
+@click.command("verify", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 130)))
+@click.argument("folder", type=SOURCE)
+@click.option(
+    "--manifest",
+    metavar="FILE|NAME",
+    help="Compare with this manifest, checksum list or published name; default: what lies in the folder.",
+)
+@click.option("--quick", is_flag=True, help="Compare sizes, headers and index only, and read no tensors.")
 @click.option("--content", is_flag=True, help="Compare tensors, whatever files they are in.")
 @click.option(
     "--extra",
-    type=click.Choice(EXTRA_POLICIES),
+    type=OneOf(EXTRA_POLICIES),
     default="warn",
     show_default=True,
-    help="What to do about files that the manifest does not list.",
+    help="What to do about files that are not on the list.",
 )
-@click.option("--algorithm", metavar="NAME", help="The digest of a checksum list whose name does not say it.")
-@click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write a JUnit XML report for CI.")
+@click.option(
+    "--algorithm",
+    metavar="NAME",
+    help="The digest that a checksum list holds, such as md5, if its name does not say it.",
+)
+@click.option("--junit", type=FILE, help="Write the result as JUnit XML, which continuous integration reads.")
 @workers_option
 @report_options
 def command(
-    folder: Path,
+    folder: Path | str,
     manifest: str | None,
     quick: bool,
     content: bool,
@@ -44,23 +53,31 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check a folder, or a single file with a manifest: one line per file, a verdict, and exit code 0 or 3.
+    """Check that the files of a model are the right ones.
 
-    Reads weightops manifests, md5sum, sha256sum, b3sum and xxhsum lists in GNU or BSD form, and Meta's checklist.chk.
-    When files differ it says whether the tensors in them do, and which.
+    FOLDER, or a single file, is compared with a list of digests, numbers that change with any bit of a file: the
+    weightops-manifest.json that lies in it, or another list. There is a line for each file and a verdict; the exit code
+    is 0 if all is right and 3 if anything differs.
+
+    hf://org/name[@revision] is the copy of a repository in the Hugging Face cache. It is compared with the digests of
+    its hub, or, with HF_HUB_OFFLINE, with those that the cache names its files by.
 
     \b
     Example:
       weightops verify ./zhixi
       weightops verify ./zhixi --manifest zhixi-13b-base
       weightops verify ./zhixi.gguf
+      weightops verify hf://org/name
+
+    Lists of md5sum, sha256sum, b3sum and xxhsum are read too, and Meta's checklist.chk. If files differ, the verdict
+    says whether the tensors in them do, and which.
     """
     if content:
         refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
     if junit is not None:
         check_target(junit)
     try:
-        with running(quiet or as_json) as control:
+        with running(quiet) as control:
             report = api.verify(
                 folder,
                 manifest,

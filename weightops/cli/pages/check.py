@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from weightops.cli.meter import human
 from weightops.cli.pages import html as html_page
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
 from weightops.cli.pages.html import long_text
-from weightops.cli.progress import human
 from weightops.layouts.modules import NUMBERED
 from weightops.operations.check import CheckReport
 from weightops.ops.measures.statistics import TensorStatistics

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
+from weightops.cli.meter import human, percent
 from weightops.cli.pages import html as html_page
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
 from weightops.cli.pages.html import long_text
-from weightops.cli.progress import human, percent
 
 if TYPE_CHECKING:
     from weightops.api import Quantization

@@ -15,6 +15,8 @@ from weightops.io.platform.optional import module
 
 PROC = Path("/proc")
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_ESCAPES = {r"\040": " ", r"\011": "\t", r"\012": "\n", r"\134": "\\"}
+"""How /proc/self/mountinfo writes what would end a field."""
 _HAS_AFFINITY = hasattr(os, "sched_getaffinity")
 _resource = module("resource")
 
@@ -132,3 +134,33 @@ def _proc(name: str) -> bytes | None:
         return (PROC / name).read_bytes()
     except OSError:
         return None
+
+
+def total_memory() -> int | None:
+    """Bytes of memory that the machine has; None where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def file_system_type(folder: Path) -> str | None:
+    """The type of the file system that a folder is on, as Linux has it."""
+    try:
+        lines = (PROC / "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    return find_mount(lines, folder.resolve())
+
+
+def find_mount(lines: list[str], folder: Path) -> str | None:
+    """The type of the innermost mount, the last of several, that a line of mountinfo(5) says a folder lies in."""
+    best: tuple[int, str | None] = (-1, None)
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4]
+        for escaped, character in _ESCAPES.items():
+            point = point.replace(escaped, character)
+        if folder.is_relative_to(point) and len(Path(point).parts) >= best[0]:
+            best = len(Path(point).parts), after.split(" ")[0]
+    return best[1]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from weightops.operations.check.architecture import architecture_findings
 from weightops.operations.check.files import tokens_without_rows
 from weightops.operations.check.operation import check
-from weightops.operations.check.report import CODES, CheckOptions, CheckReport, Finding
+from weightops.operations.check.report import CODES, CheckDocument, CheckOptions, CheckReport, Finding
 
 __all__ = [
     "CODES",
+    "CheckDocument",
     "CheckOptions",
     "CheckReport",
     "Finding",

@@ -40,6 +40,8 @@ _OPENING: tuple[tuple[str, str, Severity], ...] = (
     ("holds weights but is not part", "file", "warning"),
     ("a Git LFS pointer", "file", "error"),
     ("code, carried along", "file", "note"),
+    (": offline: ", "file", "note"),
+    (": not in the cache, so left out: ", "file", "note"),
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import watch_all
+from weightops.engine.proof import hold
 from weightops.engine.values import values as values_of
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import is_adapter
@@ -49,7 +50,7 @@ def check(
     `ignore` are left out. Names, shapes and ties are held against transformers' class for config.json, unless
     `architecture` is False; importing that takes seconds, which `cache`, a folder for what it says, saves next time.
     Raises `UsageError` for unknown codes or a `max_abs` that is no bound, `CorruptInput` for tensors that cannot be
-    read; whatever else is wrong with the checkpoint is part of the report.
+    read, `Differs` for files on servers or in a cache whose digest is wrong; whatever else is wrong is in the report.
     """
     unknown = sorted(set(ignore) - CODES.keys())
     if unknown:
@@ -127,6 +128,7 @@ def _examine(checkpoint: Checkpoint, workers: int | None, control: Control) -> d
     ]
     remote = any(node.op.source is not None and node.op.source.is_remote for t in labels for node in t.walk())
     found = watch_all("checking", watched, workers or (1 if remote else os.cpu_count() or 1), control)
+    hold(labels, control)
     reports = {
         tensor: TensorReport(
             tensor.spec,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
+
+import msgspec
 
 from weightops.io.brief import brief
 from weightops.io.notebook import card, in_units
+from weightops.io.strict_json import as_json
 from weightops.ops.measures.statistics import TensorStatistics
-from weightops.spec import TensorSpec
-
-SCHEMA = "weightops-check/1"
+from weightops.spec import DType, TensorSpec
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -81,6 +82,66 @@ class Finding:
     hint: str = ""
 
 
+class TensorCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Elements of a tensor of each odd kind."""
+
+    nan: int
+    inf: int
+    zero: int
+    subnormal: int
+
+
+class TensorDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor in what `check --json` prints.
+
+    From `min` on only where values were read and are numbers of whole bytes. Extremes and moments are over finite
+    elements, null where there are none. `log2_histogram` counts elements by the exponent of their magnitude, which is
+    text because it is the key of an object.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str | None
+    xxh3_128: str | None
+    min: int | float | msgspec.UnsetType | None = msgspec.UNSET
+    max: int | float | msgspec.UnsetType | None = msgspec.UNSET
+    absmax: int | float | msgspec.UnsetType | None = msgspec.UNSET
+    mean: float | msgspec.UnsetType | None = msgspec.UNSET
+    std: float | msgspec.UnsetType | None = msgspec.UNSET
+    zero_rows: int | msgspec.UnsetType | None = msgspec.UNSET
+    counts: TensorCounts | msgspec.UnsetType = msgspec.UNSET
+    log2_histogram: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """The architecture that names, shapes and ties were held against, or why there was none."""
+
+    held_against: str | None
+    not_held: str | None
+
+
+class Ignored(msgspec.Struct, frozen=True, kw_only=True):
+    """The codes that were to be left out, and how many findings that were."""
+
+    codes: tuple[str, ...]
+    findings: int
+
+
+class CheckDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-check/1"):
+    """What `check --json` prints: a `CheckReport`, with all findings and every tensor by name."""
+
+    checkpoint: str
+    verdict: bool
+    counts: dict[Severity, int]
+    examined: bool
+    nbytes: int
+    architecture: Held
+    ignored: Ignored
+    findings: tuple[Finding, ...]
+    tensors: dict[str, TensorDocument]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorReport:
     """One tensor; without digest and statistics if no values were read, without the latter for packed dtypes."""
@@ -92,22 +153,25 @@ class TensorReport:
 
     __repr__ = brief
 
-    def to_json(self) -> dict[str, Any]:
-        """Spec, digest, statistics; the histogram by exponent, as text because it is the key of a JSON object."""
-        document: dict[str, Any] = {
-            "dtype": self.spec.dtype.value,
-            "shape": list(self.spec.shape),
-            "nbytes": self.spec.nbytes,
-            "file": self.file,
-            "xxh3_128": self.xxh3_128,
-        }
+    @property
+    def document(self) -> TensorDocument:
+        """Spec, digest and statistics as they are printed."""
+        own: dict[str, Any] = {"dtype": self.spec.dtype, "shape": self.spec.shape, "nbytes": self.spec.nbytes}
+        own |= {"file": self.file, "xxh3_128": self.xxh3_128}
         found = self.statistics
-        if found is not None:
-            counts = {"nan": found.nan, "inf": found.infinite, "zero": found.zero, "subnormal": found.subnormal}
-            document |= {"min": found.minimum, "max": found.maximum, "absmax": found.absmax}
-            document |= {"mean": found.mean, "std": found.std, "zero_rows": found.zero_rows, "counts": counts}
-            document["log2_histogram"] = {str(exponent): n for exponent, n in sorted(found.histogram.items())}
-        return document
+        if found is None:
+            return TensorDocument(**own)
+        return TensorDocument(
+            **own,
+            min=found.minimum,
+            max=found.maximum,
+            absmax=found.absmax,
+            mean=found.mean,
+            std=found.std,
+            zero_rows=found.zero_rows,
+            counts=TensorCounts(nan=found.nan, inf=found.infinite, zero=found.zero, subnormal=found.subnormal),
+            log2_histogram={str(exponent): n for exponent, n in sorted(found.histogram.items())},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +215,15 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """A document of schema `weightops-check/1`."""
-        return {
-            "schema": SCHEMA,
-            "checkpoint": self.name,
-            "verdict": self.verdict,
-            "counts": dict(self.counts),
-            "examined": self.examined,
-            "nbytes": self.nbytes,
-            "architecture": {"held_against": self.held_against, "not_held": self.not_held or None},
-            "ignored": {"codes": list(self.ignored), "findings": self.ignored_count},
-            "findings": [asdict(finding) for finding in self.findings],
-            "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
-        }
+        document = CheckDocument(
+            checkpoint=self.name,
+            verdict=self.verdict,
+            counts=self.counts,
+            examined=self.examined,
+            nbytes=self.nbytes,
+            architecture=Held(held_against=self.held_against, not_held=self.not_held or None),
+            ignored=Ignored(codes=self.ignored, findings=self.ignored_count),
+            findings=self.findings,
+            tensors={name: tensor.document for name, tensor in self.tensors.items()},
+        )
+        return as_json(document)

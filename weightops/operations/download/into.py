@@ -20,7 +20,7 @@ def download_into(
     revision: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    digests: Mapping[str, str] | None,
+    digests: Mapping[str, str],
     checksums: str | None,
     workers: int | None,
     prune: bool,
@@ -33,7 +33,7 @@ def download_into(
     include, exclude = tuple(include), tuple(exclude)
     target = sources.find_target(source, revision, control.stores.web.endpoint)
     if offline:
-        given = {"digests": digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
+        given = {**digests, "checksums": checksums, "prune": prune, "overwrite": overwrite}
         for name in (name for name, value in given.items() if value):
             raise UsageError(f"{name} has no use offline, where no server is asked", hint="leave it out")
         found = record.offline(
@@ -43,7 +43,7 @@ def download_into(
     operation.check_out(out)
     with control.stores.connected() as stores:
         web = stores.web
-        target = sources.with_digests(target, digests or {}, checksums, web)
+        target = sources.with_digests(target, digests, checksums, web)
         version = sources.find_version(target, web)
         request = record.request_of(str(target.place), version, target.expected_by, include, exclude)
         earlier = record.recorded(out / manifest_format.NAME)

@@ -9,7 +9,7 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,9 @@ Files = tuple[RemoteFile, ...]
 class Download:
     """What was fetched, or would be: `files` are all of them, `have` the bytes of each that were there before.
 
-    `manifest` is None as long as the folder is not complete. `stale` are files of an earlier version that the source
-    no longer has, `unproven` those that the source gives no digest of, `ours` those that may be replaced.
+    `manifest` is None as long as the folder is not complete; a cache has none, and `is_cached` says that it has all.
+    `stale` are files of an earlier version that the source no longer has, `unproven` those that the source gives no
+    digest of, `ours` those that may be replaced.
     """
 
     out: Path
@@ -71,8 +72,14 @@ class Download:
     warnings: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
     ours: frozenset[str] = frozenset()
+    is_cached: bool = False
 
     __repr__ = brief
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every file is there, and was proven."""
+        return self.manifest is not None or self.is_cached
 
     @property
     def nbytes(self) -> int:
@@ -87,12 +94,18 @@ def select(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> 
     says what was fetched. Nor are what clients left. Raises `CorruptInput` for chosen names that would leave the
     folder or stand in each other's way, `SourceMissing` when nothing is left.
     """
-    chosen = [
-        file
-        for file in listing.files
-        if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
-    ]
-    files = [file for file in chosen if file.name != manifest.NAME and not _DROPPINGS.fullmatch(file.name)]
+    files, notes = select_all(listing, include, exclude, lambda name: name != manifest.NAME and not _is_dropping(name))
+    dropped = sum(map(_is_dropping, _chosen(listing, include, exclude)))
+    said = [f"{listing.source}: what a client left there is passed over (files: {dropped})"] if dropped else []
+    return files, said + notes
+
+
+def select_all(
+    listing: Listing, include: Sequence[str], exclude: Sequence[str], is_wanted: Callable[[str], bool] = lambda _: True
+) -> tuple[Files, list[str]]:
+    """As `select`, with nothing passed over but what is not wanted by its name."""
+    chosen = _chosen(listing, include, exclude)
+    files = [file for file in listing.files if file.name in chosen and is_wanted(file.name)]
     if not files:
         raise SourceMissing(f"{listing.source}: no file" + (" matches" if include or exclude else ""))
     for file in files:
@@ -100,9 +113,17 @@ def select(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> 
             check_relative(file.name, listing.source)
         except CorruptInput as error:
             raise CorruptInput(str(error), hint="--exclude leaves it out") from None
-    dropped = sum(_DROPPINGS.fullmatch(file.name) is not None for file in chosen)
-    notes = [f"{listing.source}: what a client left there is passed over (files: {dropped})"] if dropped else []
-    return tuple(files), notes + _check_together([file.name for file in files], listing.source)
+    return tuple(files), _check_together([file.name for file in files], listing.source)
+
+
+def _chosen(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
+    """The names that --include and --exclude leave."""
+    names = (file.name for file in listing.files)
+    return frozenset(n for n in names if (not include or _matches(n, include)) and not _matches(n, exclude))
+
+
+def _is_dropping(name: str) -> bool:
+    return _DROPPINGS.fullmatch(name) is not None
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -186,10 +207,7 @@ def plan_download(
     stale = tuple(name for name in _ever_fetched(previous) if name not in there and _is_file(out, name))
     if complete is None:
         check_folder(out)
-    missing_nbytes = sum(file.nbytes or 0 for file in files if file.name not in have)
-    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out / STATE)
-    if missing_nbytes and needed > free:
-        raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
+    check_room(out, sum(file.nbytes or 0 for file in files if file.name not in have))
     unproven = tuple(file.name for file in files if not file.digests)
     notes = (*warnings, *_name_unproven(unproven))
     return Download(out, listing, files, have, None if stale else complete, stale, notes, unproven, ours)
@@ -202,6 +220,13 @@ def _check_names(out: Path, listing: Listing, files: Files) -> None:
     except CorruptInput as error:
         hint = f"{error.hint}, or leave one out with --exclude" if error.hint else "--exclude leaves it out"
         raise CorruptInput(str(error), hint=hint) from None
+
+
+def check_room(out: Path, missing_nbytes: int) -> None:
+    """Raise `NoRoom` unless the disk has room for so many bytes more, less what has arrived of them already."""
+    needed, free = missing_nbytes - taken_disk(out / STATE, "*/data") + _SPARE_NBYTES, free_disk(out / STATE)
+    if missing_nbytes and needed > free:
+        raise NoRoom(f"{escape(str(out))}: {needed} more bytes are needed, {free} are free")
 
 
 def _ever_fetched(previous: Manifest | None) -> list[str]:
@@ -272,7 +297,7 @@ def fetch(
     _check_names(out, planned.listing, planned.files)  # of a disk that was empty, only now can be said what it tells
     missing = [file for file in planned.files if file.name not in planned.have]
     control.progress.start("downloading", sum(file.nbytes or 0 for file in missing))
-    transfer = Transfer(out, web, _Reporter(control), workers, planned.ours)
+    transfer = Transfer(out, web, Reporter(control), workers, planned.ours)
     stamps = {name: stamp_of(out / name) for name in planned.have}
     done = transfer.run(missing, lambda: _set_aside(out))
     control.progress.stop()
@@ -338,7 +363,7 @@ def _entry(done: Done) -> FileEntry:
     return FileEntry(nbytes=done.nbytes, digests={k: v for k, v in done.digests.items() if k in HEX_DIGITS})
 
 
-class _Reporter:
+class Reporter:
     """Passes what a transfer says on to the progress of a command."""
 
     def __init__(self, control: Control) -> None:

@@ -16,7 +16,7 @@ from weightops.formats.web_places import list_folder
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.escape import escape
 from weightops.stores.local import read_source
-from weightops.stores.web.hub import find_commit, find_file, is_commit, list_commit
+from weightops.stores.web.hub import find_commit, find_file, list_commit
 from weightops.stores.web.listing import (
     HubFile,
     HubRepository,
@@ -24,6 +24,7 @@ from weightops.stores.web.listing import (
     RemoteFile,
     WebFile,
     WebFolder,
+    is_commit,
     is_location,
     parse_location,
 )

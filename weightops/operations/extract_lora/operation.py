@@ -59,7 +59,7 @@ def extract_lora(
     max_rank: int | None = None,
     seed: int = 0,
     dtype: DType | None = None,
-    targets: Sequence[str] = (),
+    target: Sequence[str] = (),
     rest: Literal["save", "refuse", "drop"] = "save",
     evaluate: Evaluate,
 ) -> Checkpoint:
@@ -72,8 +72,8 @@ def extract_lora(
     is noted by module (`weightops.ops.lora.lowrank.LowRank`). `dtype` is that of the factors, default float32. `seed`
     draws the random matrix.
 
-    `targets`: globs of the modules that get factors, by their path or its end (`q_proj`, `*.mlp.*`); other Linear
-    weights that differ are named in a warning. Output embeddings get factors only if a glob of `targets` matches.
+    `target`: globs of the modules that get factors, by their path or its end (`q_proj`, `*.mlp.*`); other Linear
+    weights that differ are named in a warning. Output embeddings get factors only if a glob of `target` matches.
     `rest`: what else differs, embeddings, norms, biases and vocabularies of another size, is kept whole as peft's
     `modules_to_save` ("save"), to the bit; named in an error ("refuse"); or left out, with a warning ("drop").
 
@@ -88,7 +88,7 @@ def extract_lora(
         _refuse_others(role, checkpoint)
     pairs = _pairs(base, tuned)
     places = Places(tuned, pairs)
-    chosen = _targets(pairs, places, targets, base)
+    chosen = _targets(pairs, places, target, base)
     changes = _measure(pairs, chosen, evaluate)
     if not changes:
         raise IncompatibleInputs(
@@ -182,7 +182,7 @@ def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
     refuse_parts(checkpoint)
     refuse_adapter(checkpoint, role)
     sources = (node.op.source for tensor in checkpoint.values() for node in tensor.walk())
-    if any(source is not None and source.is_remote for source in sources):
+    if any(source is not None and source.is_on_server for source in sources):
         raise UsageError(
             f"{shown} is on a server, and would be fetched {PASSES + 2} times or more",
             hint="weightops download fetches it once",
@@ -242,7 +242,7 @@ def _targets(pairs: Mapping[str, Pair], places: Places, patterns: Sequence[str],
     if tied:
         raise UsageError(
             f"{listed(tied)}: is the input embedding too in base, which factors for the one would change as well",
-            hint="leave it out of --targets: --rest save keeps it whole",
+            hint="leave it out of --target: --rest save keeps it whole",
         )
     return found
 

@@ -32,14 +32,14 @@ def merge_lora(
     base: Checkpoint,
     adapter: Sequence[Checkpoint],
     *,
-    weights: Sequence[float] = (),
+    weight: Sequence[float] = (),
     precision: Precision = "float32",
     two_roundings: bool = False,
     evaluate: Evaluate,
 ) -> Checkpoint:
     """`base` with the adapters merged into it, one after the other.
 
-    `weights` are factors for the scale of each adapter, as peft's `set_scale` takes them. In float32 the result has the
+    `weight`: a factor for the scale of each adapter, as peft's `set_scale` takes them. In float32 the result has the
     bits of peft 0.21 on a CPU: `PeftModel.from_pretrained` and `merge_and_unload`, with `two_roundings` those of
     `safe_merge=True`, which rounds each change before it is added. float64 rounds once, and gives the same bits on
     every machine. Embeddings are untied where the adapter holds one of them for itself, and config.json says so.
@@ -48,7 +48,7 @@ def merge_lora(
     `CorruptInput` for damaged ones, `UsageError` for weights that cannot be meant.
     """
     _check_base(base)
-    adapters = _read(adapter, weights)
+    adapters = _read(adapter, weight)
     merging = Merging(base, adapters, precision, two_roundings)
     notes = check_values(adapters, merging.changes, evaluate)
     sidecars, files = merged_sidecars(base, adapter)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from weightops.operations.verify.operation import EXTRA_POLICIES, is_listing, verify
-from weightops.operations.verify.report import FileResult, VerifyReport, junit_of_error
+from weightops.operations.verify.report import FileResult, VerifyDocument, VerifyReport, junit_of_error
 
-__all__ = ["EXTRA_POLICIES", "FileResult", "VerifyReport", "is_listing", "junit_of_error", "verify"]
+__all__ = ["EXTRA_POLICIES", "FileResult", "VerifyDocument", "VerifyReport", "is_listing", "junit_of_error", "verify"]

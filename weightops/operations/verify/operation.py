@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from weightops.engine.control import Control
 from weightops.errors import CorruptInput, Interrupted, SourceMissing, UsageError, WeightopsError
@@ -22,6 +23,9 @@ from weightops.io.escape import escape
 from weightops.io.paths import files_below, inside
 from weightops.operations.verify.report import FileResult, Status, VerifyReport
 from weightops.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from weightops.formats.hub_places import Snapshot
 
 EXTRA_POLICIES = ("fail", "warn", "ignore")
 _DEFAULT_MANIFESTS = (own.NAME, "checklist.chk", "MD5SUMS", "SHA256SUMS", "XXH128SUMS")
@@ -52,6 +56,7 @@ def verify(
     workers: int | None = None,
     tensors: TensorDigests | None = None,
     structure: StructureCheck | None = None,
+    snapshot: Snapshot | None = None,
     control: Control | None = None,
 ) -> VerifyReport:
     """Compare `folder`, or a single file, with `manifest`: our own when its name ends in .json, else a checksum list.
@@ -61,7 +66,8 @@ def verify(
     every file is read; when some are not as listed and the manifest knows the tensors, these are compared too, for
     the same tensors may well lie in other files. `quick` compares sizes and asks `structure`; `content` compares
     only tensors, through `tensors`. `extra` is the policy on files that are not listed: fail, warn or ignore.
-    `algorithm` picks one of several digests of a manifest, and overrules the name of a checksum list.
+    `snapshot` is what `folder` is the copy of in a cache: without `manifest` its files are held against their digests
+    on the hub. `algorithm` picks one of several digests of a manifest, and overrules the name of a checksum list.
     Raises `UsageError`, `SourceMissing` for the folder or manifest, `CorruptInput` for a malformed manifest.
     """
     started = time.monotonic()
@@ -75,22 +81,29 @@ def verify(
     if file is None and not os.path.isdir(folder):
         raise SourceMissing(f"{escape(str(folder))}: no such folder or file")
     root = folder if file is None else folder.parent
-    path = manifest or (_default_manifest(folder) if file is None else _manifest_beside(folder))
-    known = read_manifest(path) if path.name.endswith(".json") else None
-    report = VerifyReport(str(folder), str(path), "quick" if quick else "content" if content else "full", extra)
-    if known is not None:
+    path = manifest
+    if path is None and (snapshot is None or content):
+        path = _default_manifest(folder) if file is None else _manifest_beside(folder)
+    known = read_manifest(path) if path is not None and path.name.endswith(".json") else None
+    mode: Literal["full", "quick", "content"] = "quick" if quick else "content" if content else "full"
+    name, by = (snapshot.name, snapshot.by) if snapshot else (str(folder), "")
+    report = VerifyReport(name, str(path or by), mode, extra, warnings=snapshot.notes if snapshot else ())
+    if path is None:
+        assert snapshot is not None
+        expected = {n: _Expected(dict(each.digests), each.nbytes) for n, each in snapshot.files.items()}
+    elif known is not None:
         expected = _from_manifest(known, path, algorithm)
     else:
         found = read_checksums(path, algorithm, root)
         expected = {name: _Expected(digests) for name, digests in found.by_file().items()}
-        report = replace(report, warnings=found.notes)
+        report = replace(report, warnings=(*report.warnings, *found.notes))
     if file is not None:
-        expected, report = _of_file(expected, file, escape(str(path))), replace(report, extra="ignore")
+        expected, report = _of_file(expected, file, escape(report.manifest)), replace(report, extra="ignore")
     control = control or Control()
     if content:
         if known is None or tensors is None:
             raise UsageError(
-                f"{escape(str(path))}: only a manifest of weightops knows tensors, which content compares",
+                f"{escape(report.manifest)}: only a manifest of weightops knows tensors, which content compares",
                 hint="leave content out to compare files",
             )
         report = _with_content(report, folder, known, tensors)
@@ -157,13 +170,14 @@ def _from_manifest(manifest: Manifest, path: Path, algorithm: str | None) -> dic
 def _with_files(
     report: VerifyReport,
     folder: Path,
-    manifest: Path,
+    manifest: Path | None,
     expected: Mapping[str, _Expected],
     workers: int | None,
     control: Control,
 ) -> VerifyReport:
     """The report with a result for each listed file, in the manifest's order, then for each extra one."""
-    seen = {name: _look(folder, name, wanted, escape(str(manifest))) for name, wanted in expected.items()}
+    shown = escape(str(manifest or folder))
+    seen = {name: _look(folder, name, wanted, shown) for name, wanted in expected.items()}
     present = {name: at for name, at in seen.items() if not isinstance(at, FileResult)}
     hashed: dict[str, FileDigests | WeightopsError] = {}
     if report.mode == "full":
@@ -221,7 +235,7 @@ def _in_words(digests: Mapping[str, str]) -> str:
     return ", ".join(f"{algorithm} {digest}" for algorithm, digest in digests.items())
 
 
-def _extras(folder: Path, manifest: Path, listed: Collection[str]) -> list[FileResult]:
+def _extras(folder: Path, manifest: Path | None, listed: Collection[str]) -> list[FileResult]:
     """Files below `folder` that are neither listed nor lists themselves, and subfolders that cannot be searched."""
     found: list[FileResult] = []
 
@@ -229,7 +243,7 @@ def _extras(folder: Path, manifest: Path, listed: Collection[str]) -> list[FileR
         found.append(FileResult(_decoded(name), "unreadable", detail=f"cannot be searched ({error.strerror})"))
 
     expected = {*listed, *(name[:i] for name in listed for i, character in enumerate(name) if character == "/")}
-    manifest = manifest.resolve()
+    manifest = manifest.resolve() if manifest is not None else None
     for name in files_below(folder, unreadable):
         if name not in expected and not is_listing(name) and (folder / name).resolve() != manifest:
             found.append(FileResult(_decoded(name), "extra", detail="not listed"))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 from weightops.io.brief import brief
 from weightops.io.notebook import card, in_units
-
-SCHEMA = "weightops-verify/1"
+from weightops.io.strict_json import as_json
 
 Status = Literal["ok", "differs", "missing", "extra", "unreadable"]
 STATUSES: tuple[Status, ...] = ("ok", "differs", "missing", "extra", "unreadable")
+Mode = Literal["full", "quick", "content"]
 
 _NOT_IN_XML = re.compile("[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -30,6 +32,25 @@ class FileResult:
     detail: str = ""
 
 
+class VerifyDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-verify/1"):
+    """What `verify --json` prints: a `VerifyReport` as it stands. `bytes` were read in `elapsed_s` seconds."""
+
+    folder: str
+    manifest: str
+    mode: Mode
+    verdict: bool
+    counts: dict[Status, int]
+    bytes: int
+    elapsed_s: float
+    files: tuple[FileResult, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    content_equal: bool | None
+    tensors_differ: tuple[str, ...]
+    tensors_missing: tuple[str, ...]
+    tensors_extra: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """The outcome of one verification.
@@ -43,7 +64,7 @@ class VerifyReport:
 
     folder: str
     manifest: str
-    mode: Literal["full", "quick", "content"]
+    mode: Mode
     extra: str
     files: tuple[FileResult, ...] = ()
     problems: tuple[str, ...] = ()
@@ -80,23 +101,23 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """A document of schema `weightops-verify/1`."""
-        return {
-            "schema": SCHEMA,
-            "folder": self.folder,
-            "manifest": self.manifest,
-            "mode": self.mode,
-            "verdict": self.verdict,
-            "counts": dict(self.counts),
-            "bytes": self.nbytes,
-            "elapsed_s": round(self.elapsed_s, 3),
-            "files": [asdict(file) for file in self.files],
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "content_equal": self.content_equal,
-            "tensors_differ": list(self.tensors_differ),
-            "tensors_missing": list(self.tensors_missing),
-            "tensors_extra": list(self.tensors_extra),
-        }
+        document = VerifyDocument(
+            folder=self.folder,
+            manifest=self.manifest,
+            mode=self.mode,
+            verdict=self.verdict,
+            counts=self.counts,
+            bytes=self.nbytes,
+            elapsed_s=round(self.elapsed_s, 3),
+            files=self.files,
+            problems=self.problems,
+            warnings=self.warnings,
+            content_equal=self.content_equal,
+            tensors_differ=self.tensors_differ,
+            tensors_missing=self.tensors_missing,
+            tensors_extra=self.tensors_extra,
+        )
+        return as_json(document)
 
     def to_junit(self) -> bytes:
         """JUnit XML: a test case per file, and one each for structure and content where those were looked at.

@@ -20,11 +20,11 @@ from weightops.errors import Differs, NetworkFailed
 from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.files import read_at
+from weightops.stores.hashing import FileHasher
 from weightops.stores.transfer.events import Events
 from weightops.stores.transfer.partial import CHUNK_NBYTES, Claim, Header, Journal, right_chunks
 from weightops.stores.transfer.pipe import Pipe
 from weightops.stores.web.body import Body, Miscoded, RangeRefused
-from weightops.stores.web.hashing import FileHasher
 from weightops.stores.web.http import Tries
 from weightops.stores.web.listing import RemoteFile
 from weightops.stores.web.policy import Transient

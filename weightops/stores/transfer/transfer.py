@@ -18,12 +18,12 @@ import msgspec
 
 from weightops.errors import Interrupted, WeightopsError
 from weightops.io.atomic import publish, write_whole
+from weightops.stores.hashing import hash_fetched
 from weightops.stores.transfer.events import Events
 from weightops.stores.transfer.fetch import Fetch
 from weightops.stores.transfer.partial import Claims, key_of
 from weightops.stores.transfer.pipe import Pipe
 from weightops.stores.transfer.places import Stamp, move_into, note_of, other_there, stamp_of, was_brought
-from weightops.stores.web.hashing import hash_fetched
 from weightops.stores.web.listing import RemoteFile
 from weightops.stores.web.web import Web
 
@@ -80,13 +80,25 @@ class Transfer:
     """Files on their way into `out`; a context for the threads that bring them."""
 
     def __init__(
-        self, out: Path, web: Web, progress: Progress, workers: int, ours: frozenset[str] = frozenset()
+        self,
+        out: Path,
+        web: Web,
+        progress: Progress,
+        workers: int,
+        ours: frozenset[str] = frozenset(),
+        *,
+        claims: Claims | None = None,
+        place: Callable[[RemoteFile], str] = lambda file: file.name,
     ) -> None:
-        """`ours` are names under which an earlier download brought a file: no other file is replaced."""
+        """`ours` are places at which an earlier download brought a file: no other file is replaced.
+
+        `place` is where a file lies below `out`; each has its own. `claims` are on places.
+        """
         self._ours = ours
+        self._place = place
         self._out, self._web, self._progress = out, web, progress
         self._workers = workers
-        self._claims = Claims(out)
+        self._claims = claims or Claims(out)
         self._lock = threading.Lock()
         self._queue: deque[RemoteFile] = deque()
         self._active: list[Fetch] = []
@@ -140,6 +152,10 @@ class Transfer:
         write_whole(claim.data, data)
         move_into(self._out, name, claim.data)
         self._claims.drop(key)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what was kept for resuming."""
         self._claims.clear()
 
     def _work(self) -> None:
@@ -168,17 +184,18 @@ class Transfer:
         if noted is not None:
             self._finished(noted)
             return None
-        claim = self._claims.take(key_of(file.name))
+        key = key_of(self._place(file))
+        claim = self._claims.take(key)
         if claim is None:
             self._wait_for(file)
             return None
         self._waiting.discard(file.name)
         present = self._noted(file) or self._read(file)
         if present is not None:
-            self._claims.drop(key_of(file.name))
+            self._claims.drop(key)
             self._finished(present)
             return None
-        self._refuse_other(file.name)
+        self._refuse_other(self._place(file))
         fetch = Fetch(file, claim, self._web, self._progress)
         with self._lock:
             fetch.streams = 1
@@ -244,8 +261,8 @@ class Transfer:
 
     def _publish(self, fetch: Fetch, digests: Mapping[str, str]) -> None:
         """Give a file that is right its name."""
-        name = fetch.file.name
-        key = key_of(name)
+        place = self._place(fetch.file)
+        key = key_of(place)
         try:
             status = fetch.claim.data.stat()
         except FileNotFoundError:
@@ -254,7 +271,7 @@ class Transfer:
                 self._queue.append(fetch.file)
             return
         done = Done(
-            name=name,
+            name=fetch.file.name,
             nbytes=fetch.nbytes,
             digests=dict(digests),
             identity=fetch.file.identity if fetch.file.digests else fetch.etag,
@@ -266,21 +283,21 @@ class Transfer:
         with self._lock:
             self._before_first()
         note = fetch.claim.folder / "done"  # what is not ours, a run that ends meanwhile removes
-        self._refuse_other(name)
+        self._refuse_other(place)
         write_whole(note, msgspec.json.encode(done))
-        may_replace = self._is_ours(name)
-        publish(note, note_of(self._out, name))
-        move_into(self._out, name, fetch.claim.data, may_replace=may_replace)
+        may_replace = self._is_ours(place)
+        publish(note, note_of(self._out, place))
+        move_into(self._out, place, fetch.claim.data, may_replace=may_replace)
         self._claims.drop(key)
         self._finished(done)
 
-    def _is_ours(self, name: str) -> bool:
-        return name in self._ours or was_brought(self._out, name)
+    def _is_ours(self, place: str) -> bool:
+        return place in self._ours or was_brought(self._out, place)
 
-    def _refuse_other(self, name: str) -> None:
-        """Raise `OutputExists` for somebody else's file under the name; one that is right has been kept by now."""
-        path = self._out / name
-        if os.path.lexists(path) and not self._is_ours(name):
+    def _refuse_other(self, place: str) -> None:
+        """Raise `OutputExists` for somebody else's file there; one that is right has been kept by now."""
+        path = self._out / place
+        if os.path.lexists(path) and not self._is_ours(place):
             raise other_there(path)
 
     def _finished(self, done: Done) -> None:
@@ -290,18 +307,19 @@ class Transfer:
             self._left -= 1
 
     def _noted(self, file: RemoteFile) -> Done | None:
-        """What an earlier run noted of the file, if that is the one which stands under its name, untouched since."""
+        """What an earlier run noted of the file, if that is the one which stands in its place, untouched since."""
+        place = self._place(file)
         try:
-            done = msgspec.json.decode(note_of(self._out, file.name).read_bytes(), type=Done)
+            done = msgspec.json.decode(note_of(self._out, place).read_bytes(), type=Done)
         except (OSError, msgspec.MsgspecError):
             return None
-        if done.stamp != stamp_of(self._out / file.name) or not done.satisfies(file):
+        if done.stamp != stamp_of(self._out / place) or not done.satisfies(file):
             return None
-        return msgspec.structs.replace(done, resumed_nbytes=done.nbytes)
+        return msgspec.structs.replace(done, name=file.name, resumed_nbytes=done.nbytes)
 
     def _read(self, file: RemoteFile) -> Done | None:
-        """The file, if what stands under its name has the right digests."""
-        path = self._out / file.name
+        """The file, if what stands in its place has the right digests."""
+        path = self._out / self._place(file)
         try:
             status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):

@@ -18,12 +18,12 @@ import msgspec
 from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.io.escape import escape
 from weightops.stores.web.http import Http
-from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile
+from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile, is_commit
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import ask
 from weightops.stores.web.urls import origin, show
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 _MAX_FILES = 100_000
@@ -45,11 +45,6 @@ class _Entry(msgspec.Struct):
 
 class _Revision(msgspec.Struct):
     sha: str
-
-
-def is_commit(revision: str) -> bool:
-    """Whether a revision can never mean anything else tomorrow."""
-    return _COMMIT.fullmatch(revision) is not None
 
 
 def find_commit(repository: HubRepository, web: Http) -> str:
@@ -120,10 +115,11 @@ def _next_page(url: str, link: str, endpoint: str) -> str:
 
 def _file(entry: _Entry, repository: HubRepository, commit: str, endpoint: str) -> RemoteFile:
     digest = {"sha256": entry.lfs.oid} if entry.lfs else {"git_sha1": entry.oid}
-    known = _SHA256.fullmatch(entry.lfs.oid) if entry.lfs else _COMMIT.fullmatch(entry.oid)
+    known = _SHA256.fullmatch(entry.lfs.oid) if entry.lfs else _SHA1.fullmatch(entry.oid)
     if not known or entry.size < 0:
         raise CorruptInput(f"{repository}: lists {escape(entry.path)} without a size or digest")
-    return RemoteFile(entry.path, file_url(repository.name, entry.path, commit, endpoint), entry.size, digest)
+    url = file_url(repository.name, entry.path, commit, endpoint)
+    return RemoteFile(entry.path, url, entry.size, digest, git_oid=entry.oid)
 
 
 def file_url(repository: str, name: str, commit: str, endpoint: str) -> str:

@@ -13,6 +13,7 @@ from weightops.stores.web.pages import HUBS, check_kind, parse_page
 from weightops.stores.web.urls import DEFAULT_ENDPOINT, is_url, origin, show
 
 HUB_SCHEME = "hf://"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
 
 
@@ -20,7 +21,8 @@ _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
 class RemoteFile:
     """A file on a server: `digests` are lower-case hexadecimal by algorithm; `git_sha1` is that of a git blob.
 
-    The first digest is the source's own; others come from lists that the user goes by.
+    The first digest is the source's own; others come from lists that the user goes by. `git_oid` is what a hub's git
+    knows it by: of an LFS file the SHA-1 of its pointer.
     """
 
     name: str
@@ -28,6 +30,7 @@ class RemoteFile:
     nbytes: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     etag: str = ""
+    git_oid: str = ""
 
     @property
     def identity(self) -> str:
@@ -98,6 +101,11 @@ class WebFolder:
 
 
 Location = HubRepository | HubFile | WebFile | WebFolder
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision can never mean anything else tomorrow."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def is_location(text: str) -> bool:

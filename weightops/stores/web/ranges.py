@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
+from weightops.stores.proof import Proofs
 from weightops.stores.store import SKIPPED_NBYTES
 from weightops.stores.web.body import Body, RangeRefused
 from weightops.stores.web.http import Http, Tries
 from weightops.stores.web.policy import Transient
-from weightops.stores.web.proof import Proofs
 
 _HEAD_NBYTES = 64 << 10
 """The beginning of a file is asked for and kept: a header is there, read bit by bit as its length becomes known."""
@@ -26,6 +26,7 @@ _LEAST_NBYTES = 4 << 10
 _SKIPPED_FOR_LITTLE_NBYTES = 64 << 10
 """The gap that is read through on the way to a few bytes: the headers of an archive may lie a megabyte apart."""
 _MAX_IDLE = 16
+_DIFFERS_HINT = "run the same command again; if it differs again, the server's copy is damaged or was replaced"
 
 
 @dataclass
@@ -58,7 +59,7 @@ class RangeReader:
     """Positioned reads from files on servers, for all threads. `proofs` sees every byte that arrives."""
 
     def __init__(self, web: Http) -> None:
-        self.proofs = Proofs()
+        self.proofs = Proofs(lambda file: _DIFFERS_HINT)
         self._web = web
         self._idle: list[_Stream] = []
         self._heads: dict[SourceFile, memoryview] = {}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from weightops.errors import CorruptInput, Differs, SourceMissing
 from weightops.io.escape import escape
+from weightops.stores.hashing import FileHasher
 from weightops.stores.web.body import Miscoded, RangeRefused
-from weightops.stores.web.hashing import FileHasher
 from weightops.stores.web.http import Http
 from weightops.stores.web.listing import RemoteFile
 from weightops.stores.web.urls import show

@@ -1,29 +1,38 @@
-"""The files of a listing as a folder to open a checkpoint from."""
+"""Files that somebody lists, on servers or in a cache, as a folder to open a checkpoint from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 
 from weightops.errors import SourceMissing, UsageError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.io.source_file import SourceFile
+from weightops.stores.stores import Stores
 from weightops.stores.web.listing import Listing, RemoteFile
-from weightops.stores.web.web import Web
 
 _PREFERRED = ("sha256", "git_sha1", "sha512", "blake2b", "xxh3_128", "md5", "sha1", "xxh64", "xxh3_64", "b3")
 
 
-class WebStore:
-    """Files on servers by name, read through `web`."""
+class ListedStore:
+    """Files by name, each where `locate` says, read through `stores`."""
 
     is_near = False
 
-    def __init__(self, listing: Listing, web: Web) -> None:
+    def __init__(
+        self,
+        listing: Listing,
+        locate: Callable[[RemoteFile], SourceFile],
+        stores: Stores,
+        notes: Collection[str] = (),
+    ) -> None:
         self.shown = listing.source
         self.name = f"{listing.source}@{listing.commit}" if listing.commit else listing.source
+        self.notes = tuple(notes)
         self._files = {file.name: file for file in listing.files}
-        self._web = web
+        self._locate = locate
+        self._stores = stores
 
     def names(self) -> list[str]:
         return sorted(name for name in self._files if "/" not in name)
@@ -37,13 +46,13 @@ class WebStore:
     def identity(self, name: str) -> SourceFile:
         if check_relative(name, self.shown) not in self._files:
             raise SourceMissing(f"{self.shown}: has no file {escape(name)!r}")
-        return source_file(self._files[name])
+        return self._locate(self._files[name])
 
     def get(self, name: str) -> bytes:
-        return self._web.read(self.identity(name))
+        return self._stores.read(self.identity(name))
 
 
-def source_file(file: RemoteFile) -> SourceFile:
+def on_server(file: RemoteFile) -> SourceFile:
     """The file as plans record it; raises `UsageError` if the server does not say how large it is."""
     scheme, _, rest = file.url.partition("://")
     algorithm = next((name for name in _PREFERRED if name in file.digests), None)

@@ -1,13 +1,14 @@
-"""Proof that what was read of files on servers is what they should hold: digests that follow the bytes as they pass."""
+"""Proof that what was read of files elsewhere is what they should hold: digests that follow the bytes as they pass."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from weightops.errors import Differs
 from weightops.io.source_file import SourceFile
-from weightops.stores.web.hashing import FileHasher
+from weightops.stores.hashing import FileHasher
 
 
 @dataclass
@@ -25,10 +26,11 @@ class Proofs:
     """How far the bytes of files have passed in order, and whether their digests came out right; for all threads.
 
     A digest takes bytes in their order only: those that pass again are not looked at, those that pass before their
-    turn do not count.
+    turn do not count. `hint` says what to do about a file whose digest is wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hint: Callable[[SourceFile], str]) -> None:
+        self._hint = hint
         self._running: dict[SourceFile, _Running] = {}
         self._lock = threading.Lock()
 
@@ -47,7 +49,7 @@ class Proofs:
         """Whether all of the file has passed, and its digest was right."""
         return bool(file.digest) and self._of(file).proven
 
-    def passed(self, file: SourceFile, start: int, data: bytes) -> None:
+    def passed(self, file: SourceFile, start: int, data: bytes | memoryview) -> None:
         """Take note of bytes that were read; raises `Differs` if they are the file's last, and its digest is wrong."""
         if not file.digest:
             return
@@ -59,7 +61,18 @@ class Proofs:
             running.hasher.update(memoryview(data)[known:])
             running.position = start + len(data)
             if running.position == file.nbytes:
-                self._conclude(file, running)
+                try:
+                    self._conclude(file, running)
+                except Differs:
+                    self.forget(file)  # or nothing would be left to read of it, and to find wrong again
+                    raise
+
+    def whole(self, file: SourceFile, data: bytes | bytearray) -> None:
+        """Hold a file that was read at one time, whole; raises `Differs`. Nothing is noted of it."""
+        algorithm = file.digest.partition(":")[0]
+        running = _Running(algorithm, FileHasher([algorithm], file.nbytes))
+        running.hasher.update(memoryview(data))
+        self._conclude(file, running)
 
     def _conclude(self, file: SourceFile, running: _Running) -> None:
         found = f"{running.algorithm}:{running.hasher.digests()[running.algorithm]}"
@@ -68,7 +81,7 @@ class Proofs:
             raise Differs(
                 f"{file.shown}: {running.algorithm} is {found.partition(':')[2]}, "
                 f"expected {file.digest.partition(':')[2]}",
-                hint="run the same command again; if it differs again, the server's copy is damaged or was replaced",
+                hint=self._hint(file),
             )
 
     def forget(self, file: SourceFile) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightops.cli.options import _energy_text, _loss_text
+from weightops.cli.results import _energy_text, _loss_text
 from weightops.ops.measures.loss import Loss
 
 

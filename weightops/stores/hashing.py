@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from weightops.errors import WeightopsError
-from weightops.io.digests import Hasher, new_hasher
+from weightops.io.digests import new_hasher
 from weightops.io.escape import escape
 from weightops.io.paths import open_regular
 
-GIT_SHA1 = "git_sha1"
 _BLOCK_NBYTES = 1 << 20
 
 
@@ -19,7 +17,7 @@ class FileHasher:
     """Running digests by several algorithms, over a file of `nbytes` bytes."""
 
     def __init__(self, algorithms: Iterable[str], nbytes: int) -> None:
-        self._hashers = {name: _new(name, nbytes) for name in algorithms}
+        self._hashers = {name: new_hasher(name, nbytes) for name in algorithms}
 
     def update(self, data: memoryview) -> None:
         """Add the next bytes."""
@@ -29,13 +27,6 @@ class FileHasher:
     def digests(self) -> dict[str, str]:
         """The digests so far, in lower-case hexadecimal."""
         return {name: hasher.hexdigest() for name, hasher in self._hashers.items()}
-
-
-def _new(algorithm: str, nbytes: int) -> Hasher:
-    """As `new_hasher`, and `git_sha1`: SHA-1 of a git blob, which is `blob NBYTES NUL` and the content."""
-    if algorithm != GIT_SHA1:
-        return new_hasher(algorithm)
-    return hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
 
 
 def hash_fetched(path: Path, algorithms: Collection[str], nbytes: int, check: Callable[[], object]) -> dict[str, str]:

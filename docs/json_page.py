@@ -1,0 +1,222 @@
+"""Write docs/json.md, with examples that are made by running the commands: `python docs/json_page.py`.
+
+It takes half a minute. Times, rates and versions differ from run to run, so that the page is not compared with what
+this would write; a test holds every example on it to its schema.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from json_schemas import FOLDER, file_name, schemas
+from safetensors.torch import save_file
+
+from weightops.cli import machine
+from weightops.cli.events import SCHEMA as EVENTS
+from weightops.cli.machine import Cache, EnvDocument
+from weightops.cli.main import run
+from weightops.io.strict_json import as_json
+
+TARGET = Path(__file__).with_name("json.md")
+TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-llama"
+INTRODUCTION = """\
+# JSON
+
+With `--json` a command prints one document on stdout, and nothing else there; progress, warnings and errors are lines
+on stderr, as ever. Every document names its schema, such as `"schema": "weightops-verify/1"`, and has the shape that
+the [JSON Schema](https://json-schema.org) of that name in [docs/schemas](schemas) says. A shape never changes under its
+name: one that does gets the next number, and the changelog says so.
+
+    weightops verify ./zhixi --json | jq .verdict
+
+Numbers are numbers: bytes in fields that end in `nbytes`, seconds in `_s`. What is not known is null. A number that is
+not finite, which JSON does not have, is null too. Text is escaped to ASCII, so that it survives any terminal.
+
+When a command fails, the document on stdout is an error, `weightops-error/2`, and the
+[exit code](commands.md#exit-codes) is the one that it names. `verify` and `check` do not fail when they find something:
+they print their own document, and exit with 3.
+"""
+PRINTED = {
+    "weightops-write/1": (
+        "`recover`, `convert`, `diff`, `merge-lora`, `extract-lora`, `cast`, `shard`, `dequantize` and `pack`",
+        "weightops cast ./model --dtype bfloat16 --out ./model-bf16 --json",
+    ),
+    "weightops-run/1": ("`run`", "weightops run ./release.yaml --dry-run --json"),
+    "weightops-quantize/1": (
+        "`quantize`",
+        "weightops quantize ./tiny-llama --method rtn --group-size 32 --skip '*.mlp.*' --skip '*.[123].*' "
+        "--skip '*.[kvo]_proj' --out ./tiny-llama-4bit --json",
+    ),
+    "weightops-download/1": ("`download`", "weightops download org/name --out ./name --json"),
+    "weightops-check/1": ("`check`", "weightops check ./model --no-architecture --json"),
+    "weightops-verify/1": ("`verify`", "weightops verify ./model-bf16 --json"),
+    "weightops-inspect/1": ("`inspect`", "weightops inspect ./model --json"),
+    "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --json"),
+    "weightops-generate/1": (
+        "`generate`",
+        'weightops generate ./tiny-llama --prompt "Once upon a time" --max-new-tokens 5 --json',
+    ),
+    "weightops-manifest/1": (
+        "`manifest`; the same is [weightops-manifest.json](formats.md) in every output",
+        "weightops manifest ./model --json",
+    ),
+    "weightops-env/2": ("`env`", "weightops env --json"),
+    "weightops-error/2": ("any command that fails", "weightops inspect ./nowhere --json"),
+}
+PROGRESS = """\
+## weightops-progress/1
+
+`--progress json` makes of progress a line of JSON for each event, on stderr. Other lines there, which do not begin with
+a brace, are warnings and errors for people. Every event has its `phase`, such as writing, downloading or verifying
+(null outside of one), the `nbytes` of the phase that are done, `total_nbytes` and `nbytes_per_s` (null where they are
+not known), and `eta_s`, the seconds that are left at this rate, which is that of the last minute. What was there before
+does not count into it.
+
+| event | | also has |
+|---|---|---|
+| `start` | a phase has begun | |
+| `file` | a file is begun (of a download) | `name`, `file_nbytes`, `resumed_nbytes` |
+| `advance` | about once a second | |
+| `done` | a file is finished, now or (`kept`) by an earlier run | `name`, `file_nbytes`, `kept` |
+| `note` | something that a waiting person would want to know | `text` |
+| `stop` | the phase is over, or was cut short | `elapsed_s` |
+"""
+_EVENTS = "weightops download org/name --out ./again --progress json"
+WRITTEN = {
+    "weightops-delta/1": (
+        "weightops-delta.json, in what `diff` makes",
+        "weightops diff --raw ./model --tuned ./tuned --out ./delta",
+        "delta/weightops-delta.json",
+    ),
+    "weightops-quantize-report/1": (
+        "quantize_report.json, in what `quantize` makes",
+        "",
+        "tiny-llama-4bit/quantize_report.json",
+    ),
+    "weightops-partial/1": (
+        "OUT.partial/run.json, while a run is at work, or when it was cut short",
+        "",
+        "out.partial/run.json",
+    ),
+    "weightops-blocks/1": ("OUT.blocks/run.json, the same of `quantize`", "", "out.blocks/run.json"),
+}
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[Path]:
+    """A folder with small models, and a hub with one of them, as the working directory."""
+    import sys
+
+    sys.path[:0] = [str(TINY.parent.parent)]
+    from hub import Hub
+
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as name, Hub() as hub:
+        folder = Path(name)
+        os.chdir(folder)
+        try:
+            for seed, model in enumerate(("model", "tuned")):
+                torch.manual_seed(seed)
+                Path(model).mkdir()
+                tensors = {"norm.weight": torch.randn(4), "head.weight": torch.randn(2, 4)}
+                save_file(tensors, f"{model}/model.safetensors", metadata={"format": "pt"})
+                Path(model, "config.json").write_text('{"torch_dtype": "float32"}\n', encoding="utf-8")
+            shutil.copytree(TINY, "tiny-llama")
+            text = Path("tiny-llama/heldout.txt").read_text(encoding="utf-8")
+            Path("short.txt").write_text(text[:1500], encoding="utf-8")
+            outputs = {"./out-f16": {"from": "cut", "dtype": "float16"}}
+            recipe: dict[str, Any] = {"sources": {"raw": "./model"}, "outputs": outputs}
+            recipe["tensors"] = {"cut": {"shard": {"source": "raw", "drop": "norm.weight"}}}
+            Path("release.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+            hub.add("org/name", {path.name: path.read_bytes() for path in Path("model").iterdir()})
+            os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+            yield folder
+        finally:
+            os.chdir(before)
+
+
+def of_no_machine() -> EnvDocument:
+    """What `env` shows, of a machine that nobody has."""
+    cache = Cache(path="/home/me/.cache/huggingface/hub", exists=True, nbytes=26_000_000_000)
+    return EnvDocument(
+        versions=machine.versions(),
+        system="Linux-6.12.0-x86_64-with-glibc2.41",
+        cores=16,
+        memory=machine.Memory(total_nbytes=64_000_000_000, available_nbytes=60_000_000_000),
+        disk=machine.Disk(folder="/data", kind="xfs", total_nbytes=2_000_000_000_000, free_nbytes=900_000_000_000),
+        hub=machine.Hub(endpoint="https://huggingface.co", is_offline=False, has_token=True, cache=cache),
+        gpus=(machine.Gpu(name="NVIDIA RTX A6000", nbytes=51_527_024_640),),
+        gpus_by="nvidia-smi",
+    )
+
+
+def printed(line: str, *, errors: bool = False) -> str:
+    """What a command prints on stdout, or on stderr."""
+    if line == "weightops env --json":
+        return json.dumps(as_json(of_no_machine()), indent=2)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if run(shlex.split(line)[1:]) and "nowhere" not in line:
+            raise SystemExit(f"{line} failed")
+    return err.getvalue() if errors else out.getvalue()
+
+
+def cut_short() -> None:
+    """Leave what runs that were killed leave."""
+    code = "import sys; from weightops.cli.main import run; run(sys.argv[1:])"
+    stop = "import os; from {0} import {1}; {1}.{2} = lambda *_: os._exit(1); " + code
+    import subprocess
+    import sys
+
+    for place, line in (
+        (("weightops.engine.staging", "Staging", "publish"), "shard ./model --out ./out"),
+        (("weightops.quantization.work", "Work", "commit"), "quantize ./tiny-llama --method rtn --out ./out"),
+    ):
+        command = [sys.executable, "-c", stop.format(*place), *shlex.split(line)]
+        subprocess.run(command, check=False, capture_output=True)
+
+
+def example(text: str) -> str:
+    """A document as it is shown."""
+    return f"```json\n{text.strip()}\n```"
+
+
+def render() -> str:
+    """The page."""
+    parts = [INTRODUCTION, "| schema | printed by |\n|---|---|"]
+    rows = [f"| [`{name}`]({FOLDER.name}/{file_name(name)}) | {by} |" for name, (by, _) in PRINTED.items()]
+    rows += [
+        f"| [`{EVENTS}`]({FOLDER.name}/{file_name(EVENTS)}) | what takes long, on stderr, with `--progress json` |"
+    ]
+    parts[-1] = "\n".join([parts[-1], *rows])
+    rows = [f"| [`{name}`]({FOLDER.name}/{file_name(name)}) | {where} |" for name, (where, _, _) in WRITTEN.items()]
+    parts += ["Files that are JSON are described in the same way:", "\n".join(["| schema | file |\n|---|---|", *rows])]
+    parts += [
+        "The examples below were made by the commands above them, on models of a few numbers. (The machine of `env` is "
+        "made up.)"
+    ]
+    with prepared():
+        for name, (_, line) in PRINTED.items():
+            parts += [f"## {name}", f"    {line}", example(printed(line))]
+        parts += [PROGRESS, f"    {_EVENTS}", f"```jsonl\n{printed(_EVENTS, errors=True).strip()}\n```"]
+        cut_short()
+        for name, (_, line, path) in WRITTEN.items():
+            if line:
+                printed(line)
+            parts += [f"## {name}", *([f"    {line}"] if line else []), example(Path(path).read_text(encoding="utf-8"))]
+    assert {*PRINTED, *WRITTEN, EVENTS} == schemas().keys()
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
