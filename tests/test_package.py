@@ -26,15 +26,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_wheel_holds_both_packages_and_the_published_lists_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_packages_published_lists_and_manual_pages_and_nothing_else(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = files("weightops")
     expected |= {name.removeprefix("kernels/") for name in files("kernels")}
     expected |= {f"weightops/_{name}" for name in files("manifests")}
     assert {"weightops/py.typed", "weightops_kernels/py.typed", "weightops/_manifests/sources.json"} <= expected
-    assert {name for name in names if ".dist-info/" not in name} == expected
-    described = {name.partition(".dist-info/")[2] for name in names - expected}
+    pages = {f"share/man/man1/{Path(name).name}" for name in files("docs/man")}
+    shared = {name for name in names if ".data/" in name}
+    assert {name.partition(".data/data/")[2] for name in shared} == pages
+    assert {name for name in names - shared if ".dist-info/" not in name} == expected
+    described = {name.partition(".dist-info/")[2] for name in names - shared - expected}
     assert described == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
 
@@ -47,7 +50,7 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel: Path, tmp_path: Path)
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
 
-    assert python("-m", "weightops", "--version").startswith("weightops, version ")
+    assert python("-m", "weightops", "--version").startswith("weightops ")
     where = "from weightops.formats.proofs.published import published; print(*published().values(), sep='\\n')"
     lists = [Path(line) for line in python("-c", where).splitlines()]
     assert {path.parent for path in lists} == {tmp_path / "weightops/_manifests"}
