@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
-from weightops import api
+import weightops
 from weightops.cli.main import cli, main
 from weightops.inference.pieces import pieces
 
@@ -157,7 +157,7 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         facts = {"warnings": (), "streams_weights": False, "saves_memory": False, "engine": None, "finish": "eos"}
         said = Said(tokens=tokens, prompt_tokens=prompt, **facts)
-        monkeypatch.setattr(api, "generate", lambda *_, said=said, **__: said)
+        monkeypatch.setattr(weightops, "generate", lambda *_, said=said, **__: said)
         expected = decoded(tokenizer, prompt, tokens)
         line = ["generate", str(folder), "--prompt", "x"]
         assert CliRunner().invoke(cli, line).stdout_bytes.decode() == expected + "\n"
