@@ -24,6 +24,7 @@ from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
 import weightops
 from weightops.cli.main import cli, main
+from weightops.inference.generate import Generation
 from weightops.inference.pieces import pieces
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -150,6 +151,8 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
     prompt = tokenizer("once upon", add_special_tokens=False).input_ids
 
     class Said(SimpleNamespace):
+        to_json = Generation.to_json
+
         def __iter__(self) -> Any:
             return pieces(tokenizer, prompt, self.tokens)
 
@@ -161,7 +164,9 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
         expected = decoded(tokenizer, prompt, tokens)
         line = ["generate", str(folder), "--prompt", "x"]
         assert CliRunner().invoke(cli, line).stdout_bytes.decode() == expected + "\n"
-        assert json.loads(CliRunner().invoke(cli, [*line, "--json"]).stdout_bytes)["text"] == expected
+        done = CliRunner().invoke(cli, [*line, "--json"])
+        assert done.exception is None, done.exception
+        assert json.loads(done.stdout_bytes)["text"] == expected
 
 
 def test_texts_through_stdout_and_json(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
