@@ -115,9 +115,11 @@ class CachedRepository:
             tree = msgspec.json.decode(data, type=_Tree)
         except (WeightopsError, msgspec.MsgspecError, UnicodeDecodeError):
             return {}
-        if tree.format_version != _TREE_VERSION:
-            return {}
-        return {name: _listed(name, entry) for name, entry in tree.files.items()}
+        found = {name: _listed(name, entry) for name, entry in tree.files.items()}
+        is_known = tree.format_version == _TREE_VERSION and all(
+            _BLOB.fullmatch(digest) for file in found.values() for digest in file.digests.values()
+        )
+        return found if is_known else {}
 
     def tree_path(self, commit: str) -> Path:
         """Where it is noted what the hub lists of a commit."""
@@ -153,12 +155,12 @@ class CachedRepository:
         path = self.snapshot(commit) / check_relative(name, self.shown)
         digest = next(iter(listed.digests.values())) if listed else ""
         if path.is_symlink():
-            target = Path(os.path.normpath(path.parent / path.readlink()))
-            if target.parent != self.folder / "blobs" or not _BLOB.fullmatch(target.name):
-                raise _wrong(path, f"leads to {escape(str(target))}, which is no blob of its repository")
-            if digest not in ("", target.name):
-                raise _wrong(path, f"leads to blob {target.name}, expected {digest}")
-            digest = target.name
+            linked = self.linked_blob(path)
+            if linked is None:
+                raise _wrong(path, f"leads to {escape(str(path.readlink()))}, which is no blob of its repository")
+            if digest not in ("", linked):
+                raise _wrong(path, f"leads to blob {linked}, expected {digest}")
+            digest = linked
         elif not digest:
             raise _wrong(path, "is no link to a blob, so nothing says what it should hold")
         blob = self.blob(digest)
@@ -166,8 +168,14 @@ class CachedRepository:
         place = blob if os.path.lexists(blob) else path
         return self._file(path, place, algorithm, digest, listed.nbytes if listed else None)
 
+    def linked_blob(self, path: Path) -> str | None:
+        """The digest of the blob that a file's link leads to; None if it leads to anything else."""
+        target = Path(os.path.normpath(path.parent / path.readlink()))
+        is_beside = os.path.realpath(target.parent) == os.path.realpath(self.folder / "blobs")
+        return target.name if is_beside and _BLOB.fullmatch(target.name) else None
+
     def _file(self, path: Path, place: Path, algorithm: str, digest: str, nbytes: int | None) -> SourceFile:
-        """The file `path`, whose bytes are at `place`; raises as `open_at` does, `CorruptInput` for another size."""
+        """The file `path`, whose bytes are at `place`; raises `SourceMissing`, `CorruptInput` for another size."""
         try:
             status = self.resolved(place).stat()
         except OSError as error:
@@ -263,6 +271,7 @@ class HubCache:
         found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if status.st_size != file.nbytes or self._seen.setdefault(file, found) != found:
             os.close(fd)
+            self.forget(file)
             raise CorruptInput(
                 f"{file.shown}: changed while it was being read (expected {file.nbytes} bytes, found {status.st_size})",
                 hint="run the command again",

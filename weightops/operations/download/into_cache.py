@@ -129,16 +129,11 @@ class _Filling:
             folder = Path(file.name).parent
             check_place(own.folder, f"snapshots/{listing.commit}/{folder / 'x'}")
             path = self.path(file)
-            if path.is_symlink() and not self._leads_home(file):
+            if path.is_symlink() and own.linked_blob(path) != _digest(file):
                 raise CorruptInput(
                     f"{escape(str(path))} is a link to {escape(str(path.readlink()))}, expected blob {_digest(file)}",
                     hint=_LEFT_HINT,
                 )
-
-    def _leads_home(self, file: RemoteFile) -> bool:
-        """Whether the file's link leads to its blob; where that may lead is no matter."""
-        path = self.path(file)
-        return Path(os.path.normpath(path.parent / path.readlink())) == self.own.blob(_digest(file))
 
     def _content(self, file: RemoteFile) -> Path:
         """Where the file's bytes are, or are to be: a copy in its place, or its blob."""
@@ -210,7 +205,7 @@ class _Filling:
             pass  # somebody else names it at this moment
         except OSError as error:
             raise write_failure(path, error) from None
-        if path.is_symlink() and not self._leads_home(file):
+        if path.is_symlink() and self.own.linked_blob(path) != _digest(file):
             raise CorruptInput(f"{escape(str(path))} was made a link to something else meanwhile")
         if not self.stands(file):
             raise SourceMissing(
