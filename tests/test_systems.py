@@ -55,7 +55,7 @@ def run(system: str, tmp_path: Path, *arguments: str) -> int:
     ("system", "files"),
     [
         ("plain", [*FOLDERS, *HOLDERS, *QUICK]),
-        ("windows", [*FOLDERS, *HOLDERS, *KILLS]),
+        pytest.param("windows", [*FOLDERS, *HOLDERS, *KILLS], marks=pytest.mark.slow),
         pytest.param("folded", [*FOLDERS, *QUICK], marks=pytest.mark.slow),
         pytest.param("flat", [*FOLDERS, *QUICK], marks=pytest.mark.slow),
     ],
