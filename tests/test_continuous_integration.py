@@ -39,7 +39,7 @@ def script(step: str) -> str:
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     write_checkpoint(folder, {"a": ones(4, 4).half(), "b": ones(3)}, shards=2)
-    (folder / "weightops-manifest.json").write_bytes(weightops.manifest(folder, digests="sha256").to_bytes())
+    (folder / "weightops-manifest.json").write_bytes(weightops.manifest(folder, digest="sha256").to_bytes())
     return folder
 
 

@@ -18,7 +18,9 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     shutil.copy(MAKEFILE, folder)
     for name in ("pyproject.toml", "constraints.txt"):
         (folder / name).touch()
-    environment = os.environ | {"PATH": f"{folder}/bin{os.pathsep}{os.defpath}"}
+    # Not those of a make that these tests may run under.
+    ours = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    environment = ours | {"PATH": f"{folder}/bin{os.pathsep}{os.defpath}"}
     command = ["make", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

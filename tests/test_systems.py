@@ -55,9 +55,9 @@ def run(system: str, tmp_path: Path, *arguments: str) -> int:
     ("system", "files"),
     [
         ("plain", [*FOLDERS, *HOLDERS, *QUICK]),
-        ("windows", [*FOLDERS, *HOLDERS, *KILLS]),
-        ("folded", [*FOLDERS, *QUICK]),
-        ("flat", [*FOLDERS, *QUICK]),
+        pytest.param("windows", [*FOLDERS, *HOLDERS, *KILLS], marks=pytest.mark.slow),
+        pytest.param("folded", [*FOLDERS, *QUICK], marks=pytest.mark.slow),
+        pytest.param("flat", [*FOLDERS, *QUICK], marks=pytest.mark.slow),
     ],
 )
 def test_files_locks_and_kills_on_other_systems(system: str, files: list[str], tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         entry = FileEntry(nbytes=4, digests={"md5": hashlib.md5(b"GGUF").hexdigest()})
         made = Manifest(schema="weightops-manifest/1", files={"zhixi.gguf": entry})
         (family / "zhixi.gguf.weightops-manifest.json").write_bytes(made.to_bytes())
+    if command == "verify":
+        assert run(["download", "--cache", "org/name", "-q"]) == 0
     if command == "convert":
         meta_download(family / "llama-2-7b")
         assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0

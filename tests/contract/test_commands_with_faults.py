@@ -103,7 +103,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("command", "step"),
-    [*((each, 5) for each in COMMANDS), *(pytest.param(each, 1, marks=pytest.mark.slow) for each in COMMANDS)],
+    [*((each, 7) for each in COMMANDS), *(pytest.param(each, 1, marks=pytest.mark.slow) for each in COMMANDS)],
 )
 def test_a_command_survives_a_fault_at_every_call(
     family: Path, command: str, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -155,8 +155,9 @@ def test_what_an_older_version_has_written_counts_too(tmp_path: Path, text: Call
     written = text()
     (tmp_path / LOCK).write_text(written)
     if is_held:
-        with pytest.raises(Locked, match="is being written by process"):
+        with pytest.raises(Locked, match="is being written by process") as caught:
             Lock(tmp_path)
+        assert ("remove" in (caught.value.hint or "")) is (ELSEWHERE in written)
         assert (tmp_path / LOCK).read_text() == written
         assert names(tmp_path) == {LOCK}
     else:

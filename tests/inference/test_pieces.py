@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
-from weightops import api
+import weightops
 from weightops.cli.main import cli, main
+from weightops.inference.generate import Generation
 from weightops.inference.pieces import pieces
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -150,6 +151,8 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
     prompt = tokenizer("once upon", add_special_tokens=False).input_ids
 
     class Said(SimpleNamespace):
+        to_json = Generation.to_json
+
         def __iter__(self) -> Any:
             return pieces(tokenizer, prompt, self.tokens)
 
@@ -157,11 +160,13 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         facts = {"warnings": (), "streams_weights": False, "saves_memory": False, "engine": None, "finish": "eos"}
         said = Said(tokens=tokens, prompt_tokens=prompt, **facts)
-        monkeypatch.setattr(api, "generate", lambda *_, said=said, **__: said)
+        monkeypatch.setattr(weightops, "generate", lambda *_, said=said, **__: said)
         expected = decoded(tokenizer, prompt, tokens)
         line = ["generate", str(folder), "--prompt", "x"]
         assert CliRunner().invoke(cli, line).stdout_bytes.decode() == expected + "\n"
-        assert json.loads(CliRunner().invoke(cli, [*line, "--json"]).stdout_bytes)["text"] == expected
+        done = CliRunner().invoke(cli, [*line, "--json"])
+        assert done.exception is None, done.exception
+        assert json.loads(done.stdout_bytes)["text"] == expected
 
 
 def test_texts_through_stdout_and_json(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

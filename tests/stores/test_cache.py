@@ -385,6 +385,18 @@ def test_a_file_that_changes_while_it_is_read_is_refused(cache: Cache, tmp_path:
     assert not list(tmp_path.glob("out*"))
 
 
+def test_that_a_file_has_changed_is_said_once(cache: Cache) -> None:
+    stores = cache.control(offline=True).stores
+    store = find_place(SOURCE, stores)
+    assert isinstance(store, ListedStore)
+    data = store.get("config.json")
+    cache.blob("config.json").unlink()
+    cache.repository.joinpath("blobs", Path(os.readlink(cache.path("config.json"))).name).write_bytes(data)
+    with pytest.raises(CorruptInput, match="changed while it was being read"):
+        store.get("config.json")
+    assert store.get("config.json") == data
+
+
 def test_reading_ends_when_the_command_does(cache: Cache, tmp_path: Path) -> None:
     control = cache.control()
     with control.stores.connected() as stores:
@@ -443,7 +455,13 @@ def test_the_first_weight_file_that_the_cache_lacks_is_named(cache: Cache) -> No
         weightops.inspect(SOURCE, control=cache.control(offline=True))
 
 
-@pytest.mark.parametrize("note", [b"", b"{}", b'{"format_version": 2, "files": {}}', b"\xff", b"[1]"])
+@pytest.mark.parametrize(
+    "note",
+    [
+        *(b"", b"{}", b'{"format_version": 2, "files": {}}', b"\xff", b"[1]"),
+        b'{"format_version": 1, "files": {"config.json": {"size": 1, "blob_id": "../../../x"}}}',
+    ],
+)
 def test_a_note_of_the_commit_that_makes_no_sense_says_nothing(cache: Cache, note: bytes) -> None:
     own = HubCache(cache.folder).repository("org/m")
     assert own.find_tree(cache.commit).keys() == cache.files.keys()
@@ -478,6 +496,20 @@ def test_a_folder_and_a_file_of_a_repository(cache: Cache, tmp_path: Path) -> No
         find_place("https://huggingface.co/org/m/blob/main/sub/other.bin", cache.control(offline=True).stores)
     with pytest.raises(NetworkFailed, match="is on a server, and offline none is asked"):
         find_place("https://example.org/model.safetensors", cache.control(offline=True).stores)
+
+
+def test_names_may_hold_what_urls_do_not(cache: Cache, tmp_path: Path) -> None:
+    names = {"my model #1, 50%.safetensors": cache.files[SHARDS[0]], "vocab?.json": b"{}", "Übersicht.jinja": b"x"}
+    cache.hub.add("org/m", names)
+    snapshot_download("org/m", cache_dir=cache.folder, endpoint=cache.hub.endpoint)
+    cache.hub.log.clear()
+    from_hub = weightops.shard(SOURCE, tmp_path / "x", control=Control(web=cache.web), dry_run=True).plan
+    cache.hub.log.clear()
+    for offline in (False, True):
+        result = cache.shard(tmp_path / f"out-{offline}", offline=offline)
+        assert result.plan.fingerprint == from_hub.fingerprint
+        assert {"vocab?.json", "Übersicht.jinja"} < result.manifest.files.keys()
+    assert sent(cache) == set()
 
 
 def test_names_lead_to_no_other_repository(tmp_path: Path) -> None:
@@ -527,11 +559,11 @@ def test_verify_says_what_is_not_in_the_cache(cache: Cache, model: Path, tmp_pat
 
 
 def test_a_fault_of_the_disk_is_said(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def preadv(*_: object) -> int:
+    def read_at(*_: object) -> int:
         raise OSError(5, os.strerror(5))
 
     opened = weightops.open_checkpoint(SOURCE, cache.control().stores)
-    monkeypatch.setattr("weightops.stores.cache.read_at", preadv)
+    monkeypatch.setattr("weightops.stores.local.read_at", read_at)
     with pytest.raises(WeightopsError, match=r"cannot be read at byte 0 \(Input/output error\)"):
         weightops.save(opened, tmp_path / "out", control=cache.control())
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from weightops.stores.web.web import Web
 
 if TYPE_CHECKING:
-    from weightops.engine.control import Control, Progress
+    from weightops.engine.control import Control
 
 PROGRESS = "weightops.progress"
 """Where the context of a command has how to show progress."""
@@ -126,14 +126,9 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
 
     meta = click.get_current_context().meta
     progress = make_progress("none" if quiet else meta.get(PROGRESS, "auto"))
-    shown: Progress = progress
-    details: AbstractContextManager[None] = nullcontext()
-    if meta.get(VERBOSE, False):
-        if quiet:
-            raise UsageError("--verbose says more and --quiet less", hint="leave out one of the two")
-        from weightops.cli.details import Timed, showing_details
-
-        shown, details = Timed(progress), showing_details(progress)
+    is_verbose = meta.get(VERBOSE, False)
+    if is_verbose and quiet:
+        raise UsageError("--verbose says more and --quiet less", hint="leave out one of the two")
 
     def open_web() -> Web:
         from weightops.cli import network  # imported here because most commands need no network
@@ -143,7 +138,12 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
         return web
 
     stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
-    control = Control(shown, stores=stores)
+    control = Control(progress, stores=stores)
+    details: AbstractContextManager[None] = nullcontext()
+    if is_verbose:
+        from weightops.cli.details import Timed, showing_details
+
+        control, details = Control(Timed(progress), stores=stores), showing_details(progress)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

@@ -59,7 +59,7 @@ class Lock:
         if is_locked is None:
             self._take_by_name(said)
         elif not is_locked or not self._is_linked():
-            raise _held(self._path, Holder.parse(said))
+            raise _held(self._path.parent, Holder.parse(said))
         os.ftruncate(self._fd, 0)
         write_all(self._fd, Holder.here().to_bytes())
 
@@ -70,7 +70,7 @@ class Lock:
         try:
             fd = open_to_write(name, is_new=True)
         except FileExistsError:
-            raise _held(name, here) from None
+            raise _held(name.parent, here) from None
         try:
             try:
                 write_all(fd, here.to_bytes())
@@ -78,7 +78,7 @@ class Lock:
                 os.close(fd)
             for path, holder in ((self._path, Holder.parse(said)), *self._others(name)):
                 if holder is not None and not holder.is_gone():
-                    raise _held(path, holder)
+                    raise _held(path.parent, holder, None if holder.can_be_asked else path)
                 if path != self._path:
                     path.unlink(missing_ok=True)
         except BaseException:
@@ -149,9 +149,10 @@ class Holder(msgspec.Struct):
         return b" " + msgspec.json.encode(self)
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether it runs, or ran, on another host."""
-        return self.host != platform.node()
+    def can_be_asked(self) -> bool:
+        """Whether this process can find out if that one lives: not on another host, nor in another container."""
+        owner = Owner.parse(self.owner)
+        return self.host == platform.node() if owner is None else owner.is_alive() is not None
 
     def is_gone(self) -> bool:
         """Whether the process has ended for certain."""
@@ -159,7 +160,7 @@ class Holder(msgspec.Struct):
         is_alive = owner.is_alive() if owner is not None else None
         if is_alive is not None:
             return not is_alive
-        if self.is_elsewhere:
+        if self.host != platform.node():
             return False
         return self.boot != boot_id() or (owner is None and started(self.pid) is None)
 
@@ -172,12 +173,12 @@ def _read(fd: int) -> bytes:
         return bytes(buffer[: read_at(fd, buffer, 1)])
 
 
-def _held(path: Path, holder: Holder | None) -> Locked:
-    hint = "wait for it, or stop it; the same command continues where it stops"
-    if holder is None:
-        who = "another process"
-    else:
+def _held(folder: Path, holder: Holder | None, left: Path | None = None) -> Locked:
+    """The error for a lock that a process has; `left` is what it would leave if it had ended without a word."""
+    who = "another process"
+    if holder is not None:
         who = f"process {holder.pid} on {escape(holder.host) or 'another machine'}"
-        if holder.is_elsewhere:
-            hint = f"wait for it; if it is gone for good, remove {escape(str(path))} and run the same command again"
-    return Locked(f"{escape(str(path.parent))} is being written by {who}", hint=hint)
+    hint = "wait for it, or stop it; the same command continues where it stops"
+    if left is not None:
+        hint = f"wait for it; if it is gone for good, remove {escape(str(left))} and run the same command again"
+    return Locked(f"{escape(str(folder))} is being written by {who}", hint=hint)

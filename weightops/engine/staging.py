@@ -24,7 +24,7 @@ from weightops.engine.lock import is_lock
 from weightops.engine.sample import sample
 from weightops.engine.targets import FileTarget, FolderTarget, Place
 from weightops.engine.work_folder import WorkFolder, read_document, refuse_others
-from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError
+from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.atomic import fsync_folder, write_all
@@ -243,7 +243,7 @@ class Staging:
         """Throw the partial output away, unless anything else is in it."""
         if self.published is None:
             self._close_journal()
-            with suppress(OutputExists):
+            with suppress(WeightopsError):  # what has failed before is the one to tell
                 self._work.remove()
 
     def _close_journal(self) -> None:

@@ -159,11 +159,14 @@ def write_files(files: Sequence[File], read: Evaluator, control: Control) -> lis
     write.join()
     for slot in ring:  # which streams hold and slots hold them: their memory would wait for the garbage collector
         vars(slot).clear()
-    if failures:
+    try:
+        if failures:
+            raise failures[0]
+        return [stream.close() for stream in streams]
+    except BaseException:
         for stream in streams:
             stream.target.abandon()
-        raise failures[0]
-    return [stream.close() for stream in streams]
+        raise
 
 
 def slots(files: int) -> int:

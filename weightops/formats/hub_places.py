@@ -102,7 +102,7 @@ def _find_offline(repository: HubRepository, stores: Stores) -> ListedStore:
         return own.file_offline(commit, name, tree.get(name))
 
     inside = f"{repository.folder}/" if repository.folder else ""
-    names = own.names(commit)
+    names = dict.fromkeys(own.names(commit))
     found = ListedStore(
         Listing(
             str(repository),
@@ -166,7 +166,7 @@ def find_snapshot(place: HubRepository, stores: Stores) -> Snapshot:
         tree = {file.name: file for file in list_commit(place, commit, stores.web).files}
         notes = []
     inside = f"{place.folder}/" if place.folder else ""
-    names = [name for name in own.names(commit) if name.startswith(inside)]
+    names = dict.fromkeys(name for name in own.names(commit) if name.startswith(inside))
     if not names:
         raise SourceMissing(
             f"{place}: nothing of commit {commit} is in the cache {escape(str(own.cache))}",

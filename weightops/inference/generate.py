@@ -119,7 +119,7 @@ class Generation:
         return as_json(
             GenerateDocument(
                 text=text,
-                prompt_tokens=len(self._prompt),
+                prompt_tokens=len(self.prompt_tokens),
                 tokens=tuple(self.tokens),
                 warnings=tuple(self.warnings),
                 finish=self.finish,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Self
 
-from weightops.io.platform.machine import boot_id, pid_namespace, started
+from weightops.io.platform.machine import HIDDEN, boot_id, pid_namespace, started
 
 _NAME = re.compile(r"([0-9a-f]{12})-(\d+)-(\d+)")
 
@@ -44,7 +44,7 @@ class Owner:
         """Whether the process still runs; None if it is (or was) on a system that cannot be asked."""
         if self.place != _place():
             return None
-        return started(self.pid) == self.started
+        return started(self.pid) in (self.started, HIDDEN)
 
 
 @cache

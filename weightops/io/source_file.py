@@ -55,7 +55,8 @@ class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
             return Path(self.path)
         from urllib.parse import unquote
 
-        return Path(unquote(self.path.partition("://")[2]))
+        text = unquote(self.path.partition(":///")[2])
+        return Path(text) if Path(text).is_absolute() else Path(f"/{text}")  # one with a drive is absolute without
 
     @property
     def name(self) -> str:

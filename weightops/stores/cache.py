@@ -115,9 +115,11 @@ class CachedRepository:
             tree = msgspec.json.decode(data, type=_Tree)
         except (WeightopsError, msgspec.MsgspecError, UnicodeDecodeError):
             return {}
-        if tree.format_version != _TREE_VERSION:
-            return {}
-        return {name: _listed(name, entry) for name, entry in tree.files.items()}
+        found = {name: _listed(name, entry) for name, entry in tree.files.items()}
+        is_known = tree.format_version == _TREE_VERSION and all(
+            _BLOB.fullmatch(digest) for file in found.values() for digest in file.digests.values()
+        )
+        return found if is_known else {}
 
     def tree_path(self, commit: str) -> Path:
         """Where it is noted what the hub lists of a commit."""
@@ -126,11 +128,8 @@ class CachedRepository:
     def names(self, commit: str) -> list[str]:
         """The files of a commit that are in the cache."""
         root = self.snapshot(commit)
-        found = []
-        for folder, folders, files in os.walk(root):
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            found += [(Path(folder) / name).relative_to(root).as_posix() for name in (*files, *links)]
-        return sorted(found)
+        found = (path for path in root.rglob("*") if path.is_symlink() or path.is_file())
+        return sorted(path.relative_to(root).as_posix() for path in found)
 
     def find(self, commit: str, file: RemoteFile) -> SourceFile | None:
         """A file of a commit that the hub lists, if its content is in the cache, by its digest and size.
@@ -156,12 +155,12 @@ class CachedRepository:
         path = self.snapshot(commit) / check_relative(name, self.shown)
         digest = next(iter(listed.digests.values())) if listed else ""
         if path.is_symlink():
-            target = Path(os.path.normpath(path.parent / os.readlink(path)))
-            if target.parent != self.folder / "blobs" or not _BLOB.fullmatch(target.name):
-                raise _wrong(path, f"leads to {escape(str(target))}, which is no blob of its repository")
-            if digest not in ("", target.name):
-                raise _wrong(path, f"leads to blob {target.name}, expected {digest}")
-            digest = target.name
+            linked = self.linked_blob(path)
+            if linked is None:
+                raise _wrong(path, f"leads to {escape(str(path.readlink()))}, which is no blob of its repository")
+            if digest not in ("", linked):
+                raise _wrong(path, f"leads to blob {linked}, expected {digest}")
+            digest = linked
         elif not digest:
             raise _wrong(path, "is no link to a blob, so nothing says what it should hold")
         blob = self.blob(digest)
@@ -169,8 +168,14 @@ class CachedRepository:
         place = blob if os.path.lexists(blob) else path
         return self._file(path, place, algorithm, digest, listed.nbytes if listed else None)
 
+    def linked_blob(self, path: Path) -> str | None:
+        """The digest of the blob that a file's link leads to; None if it leads to anything else."""
+        target = Path(os.path.normpath(path.parent / path.readlink()))
+        is_beside = os.path.realpath(target.parent) == os.path.realpath(self.folder / "blobs")
+        return target.name if is_beside and _BLOB.fullmatch(target.name) else None
+
     def _file(self, path: Path, place: Path, algorithm: str, digest: str, nbytes: int | None) -> SourceFile:
-        """The file `path`, whose bytes are at `place`; raises as `open_at` does, `CorruptInput` for another size."""
+        """The file `path`, whose bytes are at `place`; raises `SourceMissing`, `CorruptInput` for another size."""
         try:
             status = self.resolved(place).stat()
         except OSError as error:
@@ -179,7 +184,8 @@ class CachedRepository:
             raise _wrong(place, "is no regular file")
         if nbytes not in (None, status.st_size):
             raise _wrong(place, f"has {status.st_size} bytes, expected {nbytes}")
-        return SourceFile(f"{_SCHEME}://{quote(str(path))}", status.st_size, 0, f"{algorithm}:{digest}")
+        url = f"{_SCHEME}:///{quote(path.as_posix().lstrip('/'))}"
+        return SourceFile(url, status.st_size, 0, f"{algorithm}:{digest}")
 
     def resolved(self, path: Path) -> Path:
         """Where a path leads; raises `CorruptInput` for one that leaves the cache.
@@ -265,6 +271,7 @@ class HubCache:
         found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if status.st_size != file.nbytes or self._seen.setdefault(file, found) != found:
             os.close(fd)
+            self.forget(file)
             raise CorruptInput(
                 f"{file.shown}: changed while it was being read (expected {file.nbytes} bytes, found {status.st_size})",
                 hint="run the command again",

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from systems import on
 
+from weightops.io.owner import Owner
 from weightops.io.platform import machine as here
 
 
@@ -32,6 +33,22 @@ def test_a_process_is_known_by_its_number_and_its_start(machine: ModuleType) -> 
         process.wait()
     assert machine.started(process.pid) is None
     assert machine.started(2**31 - 1) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="whose a process is matters on POSIX")
+def test_a_process_that_may_not_be_looked_at_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As others' are hidden by the mount option hidepid of /proc."""
+    looked, place = here._proc, Owner.here().place
+    monkeypatch.setattr(here, "_proc", lambda name: None if name == "12345678/stat" else looked(name))
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    assert here.started(12_345_678) is None
+    assert Owner(place, 12_345_678, 5).is_alive() is False
+    monkeypatch.setattr(os, "kill", kill)
+    assert here.started(12_345_678) == here.HIDDEN
+    assert Owner(place, 12_345_678, 5).is_alive() is True
 
 
 def test_memory_is_what_the_machine_has_at_most(machine: ModuleType) -> None:

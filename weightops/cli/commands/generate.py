@@ -70,7 +70,6 @@ def command(
     \b
     Example:
       weightops generate ./model --prompt "Once upon a time"
-      weightops generate hf://org/name --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
 
     It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers

@@ -27,6 +27,10 @@ _JUNCTION = 0xA0000003
 _WAITS_S = (0.01, 0.05, 0.2, 0.5)
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
+_NO_SYMBOLIC = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_PRIVILEGE = 1314
+"""ERROR_PRIVILEGE_NOT_HELD."""
+
 
 def is_link(path: Path) -> bool:
     """Whether a link stands there, to whatever: also a junction, which Python takes for a folder."""
@@ -189,6 +193,22 @@ def _open_folder(outer: Folder, name: str | None, stack: ExitStack) -> Folder:
 def give_name(source: Path, target: Path) -> None:
     """`Folder.give`, by path."""
     Folder(target.parent).give(source, target.name)
+
+
+def make_link(path: Path, target: Path) -> bool:
+    """Make a symbolic link to `target`, which counts from the link's folder; False where there are none.
+
+    Raises `FileExistsError`, and `OSError`. Windows has them for administrators and developers only.
+    """
+    try:
+        os.symlink(target, path)
+    except NotImplementedError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_SYMBOLIC or getattr(error, "winerror", None) == _NO_PRIVILEGE:
+            return False
+        raise
+    return True
 
 
 def exchange(first: Path, second: Path) -> bool:

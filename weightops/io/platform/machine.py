@@ -92,6 +92,10 @@ def pid_namespace() -> str:
         return ""
 
 
+HIDDEN = -1
+"""What `started` says of a process that lives, and of which this one may know no more."""
+
+
 def started(pid: int) -> int | None:
     """When a process started, by a clock of its system's own; None if it is gone (a zombie counts as gone).
 
@@ -102,7 +106,7 @@ def started(pid: int) -> int | None:
         fields = stat.rpartition(b")")[2].split()
         return None if fields[0] in (b"Z", b"X") else int(fields[19])
     if _proc("self/stat") is not None:
-        return None
+        return HIDDEN if _is_hidden(pid) else None
     import psutil
 
     try:
@@ -111,7 +115,18 @@ def started(pid: int) -> int | None:
     except (psutil.NoSuchProcess, ValueError, OverflowError):
         return None
     except psutil.AccessDenied:
-        return 0
+        return HIDDEN
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process that is not in /proc is there all the same, as others' are with the mount option hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        pass
+    return False
 
 
 def _proc(name: str) -> bytes | None:

@@ -6,7 +6,6 @@ revision finds all of it, or what was there before. Nothing is replaced but a re
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +18,8 @@ from weightops.io.atomic import check_folder, fsync_folder, make_folder, write_n
 from weightops.io.digests import FileDigests, hash_files
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.io.paths import check_relative, open_regular
+from weightops.io.paths import check_names, check_relative, open_regular
+from weightops.io.platform.entries import make_link
 from weightops.operations.download import operation
 from weightops.operations.download import source as sources
 from weightops.operations.download.operation import Download, Files, Reporter
@@ -32,7 +32,6 @@ from weightops.stores.web.hub import find_commit, list_commit
 from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile, is_commit
 from weightops.stores.web.web import Web
 
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _BLOCK_NBYTES = 4 << 20
 _LEFT_HINT = "it is left alone: remove it, and run the same command again"
 
@@ -121,6 +120,7 @@ class _Filling:
         Raises `CorruptInput` for a link or file in the place of a folder, or a link to another content.
         """
         check_folder(self.own.folder)
+        check_names(self.own.snapshot(self.listing.commit), [f.name for f in self.files], self.listing.source)
         own, listing = self.own, self.listing
         check_relative(listing.revision, listing.source)
         for name in ("blobs/x", f"{STATE}/data", f"trees/{listing.commit}.json", f"refs/{listing.revision}"):
@@ -129,16 +129,11 @@ class _Filling:
             folder = Path(file.name).parent
             check_place(own.folder, f"snapshots/{listing.commit}/{folder / 'x'}")
             path = self.path(file)
-            if path.is_symlink() and not self._leads_home(file):
+            if path.is_symlink() and own.linked_blob(path) != _digest(file):
                 raise CorruptInput(
-                    f"{escape(str(path))} is a link to {escape(os.readlink(path))}, expected blob {_digest(file)}",
+                    f"{escape(str(path))} is a link to {escape(str(path.readlink()))}, expected blob {_digest(file)}",
                     hint=_LEFT_HINT,
                 )
-
-    def _leads_home(self, file: RemoteFile) -> bool:
-        """Whether the file's link leads to its blob; where that may lead is no matter."""
-        path = self.path(file)
-        return Path(os.path.normpath(path.parent / os.readlink(path))) == self.own.blob(_digest(file))
 
     def _content(self, file: RemoteFile) -> Path:
         """Where the file's bytes are, or are to be: a copy in its place, or its blob."""
@@ -203,16 +198,14 @@ class _Filling:
         path, blob = self.path(file), self.own.blob(_digest(file))
         make_folder(path.parent)
         try:
-            if not os.path.lexists(path):
-                os.symlink(os.path.relpath(blob, path.parent), path)
-                fsync_folder(path.parent)
+            if not os.path.lexists(path) and not make_link(path, Path(os.path.relpath(blob, path.parent))):
+                self._copy(blob, file)
+            fsync_folder(path.parent)
         except FileExistsError:
             pass  # somebody else names it at this moment
         except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise write_failure(path, error) from None
-            self._copy(blob, file)
-        if path.is_symlink() and not self._leads_home(file):
+            raise write_failure(path, error) from None
+        if path.is_symlink() and self.own.linked_blob(path) != _digest(file):
             raise CorruptInput(f"{escape(str(path))} was made a link to something else meanwhile")
         if not self.stands(file):
             raise SourceMissing(
