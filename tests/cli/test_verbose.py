@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,9 @@ def test_python_gets_the_same_from_the_log(model: Path, caplog: pytest.LogCaptur
 def test_the_version_is_a_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([option]) == 0
     assert capsys.readouterr().out == f"weightops {__version__}\n"
+
+
+def test_the_program_itself_says_it(model: Path) -> None:
+    line = [sys.executable, "-m", "weightops", "shard", "model", "--out", "out", "--verbose"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "opened model as source: 2 tensors" in done.stderr

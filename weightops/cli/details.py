@@ -68,12 +68,14 @@ class Timed:
 
 @contextmanager
 def showing_details(progress: Progress) -> Iterator[None]:
-    """What is logged meanwhile is shown as notes of the progress."""
-    handler, level = _Notes(progress), _LOG.level
+    """What is logged meanwhile is shown as notes of the progress, although `main` keeps libraries quiet."""
+    handler, level, silenced = _Notes(progress), _LOG.level, logging.root.manager.disable
     _LOG.addHandler(handler)
     _LOG.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
     try:
         yield
     finally:
+        logging.disable(silenced)
         _LOG.removeHandler(handler)
         _LOG.setLevel(level)
