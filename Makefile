@@ -21,7 +21,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp mutants gpu clean
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench-convert   and the part about convert"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
+	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
 	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
@@ -48,6 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	$(call new,$(VENV),about a minute and 1.3 GB)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -q weightops kernels
 	@touch $(READY)
 
 setup: $(READY)
@@ -131,6 +133,9 @@ $(LLAMACPP)/.ready:
 	@touch $@
 
 llamacpp: $(LLAMACPP)/.ready
+
+bench-processor: $(READY)
+	$(BIN)/python benchmarks/processor.py $(OPTIONS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --sizes $(or $(SIZES),1b,3b) --keep

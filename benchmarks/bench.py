@@ -51,16 +51,27 @@ class Job:
 
 @dataclass
 class Figures:
-    """Seconds of each run of a job and of its baseline, and the job's peak memory."""
+    """Seconds of each run of a job, of its baseline and of the disk alone, and the job's peak memory."""
 
     job: Job
     seconds: list[float] = field(default_factory=list)
     baseline_s: list[float] = field(default_factory=list)
+    disk_s: list[float] = field(default_factory=list)
     rss_anon_mb: float = 0.0
 
     @property
-    def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.seconds, self.baseline_s, strict=True)]
+    def ratio(self) -> str:
+        return ratio(self.seconds, self.baseline_s)
+
+    @property
+    def disk_ratio(self) -> str:
+        return ratio(self.seconds, self.disk_s)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Of runs that were next to each other: the median, and from the least to the greatest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def timed(arguments: Sequence[str]) -> tuple[float, float]:
@@ -113,9 +124,12 @@ def measure(job: Job, folder: Path, runs: int, prepare: Callable[[Sequence[Path]
     figures = Figures(job)
     out, scratch = folder / "out", folder / "copy"
     for _ in range(runs):
-        for side in ("job", "baseline"):
+        for side in ("job", "baseline", "disk"):
             for path in (out, scratch):
                 shutil.rmtree(path, ignore_errors=True)
+            if side == "disk":
+                figures.disk_s += [disk_alone(job, folder, prepare)] if job.copies else []
+                continue
             os.sync()
             prepare([*job.reads, *([job.copies] if job.copies and side == "baseline" else [])])
             if side == "job":
@@ -127,6 +141,38 @@ def measure(job: Job, folder: Path, runs: int, prepare: Callable[[Sequence[Path]
     for path in (out, scratch):
         shutil.rmtree(path, ignore_errors=True)
     return figures
+
+
+def disk_alone(job: Job, folder: Path, prepare: Callable[[Sequence[Path]], None]) -> float:
+    """What the disk itself needs: the longer of reading the inputs, unless they are cached, and writing the output.
+
+    Both past the page cache, and at the same time on a disk that can.
+    """
+    assert job.copies is not None
+    nbytes = sum(path.stat().st_size for path in files([job.copies]))
+    seconds = [write_alone(folder / "disk-alone", nbytes)]
+    if prepare is drop_cache:
+        prepare(job.reads)
+        read = (
+            f"for file in {' '.join(map(str, files(job.reads)))}; do dd if=$file of=/dev/null bs=4M iflag=direct; done"
+        )
+        start = time.perf_counter()
+        subprocess.run(["sh", "-c", read], check=True, stderr=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+    return max(seconds)
+
+
+def write_alone(path: Path, nbytes: int) -> float:
+    """Seconds of `dd` past the page cache into a preallocated file."""
+    count = -(-nbytes // (4 << 20))
+    subprocess.run(["fallocate", "-l", str(count * (4 << 20)), str(path)], check=True)
+    os.sync()
+    arguments = ["dd", "if=/dev/zero", f"of={path}", "bs=4M", f"count={count}", "oflag=direct", "conv=notrunc,fsync"]
+    start = time.perf_counter()
+    subprocess.run(arguments, check=True, stderr=subprocess.DEVNULL)
+    elapsed_s = time.perf_counter() - start
+    path.unlink()
+    return elapsed_s
 
 
 def weightops(*arguments: str) -> None:
@@ -176,16 +222,14 @@ def jobs(size: str, folder: Path) -> list[Job]:
 
 def table(figures: Sequence[Figures], goals: bool) -> list[str]:
     lines = [
-        "| job | seconds | cp, seconds | ratio: median (min to max) | goal | RssAnon peak |",
-        "|---|---|---|---|---|---|",
+        "| job | seconds | cp, seconds | ratio: median (min to max) | goal | to the disk alone | RssAnon peak |",
+        "|---|---|---|---|---|---|---|",
     ]
     for f in figures:
-        ratios = f.ratios
         goal = f"≤ {f.job.target}" if goals and f.job.target else ""
         lines.append(
             f"| {f.job.name} | {statistics.median(f.seconds):.2f} | {statistics.median(f.baseline_s):.2f} "
-            f"| **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) | {goal} "
-            f"| {f.rss_anon_mb:.0f} MB |"
+            f"| {f.ratio} | {goal} | {f.disk_ratio} | {f.rss_anon_mb:.0f} MB |"
         )
     return lines
 
@@ -228,16 +272,8 @@ def verify_table(folder: Path, runs: int) -> list[str]:
 
 
 def disk_speed(folder: Path) -> str:
-    """GB/s of `dd` past the page cache into a preallocated file: what no durable output can be faster than."""
-    path = folder / "disk-speed"
-    rates = []
-    for _ in range(3):
-        subprocess.run(["fallocate", "-l", "4GiB", str(path)], check=True)
-        arguments = ["dd", "if=/dev/zero", f"of={path}", "bs=4M", "count=1024", "oflag=direct", "conv=notrunc,fsync"]
-        start = time.perf_counter()
-        subprocess.run(arguments, check=True, stderr=subprocess.DEVNULL)
-        rates.append((1 << 32) / (time.perf_counter() - start) / 1e9)
-        path.unlink()
+    """GB/s of writing alone: what no durable output can be faster than."""
+    rates = [(4 << 30) / write_alone(folder / "disk-alone", 4 << 30) / 1e9 for _ in range(3)]
     return f"{statistics.median(rates):.2f} GB/s ({min(rates):.2f} to {max(rates):.2f})"
 
 
@@ -308,8 +344,10 @@ Written by `make bench`: {runs} runs ({runs // 2 + 1} with a cold cache) of a wh
 by turns, on {os.cpu_count()} cores ({platform.machine()}). The baseline is `cat` of every input, `cp` of as many bytes
 as the command writes, and `sync`. Take the ratios; the seconds are this machine's.
 
-The disk takes {speed} from `dd` with O_DIRECT, the median of three before the first run. That is
-the floor of everything that writes: a command is done no sooner than its output is on disk.
+The disk takes {speed} from `dd` with O_DIRECT, the median of three before the first run; "to the
+disk alone" is the ratio to what `dd` needs for as many bytes in the next turn (with a cold cache, to the longer of
+reading and writing). That is the floor of everything that writes: a command is done no sooner than its output is
+on disk.
 """
 
 

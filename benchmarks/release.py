@@ -24,6 +24,7 @@ from bench import (
     Job,
     drop_cache,
     measure,
+    ratio,
     table,
     timed,
     warm_cache,
@@ -97,11 +98,8 @@ def jobs(size: str, folder: Path) -> list[Job]:
 
 
 def row(name: str, ours: list[float], theirs: list[float], memory_mb: float) -> str:
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    spread = f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
-    return (
-        f"| {name} | {statistics.median(ours):.2f} | {statistics.median(theirs):.2f} | {spread} | {memory_mb:.0f} MB |"
-    )
+    medians = f"{statistics.median(ours):.2f} | {statistics.median(theirs):.2f}"
+    return f"| {name} | {medians} | {ratio(ours, theirs)} | {memory_mb:.0f} MB |"
 
 
 def by_turns(

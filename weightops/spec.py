@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from functools import cached_property
 
 import msgspec
 
@@ -45,11 +46,14 @@ class DType(enum.Enum):
     Q8_0 = "q8_0"
     Q4_0 = "q4_0"
 
-    @property
+    __hash__ = object.__hash__
+    """By identity, which is what equality is: that of Enum is a call into Python."""
+
+    @cached_property
     def bits(self) -> int:
         return _BITS[self]
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes per element; 1 for the types that pack several elements into a byte."""
         return max(1, self.bits // 8)

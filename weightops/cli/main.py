@@ -218,6 +218,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     # To be woken each time takes as long as adding 100,000 numbers; so GNU's look a while (some 50 us), and then sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # numpy's BLAS starts a thread for every core when it is loaded, each of which spins a while before it sleeps.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Imports make a million objects that stay: looking through them for garbage is a tenth of the time they take.
     gc.set_threshold(100_000)
     sys.exit(run(sys.argv[1:] if args is None else list(args)))

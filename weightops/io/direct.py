@@ -23,7 +23,7 @@ from weightops.io.reflink import Extent, share
 from weightops.io.source_file import SourceFile
 
 ALIGNMENT = 4096
-_BUFFERED_PIECE = 128 << 10
+_BUFFERED_PIECE = 1 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file system's largest file is full."""
 

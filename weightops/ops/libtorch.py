@@ -11,9 +11,8 @@ import ctypes
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _BY_C = {d for d in DType if d.is_float and not d.is_packed and d not in (DType.F8_E8M0, DType.F6_E2M3, DType.F6_E3M2)}
+_OF_MATRICES = {"f": DType.F32, "d": DType.F64}
+"""By numpy's characters: the types of matrices that are multiplied."""
 _ADDED_BY_C = {DType.F16, DType.BF16, DType.F32, DType.F64}
 
 
@@ -128,50 +129,56 @@ class _Library:
         self._thread = OneThread(library)
 
     def accumulate(self, out: memoryview, other: memoryview, dtype: DType, sign: int) -> None:
-        with self._tensor(out, dtype) as left, self._tensor(other, dtype) as right:
-            total = ctypes.c_void_p()
+        left, right, total = self._flat(out, dtype), self._flat(other, dtype), ctypes.c_void_p()
+        try:
             check_status(self._add(left, right, float(sign), ctypes.byref(total)))
-            try:
-                check_status(self._copy(left, total, 0))
-            finally:
-                self._delete(total)
+            check_status(self._copy(left, total, 0))
+        finally:
+            self._forget(left, right, total)
 
     def convert(self, out: memoryview, new: DType, source: memoryview, old: DType) -> None:
-        with self._tensor(out, new) as target, self._tensor(source, old) as values:
+        target, values = self._flat(out, new), self._flat(source, old)
+        try:
             check_status(self._copy(target, values, 0))
+        finally:
+            self._forget(target, values)
 
     def matmul(self, out: NDArray[Any], left: NDArray[Any], right: NDArray[Any]) -> None:
-        with self._matrix(out) as total, self._matrix(left) as a, self._matrix(right) as b:
-            check_status(self._mm(total, a, b))
+        tensors = [self._matrix(array) for array in (out, left, right)]
+        try:
+            check_status(self._mm(*tensors))
+        finally:
+            self._forget(*tensors)
 
-    @contextmanager
-    def _tensor(self, buffer: memoryview, dtype: DType) -> Iterator[ctypes.c_void_p]:
+    def _flat(self, buffer: memoryview, dtype: DType) -> ctypes.c_void_p:
         """A flat tensor on the memory of `buffer`, which must be writable."""
-        memory: Any = ctypes.c_char.from_buffer(buffer)
-        with self._view(ctypes.addressof(memory), (len(buffer) // dtype.itemsize,), (1,), dtype) as tensor:
-            yield tensor
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        return self._view(address, (len(buffer) // dtype.itemsize,), (1,), dtype)
 
-    @contextmanager
-    def _matrix(self, array: NDArray[Any]) -> Iterator[ctypes.c_void_p]:
+    def _matrix(self, array: NDArray[Any]) -> ctypes.c_void_p:
         """A tensor on the memory of `array`, with its strides."""
-        strides = tuple(n // array.itemsize for n in array.strides)
-        with self._view(array.ctypes.data, array.shape, strides, DType(str(array.dtype))) as tensor:
-            yield tensor
+        itemsize = array.itemsize
+        strides = tuple([n // itemsize for n in array.strides])
+        return self._view(array.__array_interface__["data"][0], array.shape, strides, _OF_MATRICES[array.dtype.char])
 
-    @contextmanager
-    def _view(
-        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType
-    ) -> Iterator[ctypes.c_void_p]:
+    def _view(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> ctypes.c_void_p:
         """A tensor on memory of others."""
         self._thread.prepare()
-        rank, code = len(shape), self._dtypes[dtype]
-        sizes, steps = (ctypes.c_int64 * rank)(*shape), (ctypes.c_int64 * rank)(*strides)
         tensor = ctypes.c_void_p()
-        check_status(self._from_blob(address, rank, sizes, steps, 0, code, self._cpu, 0, ctypes.byref(tensor)))
-        try:
-            yield tensor
-        finally:
-            self._delete(tensor)
+        sizes, steps, code = _in_c(shape), _in_c(strides), self._dtypes[dtype]
+        check_status(self._from_blob(address, len(shape), sizes, steps, 0, code, self._cpu, 0, ctypes.byref(tensor)))
+        return tensor
+
+    def _forget(self, *tensors: ctypes.c_void_p) -> None:
+        for tensor in tensors:
+            if tensor:
+                self._delete(tensor)
+
+
+@lru_cache(maxsize=1024)
+def _in_c(numbers: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    """Sizes or strides for C, which only reads them."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def check_status(status: int) -> None:

@@ -13,6 +13,7 @@ import threading
 from io import FileIO
 from pathlib import Path
 
+from weightops.io.platform.machine import file_system_type
 from weightops.io.platform.optional import module
 
 _fcntl = module("fcntl")
@@ -23,6 +24,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _HAS_PREADV, _HAS_PWRITE = hasattr(os, "preadv"), hasattr(os, "pwrite")
 _HAS_FALLOCATE, _HAS_FADVISE = hasattr(os, "posix_fallocate"), hasattr(os, "posix_fadvise")
 _FULLFSYNC = getattr(_fcntl, "F_FULLFSYNC", None)
+_IN_MEMORY = ("tmpfs", "ramfs")
 _CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _ZEROS = bytes(1 << 20)
@@ -68,8 +70,11 @@ def _open_no_link(path: Path, flags: int, keep: bool) -> int:
 
 
 def open_direct(path: Path, *, keep: bool) -> tuple[int, bool]:
-    """As `open_to_write`, past the page cache where system and file system allow it; and whether they do."""
-    if _DIRECT:
+    """As `open_to_write`, past the page cache where system and file system allow it; and whether they do.
+
+    A file system in memory has nothing past it: since Linux 6.6 tmpfs takes the flag, and copies all the same.
+    """
+    if _DIRECT and file_system_type(path.parent) not in _IN_MEMORY:
         try:
             return open_to_write(path, keep=keep, extra=_DIRECT), True
         except OSError as error:

@@ -35,7 +35,7 @@ Precision = Literal["float32", "float64"]
 DTYPES = (DType.F32, DType.F16, DType.BF16)
 """The types of weights that something can be merged into."""
 _WORKS = 4
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 """Elements that are worked on at once: what fits into a cache of a core."""
 
 
