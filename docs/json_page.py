@@ -34,8 +34,8 @@ INTRODUCTION = """\
 
 With `--json` a command prints one document on stdout, and nothing else there; progress, warnings and errors are lines
 on stderr, as ever. Every document names its schema, such as `"schema": "weightops-verify/1"`, and has the shape that
-the [JSON Schema](https://json-schema.org) of that name in [docs/schemas](schemas) says. A shape never changes under its
-name: one that does gets the next number, and the changelog says so.
+the [JSON Schema](https://json-schema.org) of that name, linked below, says. A shape never changes under its name: one
+that does gets the next number, and the changelog says so.
 
     weightops verify ./zhixi --json | jq .verdict
 

@@ -73,7 +73,8 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
         name, _, anchor = target.partition("#")
         there = path.parent / name if name else path
-        if "://" not in target and (not there.exists() or (anchor and anchor not in anchors(there))):
+        # A folder is a page on GitHub, and none of the site.
+        if "://" not in target and (not there.is_file() or (anchor and anchor not in anchors(there))):
             broken.append(target)
     assert broken == []
 
