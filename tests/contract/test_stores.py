@@ -130,6 +130,15 @@ def test_what_is_there_can_be_read_and_what_is_not_is_missing(kind: Kind) -> Non
             ask("nowhere.json")
 
 
+def test_a_failure_is_over_when_the_last_command_under_it_is(kind: Kind) -> None:
+    file = kind.open().identity("model.safetensors")
+    with kind.stores.connected(), suppress(WeightopsError):
+        kind.stores.interrupt(WeightopsError("enough"))
+        read(kind, file)
+        assert not file.is_remote
+    assert read(kind, file) == WEIGHTS
+
+
 @pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "sub/../../config.json", "", "."])
 def test_no_name_leads_out_of_it(kind: Kind, name: str) -> None:
     store = kind.open()

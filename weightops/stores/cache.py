@@ -304,6 +304,9 @@ class HubCache:
     def interrupt(self, error: WeightopsError) -> None:
         self._stopped = self._stopped or error
 
+    def resume(self) -> None:
+        self._stopped = None
+
     def close(self) -> None:
         """Nothing is held."""
 

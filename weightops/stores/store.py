@@ -119,5 +119,8 @@ class Remote(Protocol):
     def interrupt(self, error: WeightopsError) -> None:
         """Make all that waits or reads, now or later, raise `error`; safe in a signal handler."""
 
+    def resume(self) -> None:
+        """Read again after an interruption, which nobody waits or reads under any more."""
+
     def close(self) -> None:
         """Let go of connections."""

@@ -105,7 +105,10 @@ class Stores:
 
     @contextmanager
     def connected(self) -> Iterator[Stores]:
-        """Keep connections for the length of a `with` block; the end of the outermost one closes those made here."""
+        """Keep connections for the length of a `with` block; the end of the outermost one closes those made here.
+
+        What interrupted them is over then: a command that failed does not make the next one fail.
+        """
         with self._lock:
             self._users += 1
         try:
@@ -113,9 +116,14 @@ class Stores:
         finally:
             with self._lock:
                 self._users -= 1
-                made = [] if self._users else [self._open.pop(kind) for kind in self._open.keys() - self._lent]
+                is_last = not self._users
+                made = [self._open.pop(kind) for kind in self._open.keys() - self._lent] if is_last else []
             for remote in made:
                 remote.close()
+            if is_last and self._stopped is not None:
+                self._stopped = None
+                for remote in self._open.values():
+                    remote.resume()
 
 
 def _open_cache(folder: str | os.PathLike[str]) -> Remote:

@@ -213,6 +213,11 @@ class Http:
         self._stopped = self._stopped or error
         self._wake.set()
 
+    def resume(self) -> None:
+        """Read again after `interrupt`, when nobody waits or reads any more."""
+        self._stopped = None
+        self._wake.clear()
+
     def _start_watching(self) -> None:
         with self._lock:
             if self._watcher is None:
