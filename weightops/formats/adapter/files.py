@@ -54,6 +54,13 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
     return not is_model or find_adapter(files) is not None or any(".lora_" in name for name in checkpoint)
 
 
+def looks_like_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an adapter, a weight file by itself included, beside which its config may lie."""
+    if checkpoint.sidecars:
+        return is_adapter(checkpoint)
+    return bool(checkpoint) and all(".lora_" in name or ".modules_to_save." in name for name in checkpoint)
+
+
 def refuse_adapter(checkpoint: Checkpoint, role: str) -> None:
     """An adapter is a part of a model; raises `IncompatibleInputs`."""
     if is_adapter(checkpoint):
