@@ -139,7 +139,7 @@ def adapter(report: AdapterReport, width: int | None) -> str:
         lines += ["", fitted(rows, width)]
     if measured:
         norm = sum((target.change.norm or 0) ** 2 for target in measured if target.change) ** 0.5
-        lines += ["", f"the change is scale B A{_magnitude(report)}: of all together the norm is {norm:.4g}"]
+        lines += ["", f"norm, rank and spectrum are those of scale * B A{_magnitude(report)}; norm of all: {norm:.4g}"]
     if report.base is not None:
         lines += ["", _fit(report)]
     return "\n".join(lines)
@@ -155,7 +155,7 @@ def _fit(report: AdapterReport) -> str:
     base = escape(report.base or "")
     if not wrong:
         return f"fits {base}: each of {parts} parts has its place there, by name and shape"
-    return f"does not fit {base}: {wrong} of {parts} parts have no place there"
+    return f"does not fit {base}: of {parts} parts {wrong} without a place there"
 
 
 def _target_cells(target: Target) -> tuple[str, ...]:

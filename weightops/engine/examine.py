@@ -12,9 +12,10 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import watch_all
 from weightops.engine.proof import hold
+from weightops.engine.stream import BLOCK_NBYTES
 from weightops.io.brief import brief
 from weightops.layouts.embeddings import has_rows_of_tokens
-from weightops.lazy import LazyTensor
+from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.measures.statistics import TensorStatistics, has_statistics, statistics
 from weightops.ops.measures.witness import witness
 from weightops.spec import DType, TensorSpec
@@ -100,13 +101,7 @@ def examine(
     labels: dict[LazyTensor, str] = {}
     for name, tensor in checkpoint.items():
         labels.setdefault(tensor, name)
-    watched = [
-        witness(
-            statistics(tensor, name, rows=has_rows_of_tokens(name)) if has_statistics(tensor.spec.dtype) else tensor,
-            name,
-        )
-        for tensor, name in labels.items()
-    ]
+    watched = [_watched(tensor, name) for tensor, name in labels.items()]
     remote = any(node.op.source is not None and node.op.source.is_remote for t in labels for node in t.walk())
     found = watch_all(what, watched, workers or (1 if remote else os.cpu_count() or 1), control)
     hold(labels, control)
@@ -120,3 +115,30 @@ def examine(
         for tensor, name in labels.items()
     }
     return {name: reports[tensor] for name, tensor in checkpoint.items()}
+
+
+def examine_one(tensor: LazyTensor, name: str, control: Control) -> tuple[TensorReport, tuple[str, ...]]:
+    """The same of one tensor, in the thread that asks; and what of its files could not be proven, in sentences.
+
+    A control of its own (`Control(parent=...)`, and `stop`) stops it at the next block.
+    """
+    watched = _watched(tensor, name)
+    with Evaluator(control.stores, control.once) as read:
+        for nbytes in read.drain(watched, BLOCK_NBYTES):
+            control.check()
+            control.progress.advance(nbytes)
+        read.files.check_unchanged()
+        notes = dict(read.notes.values())
+        digest = read.witnesses[name]
+    said = hold([tensor], control)
+    found = TensorStatistics.from_note(notes[name]) if name in notes else None
+    return TensorReport(tensor.spec, None, digest, found), said
+
+
+def _watched(tensor: LazyTensor, name: str) -> LazyTensor:
+    """A tensor whose digest is taken, and if it holds numbers its statistics, when it is evaluated."""
+    is_examined = has_statistics(tensor.spec.dtype)
+    return witness(
+        statistics(tensor, name, rows=has_rows_of_tokens(name)) if is_examined else tensor,
+        name,
+    )

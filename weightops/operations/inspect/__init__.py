@@ -5,17 +5,19 @@ from __future__ import annotations
 from weightops.operations.inspect.adapter import AdapterReport, Change, Target, Whole
 from weightops.operations.inspect.operation import inspect
 from weightops.operations.inspect.report import InspectDocument, Inspection
-from weightops.operations.inspect.tree import Node, make_tree, ranges
+from weightops.operations.inspect.tree import Module, Node, make_tree, modules_of, parts_of
 
 __all__ = [
     "AdapterReport",
     "Change",
     "InspectDocument",
     "Inspection",
+    "Module",
     "Node",
     "Target",
     "Whole",
     "inspect",
     "make_tree",
-    "ranges",
+    "modules_of",
+    "parts_of",
 ]

@@ -22,6 +22,9 @@ from weightops.operations.inspect.adapter import AdapterReport, report_adapter
 from weightops.operations.inspect.report import Inspection
 from weightops.stores.store import Store
 
+_SHOWN = 5
+"""Parts of an adapter whose problems are warnings; the report has all."""
+
 
 def inspect(
     checkpoint: Checkpoint,
@@ -64,7 +67,7 @@ def inspect(
                 base_path=base_path,
                 evaluate=partial(values, control=control) if stats else None,
             )
-            said = (*said, *notes, *report.problems)
+            said = (*said, *notes, *_some(report.problems))
         except (IncompatibleInputs, CorruptInput, SourceMissing) as error:
             if base is not None:
                 raise
@@ -85,6 +88,12 @@ def inspect(
         reports=reports,
         adapter=report,
     )
+
+
+def _some(problems: Sequence[str]) -> tuple[str, ...]:
+    """Problems, the first of many."""
+    more = len(problems) - _SHOWN
+    return (*problems[:_SHOWN], *([f"and {more} more parts of the adapter alike"] if more > 0 else []))
 
 
 def _included(checkpoint: Checkpoint, include: Sequence[str]) -> Checkpoint:

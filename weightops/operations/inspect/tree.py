@@ -47,27 +47,41 @@ class Node:
                 yield from child.walk(depth, level + 1)
 
 
-@dataclass
-class _Module:
-    """A module as names tell it."""
+@dataclass(slots=True)
+class Module:
+    """A module as names tell it: those in it by the next part of their names, and its tensors by the last."""
 
-    modules: dict[str, _Module] = field(default_factory=dict)
+    modules: dict[str, Module] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+
+    def names(self) -> Iterator[str]:
+        """All tensors in it, by their whole names."""
+        yield from self.tensors.values()
+        for module in self.modules.values():
+            yield from module.names()
+
+
+def modules_of(names: Iterable[str]) -> Module:
+    """The module that holds all tensors of these names, in their order."""
+    top = Module()
+    for name in names:
+        *path, last = parts_of(name)
+        module = top
+        for part in path:
+            found = module.modules.get(part)
+            if found is None:
+                found = module.modules[part] = Module()
+            module = found
+        module.tensors[last] = name
+    return top
 
 
 def make_tree(tensors: Mapping[str, TensorSpec], parameters: Mapping[str, int]) -> tuple[Node, ...]:
     """The top of the tree, in the order of the tensors; `parameters` are the weights that each tensor stands for."""
-    top = _Module()
-    for name in tensors:
-        *path, last = _parts(name)
-        module = top
-        for part in path:
-            module = module.modules.setdefault(part, _Module())
-        module.tensors[last] = name
-    return tuple(map(_in_one_line, _Folding(tensors, parameters).children(top)))
+    return tuple(map(_in_one_line, _Folding(tensors, parameters).children(modules_of(tensors))))
 
 
-def _parts(name: str) -> list[str]:
+def parts_of(name: str) -> list[str]:
     """A name in parts; the file's, which tensors of Meta's parts begin with, is one."""
     file, slash, rest = name.rpartition("/")
     parts = rest.split(".", _MAX_DEPTH)
@@ -82,7 +96,7 @@ class _Folding:
     def __init__(self, specs: Mapping[str, TensorSpec], parameters: Mapping[str, int]) -> None:
         self._specs, self._parameters = specs, parameters
 
-    def children(self, module: _Module) -> tuple[Node, ...]:
+    def children(self, module: Module) -> tuple[Node, ...]:
         """What a module holds: tensors, modules, and modules that are alike as one."""
         leaves = [self._leaf(label, name) for label, name in module.tensors.items()]
         whole = {label: self.children(each) for label, each in module.modules.items()}
