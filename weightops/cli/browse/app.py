@@ -53,8 +53,8 @@ class Browser(App[None]):
 
     CSS = """
     #title { height: 1; background: $primary; color: $text; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }
-    #tree { width: 1fr; scrollbar-gutter: stable; }
-    #side { width: 1fr; border-left: solid $primary; padding: 0 1; }
+    #tree { width: 1fr; scrollbar-size: 1 1; }
+    #side { scrollbar-size: 1 1; width: 1fr; border-left: solid $primary; padding: 0 1; }
     #panel { width: 1fr; height: auto; }
     #search { display: none; dock: bottom; height: 3; }
     #found { height: 1; display: none; padding: 0 1; }
@@ -69,8 +69,10 @@ class Browser(App[None]):
         Binding("c", "show('config')", "Config"),
         Binding("m", "show('metadata')", "Files"),
         Binding("s", "read", "Read"),
+        Binding("z", "fold", "Close all"),
         Binding("escape", "end_search", "End search", show=False),
     ]
+    TITLE = "weightops browse"
     ENABLE_COMMAND_PALETTE = False
 
     def __init__(self, subject: Subject, control: Control, figures: Figures = relative_norm) -> None:
@@ -98,12 +100,12 @@ class Browser(App[None]):
         yield Footer()
 
     def _title(self) -> Text:
-        parts = []
-        for letter, side in zip(("A  ", "B  "), self._subject.sides, strict=False):
-            found = side.inspection
-            sizes = f"{len(found.tensors):,} tensors, {count(found.parameters)} parameters, {human(found.nbytes)}"
-            parts.append(f"{letter if self._subject.is_pair else ''}{side.shown}: {sizes}")
-        return Text("   ".join(parts), no_wrap=True)
+        sides = self._subject.sides
+        if len(sides) > 1:
+            return Text("   ".join(f"{letter} {side.shown}" for letter, side in zip("AB", sides, strict=True)))
+        found = sides[0].inspection
+        sizes = f"{len(found.tensors):,} tensors, {count(found.parameters)} parameters, {human(found.nbytes)}"
+        return Text(f"{sides[0].shown}: {sizes}")
 
     def on_mount(self) -> None:
         """Open the first level, and look now and then whether somebody wants the program to end."""
@@ -239,12 +241,20 @@ class Browser(App[None]):
                 lines = [line for side in sides for line in (*side, "")]
         except (WeightopsError, OSError) as error:
             lines = [str(error)]
-        self.post_message(self.Told(what, Text("\n".join(lines))))
+        text = Text()
+        for line in lines:
+            changed = {"+": "green", "-": "red"}.get(line[:1], "") if what == "config" else ""
+            text.append(f"{line}\n", changed)
+        self.post_message(self.Told(what, text))
 
     def on_browser_told(self, message: Browser.Told) -> None:
         """Show a text, if it is still wanted."""
         if self._shown == message.what:
             self.query_one("#panel", Static).update(message.text)
+
+    def action_fold(self) -> None:
+        """Close everything but the first level of the tree."""
+        self._tree.fold()
 
     # search
 

@@ -17,6 +17,8 @@ from weightops.ops.measures.statistics import TensorStatistics
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _MOST_ROWS = 20
 """Lines of a histogram: below them, magnitudes are counted together."""
+_LABELS = (*STATISTICS, "tiny")
+"""The last are subnormal numbers."""
 _LETTERS = ("A", "B")
 
 
@@ -52,10 +54,10 @@ def tensor_text(subject: Subject, name: str, reading: Reading | str | None, widt
         if tensor is None:
             text.append(f"{letter}not there\n")
             continue
-        share = f", {100 * tensor.nbytes / side.inspection.nbytes:.2f} %" if side.inspection.nbytes else ""
         text.append(f"{letter}{tensor.spec}\n", "bold")
         indent = " " * len(letter)
-        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}{share}\n")
+        share = 100 * tensor.nbytes / max(1, side.inspection.nbytes)
+        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}, {share:.2g} %\n")
         text.append(f"{indent}in {escape(side.checkpoint.shards.get(name, side.checkpoint.name))}\n", "dim")
         alias = side.inspection.aliases.get(name)
         if alias is not None:
@@ -84,21 +86,38 @@ def _append_values(text: Text, reading: Reading, width: int, *, is_pair: bool) -
     if any(report.statistics is None for report in found):
         text.append("\nIts numbers share bytes, and are not looked at.\n", "dim")
         return
-    widths = [max(len(cell) for cell in (*column, letter)) for column, letter in zip(columns, letters, strict=True)]
+    columns = [
+        (*column, str(r.statistics.subnormal if r.statistics else 0)) for column, r in zip(columns, found, strict=True)
+    ]
     text.append("\n")
-    if is_pair:
-        heads = "  ".join(letter.rjust(size) for letter, size in zip(letters, widths, strict=True))
-        text.append(f"{'':12}{heads}\n", "dim")
-    for row, label in enumerate(STATISTICS):
-        cells = [column[row].rjust(size) for column, size in zip(columns, widths, strict=True)]
-        is_bad = label in ("NaN", "inf") and any(column[row] != "0" for column in columns)
-        text.append(f"{label:12}", "dim").append(f"{'  '.join(cells)}\n", "bold red" if is_bad else "")
-    subnormal = [(r.statistics.subnormal if r.statistics else 0) for r in found]
-    if any(subnormal):
-        shown = "  ".join(str(number).rjust(size) for number, size in zip(subnormal, widths, strict=True))
-        text.append(f"{'subnormal':12}", "dim").append(f"{shown}\n")
+    (_append_table if is_pair else _append_facts)(text, columns, letters)
     text.append("\n")
     _append_histogram(text, found, letters if is_pair else [""], width)
+
+
+def _append_table(text: Text, columns: Sequence[Sequence[str]], letters: Sequence[str]) -> None:
+    """A line for each number, a column for each side."""
+    widths = [max(map(len, column)) for column in columns]
+    heads = "  ".join(letter.rjust(size) for letter, size in zip(letters, widths, strict=True))
+    text.append(f"{'':10}{heads}\n", "dim")
+    for label, *cells in zip(_LABELS, *columns, strict=True):
+        shown = "  ".join(cell.rjust(size) for cell, size in zip(cells, widths, strict=True))
+        text.append(f"{label:10}", "dim").append(f"{shown}\n", _style(label, cells))
+
+
+def _append_facts(text: Text, columns: Sequence[Sequence[str]], _: Sequence[str]) -> None:
+    """Two numbers in a line."""
+    (cells,) = columns
+    pairs = list(zip(_LABELS, cells, strict=True))
+    for i in range(0, len(pairs), 2):
+        for label, cell in pairs[i : i + 2]:
+            text.append(f"{label:6}", "dim").append(f"{cell:12}", _style(label, [cell]))
+        text.append("\n")
+
+
+def _style(label: str, cells: Sequence[str]) -> str:
+    """How numbers are shown: those that are never right so that they are seen."""
+    return "bold red" if label in ("NaN", "inf") and any(cell != "0" for cell in cells) else ""
 
 
 def _append_histogram(text: Text, found: Sequence[TensorReport], letters: Sequence[str], width: int) -> None:

@@ -93,7 +93,7 @@ def relative_norm(one: LazyTensor, two: LazyTensor, control: Control) -> list[tu
     with _Stoppable(control) as evaluate:
         differ, change, size = struct.unpack("<3d", evaluate.whole(LazyTensor.make(Change(), *pair)))
     total = one.spec.numel
-    lines = [("elements that differ", f"{differ:,.0f} of {total:,} ({100 * differ / max(1, total):.3g} %)")]
+    lines = [("differ", f"{differ:,.0f} of {total:,} ({100 * differ / max(1, total):.3g} %)")]
     if one.spec.dtype.is_float:
         ratio = math.sqrt(change / size) if size and math.isfinite(change) and math.isfinite(size) else None
         lines.append(("||B - A|| / ||A||", "not finite" if ratio is None else f"{ratio:.4g}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +36,6 @@ class ModuleTree(Tree[Item]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("right", "open", "Open", show=False),
         Binding("left", "close", "Close", show=False),
-        Binding("z", "fold", "Fold all"),
     ]
 
     def __init__(self, subject: Subject) -> None:
@@ -104,7 +103,7 @@ class ModuleTree(Tree[Item]):
         else:
             self.action_cursor_parent()
 
-    def action_fold(self) -> None:
+    def fold(self) -> None:
         """Close everything but the first level."""
         for child in self.root.children:
             child.collapse_all()
@@ -112,24 +111,25 @@ class ModuleTree(Tree[Item]):
 
     def go(self, name: str) -> None:
         """Open what is around a tensor, and put the cursor on it."""
-        node: TreeNode[Item] | None = self.root
-        module = self._subject.modules
+        around, module = set(), self._subject.modules
         for part in parts_of(name)[:-1]:
             module = module.modules[part]
-            node = self._child(node, module, None) if node is not None else None
-        node = self._child(node, None, name) if node is not None else None
+            around.add(id(module))
+        node: TreeNode[Item] | None = self.root
+        while node is not None and node.data is not None and node.data.name != name:
+            node = self._child(node, around, name)
         if node is not None:
             self.call_after_refresh(self.move_cursor, node)
 
-    def _child(self, node: TreeNode[Item], module: Module | None, name: str | None) -> TreeNode[Item] | None:
-        """The line below `node` for a module or a tensor; of a long list more is added until it is there."""
+    def _child(self, node: TreeNode[Item], around: Container[int], name: str) -> TreeNode[Item] | None:
+        """The line below `node` for a tensor or a module around it; of a long list more is added until it is there."""
         self._fill(node)
         node.expand()
         seen = 0
         while True:
             for child in node.children[seen:]:
                 item = child.data
-                if item is not None and (item.module is module if module is not None else item.name == name):
+                if item is not None and (item.name == name or (item.module and id(item.module) in around)):
                     return child
             last = node.children[-1] if node.children else None
             if last is None or last.data is None or last.data.rest is None:
@@ -140,7 +140,7 @@ class ModuleTree(Tree[Item]):
 
 
 def _children(item: Item, module: Module) -> Iterator[tuple[str, Item]]:
-    """What is in a module, with labels that are parts of names; numbers in their order."""
+    """What is in a module, with labels that are parts of names; what holds but one thing is in one line with it."""
     before = f"{item.path}." if item.path else ""
     for label, name in module.tensors.items():
         yield label, Item(f"{before}{label}", name=name)
@@ -148,4 +148,12 @@ def _children(item: Item, module: Module) -> Iterator[tuple[str, Item]]:
     if all(label.isascii() and label.isdecimal() for label in labels):
         labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0"), label))
     for label in labels:
-        yield label, Item(f"{before}{label}", module=module.modules[label])
+        inner = module.modules[label]
+        while len(inner.modules) == 1 and not inner.tensors:
+            ((part, inner),) = inner.modules.items()
+            label = f"{label}.{part}"
+        if len(inner.tensors) == 1 and not inner.modules:
+            ((part, name),) = inner.tensors.items()
+            yield f"{label}.{part}", Item(f"{before}{label}.{part}", name=name)
+        else:
+            yield label, Item(f"{before}{label}", module=inner)
