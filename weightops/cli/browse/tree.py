@@ -14,7 +14,7 @@ from textual.widgets.tree import TreeNode
 from weightops.cli.browse.subject import Subject
 from weightops.cli.meter import human
 from weightops.io.escape import escape
-from weightops.operations.inspect import Module, parts_of
+from weightops.operations.inspect import Module, joined, parts_of
 
 _BATCH = 500
 """Children that are added to the tree at once."""
@@ -141,9 +141,12 @@ class ModuleTree(Tree[Item]):
 
 def _children(item: Item, module: Module) -> Iterator[tuple[str, Item]]:
     """What is in a module, with labels that are parts of names; what holds but one thing is in one line with it."""
-    before = f"{item.path}." if item.path else ""
+
+    def path(label: str) -> str:
+        return joined(item.path, label) if item.path else label
+
     for label, name in module.tensors.items():
-        yield label, Item(f"{before}{label}", name=name)
+        yield label, Item(path(label), name=name)
     labels = list(module.modules)
     if all(label.isascii() and label.isdecimal() for label in labels):
         labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0"), label))
@@ -151,9 +154,10 @@ def _children(item: Item, module: Module) -> Iterator[tuple[str, Item]]:
         inner = module.modules[label]
         while len(inner.modules) == 1 and not inner.tensors:
             ((part, inner),) = inner.modules.items()
-            label = f"{label}.{part}"
+            label = joined(label, part)
         if len(inner.tensors) == 1 and not inner.modules:
             ((part, name),) = inner.tensors.items()
-            yield f"{label}.{part}", Item(f"{before}{label}.{part}", name=name)
+            label = joined(label, part)
+            yield label, Item(path(label), name=name)
         else:
-            yield label, Item(f"{before}{label}", module=inner)
+            yield label, Item(path(label), module=inner)

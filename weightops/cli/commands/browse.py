@@ -29,8 +29,8 @@ def command(source: Path | str, second: Path | str | None) -> None:
       weightops browse ./base ./tuned
 
     Arrows move; Enter, right and left open and close; / searches, n and N go on; c shows config.json, m files and
-    metadata, t the tensor again; z closes all; q or Ctrl-C ends. This command needs the extra `tui`:
-    pip install 'weightops[tui]'
+    metadata, t the tensor again; z closes all; q or Ctrl-C ends. This command needs the extra `tui`, which
+    `pip install 'weightops[tui]'` brings.
     """
     try:
         import textual  # noqa: F401  # to say in a sentence that it is not there

@@ -55,10 +55,10 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
 
 
 def looks_like_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is an adapter, a weight file by itself included, beside which its config may lie."""
-    if checkpoint.sidecars:
+    """Whether a checkpoint is an adapter, or a weight file of one that was opened by itself."""
+    if checkpoint.sidecars or checkpoint.folder is None:
         return is_adapter(checkpoint)
-    return bool(checkpoint) and all(".lora_" in name or ".modules_to_save." in name for name in checkpoint)
+    return any(".lora_" in name for name in checkpoint) and checkpoint.folder.has(CONFIG_NAME)
 
 
 def refuse_adapter(checkpoint: Checkpoint, role: str) -> None:

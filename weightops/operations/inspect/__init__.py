@@ -5,7 +5,7 @@ from __future__ import annotations
 from weightops.operations.inspect.adapter import AdapterReport, Change, Target, Whole
 from weightops.operations.inspect.operation import inspect
 from weightops.operations.inspect.report import InspectDocument, Inspection
-from weightops.operations.inspect.tree import Module, Node, make_tree, modules_of, parts_of
+from weightops.operations.inspect.tree import Module, Node, joined, make_tree, modules_of, parts_of
 
 __all__ = [
     "AdapterReport",
@@ -17,6 +17,7 @@ __all__ = [
     "Target",
     "Whole",
     "inspect",
+    "joined",
     "make_tree",
     "modules_of",
     "parts_of",

@@ -15,7 +15,7 @@ from weightops.spec import TensorSpec
 
 _MAX_DEPTH = 16
 """Dots beyond it are part of the last label: deeper than any model, and no deeper than Python can walk."""
-_NUMBERED = re.compile(r"(.*\.)?(\d{1,9})", re.DOTALL)
+_NUMBERED = re.compile(r"((?:.*\.)?)(\d{1,9})(/?)", re.DOTALL)
 _ALIKE = 0.5
 _SEVERAL = 4
 _MAX_KINDS = 8
@@ -82,12 +82,14 @@ def make_tree(tensors: Mapping[str, TensorSpec], parameters: Mapping[str, int]) 
 
 
 def parts_of(name: str) -> list[str]:
-    """A name in parts; the file's, which tensors of Meta's parts begin with, is one."""
+    """A name in parts; that of a file, which tensors of Meta's parts begin with, is one, with its slash."""
     file, slash, rest = name.rpartition("/")
-    parts = rest.split(".", _MAX_DEPTH)
-    return (
-        [f"{file}{slash}{parts[0]}", *parts[1:]] if slash and len(parts) == 1 else [*([file] if slash else []), *parts]
-    )
+    return [*([f"{file}/"] if slash else []), *rest.split(".", _MAX_DEPTH)]
+
+
+def joined(first: str, second: str) -> str:
+    """Two parts of a name that follow each other."""
+    return f"{first}{second}" if first.endswith("/") else f"{first}.{second}"
 
 
 class _Folding:
@@ -117,29 +119,26 @@ def _key(node: Node) -> _Key:
 
 def _folded(modules: Mapping[str, tuple[Node, ...]]) -> Iterator[Node]:
     """Nodes of modules, the numbered ones that are alike as one, each in the place of its first."""
-    families: dict[str, dict[str, str]] = {}
+    families: dict[tuple[str, str], dict[str, str]] = {}
     for label in modules:
         found = _NUMBERED.fullmatch(label)
         if found is not None:
-            families.setdefault(found[1] or "", {})[label] = found[2]
-    groups: dict[str, list[str]] = {}
-    for numbers in families.values():
-        if 1 < len({int(number) for number in numbers.values()}) == len(numbers):  # not both 1 and 01
-            groups |= {own[0]: own for own in _alike({label: modules[label] for label in numbers}) if len(own) > 1}
-    done = {label for own in groups.values() for label in own}
+            families.setdefault((found[1], found[3]), {})[label] = found[2]
+    runs: dict[str, Node] = {}
+    done: set[str] = set()
+    for (before, after), numbers in families.items():
+        if not 1 < len({int(number) for number in numbers.values()}) == len(numbers):
+            continue  # one alone, or both 1 and 01
+        for own in _alike({label: modules[label] for label in numbers}):
+            if len(own) > 1:
+                merged = _merged([(numbers[label], modules[label]) for label in own])
+                runs[own[0]] = _module(f"{before}[{ranges(numbers[label] for label in own)}]{after}", merged)
+                done.update(own)
     for label, children in modules.items():
-        if label in groups:
-            own = groups[label]
-            prefix, numbers = label[: -len(_number(label))], {each: _number(each) for each in own}
-            merged = _merged([(numbers[each], modules[each]) for each in own])
-            yield _module(f"{prefix}[{ranges(numbers.values())}]", merged)
+        if label in runs:
+            yield runs[label]
         elif label not in done:
             yield _module(label, children)
-
-
-def _number(label: str) -> str:
-    found = _NUMBERED.fullmatch(label)
-    return found[2] if found is not None else ""
 
 
 def _module(label: str, children: tuple[Node, ...]) -> Node:
@@ -156,7 +155,7 @@ def _in_one_line(node: Node) -> Node:
     """The same tree; modules that hold but one thing are in one line with it, unless only some of a run have that."""
     children = tuple(map(_in_one_line, node.children))
     if len(children) == 1 and not children[0].only:
-        return replace(children[0], label=f"{node.label}.{children[0].label}", only=node.only)
+        return replace(children[0], label=joined(node.label, children[0].label), only=node.only)
     return replace(node, children=children)
 
 

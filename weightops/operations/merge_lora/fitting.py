@@ -62,7 +62,7 @@ def fit(adapter: Adapter, base: Checkpoint) -> tuple[dict[tuple[str, int], Fit],
         if own == shape or (may_grow and own[1:] == shape[1:]):
             return Fit((name,))
         problem = (
-            f"{escape(adapter.name)}: {escape(path)} is {tensor.spec}, the base's {escape(name)} {base[name].spec}"
+            f"{escape(adapter.name)}: {escape(path)} is {tensor.spec}, the base's {escape(name)} is {base[name].spec}"
         )
         return Fit(problem=problem)
 
