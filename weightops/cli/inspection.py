@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from weightops.cli.meter import human
@@ -24,7 +25,7 @@ _SHOWN = 20
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def inventory(found: Inspection) -> str:
+def inventory(found: Inspection, width: int | None = None) -> str:
     """What it is, how large, and how it was made."""
     dtypes = ", ".join(f"{dtype} {human(nbytes)}" for dtype, nbytes in found.by_dtype().items())
     lines = [
@@ -34,7 +35,7 @@ def inventory(found: Inspection) -> str:
     if found.content_id:
         lines.append(f"content {found.content_id} (from its manifest)")
     lines += ["", "made by", *(f"  {escape(line)}" for line in found.history)] if found.history else []
-    return "\n".join(lines)
+    return wrapped(lines, width)
 
 
 def files(found: Inspection) -> str:
@@ -44,12 +45,12 @@ def files(found: Inspection) -> str:
     return table(rows, right=(1, 2))
 
 
-def beside(found: Inspection) -> str:
+def beside(found: Inspection, width: int | None = None) -> str:
     """Tensors that share bytes, and the other files."""
     lines = [f"{escape(alias)} shares the bytes of {escape(name)}" for alias, name in found.aliases.items()]
     if found.sidecars:
         lines += [*([""] if lines else []), f"beside the weights: {', '.join(map(escape, found.sidecars))}"]
-    return "\n".join(lines)
+    return wrapped(lines, width)
 
 
 def tensors(found: Inspection, width: int | None, *, stats: bool) -> str:
@@ -128,6 +129,7 @@ def adapter(report: AdapterReport, width: int | None) -> str:
         lines.append(f"keeps whole {', '.join(map(escape, report.modules_to_save))}")
     if report.base_model:
         lines.append(f"trained on {escape(report.base_model)}, says its config")
+    lines = [wrapped(lines, width)]
     measured = [target for target in report.targets if target.change is not None and target.change.norm is not None]
     heads = ("target", "shape", "r", "alpha", "scale", *(("norm", "r99", "stable", "spectrum") if measured else ()))
     rows: list[Sequence[str]] = [heads]
@@ -182,13 +184,13 @@ def _bars(values: Sequence[float]) -> str:
 def count(number: int) -> str:
     """A number of parameters, for reading: `1.10 B`, `67.1 M`."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:.0f} {unit}"
+        if number >= 0.9995 * size:  # which three digits round up
+            return f"{number / size:.0f} {unit}" if number >= 999.5 * size else f"{number / size:.3g} {unit}"
     return str(number)
 
 
 def fitted(rows: Sequence[Sequence[str]], width: int | None, right: Sequence[int] = ()) -> str:
-    """A table no wider than `width`, with names in the first column that lack their middles where they must."""
+    """A table no wider than `width`, with names in the first column that are shortened where they must be."""
     if width is not None:
         others = sum(max(len(row[i]) for row in rows) + 2 for i in range(1, len(rows[0])))
         room = max(_LEAST, width - others)
@@ -196,11 +198,28 @@ def fitted(rows: Sequence[Sequence[str]], width: int | None, right: Sequence[int
     return table(rows, right=right)
 
 
+def wrapped(lines: Sequence[str], width: int | None) -> str:
+    """Lines of prose, those that are too long on several."""
+    if width is None:
+        return "\n".join(lines)
+    wrap = partial(fill, width=width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line) if len(line) > width else line for line in lines)
+
+
 def shortened(text: str, room: int) -> str:
-    """A name in so many characters: what goes is in its middle, and the indentation stays."""
+    """A name in so many characters: its first parts go, as far as the number of a layer, and then its middle.
+
+    The indentation stays.
+    """
     if len(text) <= room:
         return text
-    ahead = len(text) - len(text.lstrip())
-    head = ahead + max(1, (room - ahead - 1) // 3)
-    tail = room - head - 1
-    return f"{text[:head]}…{text[-tail:]}" if tail > 0 else f"{text[: room - 1]}…"
+    name = text.lstrip()
+    indent, parts = text[: len(text) - len(name)], name.split(".")
+    while len(parts) > 2 and not parts[0].isdecimal() and len(indent) + len(name) > room:
+        del parts[0]
+        name = f"…{'.'.join(parts)}"
+    left = room - len(indent)
+    if len(name) > left:
+        head = max(1, (left - 1) // 3)
+        name = f"{name[:head]}…{name[len(name) - max(0, left - head - 1) :]}"
+    return f"{indent}{name}"

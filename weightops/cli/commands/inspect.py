@@ -83,7 +83,7 @@ def _parts(
 ) -> Iterator[str]:
     from weightops.cli import inspection  # imported here because help does without it
 
-    yield inspection.inventory(found)
+    yield inspection.inventory(found, width)
     if found.adapter is not None:
         yield inspection.adapter(found.adapter, width)
     yield inspection.files(found)
@@ -91,4 +91,4 @@ def _parts(
         yield inspection.tree(found, depth, width, stats=stats)
     if tensors or (stats and not tree):
         yield inspection.tensors(found, width, stats=stats)
-    yield inspection.beside(found)
+    yield inspection.beside(found, width)

@@ -202,12 +202,14 @@ def _order(lists: Iterable[Sequence[_Key]]) -> list[_Key]:
     """All keys: those of later lists after another of their label, or else after what they follow there."""
     after: dict[_Key | None, _Key | None] = {None: None}
     last: dict[str, _Key] = {}
+    end: _Key | None = None
     for keys in lists:
-        place: _Key | None = None
+        place = None if any(key in after for key in keys) else end
         for key in keys:
             if key not in after:
                 place = last.get(key[0], place)
                 after[place], after[key] = key, after[place]
+                end = key if after[key] is None else end
                 last[key[0]] = key
             place = key
     order, at = [], after[None]
