@@ -197,7 +197,7 @@ def test_json_is_one_document_on_stdout(family: Path, capsys: pytest.CaptureFixt
     for arguments, schema in (
         (recover("--json", "--dry-run"), "weightops-write/2"),
         (recover("--json"), "weightops-write/2"),
-        (["inspect", "out", "--json"], "weightops-inspect/1"),
+        (["inspect", "out", "--json"], "weightops-inspect/2"),
         (["verify", "out", "--json"], "weightops-verify/1"),
         (["manifest", "model", "--json"], "weightops-manifest/1"),
         (["env", "--json"], "weightops-env/2"),

@@ -22,7 +22,8 @@ OWN_WORDS = {
     "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize"},
     "--drop": {"recover", "shard"},
     "--method": {"diff", "quantize"},
-    "--base": {"merge-lora", "extract-lora"},
+    "--base": {"merge-lora", "extract-lora", "inspect"},
+    "--include": {"download", "inspect"},
     "--tuned": {"diff", "extract-lora"},
     "--seq-len": {"quantize", "eval"},
     "--max-memory": {"quantize"},
@@ -88,7 +89,7 @@ def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
     assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name == "run")
     assert ({"-o", "--out"} <= flags) == (name in WRITERS)
-    assert ("--json" in flags) == (name != "completion")
+    assert ("--json" in flags) == (name not in ("completion", "browse"))
 
 
 def test_options_are_shown_in_sections(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,14 @@ ROWS: dict[str, list[Row]] = {
         row("--xxh128sums", None, digests=("xxh3_128",)),
         same("--workers 3", workers=3),
     ],
-    "inspect": [],
+    "inspect": [
+        row("--include a* --include b", {"include": ("a*", "b")}),
+        row("--include a*", {"include": "a*"}, include=("a*",)),
+        same("--stats", stats=True),
+        row("--base other", {"base": "other"}, base_path="other"),
+        same("--workers 3 --stats", workers=3, stats=True),
+    ],
+    "browse": [],
     "download": [
         same("--revision v2", revision="v2"),
         row("--include a* --include b", {"include": ("a*", "b")}),
@@ -159,7 +166,7 @@ ELSEWHERE = {
     "check": {"--strict", "--html"},
     "verify": {"--junit"},
     "manifest": {"--dry-run", "--overwrite"},
-    "inspect": {"-t", "--tensors"},
+    "inspect": {"-t", "--tensors", "--tree", "--depth"},
     "env": {"--gpu"},
     "download": {"--cache"},
 }
@@ -170,6 +177,7 @@ GIVEN = {
     "generate": ("source", ("source", "one")),
     "check": ("source", ("source",)),
     "verify": ("source", ("source",)),
+    "inspect": ("source", ("source",)),
     "manifest": ("source", ("source",)),
     "download": ("org/model --out out", ("org/model", "out")),
 }
@@ -204,7 +212,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     for name in ("inference.evaluate.evaluate", "inference.generate.Generation", "operations.check.check"):
         stand_in(f"weightops.{name}")
-    for name in ("verify.verify", "manifest.make_manifest", "download.download_into"):
+    for name in ("verify.verify", "manifest.make_manifest", "inspect.inspect", "download.download_into"):
         stand_in(f"weightops.operations.{name}")
     monkeypatch.setattr("weightops.inference.tokens.read_text", lambda paths: found.update(texts=list(paths)) or "x")
     stand_for_quantize(monkeypatch, found)
@@ -311,7 +319,7 @@ def test_the_rows_are_all_that_there_is() -> None:
         if name not in FUNCTIONS:
             continue
         parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
-        keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"control"}
+        keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"control", "web"}
         keywords -= {word.removeprefix("--") for word in ELSEWHERE.get(name, ())}
         assert keywords <= {keyword for each in rows for keyword in each.python or ()}, name
 
@@ -329,6 +337,8 @@ def test_the_rows_are_all_that_there_is() -> None:
         ("generate source --prompt x --top-k 3", "at temperature 0 nothing is drawn"),
         ("generate source --prompt x --top-p 0.5", "at temperature 0 nothing is drawn"),
         ("generate source --prompt x --seed 0", "--seed has no use at --temperature 0"),
+        ("inspect source --depth 2", "--depth has no use without --tree"),
+        ("inspect source --workers 2", "--workers has no use without --stats"),
         ("verify source --quick --content", "quick reads no tensors, and content nothing else"),
         ("verify source --content --extra warn", "--extra has no use with --content"),
         ("verify source --content --algorithm md5", "--algorithm has no use with --content"),

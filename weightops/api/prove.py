@@ -12,7 +12,8 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.errors import Differs, NoWeights, SourceMissing, UsageError, WeightopsError
-from weightops.formats.folder import open_checkpoint, read_place
+from weightops.formats.adapter.files import looks_like_adapter
+from weightops.formats.folder import open_adapter, open_checkpoint, read_place
 from weightops.formats.places import find_place, is_remote
 from weightops.formats.proofs import checklist
 from weightops.formats.proofs.manifest import Manifest
@@ -96,13 +97,40 @@ def hold_checklist(folder: Path) -> None:
         )
 
 
-def inspect(source: StrPath, *, web: Web | None = None, control: Control | None = None) -> Inspection:
-    """What a checkpoint holds, from its headers alone; one on a server is read through `web`, or those of `control`."""
+def inspect(
+    source: StrPath,
+    *,
+    include: str | Sequence[str] = (),
+    stats: bool = False,
+    base: StrPath | None = None,
+    workers: int | None = None,
+    web: Web | None = None,
+    control: Control | None = None,
+) -> Inspection:
+    """What a checkpoint holds, from its headers alone; one on a server is read through `web`, or those of `control`.
+
+    `include`: globs of the tensors to look at. With `stats` each of them is read once, for its digest and statistics,
+    and of a LoRA adapter the singular values of what it adds. `base`: a model that an adapter is held against.
+    See `weightops.operations.inspect`.
+    """
     from weightops.operations.inspect import inspect as operation
 
-    with (control or Control(web=web)).stores.connected() as stores:
+    control = control or Control(web=web)
+    with control.stores.connected() as stores:
         place = find_place(source, stores)
-        return operation(read_place(place, stores), place, os.fspath(source))
+        checkpoint = read_place(place, stores)
+        return operation(
+            checkpoint,
+            place,
+            os.fspath(source),
+            include=several(include),
+            stats=stats,
+            adapter=open_adapter(source, stores) if looks_like_adapter(checkpoint) else None,
+            base=open_checkpoint(base, stores) if base is not None else None,
+            base_path=None if base is None else os.fspath(base),
+            workers=workers,
+            control=control,
+        )
 
 
 def check(source: StrPath, *, control: Control | None = None, **options: Unpack[CheckOptions]) -> CheckReport:

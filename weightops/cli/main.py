@@ -47,7 +47,8 @@ GROUPS = {
         "manifest": "Record the digests of a model's files, for later checks.",
     },
     "Look at it": {
-        "inspect": "Show what the files of a model hold, without the weights.",
+        "inspect": "Show what the files of a model or an adapter hold.",
+        "browse": "Walk through a model in the terminal, or through two.",
         "env": "Show versions, machine, disk and hub, for bug reports.",
         "completion": "Print the script with which a shell completes commands.",
     },

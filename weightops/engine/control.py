@@ -79,6 +79,10 @@ class Control:
         self._stop.set()
         self.stores.interrupt(Interrupted(signal_number))
 
+    def stop(self) -> None:
+        """Ask what runs under this control alone to stop, at its next check; connections, which others use, stay."""
+        self._stop.set()
+
     def check(self) -> None:
         """Raise `Interrupted` once this control or its parent was cancelled; to be called between blocks of work."""
         if self._parent is not None:

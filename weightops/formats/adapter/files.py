@@ -54,6 +54,13 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
     return not is_model or find_adapter(files) is not None or any(".lora_" in name for name in checkpoint)
 
 
+def looks_like_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an adapter, or a weight file of one that was opened by itself."""
+    if checkpoint.sidecars or checkpoint.folder is None:
+        return is_adapter(checkpoint)
+    return any(".lora_" in name for name in checkpoint) and checkpoint.folder.has(CONFIG_NAME)
+
+
 def refuse_adapter(checkpoint: Checkpoint, role: str) -> None:
     """An adapter is a part of a model; raises `IncompatibleInputs`."""
     if is_adapter(checkpoint):

@@ -20,6 +20,9 @@ from weightops.lazy import LazyTensor
 from weightops.ops.arrange import Agreed
 
 _OF_MODULES = {Kind.A, Kind.B, Kind.BIAS, Kind.EMBEDDING_A, Kind.EMBEDDING_B, Kind.MAGNITUDE}
+STACKED = ("down_proj", "up_proj", "gate_proj", "gate_up_proj")
+"""Parameters that stack experts, in the order in which peft wraps them: the last one that a module declares lies at
+depth 0."""
 _SUFFIX = {Kind.MAGNITUDE: "lora_magnitude_vector", Kind.BIAS: "lora_B.bias"}
 
 
@@ -66,12 +69,25 @@ class Adapter:
         found = self._ranks.find(path)
         return self.config.r if found is None else int(found)
 
+    def alpha(self, path: str) -> float:
+        """lora_alpha of a module by adapter_config.json."""
+        found = self._alphas.find(path)
+        return self.config.lora_alpha if found is None else found
+
     def scale(self, path: str) -> float:
         """What the product of the factors is multiplied by: alpha / r or alpha / sqrt(r), times the weight."""
-        found, rank = self._alphas.find(path), self.rank(path)
-        alpha = self.config.lora_alpha if found is None else found
+        rank = self.rank(path)
         # in the order in which peft's `set_scale` computes
-        return self.weight * alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+        return self.weight * self.alpha(path) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def parameters(self, path: str) -> list[str]:
+        """The parameters of the module at `path` that `target_parameters` names, by the depth of their factors.
+
+        That order is known of the `STACKED` alone; others come after them.
+        """
+        modules = [target.rpartition(".") for target in self.config.target_parameters or () if target]
+        found = {last for module, _, last in modules if not module or f".{path}".endswith(f".{module}")}
+        return [*(name for name in STACKED if name in found), *sorted(found.difference(STACKED))]
 
     def is_saved_whole(self, path: str) -> bool:
         """Whether the tensor at `path` is one of a module in `modules_to_save`."""

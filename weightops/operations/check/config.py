@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
+from weightops.engine.examine import TensorReport
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.io.names import listed
@@ -16,7 +17,7 @@ from weightops.layouts.modules import NUMBERED
 from weightops.layouts.names import EMBEDDING, HEAD, LAYER, NORM, PROJECTIONS, is_derived
 from weightops.layouts.restored import ROTARY_SUFFIX
 from weightops.operations.check.layers import Layers, layer_count_findings, layer_findings, layers_of
-from weightops.operations.check.report import Finding, Severity, TensorReport
+from weightops.operations.check.report import Finding, Severity
 from weightops.spec import DType, parse_dtype
 
 _UNTIED_BY_DEFAULT = ("llama", "mistral")

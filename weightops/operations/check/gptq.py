@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from weightops.checkpoint import Checkpoint
+from weightops.engine.examine import TensorReport
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.formats.quantized.gptq import (
     CONFIG_KEY,
@@ -27,7 +28,7 @@ from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.modules import is_conv1d
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.check.report import Finding, Severity, TensorReport
+from weightops.operations.check.report import Finding, Severity
 from weightops.ops.rows import Repeat
 from weightops.spec import DType
 

@@ -12,24 +12,21 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.engine.digest import watch_all
-from weightops.engine.proof import hold
+from weightops.engine.examine import TensorReport, examine, unread
 from weightops.engine.values import values as values_of
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import is_adapter
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.io.escape import escape
-from weightops.layouts.embeddings import embedding_and_head, has_rows_of_tokens, vocabulary_rows
+from weightops.layouts.embeddings import embedding_and_head, vocabulary_rows
 from weightops.layouts.source import beside
-from weightops.lazy import Evaluate, LazyTensor
+from weightops.lazy import Evaluate
 from weightops.operations.check import gptq as check_gptq
 from weightops.operations.check import values as check_values
 from weightops.operations.check.architecture import Held, architecture_findings, held_against
 from weightops.operations.check.config import config_findings, dtype_findings, tie_findings
 from weightops.operations.check.files import file_findings, leftover_findings, opening_findings, token_findings
-from weightops.operations.check.report import CODES, SEVERITIES, CheckReport, Finding, TensorReport
-from weightops.ops.measures.statistics import TensorStatistics, has_statistics, statistics
-from weightops.ops.measures.witness import witness
+from weightops.operations.check.report import CODES, SEVERITIES, CheckReport, Finding
 
 
 def check(
@@ -60,7 +57,7 @@ def check(
     if max_abs is not None and not values:
         raise UsageError("max_abs is a bound on values, which are not read", hint="leave out --no-values")
     control = control or Control()
-    tensors = _examine(checkpoint, workers, control) if values else _unread(checkpoint)
+    tensors = examine(checkpoint, workers, control) if values else unread(checkpoint)
     evaluate = partial(values_of, control=control) if values else None
     subject = _Subject.of(checkpoint, None if cache is None else Path(cache), architecture=architecture)
     findings = list(_findings(subject, tensors, max_abs, evaluate))
@@ -108,37 +105,6 @@ class _Subject:
     @property
     def is_model(self) -> bool:
         return DELTA_NAME not in self.checkpoint.sidecars and not is_adapter(self.checkpoint)
-
-
-def _unread(checkpoint: Checkpoint) -> dict[str, TensorReport]:
-    return {name: TensorReport(tensor.spec, checkpoint.shards.get(name)) for name, tensor in checkpoint.items()}
-
-
-def _examine(checkpoint: Checkpoint, workers: int | None, control: Control) -> dict[str, TensorReport]:
-    """Digest and statistics of every tensor; names that stand for one tensor share what is said of it."""
-    labels: dict[LazyTensor, str] = {}
-    for name, tensor in checkpoint.items():
-        labels.setdefault(tensor, name)
-    watched = [
-        witness(
-            statistics(tensor, name, rows=has_rows_of_tokens(name)) if has_statistics(tensor.spec.dtype) else tensor,
-            name,
-        )
-        for tensor, name in labels.items()
-    ]
-    remote = any(node.op.source is not None and node.op.source.is_remote for t in labels for node in t.walk())
-    found = watch_all("checking", watched, workers or (1 if remote else os.cpu_count() or 1), control)
-    hold(labels, control)
-    reports = {
-        tensor: TensorReport(
-            tensor.spec,
-            checkpoint.shards.get(name),
-            found.witnesses[name],
-            TensorStatistics.from_note(found.notes[name]) if name in found.notes else None,
-        )
-        for tensor, name in labels.items()
-    }
-    return {name: reports[tensor] for name, tensor in checkpoint.items()}
 
 
 def _findings(

@@ -10,11 +10,10 @@ from typing import Any, Literal, TypedDict
 
 import msgspec
 
+from weightops.engine.examine import TensorDocument, TensorReport
 from weightops.io.brief import brief
 from weightops.io.notebook import card, in_units
 from weightops.io.strict_json import as_json
-from weightops.ops.measures.statistics import TensorStatistics
-from weightops.spec import DType, TensorSpec
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -82,38 +81,6 @@ class Finding:
     hint: str = ""
 
 
-class TensorCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Elements of a tensor of each odd kind."""
-
-    nan: int
-    inf: int
-    zero: int
-    subnormal: int
-
-
-class TensorDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor in what `check --json` prints.
-
-    From `min` on only where values were read and are numbers of whole bytes. Extremes and moments are over finite
-    elements, null where there are none. `log2_histogram` counts elements by the exponent of their magnitude, which is
-    text because it is the key of an object.
-    """
-
-    dtype: DType
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str | None
-    xxh3_128: str | None
-    min: int | float | msgspec.UnsetType | None = msgspec.UNSET
-    max: int | float | msgspec.UnsetType | None = msgspec.UNSET
-    absmax: int | float | msgspec.UnsetType | None = msgspec.UNSET
-    mean: float | msgspec.UnsetType | None = msgspec.UNSET
-    std: float | msgspec.UnsetType | None = msgspec.UNSET
-    zero_rows: int | msgspec.UnsetType | None = msgspec.UNSET
-    counts: TensorCounts | msgspec.UnsetType = msgspec.UNSET
-    log2_histogram: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
-
-
 class Held(msgspec.Struct, frozen=True, kw_only=True):
     """The architecture that names, shapes and ties were held against, or why there was none."""
 
@@ -140,38 +107,6 @@ class CheckDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     ignored: Ignored
     findings: tuple[Finding, ...]
     tensors: dict[str, TensorDocument]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorReport:
-    """One tensor; without digest and statistics if no values were read, without the latter for packed dtypes."""
-
-    spec: TensorSpec
-    file: str | None = None
-    xxh3_128: str | None = None
-    statistics: TensorStatistics | None = None
-
-    __repr__ = brief
-
-    @property
-    def document(self) -> TensorDocument:
-        """Spec, digest and statistics as they are printed."""
-        own: dict[str, Any] = {"dtype": self.spec.dtype, "shape": self.spec.shape, "nbytes": self.spec.nbytes}
-        own |= {"file": self.file, "xxh3_128": self.xxh3_128}
-        found = self.statistics
-        if found is None:
-            return TensorDocument(**own)
-        return TensorDocument(
-            **own,
-            min=found.minimum,
-            max=found.maximum,
-            absmax=found.absmax,
-            mean=found.mean,
-            std=found.std,
-            zero_rows=found.zero_rows,
-            counts=TensorCounts(nan=found.nan, inf=found.infinite, zero=found.zero, subnormal=found.subnormal),
-            log2_histogram={str(exponent): n for exponent, n in sorted(found.histogram.items())},
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from weightops.checkpoint import Checkpoint
+from weightops.engine.examine import TensorReport
 from weightops.formats import ungathered
 from weightops.formats.containers import find_aliases
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.names import is_derived
 from weightops.layouts.restored import ROTARY_SUFFIX
-from weightops.operations.check.report import Finding, TensorReport
+from weightops.operations.check.report import Finding
 from weightops.ops.measures.statistics import TensorStatistics, has_statistics
 from weightops.spec import DType, TensorSpec
 

@@ -155,6 +155,14 @@ def find_embeddings(base: Checkpoint) -> Embeddings:
     return Embeddings(embeddings[0], None, is_tied is not False and _generates(base.config()) is not False)
 
 
+def find_tensor(names: Names, known: Embeddings, path: str) -> str | None:
+    """The tensor that `path` is, None if there is none; an output embedding that has none of its own counts as one."""
+    name = names.find(path)
+    if name is None and known.is_tied and is_head(path) and known.head in (None, path):
+        known.head = name = path
+    return name
+
+
 def name_head(embedding: str, config: Mapping[str, Any]) -> str | None:
     """What transformers calls the output embedding of a model with this input embedding, if that is known."""
     is_known = embedding.startswith(("model.", "transformer.", "language_model.", "gpt_neox.")) or _generates(config)

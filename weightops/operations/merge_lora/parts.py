@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.adapter.files import CONFIG_NAME
-from weightops.formats.adapter.lora import Adapter, Factors
+from weightops.formats.adapter.lora import STACKED, Adapter, Factors
 from weightops.io.escape import escape
 from weightops.layouts.modules import is_conv1d
 from weightops.lazy import LazyTensor
@@ -23,8 +23,6 @@ _FUSED = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 """Parameters that stack the experts, and what files hold of each, one after the other in the rows."""
-_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-"""In which order modules declare their parameters: peft wraps the first one first, so its factors lie deepest."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,15 @@ class Placing:
     def place(self) -> Iterator[Placed]:
         """All factors."""
         for (path, depth), factors in self._adapter.factors.items():
-            name = self._find(f"{path}.weight")
-            if name is not None and depth == 0:
-                yield self._linear(path, name, factors)
-            else:
-                yield from self._experts(path, depth, factors)
+            yield from self.place_one(path, depth, factors)
+
+    def place_one(self, path: str, depth: int, factors: Factors) -> Iterator[Placed]:
+        """The factors of one module."""
+        name = self._find(f"{path}.weight")
+        if name is not None and depth == 0:
+            yield self._linear(path, name, factors)
+        else:
+            yield from self._experts(path, depth, factors)
 
     def _fail(self, path: str, problem: str, hint: str) -> IncompatibleInputs:
         """An error that names adapter and module."""
@@ -178,17 +180,14 @@ class Placing:
 
     def _parameter(self, path: str, depth: int) -> str:
         """The parameter whose factors lie at this depth, by the config; raises if there is no such module at all."""
-        targets = [t for t in self._adapter.config.target_parameters or () if t]
-        modules = [t.rpartition(".") for t in targets]
-        found = {parameter for module, _, parameter in modules if not module or f".{path}".endswith(f".{module}")}
-        found = {parameter for parameter in found if self._has_parameter(path, parameter)}
+        found = [p for p in self._adapter.parameters(path) if self._has_parameter(path, p)]
         if not found:
             raise self._missing(path)
-        ordered = sorted(found, key=lambda p: _ORDER.index(p) if p in _ORDER else len(_ORDER))
-        if depth >= len(ordered) or (len(ordered) > 1 and not found <= set(_ORDER)):
-            problem = f"which of the parameters {', '.join(map(escape, ordered))} the factors are for is not known here"
+        if depth >= len(found) or (len(found) > 1 and not set(found).issubset(STACKED)):
+            shown = ", ".join(map(escape, sorted(found)))
+            problem = f"which of the parameters {shown} the factors are for is not known here"
             raise self._fail(path, problem, "merge this adapter with peft itself")
-        return ordered[len(ordered) - 1 - depth]
+        return found[depth]
 
     def _has_parameter(self, path: str, parameter: str) -> bool:
         leaves = [leaf for spelling in _FUSED.get(parameter, ()) for leaf in spelling]

@@ -10,7 +10,7 @@ from weightops.formats.adapter.files import CONFIG_NAME
 from weightops.formats.adapter.lora import Adapter
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
-from weightops.operations.merge_lora.names import Names, find_embeddings, is_head, name_head
+from weightops.operations.merge_lora.names import Names, find_embeddings, find_tensor, is_head, name_head
 from weightops.operations.merge_lora.parts import Placed, Placing
 from weightops.ops.arrange import Agreed, cut
 from weightops.ops.elementwise import cast
@@ -83,10 +83,7 @@ class Merging:
 
     def _find(self, path: str) -> str | None:
         """The tensor that `path` is, None if there is none."""
-        name = self._names.find(path)
-        known = self._embeddings
-        if name is None and known.is_tied and is_head(path) and known.head in (None, path):
-            known.head = name = path
+        name = find_tensor(self._names, self._embeddings, path)
         return None if name is None else self._slot(name)
 
     def _must_find(self, adapter: Adapter, path: str) -> str:

@@ -12,7 +12,8 @@ fewer do not depend on where blocks begin.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -59,6 +60,28 @@ class TensorStatistics(msgspec.Struct, frozen=True, kw_only=True):
     zero_rows: int | None = None
     histogram: dict[int, int] = {}
 
+    def __add__(self, other: TensorStatistics) -> TensorStatistics:
+        """Those of the elements of both, as if they were one tensor; `zero_rows` only where both know them."""
+        ours, theirs = (each.elements - each.nan - each.infinite for each in (self, other))
+        lows = [each.minimum for each in (self, other) if each.minimum is not None]
+        highs = [each.maximum for each in (self, other) if each.maximum is not None]
+        moments = [(n, each.mean, each.std) for n, each in ((ours, self), (theirs, other)) if n]
+        mean, std = _joined(moments)
+        has_rows = self.zero_rows is not None and other.zero_rows is not None
+        return TensorStatistics(
+            elements=self.elements + other.elements,
+            nan=self.nan + other.nan,
+            infinite=self.infinite + other.infinite,
+            zero=self.zero + other.zero,
+            subnormal=self.subnormal + other.subnormal,
+            minimum=min(lows, default=None),
+            maximum=max(highs, default=None),
+            mean=mean,
+            std=std,
+            zero_rows=(self.zero_rows or 0) + (other.zero_rows or 0) if has_rows else None,
+            histogram=dict(Counter(self.histogram) + Counter(other.histogram)),
+        )
+
     @property
     def absmax(self) -> int | float | None:
         """The greatest finite magnitude."""
@@ -82,6 +105,16 @@ class TensorStatistics(msgspec.Struct, frozen=True, kw_only=True):
         histogram = {int(name[2:]): count for name, count in note.items() if name.startswith("2^")}
         fields = {name: number for name, number in note.items() if not name.startswith("2^")}
         return msgspec.convert({**fields, "histogram": histogram}, cls)
+
+
+def _joined(parts: Sequence[tuple[int, float | None, float | None]]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of all elements, from number, mean and deviation of each part; None if not known."""
+    known = [(n, mean, std) for n, mean, std in parts if mean is not None and std is not None]
+    if not known or len(known) < len(parts):
+        return None, None
+    total = sum(n for n, _, _ in known)
+    mean = sum(n / total * each for n, each, _ in known)
+    return mean, math.sqrt(sum(n / total * (std**2 + (each - mean) ** 2) for n, each, std in known))
 
 
 def has_statistics(dtype: DType) -> bool:

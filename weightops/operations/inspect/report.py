@@ -1,24 +1,24 @@
-"""Inspect: what a checkpoint holds and what looks wrong with it, from headers alone."""
+"""What inspect found, as a value and as JSON."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
 
-from weightops.checkpoint import Checkpoint
-from weightops.formats import delta
-from weightops.formats.containers import find_aliases
+from weightops.engine.examine import TensorDocument, TensorReport
 from weightops.formats.proofs import manifest
 from weightops.formats.quantized.gptq import PARTS, packed_shapes
 from weightops.io.brief import brief
 from weightops.io.notebook import card, in_units
-from weightops.io.source_file import SourceFile
 from weightops.io.strict_json import as_json
+from weightops.operations.inspect.adapter import AdapterReport
+from weightops.operations.inspect.tree import Node, make_tree
 from weightops.spec import DType, TensorSpec
-from weightops.stores.store import Store
 
 
 class ShardDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,20 +28,29 @@ class ShardDocument(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
 
 
-class TensorDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor, and the file that holds it."""
+class NodeDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A module, a run of modules that are alike such as `layers.[0-21]`, or with `dtype` and `shape` a tensor.
 
-    dtype: DType
-    shape: tuple[int, ...]
+    `tensors`, `parameters` and `nbytes` are those of all that it stands for. `only` says in which of the runs around
+    it there is such a one, outermost first, where not in all: `["1-3"]` of `layers.[0-21]`.
+    """
+
+    name: str
+    tensors: int
+    parameters: int
     nbytes: int
-    file: str
+    only: tuple[str, ...] = ()
+    dtype: DType | None = None
+    shape: tuple[int, ...] | None = None
+    children: tuple[NodeDocument, ...] = ()
 
 
-class InspectDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-inspect/1"):
+class InspectDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-inspect/2"):
     """What `inspect --json` prints.
 
     `dtypes` are bytes by element type. `aliases` are names of tensors that share the bytes of another, with its name.
-    `content_id`, `recipe` and `sources` are what the manifest beside it says.
+    `content_id`, `recipe` and `sources` are what the manifest beside it says. `adapter` is there for a LoRA adapter,
+    `tree` where it was asked for. With `include` all numbers are those of the tensors that were looked at.
     """
 
     path: str
@@ -57,12 +66,14 @@ class InspectDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="sche
     content_id: str | None
     recipe: dict[str, Any]
     sources: dict[str, manifest.SourceEntry]
+    adapter: AdapterReport | None
+    tree: tuple[NodeDocument, ...] | None
     tensors: dict[str, TensorDocument]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's inventory."""
+    """A checkpoint's inventory, or that of some of its tensors; with their statistics where values were read."""
 
     path: str
     kind: str
@@ -75,6 +86,8 @@ class Inspection:
     content_id: str | None
     recipe: dict[str, Any]
     sources: dict[str, manifest.SourceEntry]
+    reports: Mapping[str, TensorReport]
+    adapter: AdapterReport | None = None
 
     __repr__ = brief
 
@@ -93,13 +106,24 @@ class Inspection:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.tensors.values())
 
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """The weights that each tensor stands for: elements, shared ones once, and of packed modules what is packed."""
+        packed = packed_shapes(self.tensors)
+        parts = {f"{prefix}.{part}": 0 for prefix in packed for part in PARTS}
+        parts |= {f"{prefix}.{PARTS[0]}": inputs * outputs for prefix, (inputs, outputs) in packed.items()}
+        plain = {name: 0 if name in self.aliases else spec.numel for name, spec in self.tensors.items()}
+        return plain | {name: count for name, count in parts.items() if name in plain}
+
     @property
     def parameters(self) -> int:
         """Elements, shared ones once, and of packed modules the weights that they stand for."""
-        packed = packed_shapes(self.tensors)
-        parts = {f"{prefix}.{part}" for prefix in packed for part in PARTS}
-        plain = (s.numel for name, s in self.tensors.items() if name not in self.aliases and name not in parts)
-        return sum(plain) + sum(inputs * outputs for inputs, outputs in packed.values())
+        return sum(self.weights.values())
+
+    @property
+    def tree(self) -> tuple[Node, ...]:
+        """The modules, those that are numbered and alike as one (`weightops.operations.inspect.tree`)."""
+        return make_tree(self.tensors, self.weights)
 
     def by_dtype(self) -> dict[str, int]:
         """Bytes by dtype, most first."""
@@ -116,8 +140,8 @@ class Inspection:
             result[self.shards[name]] = (count + 1, nbytes + spec.nbytes)
         return dict(sorted(result.items()))
 
-    def to_json(self) -> dict[str, Any]:
-        """The whole of it as one document."""
+    def to_json(self, *, tree: bool = False, depth: int | None = None) -> dict[str, Any]:
+        """The whole of it as one document, with `tree` that of the modules too, `depth` levels of it."""
         document = InspectDocument(
             path=self.path,
             kind=self.kind,
@@ -132,33 +156,22 @@ class Inspection:
             content_id=self.content_id,
             recipe=self.recipe,
             sources=self.sources,
-            tensors={
-                name: TensorDocument(dtype=spec.dtype, shape=spec.shape, nbytes=spec.nbytes, file=self.shards[name])
-                for name, spec in self.tensors.items()
-            },
+            adapter=self.adapter,
+            tree=tuple(_document(node, depth) for node in self.tree) if tree else None,
+            tensors={name: report.document for name, report in self.reports.items()},
         )
         return as_json(document)
 
 
-def inspect(checkpoint: Checkpoint, place: Store | SourceFile, path: str) -> Inspection:
-    """The inventory of the checkpoint at `place`, which the user called `path`.
-
-    `content_id` and `recipe` are what the folder's manifest says, if it has one.
-    """
-    found = None
-    if not isinstance(place, SourceFile) and place.has(manifest.NAME):
-        found = manifest.parse_manifest(place.get(manifest.NAME), f"{place.shown}/{manifest.NAME}")
-    model_type = checkpoint.config().get("model_type")
-    return Inspection(
-        path=path,
-        kind="exact delta" if delta.NAME in checkpoint.sidecars else "checkpoint",
-        tensors={name: tensor.spec for name, tensor in checkpoint.items()},
-        shards=dict(checkpoint.shards),
-        aliases=find_aliases(checkpoint.tensors),
-        sidecars=tuple(sorted(checkpoint.sidecars)),
-        warnings=checkpoint.warnings,
-        model_type=model_type if isinstance(model_type, str) else None,
-        content_id=found.content_id if found else None,
-        recipe=found.recipe if found else {},
-        sources=found.sources if found else {},
+def _document(node: Node, depth: int | None) -> NodeDocument:
+    below = () if depth == 1 else node.children
+    return NodeDocument(
+        name=node.label,
+        tensors=len(node.members),
+        parameters=node.parameters,
+        nbytes=node.nbytes,
+        only=node.only,
+        dtype=node.spec.dtype if node.spec else None,
+        shape=node.spec.shape if node.spec else None,
+        children=tuple(_document(child, depth and depth - 1) for child in below),
     )

@@ -1,0 +1,1 @@
+"""`weightops browse`: a checkpoint, or two side by side, to walk through in a terminal."""

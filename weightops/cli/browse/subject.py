@@ -1,0 +1,166 @@
+"""What is browsed, apart from any screen: one checkpoint or two, their tensors by name, and the text of their files."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import click
+
+from weightops.checkpoint import Checkpoint
+from weightops.cli import inspection
+from weightops.cli.output import escape_lines
+from weightops.engine.control import Control
+from weightops.errors import WeightopsError
+from weightops.formats.folder import read_place
+from weightops.formats.places import find_place
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.lazy import LazyTensor
+from weightops.operations.inspect import Inspection, Module, inspect, modules_of
+from weightops.stores.reader import FileReader
+from weightops.stores.stores import Stores
+
+_MAX_LINES = 5000
+"""Lines of a text that are shown, and characters of one: tokenizers are in files of their own."""
+_MAX_CHARS = 400
+_ITEMS = 8
+"""Of a list in metadata, such as the tokens of a GGUF file."""
+Pair = tuple[LazyTensor | None, LazyTensor | None]
+"""A tensor of the first checkpoint and its namesake of the second; None where one has none."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A checkpoint and its inventory, made of headers alone."""
+
+    checkpoint: Checkpoint
+    inspection: Inspection
+
+    @property
+    def shown(self) -> str:
+        """Its path, safe for a terminal."""
+        return escape(self.inspection.path)
+
+    @cached_property
+    def config(self) -> list[str]:
+        """config.json in lines, or why there is none to show."""
+        try:
+            data = self.checkpoint.sidecar("config.json")
+            if data is None and self.checkpoint.folder is not None and self.checkpoint.folder.has("config.json"):
+                data = self.checkpoint.folder.get("config.json")  # beside a weight file that was named by itself
+            if data is None:
+                return ["There is no config.json."]
+            found = strict_json.load_object(data, "config.json", constants=True)
+        except WeightopsError as error:
+            return _lines(str(error))
+        return _lines(json.dumps(found, indent=2, ensure_ascii=False))
+
+    def metadata(self, stores: Stores) -> list[str]:
+        """Files, sizes and metadata, in lines; of GGUF files the header is read once more for it."""
+        parts = (inspection.inventory, inspection.files, inspection.beside)
+        text = "\n\n".join(filter(None, (click.unstyle(part(self.inspection)) for part in parts)))
+        lines = [*_lines(text), *_lines("\n".join(f"Warning: {each}" for each in self.inspection.warnings))]
+        pairs = {**self.checkpoint.metadata, **self._gguf(stores)}
+        return [*lines, "", "metadata", *(f"  {escape(key)}: {_value(value)}" for key, value in pairs.items())]
+
+    def _gguf(self, stores: Stores) -> Mapping[str, Any]:
+        from weightops.formats.gguf import read_gguf  # imported here because few files are GGUF
+
+        first = next((node for tensor in self.checkpoint.values() for node in tensor.walk() if node.op.source), None)
+        source = first.op.source if first is not None else None
+        if source is None or not source.name.endswith(".gguf"):
+            return {}
+        with FileReader(stores) as reader:
+            return {key: next(iter(value.values())) for key, value in read_gguf(source, reader).metadata.items()}
+
+
+def open_side(path: str | os.PathLike[str], control: Control) -> Side:
+    """The checkpoint at a path, on a hub or a server; raises as `open_checkpoint` does."""
+    place = find_place(path, control.stores)
+    checkpoint = read_place(place, control.stores)
+    return Side(checkpoint, inspect(checkpoint, place, os.fspath(path), control=control))
+
+
+def _lines(text: str) -> list[str]:
+    """A text from a file in lines that a terminal shows and does nothing else with."""
+    lines = text.split("\n")
+    shown = [escape_lines(line if len(line) <= _MAX_CHARS else f"{line[:_MAX_CHARS]}…") for line in lines[:_MAX_LINES]]
+    return [*shown, *([f"… {len(lines) - _MAX_LINES} more lines"] if len(lines) > _MAX_LINES else [])] if text else []
+
+
+def _value(value: Any) -> str:
+    """A value of metadata in a line; of arrays, which GGUF has as type and items, the first items."""
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], list):
+        kind, items = value
+        more = f", … {len(items)} in all" if len(items) > _ITEMS else ""
+        return f"{kind} [{', '.join(escape(str(item)) for item in items[:_ITEMS])}{more}]"
+    return escape(str(value))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint, or two that are held side by side by the names of their tensors.
+
+    `pairs` are all tensors, those of the first in its order and then those that only the second has. Who knows better
+    which tensor of the one is which of the other gives other pairs.
+    """
+
+    sides: tuple[Side, ...]
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *sides: Side) -> Subject:
+        """Pairs by equal names."""
+        first, *others = (side.checkpoint for side in sides)
+        second: Mapping[str, LazyTensor] = others[0] if others else {}
+        names = [*first, *(name for name in second if name not in first)]
+        return cls(tuple(sides), {name: (first.get(name), second.get(name)) for name in names})
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.sides) == 2
+
+    @cached_property
+    def modules(self) -> Module:
+        """The tree of all names."""
+        return modules_of(self.pairs)
+
+    def mark(self, name: str) -> str:
+        """How a tensor's two sides differ by their headers: `-` only the first has it, `+` only the second, `≠`."""
+        one, two = self.pairs[name]
+        if not self.is_pair or (one is not None and two is not None and one.spec == two.spec):
+            return ""
+        return "-" if two is None else "+" if one is None else "≠"
+
+    def find(self, text: str) -> list[str]:
+        """The tensors whose names hold `text`, in any case, or match it where it is a glob."""
+        wanted = text.casefold()
+        if set("*?[") & set(wanted):
+            return [name for name in self.pairs if fnmatch.fnmatchcase(name.casefold(), f"*{wanted}*")]
+        return [name for name in self.pairs if wanted in name.casefold()] if wanted else []
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """The bytes of tensors, of the first side that has each."""
+        return sum(tensor.nbytes for name in names for tensor in [self.pairs[name][0] or self.pairs[name][1]] if tensor)
+
+    def config(self) -> Iterator[str]:
+        """config.json, or with two what differs between theirs, as lines with - and +."""
+        if not self.is_pair:
+            yield from self.sides[0].config
+            return
+        one, two = (side.config for side in self.sides)
+        if one == two:
+            yield "Both have the same config.json:"
+            yield ""
+            yield from one
+        else:
+            yield from (
+                line.rstrip("\n") for line in difflib.unified_diff(one, two, "first", "second", n=3, lineterm="")
+            )
