@@ -60,7 +60,7 @@ def config_changes(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[Con
             except WeightopsError as error:
                 notes.append(f"{name} is not compared: {error}")
         if len(documents) == 2:
-            found += _differences(name, *documents)
+            found += _differences(name, documents[0], documents[1])
     return found, notes
 
 

@@ -22,51 +22,53 @@ def relation(tensors: Sequence[TensorChange], lone: Sequence[Lone], relative: fl
     without = [each for each in lone if not each.is_derived]
     if not own:
         return "A and B have no tensor in common."
-    body, changed = _body(own, relative, angle), [tensor for tensor in own if not tensor.is_equal]
+    body, *others = _body(own, relative, angle)
     added = {(t.added_a, t.added_b) for t in own if t.added_a or t.added_b}
     if added:
         more_a, more_b = max(added)
-        rows = f"{more_b} rows more" if more_b else f"{more_a} rows fewer"
-        body += f", and has {rows} in the vocabulary" if changed else f", but has {rows} in the vocabulary"
+        body += (
+            f", with {more_b} rows more in the vocabulary"
+            if more_b
+            else f", with {more_a} rows fewer in the vocabulary"
+        )
     if without:
-        body += f"; {_tensors(len(without))} {'has' if len(without) == 1 else 'have'} no partner"
-    return f"{body}."
+        others.append(f"{_tensors(len(without))} {'has' if len(without) == 1 else 'have'} no partner")
+    return f"{'; '.join([body, *others])}."
 
 
-def _body(own: Sequence[TensorChange], relative: float | None, angle: float | None) -> str:
+def _body(own: Sequence[TensorChange], relative: float | None, angle: float | None) -> list[str]:
+    """What B is, and what there is to say of the tensors that did not change."""
     changed = [tensor for tensor in own if not tensor.is_equal]
     kinds = {tensor.kind for tensor in changed}
     if not changed:
         if all(tensor.kind == "identical" for tensor in own):
-            return "B holds the same weights as A, byte for byte"
-        return f"B holds the same numbers as A{_stored(own)}"
+            return ["B holds the same weights as A, byte for byte"]
+        return [f"B holds the same numbers as A{_stored(own)}"]
     rest = len(own) - len(changed)
-    others = f"; the other {_tensors(rest)} {'is' if rest == 1 else 'are'} equal" if rest else ""
+    others = [f"the other {_tensors(rest)} {'is' if rest == 1 else 'are'} equal"] if rest else []
     if kinds == {"cast"}:
-        return f"B is A rounded to {_dtypes(changed, 'b')}, exactly{others}"
+        return [f"B is A rounded to {_dtypes(changed, 'b')}, exactly", *others]
     if kinds == {"cast-of-b"}:
         form = next((tensor.b.form for tensor in changed if tensor.b.form), None)
         what = f"B ({form}), dequantised and" if form else "B"
-        return f"A is {what} rounded to {_dtypes(changed, 'a')}, exactly{others}"
+        return [f"A is {what} rounded to {_dtypes(changed, 'a')}, exactly", *others]
     if "quantised" in kinds and kinds <= set(ROUNDED):
         packed = [tensor for tensor in changed if tensor.kind == "quantised"]
         one, other = ("B", "A") if any(tensor.b.form for tensor in packed) else ("A", "B")
         form = next((t.b.form or t.a.form for t in packed), "")
-        return f"{one} is {other} quantised ({form}) in {_tensors(len(packed))}{others}"
+        return [f"{one} is {other} quantised ({form}) in {_tensors(len(packed))}", *others]
     if angle is not None and angle > _UNRELATED and len(changed) > _MOST * len(own):
-        return "B's weights are not made from A's: names and shapes agree, and the numbers have nothing in common"
+        return ["B's weights are not made from A's: names and shapes agree, and the numbers have nothing in common"]
     if kinds == {"not-finite"}:
-        return f"B is A but for NaN or infinities in {_tensors(len(changed))}{others}"
+        return [f"B is A but for NaN or infinities in {_tensors(len(changed))}", *others]
     by = "" if relative is None else f", by {_percent(relative)} on the whole (‖B-A‖/‖A‖)"
     if kinds <= {"low-rank"}:
         most = max(tensor.rank or 0 for tensor in changed)
-        return (
-            f"B is A with a change of low rank, as a merged LoRA makes it (at most {most} directions hold 99 %), in "
-            f"{len(changed)} of {_tensors(len(own))}{by}{others}"
-        )
+        how = f"as a merged LoRA makes it (at most {most} directions hold 99 %)"
+        return [f"B is A with a change of low rank, {how}, in {len(changed)} of {_tensors(len(own))}{by}", *others]
     if len(changed) <= _MOST * len(own):
-        return f"B is A but for {len(changed)} of {_tensors(len(own))}{by}{others}"
-    return f"B differs from A in {len(changed)} of {_tensors(len(own))}{by}"
+        return [f"B is A but for {len(changed)} of {_tensors(len(own))}{by}", *others]
+    return [f"B differs from A in {len(changed)} of {_tensors(len(own))}{by}", *others]
 
 
 def findings(
@@ -179,7 +181,7 @@ def _groups(tensors: Sequence[TensorChange]) -> Iterator[Finding]:
 _PHRASES = {
     "low-rank": "changed in a few directions, as a merged LoRA does",
     "broad": "changed everywhere",
-    "quantised": "quantised",
+    "quantised": "within quantisation steps",
     "cast": "rounded to B's number type, exactly",
     "cast-of-b": "rounded in A from what B has, exactly",
 }
