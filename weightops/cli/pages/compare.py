@@ -121,7 +121,8 @@ def _changed(found: Comparison) -> str:
     rest = f'<p class="faint">and {more} more (--json has all)</p>' if more else ""
     meanings = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items() if kind in {t.kind for t in changed})
     table = html_page.scrolled("changed tensors", html_page.listing(heads, rows))
-    return f'<h2>Changed tensors, most first</h2><p class="faint">{long_text(meanings)}.</p><div class="wide">{table}</div>{rest}'
+    said = f'<h2>Changed tensors, most first</h2><p class="faint">{long_text(meanings)}.</p>'
+    return f'{said}<div class="wide">{table}</div>{rest}'
 
 
 def _where(tensor: TensorChange) -> str:

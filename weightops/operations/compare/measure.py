@@ -32,7 +32,7 @@ LOW = 8
 _SEED = 0
 _MOVED = 0.05
 """A relative change below this is no exchange of two tensors."""
-_SAME_NORM = 1e-9
+_SAME_NORM = 1e-5
 _SKETCH_NBYTES = 64 << 20
 """What decompositions may take together beyond those of the first worker."""
 

@@ -1,8 +1,9 @@
 """How two tensors of one shape differ, from one pass over both: by how much, where, and in what way.
 
-Numbers are compared after both were widened to float64, which holds every number of up to 53 bits: -0 equals 0, and a
-NaN equals a NaN in the same place. Norms and angles are over the elements that are finite in both. Blocks that are the
-same bytes are seen to be so before any number is widened.
+Numbers are compared after both were widened, to float32 if they have up to 16 bits and else to float64: -0 equals 0,
+and a NaN equals a NaN in the same place. Products are added up by row in that type, and rows in float64; that norms are
+right to six digits suffices. Norms and angles are over the elements that are finite in both. Pieces that are the same
+bytes are seen to be so before they are compared as numbers.
 
 `1 - cosine` is computed as (||d||^2 - (||b|| - ||a||)^2) / (2 ||a|| ||b||) with d = b - a, where nothing cancels that
 matters: small angles come out right, where a cosine would round to 1.
@@ -214,8 +215,7 @@ def _result(sums: Sums) -> TensorDifference:
     counts = {name: int(value) for name, value in sums.counts.items()}
     aa, ad, dd = (float(total.sum()) for total in sums.products)
     rank, looked_at = sums.sample_rank()
-    rows = _parts(*sums.products, changed_only=True) if sums.layout.rows else []
-    rows.sort(key=lambda part: -part.change)
+    changed_rows, listed = _changed_rows(*sums.products) if sums.layout.rows else (0, [])
     return TensorDifference(
         elements=sums.position,
         is_same_bytes=sums.is_same_bytes,
@@ -232,27 +232,33 @@ def _result(sums: Sums) -> TensorDifference:
         is_cast_of_b=sums.is_cast_of_b,
         steps=math.sqrt(sums.squared_steps / counts["stepped"]) if counts["stepped"] else 0.0,
         rows=sums.layout.rows,
-        changed_rows=len(rows),
-        listed_rows=tuple(rows[:_LISTED_ROWS]),
+        changed_rows=changed_rows,
+        listed_rows=tuple(listed),
         heads=tuple(_parts(*sums.of_heads())),
         sample_rank=rank,
         sample_rows=looked_at,
     )
 
 
-def _parts(aa: Array, ad: Array, dd: Array, *, changed_only: bool = False) -> list[Part]:
-    """Parts, from sums of squares and products."""
+def _changed_rows(aa: Array, ad: Array, dd: Array) -> tuple[int, list[Part]]:
+    """How many rows changed, and those that did most."""
     import numpy as np
 
-    numbers = np.flatnonzero(dd) if changed_only else np.arange(len(dd))
+    with np.errstate(all="ignore"):
+        change = np.where(dd > 0, dd / aa, 0.0)
+    changed = int(np.count_nonzero(change))
+    most = np.argsort(-change, kind="stable")[: min(changed, _LISTED_ROWS)]
+    parts = _parts(aa[most], ad[most], dd[most])
+    return changed, [msgspec.structs.replace(p, number=int(n)) for p, n in zip(parts, most, strict=True)]
+
+
+def _parts(aa: Array, ad: Array, dd: Array) -> list[Part]:
+    """Parts, from sums of squares and products."""
     found = []
-    for number, a, dot, d in zip(
-        numbers.tolist(), aa[numbers].tolist(), ad[numbers].tolist(), dd[numbers].tolist(), strict=True
-    ):
+    for number, (a, dot, d) in enumerate(zip(aa.tolist(), ad.tolist(), dd.tolist(), strict=True)):
         change = math.sqrt(d / a) if a else math.inf if d else 0.0
-        found.append(
-            Part(number=number, change=change, scale=1 + dot / a if a else 1.0, explained=_explained(a, dot, d))
-        )
+        scale, explained = 1 + dot / a if a else 1.0, _explained(a, dot, d)
+        found.append(Part(number=number, change=change, scale=scale, explained=explained))
     return found
 
 

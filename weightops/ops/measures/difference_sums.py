@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Axis = Literal["rows", "columns"]
-_PIECE = 1 << 15
-"""Elements that are worked on at once."""
+_PIECE = 1 << 16
+"""Elements that are worked on at once in float32; half as many in float64."""
+_LEAST, _MOST = 1e-30, 1e30
+"""Sums of squares between these have no terms that float32 cannot hold, and that matter."""
 _LOOK_NBYTES = 1 << 19
 """Bytes that are compared at once."""
 _SAMPLE_NBYTES = 8 << 20
@@ -62,10 +64,13 @@ class Sums:
         """||a||^2, a (b - a) and ||b - a||^2 of each row, or of all."""
         by_columns = layout.heads and layout.axis == "columns"
         self._columns: list[Floats] = [np.zeros(layout.columns) for _ in range(3 if by_columns else 0)]
-        height = max(1, _PIECE // layout.columns) if layout.columns else 1
-        self._step = min(height * layout.columns if layout.columns else _PIECE, max(1, layout.elements))
+        is_narrow = all(dtype.is_float and dtype.bits <= 16 for dtype in (a, b)) and not has_steps
+        piece = _PIECE if is_narrow else _PIECE // 2
+        height = max(1, piece // layout.columns) if layout.columns else 1
+        self._step = min(height * layout.columns if layout.columns else piece, max(1, layout.elements))
         self._types, self._has_steps = (a, b), has_steps
-        self._wide = [np.empty(self._step) for _ in range(3)]
+        self._unit = np.dtype(np.float32 if is_narrow else np.float64)
+        self._wide: dict[Any, list[Array]] = {}
         self._narrow = np.empty(self._step, np.float32)
         self._cast = bytearray(self._step * 8)
         count = min(layout.sample, _SAMPLE_NBYTES // (8 * layout.columns)) if layout.columns else 0
@@ -82,77 +87,103 @@ class Sums:
             self.position += stop - start
 
     def _add(self, a: memoryview, b: memoryview, steps: memoryview | None) -> None:
+        """A piece: in the unit that its types allow, and in float64 where that is not enough."""
+        if not self._sum_up(a, b, steps, self._unit):
+            self._sum_up(a, b, steps, _float64())
+
+    def _sum_up(self, a: memoryview, b: memoryview, steps: memoryview | None, unit: np.dtype[Any]) -> bool:
+        """Take in a piece with arithmetic in `unit`; whether that was enough, else nothing has been taken in."""
         import numpy as np
 
-        count = len(a) // self._types[0].itemsize
-        first, (old, new, spare) = self.position, (each[:count] for each in self._wide)
-        columns = self.layout.columns
-        rows = slice(first // columns, (first + count) // columns) if columns else slice(0, 1)
-        same = self._types[0] is self._types[1] and is_same(a, b)
-        self._widen(a, self._types[0], old)
-        if not same:
-            self.is_same_bytes = False
-            self._widen(b, self._types[1], new)
-            self._hold_casts(a, b, old, new)
+        count, columns = len(a) // self._types[0].itemsize, self.layout.columns
+        rows = slice(self.position // columns, (self.position + count) // columns) if columns else slice(0, 1)
+        old, new, change = (each[:count] for each in self._memory(unit))
+        is_exact = unit == np.float64
         with np.errstate(all="ignore"):
+            self._widen(a, self._types[0], old)
             squares = self._by_rows(old, old)
-            if not np.isfinite(squares).all() or (not same and not np.isfinite(new).all()):
-                self._set_aside(old, old if same else new)
-                squares = self._by_rows(old, old)
-            self._sum(0, rows, squares)
-            if same:
-                return
-            np.subtract(new, old, out=spare)
-            self._count(a, b, old, new, spare)
-            self._sum(1, rows, self._by_rows(old, spare))
-            self._sum(2, rows, self._by_rows(spare, spare))
-            for total, (x, y) in zip(self._columns, ((old, old), (old, spare), (spare, spare)), strict=False):
-                shape = (-1, self.layout.columns)
-                total += np.einsum("ij,ij->j", x.reshape(shape), y.reshape(shape))
-            self._take_sample(rows, spare)
+            if self._types[0] is self._types[1] and is_same(a, b):
+                if not np.isfinite(squares).all():
+                    if not is_exact:
+                        return False
+                    self._set_aside(old, old)
+                    squares = self._by_rows(old, old)
+                self.products[0][rows] += squares
+                return True
+            self._widen(b, self._types[1], new)
+            np.subtract(new, old, out=change)
+            changes = self._by_rows(change, change)
+            if not is_exact and not _is_well(squares, changes):
+                return False
+            self.is_same_bytes = False
+            self._hold_casts(a, b, old, new)
+            if not np.isfinite(squares).all() or not np.isfinite(changes).all():
+                self._set_aside(old, new)
+                np.subtract(new, old, out=change)
+                squares, changes = self._by_rows(old, old), self._by_rows(change, change)
+            sums = (squares, self._by_rows(old, change), changes)
+            for total, found in zip(self.products, sums, strict=True):
+                total[rows] += found
+            for total, (x, y) in zip(self._columns, ((old, old), (old, change), (change, change)), strict=False):
+                total += np.einsum("ij,ij->j", x.reshape(-1, columns), y.reshape(-1, columns))
+            self._take_sample(rows, change)
+            self._count(a, b, old, new, change)
             if steps is not None:
-                self._measure_steps(np.frombuffer(steps, np.float32), spare, new)
+                self._measure_steps(np.frombuffer(steps, np.float32), change, new)
+        return True
 
-    def _sum(self, which: int, rows: slice, found: Floats) -> None:
-        self.products[which][rows] += found
+    def _memory(self, unit: np.dtype[Any]) -> list[Array]:
+        """Room for three pieces of numbers."""
+        import numpy as np
 
-    def _by_rows(self, x: Floats, y: Floats) -> Floats:
+        if unit not in self._wide:
+            self._wide[unit] = [np.empty(self._step, unit) for _ in range(3)]
+        return self._wide[unit]
+
+    def _by_rows(self, x: Array, y: Array) -> Floats:
         import numpy as np
 
         shape = (-1, self.layout.columns) if self.layout.rows else (1, -1)
         found: Floats = np.vecdot(x.reshape(shape), y.reshape(shape))
         return found
 
-    def _widen(self, data: memoryview, dtype: DType, out: Floats) -> None:
+    def _widen(self, data: memoryview, dtype: DType, out: Array) -> None:
         import numpy as np
 
-        if dtype.is_float and dtype not in (DType.F32, DType.F64):
+        if not dtype.is_float or dtype in (DType.F32, DType.F64):
+            np.copyto(out, np.frombuffer(data, dtype.value))
+        elif out.dtype == np.float32:
+            convert(memory_of(out), DType.F32, data, dtype)
+        else:
             narrow = self._narrow[: out.size]
             convert(memory_of(narrow), DType.F32, data, dtype)
             np.copyto(out, narrow)
-        else:
-            np.copyto(out, np.frombuffer(data, dtype.value))
 
-    def _hold_casts(self, a: memoryview, b: memoryview, old: Floats, new: Floats) -> None:
+    def _hold_casts(self, a: memoryview, b: memoryview, old: Array, new: Array) -> None:
         """See whether each of the two still is the other, cast to its type."""
         one, other = self._types
         if self.is_cast:
-            self.is_cast = self._becomes(a, one, other, b, new)
+            self.is_cast = self._becomes(a, one, other, b, old, new)
         if self.is_cast_of_b:
-            self.is_cast_of_b = self._becomes(b, other, one, a, old)
+            self.is_cast_of_b = self._becomes(b, other, one, a, new, old)
 
-    def _becomes(self, data: memoryview, old: DType, new: DType, expected: memoryview, wide: Floats) -> bool:
+    def _becomes(
+        self, data: memoryview, old: DType, new: DType, expected: memoryview, values: Array, wanted: Array
+    ) -> bool:
+        """Whether `data`, whose numbers are `values`, cast to `new` is `expected`, whose numbers are `wanted`."""
         import numpy as np
 
         made = memoryview(self._cast)[: len(expected)]
+        if values.dtype == np.float32:  # which is faster than from 16 bits, and rounds the same
+            data, old = memory_of(values), DType.F32
         convert(made, new, data, old)
         if is_same(made, expected):
             return True
-        found = self._wide[2][: wide.size]
+        found = np.empty(wanted.size, wanted.dtype)
         self._widen(made, new, found)
-        return bool(((found == wide) | (np.isnan(found) & np.isnan(wide))).all())
+        return bool(((found == wanted) | (np.isnan(found) & np.isnan(wanted))).all())
 
-    def _set_aside(self, old: Floats, new: Floats) -> None:
+    def _set_aside(self, old: Array, new: Array) -> None:
         """Count what is not finite in either, and put zeros in its place: equal where the two are equal."""
         import numpy as np
 
@@ -170,24 +201,25 @@ class Sums:
         old[aside] = 0.0
         new[aside] = 0.0
 
-    def _count(self, a: memoryview, b: memoryview, old: Floats, new: Floats, change: Floats) -> None:
+    def _count(self, a: memoryview, b: memoryview, old: Array, new: Array, change: Array) -> None:
         """Elements that changed, those that changed their sign, and the largest change."""
         import numpy as np
 
-        if self._types[0] is self._types[1] and self._types[0].bits == 64 and not self._types[0].is_float:
+        one, other = self._types
+        if one is other and one.bits == 64 and not one.is_float:
             words = (np.frombuffer(data, np.uint64) for data in (a, b))
             self.counts["changed"] += int(np.count_nonzero(np.not_equal(*words)))
         else:
-            self.counts["changed"] += int(np.count_nonzero(np.not_equal(change, 0.0)))
+            self.counts["changed"] += int(np.count_nonzero(np.not_equal(change, 0)))
         low, high = float(change.min()), float(change.max())
         if max(-low, high) > self.largest[0]:
             index = int(change.argmax() if high >= -low else change.argmin())
             values = float(old[index]), float(new[index])
             self.largest = (max(-low, high), self.position + index, *values)
-        np.multiply(old, new, out=new)  # which nobody needs any more, but for the steps
-        self.counts["flips"] += int(np.count_nonzero(np.less(new, 0.0)))
+        turned = np.flatnonzero(np.not_equal(np.signbit(old), np.signbit(new)))
+        self.counts["flips"] += int(np.count_nonzero((old[turned] != 0) & (new[turned] != 0)))
 
-    def _take_sample(self, rows: slice, change: Floats) -> None:
+    def _take_sample(self, rows: slice, change: Array) -> None:
         import numpy as np
 
         low, high = np.searchsorted(self._sampled, (rows.start, rows.stop))
@@ -195,7 +227,7 @@ class Sums:
             begin = (int(self._sampled[i]) - rows.start) * self.layout.columns
             self._sample[i] = change[begin : begin + self.layout.columns]
 
-    def _measure_steps(self, steps: NDArray[np.float32], change: Floats, spare: Floats) -> None:
+    def _measure_steps(self, steps: NDArray[np.float32], change: Array, spare: Array) -> None:
         """How far the two are apart in quantisation steps; where a step is 0 there is none."""
         import numpy as np
 
@@ -230,6 +262,19 @@ class Sums:
                 return len(self._sample), len(self._sample)
             values = np.linalg.eigvalsh(gram)[::-1].clip(0.0)
         return energy_rank(values), len(self._sample)
+
+
+def _float64() -> np.dtype[Any]:
+    """The unit in which everything can be summed up."""
+    import numpy as np
+
+    return np.dtype(np.float64)
+
+
+def _is_well(squares: Floats, changes: Floats) -> bool:
+    """Whether sums of squares by rows are neither so small nor so large that float32 may have lost something."""
+    low, high = float(changes.sum()), max(float(squares.max()), float(changes.max()))
+    return low > _LEAST and high < _MOST
 
 
 def energy_rank(squares: Floats, total: float | None = None) -> int:
