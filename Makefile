@@ -21,7 +21,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-compare bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp mutants gpu clean
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench-convert   and the part about convert"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
+	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
@@ -152,6 +153,9 @@ bench-convert: $(READY) reference
 
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
+
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/compare.py --sizes $(or $(SIZES),1b,3b)
 
 bench-quantize: $(READY) gptqmodel autogptq
 	$(BIN)/python benchmarks/quantize.py

@@ -13,6 +13,7 @@ from weightops.version import __version__ as __version__
 __all__ = [
     "cast",
     "check",
+    "compare",
     "convert",
     "dequantize",
     "diff",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from weightops.api import (
         cast,
         check,
+        compare,
         convert,
         dequantize,
         diff,

@@ -20,6 +20,7 @@ from weightops.api.change import (
     recover,
     shard,
 )
+from weightops.api.compare import compare
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
@@ -32,6 +33,7 @@ __all__ = [
     "Quantization",
     "cast",
     "check",
+    "compare",
     "convert",
     "dequantize",
     "diff",

@@ -45,6 +45,7 @@ GROUPS = {
         "verify": "Check that the files of a model are the right ones.",
         "check": "Look for mistakes in a model's values, tensors and settings.",
         "manifest": "Record the digests of a model's files, for later checks.",
+        "compare": "Say what changed between models, where, and by how much.",
     },
     "Look at it": {
         "inspect": "Show what the files of a model or an adapter hold.",

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.proof import hold
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.inference.agreement import CONTEXT, NOISE, Agreements
+from weightops.inference.figures import Divergence, EvalDocument, ScoreDocument
 from weightops.inference.finite import check_finite
 from weightops.inference.model import BlockModel
 from weightops.inference.module_error import ModuleErrors
@@ -40,59 +43,42 @@ _LOGITS_NBYTES = 64 << 20
 """Logits in memory at a time: of a vocabulary of 250,000 those of a whole window take 2 GB."""
 
 
-class ScoreDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """A model in what `eval --json` prints.
-
-    `nll` is in nats per predicted token; `perplexity`, its exponential, is null where that is more than a float holds.
-    `engine` is there for a quantised model, and from `kl_mean` on what is measured against a reference.
-    """
-
-    name: str
-    perplexity: float | None
-    nll: float
-    tokens: int
-    windows: int
-    elapsed_s: float
-    engine: Engine | msgspec.UnsetType = msgspec.UNSET
-    kl_mean: float | msgspec.UnsetType = msgspec.UNSET
-    kl_max: float | msgspec.UnsetType = msgspec.UNSET
-    top1_agreement: float | msgspec.UnsetType = msgspec.UNSET
-    module_errors: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
-
-
-class EvalDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-eval/1"):
-    """What `eval --json` prints: the models on one text, by one convention; the reference comes first."""
-
-    seq_len: int
-    convention: str
-    reference: str | None
-    models: tuple[ScoreDocument, ...]
-    warnings: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class Agreement:
     """How far a model's next-token distributions are from the reference's, over all positions of all windows.
 
-    KL divergence is of the model from the reference, `sum(p_ref * log(p_ref / p))`, in nats; `top1` is the share of
-    positions where both find the same token the most probable. `modules` has the relative squared output error of
-    each quantised linear layer on the same inputs, over the first 4096 tokens.
+    `divergence` has all that is said of them. `modules` has the relative squared output error of each quantised linear
+    layer on the same inputs, over the first 4096 tokens.
     """
 
-    kl_mean: float
-    kl_max: float
-    top1: float
+    divergence: Divergence
     modules: Mapping[str, float] = field(default_factory=dict)
 
     __repr__ = brief
 
+    @property
+    def kl_mean(self) -> float:
+        """The mean KL divergence of the model from the reference, in nats."""
+        return self.divergence.kl.mean
+
+    @property
+    def kl_max(self) -> float:
+        """The largest one."""
+        return self.divergence.kl.max
+
+    @property
+    def top1(self) -> float:
+        """The share of positions where both find the same token the most probable."""
+        return self.divergence.top1.value
+
 
 @dataclass(frozen=True)
 class Score:
-    """What one model makes of a text. `nll` is in nats per predicted token."""
+    """What one model makes of a text. `nll` is in nats per predicted token, `nll_error` its standard error."""
 
     name: str
     nll: float
+    nll_error: float
     tokens: int
     windows: int
     elapsed_s: float
@@ -108,6 +94,11 @@ class Score:
         return math.exp(self.nll) if self.nll < 709 else math.inf
 
     @property
+    def perplexity_error(self) -> float:
+        """The standard error of the perplexity."""
+        return self.perplexity * self.nll_error
+
+    @property
     def document(self) -> ScoreDocument:
         """The same as it is printed."""
         found = self.agreement
@@ -115,6 +106,7 @@ class Score:
             name=self.name,
             perplexity=self.perplexity if math.isfinite(self.perplexity) else None,
             nll=self.nll,
+            nll_error=self.nll_error,
             tokens=self.tokens,
             windows=self.windows,
             elapsed_s=round(self.elapsed_s, 3),
@@ -123,6 +115,7 @@ class Score:
             kl_max=found.kl_max if found else msgspec.UNSET,
             top1_agreement=found.top1 if found else msgspec.UNSET,
             module_errors=dict(found.modules) if found else msgspec.UNSET,
+            divergence=found.divergence if found else msgspec.UNSET,
         )
 
 
@@ -151,18 +144,20 @@ class Evaluation:
             f"{self.seq_len - 1} predictions in each; {bos}"
         )
 
+    @property
+    def document(self) -> EvalDocument:
+        """The whole of it as it is printed."""
+        return EvalDocument(
+            seq_len=self.seq_len,
+            convention=self.convention,
+            reference=self.reference,
+            models=tuple(score.document for score in self.scores),
+            warnings=self.warnings,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The whole of it as data for JSON."""
-        models = tuple(score.document for score in self.scores)
-        return as_json(
-            EvalDocument(
-                seq_len=self.seq_len,
-                convention=self.convention,
-                reference=self.reference,
-                models=models,
-                warnings=self.warnings,
-            )
-        )
+        return as_json(self.document)
 
 
 @dataclass(frozen=True)
@@ -172,6 +167,19 @@ class _Reader:
     model: BlockModel
     windows: torch.Tensor
     begins_with_bos: bool
+    tokenizer: PreTrainedTokenizerBase
+
+    def text_of(self, token: int) -> str:
+        """The text of a token by itself."""
+        return str(self.tokenizer.decode([token]))
+
+    def before(self, index: int) -> tuple[str, str | None]:
+        """The text before a token of the text, in its window; and that token, which no window may have."""
+        seq_len = self.windows.shape[1]
+        window, last = divmod(index - 1, seq_len)
+        before = self.windows[window, max(0, last + 1 - CONTEXT) : last + 1].tolist()
+        expected = self.text_of(int(self.windows[window, last + 1])) if last + 1 < seq_len else None
+        return str(self.tokenizer.decode(before)), expected
 
 
 def evaluate(
@@ -238,11 +246,11 @@ def evaluate(
                 if is_reference:
                     kept = states
             if agreement is not None and errors is not None:
-                agreement = Agreement(agreement.kl_mean, agreement.kl_max, agreement.top1, errors.errors)
+                agreement = Agreement(agreement.divergence, errors.errors)
             elapsed_s = time.monotonic() - started_s
             count = reader.windows.numel()
             model = reader.model
-            scores.append(Score(given[i].name, nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
+            scores.append(Score(given[i].name, *nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
     control.progress.stop()
     left = hold([tensor for checkpoint in given for tensor in checkpoint.values()], control)
     begins = readers[0].begins_with_bos
@@ -275,7 +283,7 @@ def _read(model: BlockModel, checkpoint: Checkpoint, text: str, seq_len: int) ->
             f"the text has {len(tokens)} tokens for {model.shown}, one window is to have {seq_len}",
             hint="give a longer --text or a smaller --seq-len",
         )
-    return _Reader(model, cut(tokens, seq_len), _begins_with_bos(tokens, tokenizer))
+    return _Reader(model, cut(tokens, seq_len), _begins_with_bos(tokens, tokenizer), tokenizer)
 
 
 def _begins_with_bos(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -315,26 +323,27 @@ def _chunks(windows: torch.Tensor, vocab_size: int) -> Iterator[tuple[slice, sli
 
 def _score(
     reader: _Reader, states: torch.Tensor, other: BlockModel, other_states: torch.Tensor | None, control: Control
-) -> tuple[float, Agreement | None]:
-    """The mean negative log-likelihood, and with the reference's states how far the model is from it."""
-    model, windows = reader.model, reader.windows
-    nll = kl = kl_max = 0.0
-    same = 0
+) -> tuple[tuple[float, float], Agreement | None]:
+    """The mean negative log-likelihood and its error, and with the reference's states how far the model is from it."""
+    model, windows, seq_len = reader.model, reader.windows, reader.windows.shape[1]
+    losses: list[np.ndarray] = []
+    agreements = Agreements(max(NOISE.get(each.dtype, 0.0) for each in (model, other)))
     for chosen, chunk in _chunks(windows, model.vocab_size):
         control.check()
         found = _log_probabilities(model, states[chosen, chunk])
-        targets = windows[chosen, chunk.start + 1 : chunk.stop + 1, None].to(found.device)
-        nll -= float(found[:, : targets.shape[1]].gather(2, targets).sum(dtype=torch.float64))
+        targets = windows[chosen, chunk.start + 1 : chunk.stop + 1].to(found.device)
+        logs = found[:, : targets.shape[1]].gather(2, targets[..., None])
+        losses.append(-logs.double().cpu().numpy().reshape(-1))
         if other_states is not None:
             expected = _log_probabilities(other, other_states[chosen, chunk])
-            divergence = (expected.exp() * (expected - found)).sum(-1, dtype=torch.float64)
-            kl += float(divergence.sum())
-            kl_max = max(kl_max, float(divergence.max()))
-            same += int((found.argmax(-1) == expected.argmax(-1)).sum())
-    nll /= len(windows) * (windows.shape[1] - 1)
+            for i in range(len(found)):
+                start = (chosen.start + i) * seq_len + chunk.start + 1
+                agreements.add(found[i], expected[i], targets[i], start)
+    every = np.concatenate(losses)
+    nll = float(every.mean()), float(every.std(ddof=1)) / math.sqrt(len(every)) if len(every) > 1 else math.inf
     if other_states is None:
         return nll, None
-    return nll, Agreement(kl / windows.numel(), kl_max, same / windows.numel())
+    return nll, Agreement(agreements.result(reader.text_of, reader.before))
 
 
 def _log_probabilities(model: BlockModel, hidden: torch.Tensor) -> torch.Tensor:

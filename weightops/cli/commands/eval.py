@@ -9,6 +9,7 @@ import click
 
 import weightops
 from weightops.cli.colour import say
+from weightops.cli.divergence import divergence_text
 from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FILE, READ_CODES, SEQ_LEN, SOURCE, Command, epilog
@@ -55,8 +56,8 @@ def command(
 
     SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL. Several
     are measured one after the other. The lower the perplexity, the better the prediction. With --reference, the
-    predictions are compared with those of another model: by KL divergence, and by how often both find the same next
-    token the most probable.
+    predictions are compared with those of another model: by KL divergence, by how often both find the same next token
+    the most probable, and by where in the text they part.
 
     \b
     Example:
@@ -93,8 +94,9 @@ def _text(found: Evaluation) -> str:
     rows += [_row(score, has_agreement) for score in found.scores]
     lines = [table(rows, right=range(1, len(rows[0])))]
     for score in found.scores:
-        if score.agreement is not None and score.agreement.modules:
-            lines += ["", _modules(score)]
+        if score.agreement is not None:
+            lines += ["", divergence_text(score, found.scores[0])]
+            lines += ["", _modules(score)] if score.agreement.modules else []
     return "\n".join([*lines, "", found.convention + (_KL_CONVENTION if has_agreement else "")])
 
 

@@ -34,17 +34,22 @@ Column = Mapping[int, Cell]
 class Scale:
     """What colours say: how many times `middle` a value is; without one, the median of its column.
 
-    `step` is the power of two between one colour and the next; `of` names the middle in the legend.
+    `step` is the power of two between one colour and the next; `of` names the middle in the legend. `is_amount`: values
+    are amounts from zero on, of which `middle` is the largest; zero has the colour of the middle, and red says much.
     """
 
     of: str = "the median of its column"
     middle: float | None = None
     step: float = 0.5
+    is_amount: bool = False
 
     def colour(self, value: float, middle: float) -> str:
         """The class of a cell, `n4` to `p4`, or `odd` for what is not finite."""
         if not math.isfinite(value):
             return "odd"
+        if self.is_amount:
+            steps = _STEPS + round(math.log2(value / middle) / self.step) if value > 0 and middle > 0 else 0
+            return f"p{max(1, min(_STEPS, steps))}" if value > 0 else "m"
         if value <= 0 or middle <= 0:
             return "m" if value == middle else "n4" if value < middle else "p4"
         steps = round(math.log2(value / middle) / self.step)
@@ -114,10 +119,12 @@ def _cell(cell: Cell | None, place: str, middle: float, scale: Scale, show: Call
 
 def _legend(columns: Mapping[str, Column], numbers: list[int], scale: Scale, row: str, marked: str) -> str:
     """What colours say, and of the other kinds of cells those that there are."""
-    strip = []
-    for steps in range(-_STEPS, _STEPS + 1):
+    least, most = (1 - _STEPS, 0) if scale.is_amount else (-_STEPS, _STEPS)
+    strip = ['<li class="m">0</li>'] if scale.is_amount else []
+    for steps in range(least, most + 1):
         times = 2 ** (steps * scale.step)
-        end = "\N{LESS-THAN OR EQUAL TO}" if steps == -_STEPS else "\N{GREATER-THAN OR EQUAL TO}" * (steps == _STEPS)
+        is_end = steps == most and not scale.is_amount
+        end = "\N{LESS-THAN OR EQUAL TO}" if steps == least else "\N{GREATER-THAN OR EQUAL TO}" * is_end
         strip.append(f'<li class="{scale.colour(times, 1.0)}">{end}{times:.2g}</li>')
     cells = [cell for column in columns.values() for cell in column.values()]
     others = []

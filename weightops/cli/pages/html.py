@@ -36,8 +36,10 @@ COLOURS: Mapping[str, Mapping[str, tuple[str, str]]] = {
 """Background and text by colour scheme and step: from blue (far below) to red (far above), as ColorBrewer's RdBu,
 which readers who do not tell red from green can tell apart."""
 INK: Mapping[str, str] = {
-    "light": "--ink:#1a1a1a;--faint:#595959;--line:#d4d4d4;--ground:#fff;--error:#a3211a;--warning:#7a4f00",
-    "dark": "--ink:#ececec;--faint:#ababab;--line:#47474b;--ground:#18181a;--error:#ff9a90;--warning:#f2c268",
+    "light": "--ink:#1a1a1a;--faint:#595959;--line:#d4d4d4;--ground:#fff;--error:#a3211a;--warning:#7a4f00;"
+    "--good:#1d6b2f",
+    "dark": "--ink:#ececec;--faint:#ababab;--line:#47474b;--ground:#18181a;--error:#ff9a90;--warning:#f2c268;"
+    "--good:#8fd6a0",
 }
 """Text, lines and background by colour scheme, as CSS."""
 _RULES = """
@@ -70,6 +72,11 @@ thead th { color: var(--faint); } .list td { overflow-wrap: anywhere; }
 .none { background: repeating-linear-gradient(135deg, transparent 0 5px, var(--line) 5px 6px); }
 .odd { outline: 2px dashed var(--error); outline-offset: -2px; }
 .legend { font-size: 12px; margin: .4em 0 .6em; max-width: 36em; } .legend span { padding: 0 .4em; }
+.lead { font-size: 1.2em; max-width: 42em; margin: 1em 0 .5em; }
+.brief td { white-space: normal !important; min-width: 4.5em; } .wide th[scope=row] { min-width: 12em; }
+.wide td:last-child { min-width: 18em; }
+pre { font-size: 12px; line-height: 1.4; margin: .3em 0 1em; } .plus { color: var(--good); }
+.minus { color: var(--error); }
 .strip { display: flex; list-style: none; margin: .2em 0; padding: 0; font-size: 11px; }
 .strip li { flex: 1; text-align: center; padding: .1em 0; }
 @media print { .scroll { overflow: visible; max-height: none; } .map thead { position: static; }

@@ -1,0 +1,68 @@
+"""Compare models: their weights, their files, and what they make of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from weightops.api.models import ComputeDType, evaluate
+from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
+from weightops.errors import IncompatibleInputs
+from weightops.formats.folder import open_checkpoint
+from weightops.recipes.execute import StrPath
+
+if TYPE_CHECKING:
+    from weightops.api.compare_report import Comparisons
+    from weightops.inference.packed import Engine
+
+
+def compare(
+    a: StrPath | Checkpoint,
+    b: StrPath | Checkpoint,
+    *others: StrPath | Checkpoint,
+    tolerance: float | None = None,
+    strict: bool = False,
+    text: StrPath | Sequence[StrPath] | None = None,
+    seq_len: int | None = None,
+    dtype: ComputeDType = "float32",
+    device: str = "auto",
+    engine: Engine = "auto",
+    max_memory: str | int | None = None,
+    workers: int | None = None,
+    control: Control | None = None,
+) -> Comparisons:
+    """What `b`, and each of `others`, is to `a`: which tensors changed, how much, and in what way.
+
+    A source may also be a checkpoint that an operation has derived and nobody has written. With `text`, files as for
+    `evaluate`, it is also measured how far their predictions are from those of `a`; the options from `seq_len` to
+    `max_memory` are for that. See `weightops.operations.compare` for `tolerance` and `strict`.
+    """
+    from weightops.api.compare_report import Comparisons
+    from weightops.operations.compare import compare as operation
+
+    control = control or Control()
+    with control.stores.connected() as stores:
+        opened = [each if isinstance(each, Checkpoint) else open_checkpoint(each, stores) for each in (a, b, *others)]
+        outputs = None
+        if text is not None:
+            try:
+                outputs = evaluate(
+                    [b, *others],
+                    text,
+                    seq_len=seq_len,
+                    reference=a,
+                    dtype=dtype,
+                    device=device,
+                    engine=engine,
+                    max_memory=max_memory,
+                    control=control,
+                )
+            except IncompatibleInputs as error:
+                hint = (error.hint or "").replace("--reference", "--text")
+                raise IncompatibleInputs(str(error), hint=hint or None) from error
+        comparisons = tuple(
+            operation(opened[0], each, tolerance=tolerance, strict=strict, workers=workers, control=control)
+            for each in opened[1:]
+        )
+    return Comparisons(comparisons, outputs, tolerance, strict)

@@ -1,0 +1,119 @@
+"""Compare: what one checkpoint is to another, tensor by tensor, from one pass over both.
+
+Layouts, prefixes of names, files, containers and number types are no differences: both are brought to what they have in
+common first. Whatever has no partner is named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+from weightops.checkpoint import Checkpoint
+from weightops.engine.control import Control
+from weightops.engine.values import values as values_of
+from weightops.errors import UsageError
+from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
+from weightops.layouts.embeddings import has_rows_of_tokens
+from weightops.operations.compare.config import config_changes
+from weightops.operations.compare.entries import Entries, read_entries
+from weightops.operations.compare.kinds import change_of
+from weightops.operations.compare.measure import Measured, measure
+from weightops.operations.compare.pairing import Pairing, pair
+from weightops.operations.compare.relation import findings, relation
+from weightops.operations.compare.report import Comparison, Lone, Where, count_kinds
+from weightops.operations.compare.tokenizer import read_words, tokenizer_changes
+from weightops.spec import TensorSpec
+
+
+def compare(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    tolerance: float | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+    control: Control | None = None,
+) -> Comparison:
+    """How `b` differs from `a`: every tensor, the configuration, the tokenizer.
+
+    Each tensor of both is read once, by one thread per core unless `workers` says otherwise; those whose change may be
+    of low rank twice more. With a `tolerance` the result says whether the two differ beyond it: by ||B - A|| / ||A|| of
+    any tensor, by a NaN or an infinity that one of them has alone, by rows that one has more, or by a tensor without a
+    partner; with `strict` also by configuration that changes results, or the tokenizer.
+
+    Raises `UsageError` for a tolerance that is none and for adapters and deltas, `CorruptInput` for tensors that cannot
+    be read, `Differs` for files on servers or in a cache whose digest is wrong.
+    """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"the tolerance is {tolerance}, expected a number from zero on")
+    if strict and tolerance is None:
+        raise UsageError("strict says what counts as a difference, for which there is no tolerance", hint="give one: 0")
+    for role, checkpoint in (("A", a), ("B", b)):
+        refuse_delta(checkpoint, role)
+        refuse_adapter(checkpoint, role)
+    control = control or Control()
+    evaluate = partial(values_of, control=control)
+    one, other = (read_entries(checkpoint, evaluate, control) for checkpoint in (a, b))
+    words = read_words(one), read_words(other)
+    config, config_notes = config_changes(one, other, evaluate)
+    tokenizer, tokenizer_notes = tokenizer_changes(*words)
+    pairing = pair(one, other)
+    measured = measure(pairing.pairs, workers, control)
+
+    def word(key: str, row: int) -> str | None:
+        return words[0].text(row) if has_rows_of_tokens(key) else None
+
+    tensors = tuple(change_of(each, word) for each in measured)
+    lone = _lone(pairing, one, other)
+    relative, angle = _whole(measured)
+    result = Comparison(
+        a=a.name,
+        b=b.name,
+        relation=relation(tensors, lone, relative, angle),
+        findings=tuple(findings(tensors, lone, config, tokenizer)),
+        relative=relative,
+        angle=angle,
+        kinds=count_kinds(tensors),
+        tensors=tensors,
+        lone=tuple(lone),
+        config=tuple(config),
+        tokenizer=tuple(tokenizer),
+        notes=(*one.notes, *other.notes, *pairing.notes, *config_notes, *tokenizer_notes),
+    )
+    return result.held(tolerance, strict=strict)
+
+
+def _whole(measured: Sequence[Measured]) -> tuple[float | None, float | None]:
+    """||B - A|| / ||A|| and 1 - cosine of all tensors taken as one vector."""
+    found = [each.found for each in measured if each.found is not None and not each.is_repeated]
+    a, d = (math.sqrt(math.fsum(getattr(each, name) ** 2 for each in found)) for name in ("norm_a", "norm_d"))
+    dot = math.fsum(each.dot for each in found)
+    b = math.sqrt(max(0.0, a * a + 2 * dot + d * d))
+    if not a:
+        return (None if d else 0.0), None
+    longer = (2 * dot + d * d) / (a + b)
+    return d / a, max(0.0, (d - longer) * (d + longer) / (2 * a * b)) if b else None
+
+
+def _lone(pairing: Pairing, a: Entries, b: Entries) -> list[Lone]:
+    """What has no partner, and what follows from other tensors."""
+    found = []
+    for where, entries in (("a", pairing.only_a), ("b", pairing.only_b)):
+        found += [_of(where, each.name, each.tensor.spec) for each in entries if not each.is_alias]
+    for each in pairing.mismatched:
+        one, other = each.first.tensor.spec, each.second.tensor.spec
+        found.append(_of("both", each.first.name, one, reason=f"{one} in A, {other} in B"))
+    for where, side in (("a", a), ("b", b)):
+        for name, reason in side.left.items():
+            tensor = side.checkpoint.get(name)
+            if tensor is not None:
+                found.append(_of(where, name, tensor.spec, reason=reason, is_derived=True))
+    return found
+
+
+def _of(where: str, name: str, spec: TensorSpec, *, reason: str = "", is_derived: bool = False) -> Lone:
+    sides: dict[str, Where] = {"a": "a", "b": "b", "both": "both"}
+    return Lone(where=sides[where], name=name, dtype=spec.dtype, shape=spec.shape, reason=reason, is_derived=is_derived)
