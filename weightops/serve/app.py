@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from weightops.errors import WeightopsError
-from weightops.inference.events import Event, Failed, Finished, Token
+from weightops.inference.events import Failed, Finished, Token
 from weightops.inference.sampling import Sampling
 from weightops.serve.answers import PRESENCE, Answer, Kind, refusal, sse
 from weightops.serve.bodies import (
@@ -37,6 +36,7 @@ from weightops.serve.bodies import (
 from weightops.serve.engine import Engine
 from weightops.serve.errors import ApiError, unknown_path
 from weightops.serve.guard import App, Guard, Rules
+from weightops.serve.kept import Keeper
 from weightops.serve.render import render
 from weightops.serve.stream import KEEP_ALIVE_S, Texts, gone, texts_of
 from weightops.version import __version__
@@ -51,11 +51,11 @@ _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 @dataclass
 class Server:
-    """What requests share: the engine, once it is there, and the streams of pages by their secret names."""
+    """What requests share: the engine, once it is there, and the texts that pages have asked for."""
 
     templates: Sequence[str] = ()
     engine: Engine | None = None
-    streams: dict[str, Texts] = field(default_factory=dict)
+    keeper: Keeper = field(default_factory=Keeper)
     rendering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     @property
@@ -89,6 +89,7 @@ def make_app(server: Server, rules: Rules) -> App:
         ("POST", "/generate", _instruction),
         ("GET", "/page", _page_data),
         ("POST", "/compare", _compare),
+        ("POST", "/events", _events),
         ("POST", "/stop", _stop),
         ("POST", "/render", _render),
         *[("GET", path, _file) for path in _PAGE],
@@ -177,7 +178,7 @@ async def _answer(
     answer = Answer(kind, asks[0].model, logprobs=logprobs, include_usage=usage)
     if not stream:
         return JSONResponse(answer.whole(await _whole(engine, request, asks)))
-    return await _streamed(engine, asks, answer.chunks, answer.end)
+    return await _streamed(engine, asks, answer)
 
 
 async def _whole(engine: Engine, request: Request, asks: Sequence[Ask]) -> list[tuple[Finished, list[Token]]]:
@@ -208,35 +209,21 @@ async def _whole(engine: Engine, request: Request, asks: Sequence[Ask]) -> list[
     return [(done[i], tokens[i]) for i in range(len(asks))]
 
 
-async def _streamed(
-    engine: Engine,
-    asks: Sequence[Ask],
-    chunks: Callable[[Event], Iterator[bytes]],
-    end: Callable[[], Iterator[bytes]],
-    begin: Callable[[Texts], Iterator[bytes]] = lambda texts: iter(()),
-    *,
-    fails_whole: bool = True,
-    left: Callable[[], object] = lambda: None,
-) -> Response:
+async def _streamed(engine: Engine, asks: Sequence[Ask], answer: Answer) -> Response:
     """Events as they come. What fails before the first of them is an answer with its own status."""
 
     async def parts() -> AsyncGenerator[bytes, None]:
-        try:
-            async with texts_of(engine, asks) as texts, aclosing(texts.events(KEEP_ALIVE_S)) as events:
-                for part in begin(texts):
-                    yield part
-                async for event in events:
-                    if event is None:
-                        yield PRESENCE
-                        continue
-                    if isinstance(event, Failed) and fails_whole:
-                        raise refusal(event)
-                    for part in chunks(event):
+        async with texts_of(engine, asks) as texts, aclosing(texts.events(KEEP_ALIVE_S)) as events:
+            async for event in events:
+                if event is None:
+                    yield PRESENCE
+                elif isinstance(event, Failed):
+                    raise refusal(event)
+                else:
+                    for part in answer.chunks(event):
                         yield part
-                for part in end():
-                    yield part
-        finally:
-            left()
+            for part in answer.end():
+                yield part
 
     stream = parts()
     # The first part decides: up to it, nothing has been said yet.
@@ -323,45 +310,37 @@ async def _page_data(server: Server, request: Request) -> Response:
 
 
 async def _compare(server: Server, request: Request) -> Response:
-    """One prompt to several models, in one stream whose events name their columns: browsers open six at most."""
+    """One prompt to several models; the events of all columns are fetched together."""
     columns = parse(await _body(request), CompareBody).columns
     names = [column.id for column in columns]
     if not 1 <= len(columns) <= MAX_COLUMNS or len(set(names)) < len(names):
         raise ApiError(400, f"columns: one to {MAX_COLUMNS} of them, each with its own id", param="columns")
     asks = [column.ask() for column in columns]
-    engine, secret = server.check(asks), secrets.token_urlsafe(24)
+    kept = await server.keeper.begin(server.check(asks), asks, names)
+    return JSONResponse({"stream": kept.name}, headers={"cache-control": "no-store"})
 
-    def begin(texts: Texts) -> Iterator[bytes]:
-        server.streams[secret] = texts
-        yield sse({"event": "opened", "stream": secret, "columns": names})
 
-    def chunks(event: Event) -> Iterator[bytes]:
-        document = msgspec.to_builtins(event)
-        if isinstance(event, Finished):
-            document |= {"new_tokens": event.new_tokens, "tokens_per_s": event.tokens_per_s}
-            del document["tokens"]
-        yield sse({**document, "column": names[event.column]})
+class _EventsBody(msgspec.Struct, forbid_unknown_fields=True):
+    stream: str
+    after: int = 0
 
-    def end() -> Iterator[bytes]:
-        yield sse({"event": "closed"})
 
-    return await _streamed(
-        engine, asks, chunks, end, begin, fails_whole=False, left=lambda: server.streams.pop(secret, None)
-    )
+async def _events(server: Server, request: Request) -> Response:
+    """The next second of a stream's events."""
+    body = parse(await _body(request), _EventsBody)
+    source = server.keeper.find(body.stream).slice(body.after)
+    return _Stream(source, source)
 
 
 class _StopBody(msgspec.Struct, forbid_unknown_fields=True):
     stream: str
-    column: int | None = None
+    column: str | None = None
 
 
 async def _stop(server: Server, request: Request) -> Response:
     """Stop one column of a stream, or all: whoever knows its name, which only its page does."""
     body = parse(await _body(request), _StopBody)
-    texts = server.streams.get(body.stream)
-    if texts is None or texts.ticket is None:
-        raise ApiError(404, "there is no such stream any more", param="stream", code="not_found")
-    texts.ticket.cancel(body.column)
+    server.keeper.find(body.stream).cancel(body.column)
     return JSONResponse({"stopped": True})
 
 

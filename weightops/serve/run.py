@@ -53,9 +53,6 @@ class _Uvicorn(uvicorn.Server):
 
     def end(self) -> None:
         """End, from any thread or a signal handler."""
-        for texts in list(self._served.streams.values()):
-            if texts.ticket is not None:
-                texts.ticket.cancel()
         if self._served.engine is not None:
             self._served.engine.stop()
         self.should_exit = True

@@ -211,8 +211,18 @@ async function run(list) {
   busy();
   state(`Asking ${list.length === 1 ? "one model" : `${list.length} models`}…`);
   try {
-    const answer = await ask("compare", { columns: list.map(wire) }, abort.signal);
-    for await (const event of events(answer.body)) take(event);
+    const { stream } = await (await ask("compare", { columns: list.map(wire) }, abort.signal)).json();
+    running.stream = stream;
+    if (running.stopped) stop();
+    for (let closed = false, after = 0; !closed; ) {
+      // A second of events at a time, so that many tabs share the few connections that a browser opens.
+      const answer = await ask("events", { stream, after }, abort.signal);
+      for await (const event of events(answer.body)) {
+        after = event.number;
+        if (event.event === "closed") closed = true;
+        else take(event);
+      }
+    }
     state("Ready");
   } catch (error) {
     const stopped = error.name === "AbortError";
@@ -247,8 +257,6 @@ async function* events(body) {
 }
 
 function take(event) {
-  if (event.error?.message) throw new Error(event.error.message);
-  if (event.event === "opened") { running.stream = event.stream; running.names = event.columns; return; }
   const column = columns.find((c) => c.id === event.column);
   if (!column) return;
   const turn = column.turns.at(-1);
@@ -280,11 +288,16 @@ function take(event) {
   }
 }
 
-async function stop(id) {
+async function stop(column) {
   if (!running) return;
-  if (id === undefined || !running.stream) { running.abort.abort(); return; }
-  try { await ask("stop", { stream: running.stream, column: running.names.indexOf(id) }); } catch (error) { state(error.message, true); }
+  if (!running.stream) { running.stopped = true; return; }
+  try { await ask("stop", { stream: running.stream, column }); } catch (error) { state(error.message, true); }
 }
+
+// The page goes: whoever asked is gone, and its texts with it.
+addEventListener("pagehide", () => {
+  if (running?.stream) fetch("stop", { method: "POST", headers: headers(), body: JSON.stringify({ stream: running.stream }), keepalive: true });
+});
 
 function regenerate(list) {
   for (const column of list) while (column.turns.at(-1)?.role === "assistant") column.turns.pop();
