@@ -102,7 +102,7 @@ class Remotes:
     def _run(self, column: int, ask: Ask, ticket: Stops, put: Callable[[Event], None]) -> None:
         try:
             self._speak(column, ask, ticket.events[column], put)
-        except (WeightopsError, urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (WeightopsError, urllib3.exceptions.HTTPError, AttributeError, ValueError, KeyError, TypeError) as error:
             said = str(error) if isinstance(error, WeightopsError) else f"{ask.model}: its server failed ({error})"
             put(Failed(column=column, error=type(error).__name__, message=escape(said), hint=None, code=1))
         finally:
@@ -194,8 +194,10 @@ def _documents(answer: urllib3.BaseHTTPResponse) -> Iterator[dict[str, Any]]:
             if data == b"[DONE]":
                 return
             document = json.loads(data)
-            if "error" in document:
-                raise ValueError(str(document["error"].get("message", document["error"])))
+            if not isinstance(document, dict):
+                raise ValueError("its stream holds what is no document")
+            if isinstance(document.get("error"), dict):
+                raise ValueError(str(document["error"].get("message", "an error")))
             yield document
 
 

@@ -21,6 +21,8 @@ TAGS = {
     *("p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "em", "strong", "s", "code", "pre", "blockquote", "ul"),
     *("ol", "li", "table", "thead", "tbody", "tr", "th", "td", "a"),
 }
+_LINKS = ("http://", "https://", "mailto:")
+"""What leads out of the page for certain; a link without a scheme would lead into this server."""
 _VOID = {"br", "hr"}
 Node = str | list[Any]
 """Text, or a tag, its attributes and the nodes in it."""
@@ -54,7 +56,7 @@ class _Tree(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         inside: list[Node] = []
         if len(self._open) < _MAX_DEPTH:
-            kept = {name: value for name, value in attrs if tag == "a" and name == "href" and value}
+            kept = {n: v for n, v in attrs if (tag, n) == ("a", "href") and v and v.lower().startswith(_LINKS)}
             self._open[-1].append([tag, kept, inside])
         if tag not in _VOID:
             self._open.append(inside)
