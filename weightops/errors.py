@@ -4,6 +4,7 @@
     ├── IncompatibleInputs    1    the inputs do not belong together (wrong base, names, shapes)
     ├── NetworkFailed         1    a server could not be reached, or failed for longer than we keep trying
     ├── UsageError            2    the request itself makes no sense
+    │   └── PromptTooLong     2    a prompt and what is to follow have more tokens than a model has positions
     ├── Differs               3    checked, and it differs
     ├── SourceMissing        10    an input is not there
     │   └── NoWeights        10    a folder is there, but holds no weights
@@ -42,6 +43,10 @@ class UsageError(WeightopsError):
     """The request cannot be meant as it stands."""
 
     exit_code = 2
+
+
+class PromptTooLong(UsageError):
+    """A prompt and the tokens that are to follow it are more than a model has positions."""
 
 
 class Differs(WeightopsError):

@@ -18,6 +18,7 @@ from support import write_checkpoint
 
 import weightops
 from weightops.api import Output
+from weightops.api.asked import Asked
 from weightops.cli.main import COMMANDS, cli, run
 from weightops.errors import UsageError
 from weightops.operations.check import CheckOptions
@@ -39,7 +40,7 @@ OF_THE_COMMAND = {
 """What only the command line has: reports in files, exit codes, and what Python gives to a `Web`. A cache
 is a flag there, and a folder for Python."""
 OF_PYTHON = {"control", "web", "cache"}
-OPEN = {f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions)}
+OPEN = {f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions, Asked)}
 SHOWN = {"as_json", "quiet", "verbose", "progress"}
 DERIVED = {"convert": {"as_in_2023"}}
 """What follows from an option of another name: from `--format torch-1.12`."""
@@ -66,8 +67,9 @@ def keywords(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"env", "completion"}))
 def test_options_are_called_as_keywords_of_python(name: str) -> None:
-    options = {p.name.removeprefix("no_") for p in command_of(name).params if p.name}
-    assert options - SHOWN - OF_THE_COMMAND.get(name, set()) == keywords(name)
+    names, known = {p.name for p in command_of(name).params if p.name}, keywords(name)
+    options = {each if each in known else each.removeprefix("no_") for each in names}
+    assert options - SHOWN - OF_THE_COMMAND.get(name, set()) == known
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -18,7 +18,9 @@ import torch
 from support import write_checkpoint
 
 import weightops
+from weightops.api.asked import Asked
 from weightops.cli.main import COMMANDS, run
+from weightops.inference.prompts import conversation
 from weightops.recipes.verbs import VERBS
 
 
@@ -43,6 +45,21 @@ MODEL = [
     same("--device cpu", device="cpu"),
     same("--engine packed", engine="packed"),
     row("--max-memory 1GiB", {"max_memory": 1 << 30}, max_nbytes=(1 << 30) - (300 << 20)),
+]
+ASKED = [
+    same("--max-new-tokens 3", max_new_tokens=3),
+    same("--temperature 0.5", temperature=0.5),
+    same("--top-k 4 --temperature 1", top_k=4, temperature=1.0),
+    same("--top-p 0.5 --temperature 1", top_p=0.5, temperature=1.0),
+    same("--min-p 0.5 --temperature 1", min_p=0.5, temperature=1.0),
+    same("--repetition-penalty 1.5", repetition_penalty=1.5),
+    same("--presence-penalty 0.5", presence_penalty=0.5),
+    same("--frequency-penalty -0.5", frequency_penalty=-0.5),
+    same("--no-repeat-ngram-size 3", no_repeat_ngram_size=3),
+    same("--num-beams 3", num_beams=3),
+    same("--seed 6 --temperature 1", seed=6, temperature=1.0),
+    same("--stop x --stop y", stop=("x", "y")),
+    row("--stop x", {"stop": "x"}, stop=("x",)),
 ]
 ROWS: dict[str, list[Row]] = {
     "quantize": [
@@ -84,12 +101,11 @@ ROWS: dict[str, list[Row]] = {
     ],
     "generate": [
         row("--prompt two", {"prompt": "two"}),
-        same("--max-new-tokens 3", max_new_tokens=3),
-        same("--temperature 0.5", temperature=0.5),
-        same("--top-k 4 --temperature 1", top_k=4, temperature=1.0),
-        same("--top-p 0.5 --temperature 1", top_p=0.5, temperature=1.0),
-        same("--seed 6 --temperature 1", seed=6, temperature=1.0),
-        same("--chat", chat=True),
+        *ASKED,
+        row("--chat", {"chat": True}, prompt=conversation("one")),
+        row("--system s", {"system": "s"}, prompt=conversation("one", system="s")),
+        row("--template alpaca", {"template": "alpaca"}, prompt=conversation("one", template="alpaca")),
+        row("--logprobs 2 --json", {"logprobs": 2}),
         *MODEL,
     ],
     "check": [
@@ -249,8 +265,9 @@ def held_in(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def arrived(found: dict[str, Any], name: str) -> Any:
     if name in found:
         return getattr(found[name], "name", found[name]) if name == "reference" else found[name]
-    if name in ("temperature", "top_k", "top_p", "seed"):
-        return getattr(found["sampling"], name)
+    if "settings" in found and name in Asked.__annotations__:
+        settings = found["settings"]
+        return getattr(settings if hasattr(settings, name) else settings.sampling, name)
     web = found["control"].stores.web
     return web.endpoint if name == "endpoint" else getattr(web.policy, name)
 
@@ -290,7 +307,7 @@ def test_the_rows_are_all_that_there_is() -> None:
         options = [option for option in command.params if option.param_type_name == "option"]
         flags = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
         known = {word for each in rows for word in each.argv.split() if word.startswith("--")}
-        assert flags - SHOWN - ELSEWHERE.get(name, set()) == known, name
+        assert flags - SHOWN - ELSEWHERE.get(name, set()) == known - SHOWN, name
         if name not in FUNCTIONS:
             continue
         parameters = inspect.signature(FUNCTIONS[name]).parameters.values()

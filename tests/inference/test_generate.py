@@ -22,7 +22,9 @@ from weightops.errors import CorruptInput, IncompatibleInputs, NoRoom, UsageErro
 from weightops.formats.folder import open_checkpoint
 from weightops.inference import tokens
 from weightops.inference.generate import Generation
+from weightops.inference.prompts import conversation
 from weightops.inference.sampling import Sampling
+from weightops.inference.settings import Settings
 from weightops.inference.tokens import end_tokens
 from weightops.operations.recover import recover
 
@@ -41,7 +43,7 @@ def reference(model: PreTrainedModel, count: int, prompt: str = PROMPT) -> list[
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
     model = save_tiny(tmp_path, kind)
     expected = reference(model, 40)
-    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=40)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(40))
     said = "".join(found)
     assert found.tokens == expected
     assert not found.streams_weights
@@ -82,7 +84,7 @@ def test_greedy_tokens_are_those_of_transformers_beyond_the_original_context(
     prompt = PROMPT[:9]
     expected = reference(model, 50, prompt)
     nbytes = sum(p.numel() * 4 for p in model.parameters()) + (64 << 20) if streamed else None
-    found = Generation(open_checkpoint(tmp_path), prompt, max_new_tokens=50, max_nbytes=nbytes)
+    found = Generation(open_checkpoint(tmp_path), prompt, settings=Settings(50), max_nbytes=nbytes)
     list(found)
     assert found.streams_weights == streamed
     assert len(found.prompt_tokens) < 32 < len(found.prompt_tokens) + len(expected)
@@ -104,7 +106,7 @@ CACHES: dict[str, dict[str, Any]] = {
 def test_so_are_those_of_models_with_caches_of_their_own(tmp_path: Path, kind: str) -> None:
     model = save_tiny(tmp_path, kind, **CACHES[kind])
     expected = reference(model, 30)
-    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=30)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(30))
     list(found)
     assert found.tokens == expected
 
@@ -113,7 +115,7 @@ def test_so_are_those_of_models_with_caches_of_their_own(tmp_path: Path, kind: s
 def test_a_prompt_that_holds_the_pad_token_is_no_shorter_for_it(tmp_path: Path, pad: int) -> None:
     """Token 0 is bos, token 52 the first of the prompt."""
     model = save_tiny(tmp_path, "llama", pad_token_id=pad)
-    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=10)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(10))
     list(found)
     assert found.prompt_tokens[:2] == [0, 52]
     assert found.tokens == reference(model, 10)
@@ -126,7 +128,7 @@ def test_infinity_in_config_json_is_read_as_transformers_4_and_5_write_it(tmp_pa
     del config["time_step_limit"]
     text = json.dumps(config).removesuffix("}") + f', "time_step_limit": [0.0, {literal}]}}'
     (tmp_path / "config.json").write_text(text)
-    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=5)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(5))
     list(found)
     assert found.tokens == reference(model, 5)
 
@@ -135,11 +137,11 @@ def test_infinity_in_config_json_is_read_as_transformers_4_and_5_write_it(tmp_pa
 def test_layer_by_layer_from_disk_the_tokens_are_the_same(tmp_path: Path, kind: str) -> None:
     model = save_tiny(tmp_path, kind)
     nbytes = sum(p.numel() * 4 for p in {id(p): p for p in model.parameters()}.values())
-    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=12, max_nbytes=nbytes + (64 << 20))
+    found = Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(12), max_nbytes=nbytes + (64 << 20))
     list(found)
     assert found.streams_weights
     assert found.tokens == reference(model, 12)
-    assert all(p.device.type == "meta" for p in found._model.module.parameters())
+    assert all(p.device.type == "meta" for p in found._opened.model.module.parameters())
     with pytest.raises(NoRoom, match="one block with embedding, head and cache takes"):
         Generation(open_checkpoint(tmp_path), PROMPT, max_nbytes=1 << 20)
 
@@ -160,7 +162,7 @@ def test_sharded_torch_and_lazily_recovered_models_say_the_same(tmp_path: Path) 
         (tmp_path / "diff" / name).write_text((tmp_path / "torch" / name).read_text())
     recovered = recover(open_checkpoint(tmp_path / "raw"), open_checkpoint(tmp_path / "diff"))
     for checkpoint in (open_checkpoint(tmp_path / "torch"), open_checkpoint(tmp_path / "sharded"), recovered):
-        found = Generation(checkpoint, PROMPT, max_new_tokens=20)
+        found = Generation(checkpoint, PROMPT, settings=Settings(20))
         list(found)
         assert found.tokens == expected, checkpoint.name
 
@@ -171,7 +173,7 @@ def test_it_stops_at_the_end_of_the_text(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "generation_config.json").read_text())
     end = next(token for i, token in enumerate(expected) if i >= 3 and token not in expected[:i])
     (tmp_path / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [1, end]}))
-    found = Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=10)
+    found = Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(10))
     list(found)
     assert found.tokens == expected[: expected.index(end) + 1]
     assert found.finish == "eos"
@@ -211,7 +213,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
 
     def drawn(seed: int) -> list[int]:
-        found = Generation(checkpoint, PROMPT, max_new_tokens=15, sampling=Sampling(2.0, top_p=0.95, seed=seed))
+        found = Generation(checkpoint, PROMPT, settings=Settings(15, Sampling(2.0, top_p=0.95, seed=seed)))
         list(found)
         return found.tokens
 
@@ -244,9 +246,9 @@ def test_a_chat_prompt_goes_through_the_template(tmp_path: Path) -> None:
     model = save_tiny(tmp_path, "llama")
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UsageError, match="no chat template"):
-        Generation(checkpoint, PROMPT, chat=True)
+        Generation(checkpoint, conversation(PROMPT))
     save_tokenizer(tmp_path, chat_template="{{ bos_token }}Q: {{ messages[0]['content'] }}\nA:")
-    found = Generation(open_checkpoint(tmp_path), "why?", chat=True, max_new_tokens=8)
+    found = Generation(open_checkpoint(tmp_path), conversation("why?"), settings=Settings(8))
     list(found)
     assert found.prompt_tokens == trained().encode("Q: why?\nA:").ids
     assert found.tokens == reference(model, 8, "Q: why?\nA:")
@@ -256,7 +258,7 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UsageError, match=r"made for 128 positions, the prompt has 5[0-9]* tokens and 127 new ones"):
-        Generation(checkpoint, "abcd", max_new_tokens=127)
+        Generation(checkpoint, "abcd", settings=Settings(127))
     whole = Generation(checkpoint, "abcd")
     assert sum(1 for _ in whole) >= 1
     assert len(whole.tokens) == 128 - len(whole.prompt_tokens) or whole.finish == "eos"
@@ -269,16 +271,16 @@ def test_in_float16_the_error_says_that_values_between_layers_are_too_large(tmp_
             model.get_parameter(f"model.layers.0.mlp.{name}_proj.weight").mul_(factor)
     model.bfloat16().save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    list(Generation(checkpoint, PROMPT, max_new_tokens=2, dtype=torch.bfloat16))
+    list(Generation(checkpoint, PROMPT, settings=Settings(2), dtype=torch.bfloat16))
     with pytest.raises(UsageError, match="NaN or infinity in float16, which ends at 65504: what passes") as caught:
-        list(Generation(checkpoint, PROMPT, max_new_tokens=2, dtype=torch.float16))
+        list(Generation(checkpoint, PROMPT, settings=Settings(2), dtype=torch.float16))
     assert caught.value.hint is not None
     assert "--dtype bfloat16 or float32" in caught.value.hint
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = 7e4
     model.save_pretrained(tmp_path)
     with pytest.raises(CorruptInput, match=r"infinity, as model\.layers\.1\.mlp\.up_proj\.weight does in float16"):
-        list(Generation(open_checkpoint(tmp_path), PROMPT, max_new_tokens=2, dtype=torch.float16))
+        list(Generation(open_checkpoint(tmp_path), PROMPT, settings=Settings(2), dtype=torch.float16))
 
 
 def test_a_lora_is_refused_with_the_verb_that_makes_a_model_of_it(tmp_path: Path) -> None:
@@ -310,9 +312,9 @@ def test_prompts_without_a_token_and_prompts_that_are_no_text_are_refused(tmp_pa
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), chat_template="{{ messages[0].content }}")
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="the prompt is empty, and the tokenizer begins with no special token"):
-        Generation(open_checkpoint(tmp_path), "", chat=chat)
+        Generation(open_checkpoint(tmp_path), conversation("") if chat else "")
     with pytest.raises(UsageError, match="the prompt is not text in UTF-8"):
-        Generation(open_checkpoint(tmp_path), "\udce4", chat=chat)
+        Generation(open_checkpoint(tmp_path), conversation("\udce4") if chat else "\udce4")
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 5}, {"temperature": 1.0, "top_p": 1.5}])

@@ -27,6 +27,7 @@ from weightops.inference.evaluate import evaluate
 from weightops.inference.generate import Generation
 from weightops.inference.model import BlockModel
 from weightops.inference.packed import Engine
+from weightops.inference.settings import Settings
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 
@@ -136,7 +137,7 @@ def test_damaged_tensors_give_the_errors_of_dequantising(part: str, value: float
 
 
 def generated(checkpoint: Checkpoint, engine: Engine, **options: Any) -> Generation:
-    found = Generation(checkpoint, "the stream", max_new_tokens=12, engine=engine, **options)
+    found = Generation(checkpoint, "the stream", settings=Settings(12), engine=engine, **options)
     list(found)
     return found
 
@@ -146,7 +147,8 @@ def test_generate_keeps_packed_what_does_not_fit_otherwise(folders: Path) -> Non
     plain = generated(checkpoint, "auto")
     assert (plain.engine, plain.saves_memory, plain.streams_weights) == ("dequantized", False, False)
     asked = generated(checkpoint, "packed")
-    beside = asked._beside_nbytes
+    loading = asked._placement.nbytes - asked.whole_nbytes
+    beside = asked._opened.beside_nbytes(len(asked.prompt_tokens) + 12) + loading
     saving = generated(checkpoint, "auto", max_nbytes=asked.whole_nbytes + beside)
     assert (saving.engine, saving.saves_memory, saving.streams_weights) == ("packed", True, False)
     streaming = generated(checkpoint, "auto", max_nbytes=asked.whole_nbytes + beside - 1)

@@ -158,7 +158,14 @@ def through_the_command(tokenizer: Any, texts: tuple[str, ...], folder: Path, mo
 
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        facts = {"warnings": (), "streams_weights": False, "saves_memory": False, "engine": None, "finish": "eos"}
+        facts = {
+            "warnings": (),
+            "streams_weights": False,
+            "saves_memory": False,
+            "engine": None,
+            "finish": "eos",
+            "logprobs": (),
+        }
         said = Said(tokens=tokens, prompt_tokens=prompt, **facts)
         monkeypatch.setattr(weightops, "generate", lambda *_, said=said, **__: said)
         expected = decoded(tokenizer, prompt, tokens)

@@ -17,6 +17,7 @@ from weightops.formats.folder import open_checkpoint
 from weightops.inference.evaluate import evaluate
 from weightops.inference.generate import Generation
 from weightops.inference.packed import Engine
+from weightops.inference.settings import Settings
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_perplexity_and_text_are_those_of_the_rounded_weights(
     assert score.nll == pytest.approx(expected, rel=1e-6)
     prompt = torch.tensor([trained().encode("the stream").ids])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20)
-    found = Generation(quantized, "the stream", max_new_tokens=20)
+    found = Generation(quantized, "the stream", settings=Settings(20))
     list(found)
     assert found.tokens == out[0, prompt.shape[1] :].tolist()
 
@@ -94,7 +95,7 @@ def test_biases_of_zeros_are_left_out_with_a_note_and_others_refused(tmp_path: P
     """AutoGPTQ gave every layer one."""
     save_tiny(tmp_path / "full", "llama")
     quantize_tiny(tmp_path / "full", tmp_path / "quantized")
-    expected = Generation(open_checkpoint(tmp_path / "quantized"), "the stream", max_new_tokens=8, engine=engine)
+    expected = Generation(open_checkpoint(tmp_path / "quantized"), "the stream", settings=Settings(8), engine=engine)
     list(expected)
     state = load_file(tmp_path / "quantized" / "model.safetensors")
     biases = {n[:-7] + "bias": torch.zeros(t.shape[1]).half() for n, t in state.items() if n.endswith(".qweight")}
@@ -104,7 +105,7 @@ def test_biases_of_zeros_are_left_out_with_a_note_and_others_refused(tmp_path: P
         save_file(state | biases, tmp_path / "quantized" / "model.safetensors", metadata={"format": "pt"})
         return open_checkpoint(tmp_path / "quantized")
 
-    found = Generation(save(), "the stream", max_new_tokens=8, engine=engine)
+    found = Generation(save(), "the stream", settings=Settings(8), engine=engine)
     list(found)
     assert found.tokens == expected.tokens
     assert found.warnings[-1].startswith("quantized: 21 biases of zeros are left out: model.layers.0.mlp.down_proj")

@@ -16,6 +16,7 @@ from weightops.cli.main import run
 from weightops.engine.control import Control
 from weightops.errors import Differs, NetworkFailed
 from weightops.formats.proofs.manifest import NAME
+from weightops.inference.opened import Placement
 from weightops.stores.stores import Stores
 from weightops.stores.web.policy import Policy
 from weightops.stores.web.web import Web
@@ -114,7 +115,8 @@ def test_weights_that_are_wrong_write_no_word(
 ) -> None:
     source, control = place(kind)
     damage(hub, tmp_path, kind)
-    monkeypatch.setattr("weightops.inference.generate.Generation._check_memory", lambda self, room: streams)
+    placement = Placement(is_packed=False, saves_memory=False, streams_weights=streams, nbytes=0)
+    monkeypatch.setattr("weightops.inference.opened.Opened.placement", lambda *_: placement)
     found = api.generate(source, "Streaming", max_new_tokens=2, control=control)
     words = iter(found)
     with pytest.raises(Differs, match=rf"{WEIGHTS}: \w+ is [0-9a-f]+, expected"):

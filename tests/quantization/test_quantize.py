@@ -34,6 +34,7 @@ from weightops.errors import (
 )
 from weightops.formats.folder import open_checkpoint
 from weightops.inference.generate import Generation
+from weightops.inference.settings import Settings
 from weightops.operations.cast.operation import cast
 from weightops.quantization.run import _pattern, compute_dtype
 from weightops.spec import DType
@@ -178,7 +179,7 @@ def test_skipped_layers_are_those_that_dynamic_names(model: Models, tmp_path: Pa
         (pattern,) = dynamic
         assert pattern.startswith("-:")
         assert {name for name in everything if re.match(pattern[2:], name)} == skipped
-    found = Generation(open_checkpoint(tmp_path / "out"), "the stream", max_new_tokens=2)
+    found = Generation(open_checkpoint(tmp_path / "out"), "the stream", settings=Settings(2))
     list(found)
     assert len(found.tokens) == 2
 

@@ -23,6 +23,7 @@ from weightops.api.change import (
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
+from weightops.api.talk import open_pool
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "manifest",
     "merge_lora",
     "open_checkpoint",
+    "open_pool",
     "pack",
     "quantize",
     "recover",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
+from weightops.api.asked import Asked, settings_of
 from weightops.api.outputs import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
@@ -106,7 +107,7 @@ def quantize(
     running["control"] = control
     is_skipping = may_skip(running)
     with control.stores.connected():
-        checkpoint = _opened(source, control)
+        checkpoint = opened(source, control)
         if not running.get("dry_run"):
             refuse_among(out, sources_of(checkpoint.values()))
             try:
@@ -198,14 +199,14 @@ def evaluate(
     control = control or Control()
     with control.stores.connected():
         return operation(
-            [_opened(each, control) for each in given],
+            [opened(each, control) for each in given],
             read_text(map(Path, several(text))),
             seq_len=seq_len,
-            reference=_opened(reference, control) if reference is not None else None,
+            reference=opened(reference, control) if reference is not None else None,
             dtype=getattr(torch, dtype),
             device=pick_device(device),
             engine=engine,
-            max_nbytes=_for_models(max_memory),
+            max_nbytes=for_models(max_memory),
             control=control,
         )
 
@@ -214,45 +215,43 @@ def generate(
     source: StrPath | Checkpoint,
     prompt: str,
     *,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    system: str | None = None,
+    template: StrPath | None = None,
     chat: bool = False,
     dtype: ComputeDType = "float32",
     device: str = "auto",
     engine: Engine = "auto",
     max_memory: str | int | None = None,
     control: Control | None = None,
+    **settings: Unpack[Asked],
 ) -> Generation:
     """Text that a model continues `prompt` with; iterate over it for its pieces, `"".join` them for the whole.
 
-    At temperature 0 each token is the most probable one. See `weightops.inference.generate`.
+    At temperature 0 each token is the most probable one. With `chat`, `system` or `template` the prompt is what a user
+    says, and the text an answer. See `weightops.inference.generate`.
     """
     import torch
 
     from weightops.inference.generate import Generation
     from weightops.inference.model import pick_device
-    from weightops.inference.sampling import Sampling
+    from weightops.inference.prompts import conversation
 
+    is_chat = chat or system is not None or template is not None
     control = control or Control()
     with control.stores.connected():
         return Generation(
-            _opened(source, control),
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, seed),
-            chat=chat,
+            opened(source, control),
+            conversation(prompt, system=system, template=os.fspath(template or "own")) if is_chat else prompt,
+            settings=settings_of(settings),
             dtype=getattr(torch, dtype),
             device=pick_device(device),
             engine=engine,
-            max_nbytes=_for_models(max_memory),
+            max_nbytes=for_models(max_memory),
             control=control,
         )
 
 
-def _for_models(max_memory: str | int | None) -> int | None:
+def for_models(max_memory: str | int | None) -> int | None:
     """What models may take of the memory that the whole process may take; None where nobody has set a limit."""
     if max_memory is None:
         return None
@@ -260,7 +259,7 @@ def _for_models(max_memory: str | int | None) -> int | None:
     return max(0, nbytes - _BASE_NBYTES)
 
 
-def _opened(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
+def opened(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
     """A checkpoint at a path, on a hub or server, or one that is opened already."""
     if isinstance(source, Checkpoint):
         return source

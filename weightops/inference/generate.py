@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
-from torch import nn
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.engine.proof import hold, unproven
-from weightops.errors import NoRoom, UsageError
-from weightops.inference.finite import check_finite
-from weightops.inference.forwards import forwards
-from weightops.inference.model import BlockModel
-from weightops.inference.packed import Engine, are_faster, refuse_unquantized
-from weightops.inference.pieces import pieces
-from weightops.inference.sampling import Sampling
-from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
-from weightops.io.platform.machine import available_memory
+from weightops.inference.events import Candidate, Event, Finish, Finished, Token
+from weightops.inference.loaded import Loaded
+from weightops.inference.opened import Opened, room_on
+from weightops.inference.packed import Engine
+from weightops.inference.prompts import Prompt, Prompted, prompted
+from weightops.inference.settings import Settings
 from weightops.io.strict_json import as_json
 
-Finish = Literal["eos", "length"]
-DEFAULT_NEW_TOKENS = 128
-_WORKING_NBYTES = 64 << 20
-"""What a block's activations may take."""
+
+class Scored(Candidate, frozen=True, kw_only=True):
+    """A token of the text, and the most probable tokens in its place; the model's own, before temperature."""
+
+    top: tuple[Candidate, ...]
 
 
 class GenerateDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-generate/1"):
-    """What `generate --json` prints: the new text and its tokens, and why it ended: "eos", or "length".
+    """What `generate --json` prints: the new text and its tokens, and why it ended: "eos", "stop" or "length".
 
-    `prompt_tokens` counts those of the prompt. `engine` is there for a quantised model. See `Generation`.
+    `prompt_tokens` counts those of the prompt. `engine` is there for a quantised model, `logprobs`, one for each token,
+    if they were asked for. See `Generation`.
     """
 
     text: str
@@ -45,6 +41,7 @@ class GenerateDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="sch
     engine: Engine | msgspec.UnsetType = msgspec.UNSET
     elapsed_s: float
     tokens_per_s: float
+    logprobs: tuple[Scored, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Generation:
@@ -52,17 +49,15 @@ class Generation:
 
     `streams_weights` says that the model does not fit into memory, so that all of its blocks are read for every
     token; `saves_memory` that the weights of a quantised one stay packed because dequantised they would not fit. Once
-    the iteration is over `tokens` are the new tokens, and `finish` says why it ended: "eos", or "length".
+    the iteration is over `tokens` are the new tokens, and `finish` says why it ended: "eos", "stop" or "length".
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        prompt: str,
+        prompt: Prompt,
         *,
-        max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        chat: bool = False,
+        settings: Settings | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         engine: Engine = "auto",
@@ -71,48 +66,55 @@ class Generation:
     ) -> None:
         """Check all that can be known from headers, config and tokenizer; no weights are read.
 
-        `max_new_tokens` is 128 by default, or as many as there are positions left. Raises `SourceMissing` without
-        config or tokenizer, `UsageError` for prompts that are empty or too long, `NoRoom` where not even one block
-        fits into `max_nbytes` more than the process has now (by default what memory there is).
+        Raises `SourceMissing` without config or tokenizer, `UsageError` for prompts that are empty or too long,
+        `NoRoom` where not even one block fits into `max_nbytes` more than the process has now (by default what memory
+        there is).
         """
         self._control = control or Control()
-        self._checkpoint = checkpoint
-        self._model = BlockModel(checkpoint, dtype=dtype, device=device, control=self._control)
-        self._tokenizer = load_tokenizer(checkpoint)
-        self._sampling = sampling or Sampling()
-        self._prompt = encode_prompt(self._tokenizer, prompt, chat=chat, shown=self._model.shown)
-        check_tokens(self._prompt, self._tokenizer, self._model.vocab_size, self._model.shown)
-        self._max_new_tokens = self._room(max_new_tokens)
-        self._end = end_tokens(checkpoint, self._tokenizer, chat=chat)
-        refuse_unquantized(engine, [self._model.shown], is_any=bool(self._model.packable))
-        room = max_nbytes if max_nbytes is not None else _room_on(device)
-        self.dequantized_nbytes = _whole_nbytes(self._model)
-        """Bytes of the whole model in memory, if it is dequantised."""
-        is_faster = are_faster(list(self._model.packable.values()), dtype, device)
-        fits = self.dequantized_nbytes + self._beside_nbytes <= room
-        self.saves_memory = engine == "auto" and bool(self._model.packable) and not is_faster and not fits
-        if engine == "packed" or (engine == "auto" and is_faster) or self.saves_memory:
-            self._model.keep_packed()
-        self._whole_nbytes = _whole_nbytes(self._model)
-        self.streams_weights = self._check_memory(room)
-        self.warnings = (*self._model.warnings, *unproven(checkpoint.values()))
+        self._settings = settings or Settings()
+        opened = Opened(checkpoint, dtype=dtype, device=device, engine=engine, control=self._control)
+        self._opened = opened
+        self._prompted: Prompted = prompted(opened, prompt)
+        length = len(self._prompted.tokens)
+        self._count = opened.max_new_tokens(self._prompted.tokens, self._settings.max_new_tokens)
+        room = max_nbytes if max_nbytes is not None else room_on(device)
+        self._placement = opened.placement(room, length + self._count, self._settings.num_beams)
+        opened.model.keep_packed(self._placement.is_packed)
+        self.warnings = opened.warnings
         self.tokens: list[int] = []
+        self.logprobs: list[Scored] = []
+        """Of each token, if the settings ask for them."""
         self.finish: Finish | None = None
 
     @property
     def prompt_tokens(self) -> list[int]:
         """The tokens of the prompt."""
-        return [int(token) for token in self._prompt]
+        return self._prompted.tokens
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether blocks are read from disk for every token."""
+        return self._placement.streams_weights
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether weights stay packed because dequantised they would not fit."""
+        return self._placement.saves_memory
+
+    @property
+    def dequantized_nbytes(self) -> int:
+        """Bytes of the whole model in memory, if it is dequantised."""
+        return self._opened.dequantized_nbytes
 
     @property
     def whole_nbytes(self) -> int:
         """Bytes of the whole model in memory."""
-        return self._whole_nbytes
+        return self._opened.whole_nbytes(self._placement)
 
     @property
     def engine(self) -> Engine | None:
         """How layers multiply that are quantised; None if none is."""
-        return self._model.engine
+        return self._opened.model.engine
 
     def to_json(self, text: str, elapsed_s: float) -> dict[str, Any]:
         """A document of schema `weightops-generate/1` on a text that has come, in so much time."""
@@ -127,123 +129,26 @@ class Generation:
                 engine=self.engine or msgspec.UNSET,
                 elapsed_s=round(elapsed_s, 3),
                 tokens_per_s=round(len(self.tokens) / elapsed_s, 3),
+                logprobs=tuple(self.logprobs) if self.logprobs else msgspec.UNSET,
             )
         )
 
-    def _room(self, max_new_tokens: int | None) -> int:
-        length, limit = len(self._prompt), self._model.max_positions
-        if limit is not None and length + (max_new_tokens or 1) > limit:
-            wanted = f" and {max_new_tokens} new ones" if max_new_tokens else ""
-            raise UsageError(
-                f"{self._model.shown}: was made for {limit} positions, the prompt has {length} tokens{wanted}",
-                hint="give a shorter --prompt" + (" or fewer --max-new-tokens" if max_new_tokens else ""),
-            )
-        if max_new_tokens is not None:
-            return max_new_tokens
-        return DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - length)
-
-    @property
-    def _beside_nbytes(self) -> int:
-        """Memory beside weights."""
-        model = self._model
-        cache = _cache_nbytes(model, len(self._prompt) + self._max_new_tokens)
-        return cache + _WORKING_NBYTES + model.loading_nbytes
-
-    def _check_memory(self, room: int) -> bool:
-        """Whether weights have to be read for every token; raises `NoRoom` where that does not suffice either."""
-        model, beside = self._model, self._beside_nbytes
-        least = model.nbytes("") + max(map(model.nbytes, model.blocks)) + beside
-        if least > room:
-            smaller = "--engine packed" if model.packable and not model.is_packed else "--dtype bfloat16"
-            raise NoRoom(
-                f"{model.shown}: one block with embedding, head and cache takes {least / 1e9:.2f} GB as "
-                f"{str(model.dtype).removeprefix('torch.')}, {room / 1e9:.2f} GB may be used beside the program itself",
-                hint=f"give a larger --max-memory, {smaller}, or fewer --max-new-tokens",
-            )
-        return self._whole_nbytes + beside > room
-
     def __iter__(self) -> Iterator[str]:
-        return pieces(self._tokenizer, self.prompt_tokens, self._generate())
+        for event in self.events():
+            if isinstance(event, Token) and event.text:
+                yield event.text
 
-    @torch.no_grad()
-    def _generate(self) -> Iterator[int]:
-        self.tokens, self.finish = [], None
-        draw = torch.Generator().manual_seed(self._sampling.seed)
-        with ExitStack() as stack:
-            stack.enter_context(self._control.stores.connected())
-            if self.streams_weights:
-                stack.enter_context(self._model.loaded(""))
-                for name in self._model.blocks:
-                    _load_on_call(stack, self._model, name)
-            else:
-                self._load_all(stack)
-            # Weights that are wrong write no word. Those that are read again for each token are proven once.
-            hold(self._checkpoint.values(), self._control)
-            text = self._prompt[None].to(self._model.device)  # [1, T]
-            steps = forwards(self._model.module, text, self._max_new_tokens)
-            token = None
-            while len(self.tokens) < self._max_new_tokens:
-                self._control.check()
-                logits = steps.send(token)
-                check_finite(self._model, logits[None], f"after {len(self.tokens)} new tokens its logits hold")
-                token = self._sampling.choose(logits, draw)
-                self.tokens.append(token)
-                yield token
-                if token in self._end:
-                    self.finish = "eos"
-                    return
-            self.finish = "length"
-
-    def _load_all(self, stack: ExitStack) -> None:
-        progress = self._control.progress
-        progress.start("loading", self._whole_nbytes)
-        for name in ("", *self._model.blocks):
-            stack.callback(self._model.unload, name)
-            self._model.load(name)
-            progress.advance(self._model.nbytes(name))
-        progress.stop()
-
-
-def _load_on_call(stack: ExitStack, model: BlockModel, name: str) -> None:
-    """For as long as `stack` is open, block `name` is in memory while it runs, and not longer."""
-
-    def before(*_: object) -> None:
-        model.load(name)
-
-    def after(_: nn.Module, __: object, ___: object) -> None:
-        model.unload(name)
-
-    block = model.module.get_submodule(name)
-    stack.callback(model.unload, name)
-    stack.callback(block.register_forward_pre_hook(before).remove)
-    stack.callback(block.register_forward_hook(after).remove)
-
-
-def _whole_nbytes(model: BlockModel) -> int:
-    return sum(model.nbytes(name) for name in ("", *model.blocks))
-
-
-def _room_on(device: str) -> int:
-    if device == "cpu":
-        return available_memory()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free)
-
-
-def _cache_nbytes(model: BlockModel, tokens: int) -> int:
-    """What keys and values of so many tokens take, of a model that keeps those of all tokens in all blocks.
-
-    Layers may differ in their heads (Gemma 4), or have none (Mamba, whose states are small).
-    """
-    config: Any = model.config.get_text_config(decoder=True)
-    layers = getattr(config, "per_layer_config", None) or [config] * len(model.blocks)
-    return 2 * sum(map(_cached_width, layers)) * tokens * model.dtype.itemsize
-
-
-def _cached_width(layer: Any) -> int:
-    """Elements of the keys of a token in one layer."""
-    heads = getattr(layer, "num_attention_heads", None)
-    if not heads:
-        return 0
-    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
-    return int(kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads))
+    def events(self) -> Iterator[Event]:
+        """The same as events; weights are loaded for as long as they come."""
+        self.tokens, self.logprobs, self.finish = [], [], None
+        opened, prompt = self._opened, self._prompted
+        with self._control.stores.connected(), Loaded(opened, self._placement, kept_prompts=0) as loaded:
+            for event in loaded.generate(prompt.tokens, prompt.settings(self._settings), ends=prompt.ends):
+                if isinstance(event, Token):
+                    self.tokens.append(event.id)
+                    if event.logprob is not None:
+                        text = loaded.text_of(event.id)
+                        self.logprobs.append(Scored(id=event.id, text=text, logprob=event.logprob, top=event.top))
+                elif isinstance(event, Finished):
+                    self.finish = event.finish
+                yield event

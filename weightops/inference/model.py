@@ -126,9 +126,9 @@ class BlockModel:
         inside = self.blocks[0].rpartition(".")[0] + "."
         return [part for part in self._parts if not part.names[0].startswith(inside)]
 
-    def keep_packed(self) -> None:
-        """Keep quantised weights as integers from the next `load` on. Nothing may be loaded yet."""
-        self.is_packed = True
+    def keep_packed(self, keep: bool = True) -> None:
+        """Keep quantised weights as integers, or not, from the next `load` on. Nothing may be loaded then."""
+        self.is_packed = keep
 
     def _packed(self, part: Part) -> PackedWeight | None:
         return self.packable.get(part.names[0]) if self.is_packed else None

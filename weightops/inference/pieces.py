@@ -15,49 +15,69 @@ _MANY = 4 * _LONGEST_CHARACTER
 """With so many tokens waiting, what they end in is no character that is being spelt."""
 
 
-def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens` after `prompt`: joined, what decoding all has more than decoding the prompt.
+class Pieces:
+    """The text of tokens after a prompt: joined, what decoding all has more than decoding the prompt.
 
     A piece is given out once no later token changes it. That is where a character is complete, and where a run of byte
     tokens (`<0xE4>`) has ended: a decoder makes replacement characters of a whole run that is no UTF-8. Special tokens
     have no text. Takes time in proportion to the tokens.
     """
-    found = _pieces(tokenizer, prompt, tokens)
-    return _tidied(tokenizer, found) if _tidies(tokenizer) else found
 
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._unseen, self._byte_tokens = _special(tokenizer), _byte_tokens(tokenizer)
+        # What was given out last, as what is written depends on it (a space before a word, say); and what waits.
+        self._context = [token for token in prompt if token not in self._unseen]
+        self._waiting: list[int] = []
+        self._tidying = _Tidying(tokenizer) if _tidies(tokenizer) else None
 
-def _pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    unseen, byte_tokens = _special(tokenizer), _byte_tokens(tokenizer)
-    # What was given out last, as what is written depends on it (a space before a word, say); and what waits.
-    context = [token for token in prompt if token not in unseen]
-    waiting: list[int] = []
+    def push(self, token: int) -> str:
+        """What may be given out with this token; empty while all that is new may change."""
+        piece = self._ready(token)
+        return piece if self._tidying is None else self._tidying.push(piece)
 
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def end(self) -> str:
+        """The rest, once no more tokens come; characters that are not complete are replacement characters."""
+        piece = _after(self._text(self._context), self._text(self._context + self._waiting))
+        self._waiting = []
+        return piece if self._tidying is None else self._tidying.push(piece) + self._tidying.end()
 
-    for token in tokens:
-        if token in unseen:
-            continue
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _ready(self, token: int) -> str:
+        if token in self._unseen:
+            return ""
+        context, waiting = self._context, self._waiting
         waiting.append(token)
-        if token in byte_tokens:
-            continue
-        now = text(context + waiting)
-        if not tokenizer.is_fast:
+        if token in self._byte_tokens:
+            return ""
+        now = self._text(context + waiting)
+        if not self._tokenizer.is_fast:
             # Written in Python, they may do anything: CTRL's takes the `@@ ` out that stands between two tokens.
             ready = len(waiting) - 1
-            if not now.startswith(text(context + waiting[:ready])):
-                continue
+            if not now.startswith(self._text(context + waiting[:ready])):
+                return ""
         elif not now.endswith(_REPLACEMENT):
             ready = len(waiting)
         elif len(waiting) >= _MANY:
-            ready = _complete(text, context, waiting, now)
+            ready = _complete(self._text, context, waiting, now)
         else:
-            continue
-        piece = _after(text(context), text(context + waiting[:ready]))
+            return ""
+        piece = _after(self._text(context), self._text(context + waiting[:ready]))
+        if piece:
+            self._context, self._waiting = waiting[:ready], waiting[ready:]
+        return piece
+
+
+def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The pieces of `tokens` after `prompt`, none of them empty; see `Pieces`."""
+    found = Pieces(tokenizer, prompt)
+    for token in tokens:
+        piece = found.push(token)
         if piece:
             yield piece
-            context, waiting = waiting[:ready], waiting[ready:]
-    piece = _after(text(context), text(context + waiting))
+    piece = found.end()
     if piece:
         yield piece
 
@@ -99,14 +119,21 @@ def _tidies(tokenizer: Any) -> bool:
     return not is_bpe or bool(tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output)
 
 
-def _tidied(tokenizer: Any, found: Iterator[str]) -> Iterator[str]:
-    """Pieces without such spaces. All that is taken out is a space after which something stands, or one after `'`."""
-    waiting = ""
-    for piece in found:
-        waiting += piece
-        end = max((match.end() for match in re.finditer(r"[^ '](?= )", waiting)), default=0)
-        if end:
-            yield tokenizer.clean_up_tokenization(waiting[:end])
-            waiting = waiting[end:]
-    if waiting:
-        yield tokenizer.clean_up_tokenization(waiting)
+class _Tidying:
+    """Takes such spaces out of pieces.
+
+    All that is taken out is a space after which something stands, or one after `'`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tidy, self._waiting = tokenizer.clean_up_tokenization, ""
+
+    def push(self, piece: str) -> str:
+        self._waiting += piece
+        end = max((match.end() for match in re.finditer(r"[^ '](?= )", self._waiting)), default=0)
+        ready, self._waiting = self._waiting[:end], self._waiting[end:]
+        return str(self._tidy(ready)) if ready else ""
+
+    def end(self) -> str:
+        rest, self._waiting = self._waiting, ""
+        return str(self._tidy(rest)) if rest else ""

@@ -15,6 +15,7 @@ import torch
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
 from weightops.inference.pieces import pieces as pieces  # the way back
+from weightops.inference.templates.template import Template, render
 from weightops.io import strict_json
 from weightops.io.escape import escape
 
@@ -112,39 +113,33 @@ def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, vocab
         )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, shown: str) -> torch.Tensor:
-    """Tokens `[n]` of a prompt; with `chat` as what a user says, by the tokenizer's chat template.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Tokens `[n]` of a prompt; raises `UsageError` if it is no text."""
+    refuse_surrogates(prompt)
+    return encode(tokenizer, prompt)
 
-    Raises `UsageError` if there is no such template, or the prompt is empty or no text.
-    """
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+
+def refuse_surrogates(text: str) -> None:
+    """Raise `UsageError` for what is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError("the prompt is not text in UTF-8", hint="give --prompt - and the text on stdin, in UTF-8")
-    if not chat:
-        tokens = encode(tokenizer, prompt)
-    elif not tokenizer.chat_template:
-        raise UsageError(f"{shown}: its tokenizer has no chat template", hint="leave out --chat")
-    else:
-        tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}], shown, is_whole=False)
-    if len(tokens) == 0:
-        raise UsageError("the prompt is empty, and the tokenizer begins with no special token", hint="give --prompt")
-    return tokens
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str, *, is_whole: bool
-) -> torch.Tensor:
-    """Tokens `[n]` of a conversation by the tokenizer's chat template, which asks for an answer unless it `is_whole`.
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    asks: bool,
+    where: Sequence[str] = (),
+) -> list[torch.Tensor]:
+    """Tokens `[n]` of each conversation; with `asks` it ends where an answer is to begin. `where` they come from.
 
-    Raises `CorruptInput` if the template refuses it.
+    Raises `CorruptInput` if the template refuses one.
     """
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=not is_whole, tokenize=False
-        )
-    except Exception as error:  # a template is a program of the checkpoint's, run by jinja2 in its sandbox
-        raise CorruptInput(f"{where}: the tokenizer's chat template fails: {escape(str(error))}") from error
-    found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    return found.to(torch.int64)
+    texts = render(template, conversations, tokenizer, asks=asks, where=where)
+    found = [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0] for text in texts]
+    return [tokens.to(torch.int64) for tokens in found]
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any, *, chat: bool = False) -> frozenset[int]:

@@ -13,7 +13,8 @@ import torch
 import xxhash
 
 from weightops.errors import CorruptInput, UsageError
-from weightops.inference.tokens import encode, encode_chat, read_text, read_utf8
+from weightops.inference.templates.template import own_template
+from weightops.inference.tokens import encode, encode_chats, read_text, read_utf8
 from weightops.io.escape import escape
 
 _FIELDS = ("text", "content")
@@ -144,14 +145,22 @@ def calibrate(tokenizer: Any, documents: Sequence[Document], samples: int, seq_l
 def _encoded(tokenizer: Any, documents: Sequence[Document]) -> Iterator[torch.Tensor]:
     """Tokens of texts that follow one another, and of each conversation."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
+    chats = [document for document in documents if isinstance(document, Chat) and has_template]
+    encoded = iter(_encoded_chats(tokenizer, chats) if chats else ())
     plain: list[str] = []
     for document in documents:
         if isinstance(document, Chat) and has_template:
             if plain:
                 yield encode(tokenizer, "\n\n".join(plain))
                 plain = []
-            yield encode_chat(tokenizer, document.messages, document.where, is_whole=True)
+            yield next(encoded)
         else:
             plain.append(document if isinstance(document, str) else document.text)
     if plain:
         yield encode(tokenizer, "\n\n".join(plain))
+
+
+def _encoded_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[torch.Tensor]:
+    template = own_template(tokenizer, "the model")
+    where = [chat.where for chat in chats]
+    return encode_chats(tokenizer, template, [chat.messages for chat in chats], asks=False, where=where)

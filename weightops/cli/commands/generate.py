@@ -6,15 +6,16 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import weightops
+from weightops.cli.asking import asking_options, check_asked
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, run_model_options
 from weightops.cli.output import print_json, running, warn
-from weightops.cli.params import READ_CODES, SEED, SOURCE, Command, epilog
+from weightops.cli.params import READ_CODES, SOURCE, Command, epilog
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,34 +27,19 @@ if TYPE_CHECKING:
 @click.command("generate", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
 @click.argument("source", type=SOURCE)
 @click.option("--prompt", required=True, metavar="TEXT", help="The text to continue; - reads it from stdin.")
-@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many tokens; default: 128.")
-@click.option(
-    "--temperature",
-    type=float,
-    metavar="T",
-    default=0.0,
-    show_default=True,
-    help="How far to stray from the most probable token; 0 always takes it.",
-)
-@click.option("--top-k", type=int, metavar="K", help="Draw only from the K most probable tokens.")
-@click.option(
-    "--top-p",
-    type=float,
-    metavar="P",
-    help="Draw only from the most probable tokens that have this share of the probability together.",
-)
-@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help=SEED)
+@asking_options
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template of the tokenizer.")
+@click.option(
+    "--logprobs",
+    type=int,
+    metavar="N",
+    help="With --json: the log-probability of each token, and the N most probable tokens in its place; 0 to 20.",
+)
 @run_model_options
 @report_options
 def command(
     source: Path | str,
     prompt: str,
-    max_new_tokens: int | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
     chat: bool,
     dtype: ComputeDType,
     device: str,
@@ -61,6 +47,7 @@ def command(
     max_memory: str | None,
     as_json: bool,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """Continue a text with a model; what is new is printed as it comes.
 
@@ -71,29 +58,27 @@ def command(
     Example:
       weightops generate ./model --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
+      weightops generate ./model --prompt "Why is the sky blue?" --chat --system "Be brief."
 
     It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers
     are then read again for every token, which is slow.
     """
-    if temperature == 0:
-        refuse_unused("at --temperature 0, where nothing is drawn", "seed")
+    check_asked(asked)
+    if not as_json:
+        refuse_unused("without --json", "logprobs")
     if prompt == "-":
         prompt = _stdin()
     with running(quiet) as control:
         found = weightops.generate(
             source,
             prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
             chat=chat,
             dtype=dtype,
             device=device,
             engine=engine,
             max_memory=max_memory,
             control=control,
+            **asked,
         )
         warn(found.warnings)
         if found.streams_weights:

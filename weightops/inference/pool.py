@@ -1,0 +1,388 @@
+"""Several models in so much memory: one thread that runs them, a queue of what is asked, and events for whoever asked.
+
+Weights, caches and what computing takes are counted before a text begins. Models that fit together stay in memory, and
+their texts come by turns, a token of each. Where they do not, the one that was used longest ago gives way; texts that
+wait for memory begin in the order in which they were asked for.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from weightops.engine.control import Control
+from weightops.errors import Interrupted, UsageError, WeightopsError
+from weightops.inference.events import Event, Failed, Finished, Waiting
+from weightops.inference.loaded import Loaded
+from weightops.inference.opened import Opened, Placement, room_on
+from weightops.inference.prompts import Prompt, Prompted, prompted
+from weightops.inference.settings import Settings
+from weightops.io.escape import escape
+from weightops.io.platform.machine import release_freed
+
+Deliver = Callable[[Event], None]
+_KEPT_PROMPTS = 4
+"""Texts of each model whose keys and values are kept, if there is memory."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text that is wanted of a model."""
+
+    model: str
+    prompt: Prompt
+    settings: Settings = field(default_factory=Settings)
+
+
+class Stoppable(Control):
+    """A control that also stops what it is given to once `asks` says so: a load, or a layer that is read from disk."""
+
+    def __init__(self, parent: Control | None = None) -> None:
+        super().__init__(parent=parent)
+        self.asks: Callable[[], bool] = lambda: False
+
+    def check(self) -> None:
+        super().check()
+        if self.asks():
+            raise Interrupted(2)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request, how far it is, and where its events go."""
+
+    request: Request
+    column: int
+    to: Deliver
+    prompted: Prompted
+    placement: Placement
+    nbytes: int
+    """What its cache and computing take."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    events: Iterator[Event] | None = None
+    said: str | None = None
+    """Why it waits, as was said last."""
+
+    def deliver(self, event: Event) -> None:
+        """Give an event out; who cannot take it wants no more."""
+        try:
+            self.to(event)
+        except Exception:
+            self.cancelled.set()
+
+    def wait(self, reason: Literal["queue", "memory", "loading"]) -> None:
+        if self.said != reason:
+            self.said = reason
+            self.deliver(Waiting(column=self.column, reason=reason))
+
+
+class Texts:
+    """The events of what was asked for together: iterate over them, from any thread, until all texts have ended.
+
+    What is not finished is cancelled when the iteration is closed, with `cancel`, at the end of a `with` block, or once
+    nobody refers to it any more.
+    """
+
+    def __init__(
+        self,
+        stops: Mapping[int, threading.Event],
+        count: int,
+        events: queue.SimpleQueue[Event],
+        wake: Callable[[], None],
+    ) -> None:
+        self._stops, self._left, self._events, self._wake = stops, count, events, wake
+        self._finalizer = weakref.finalize(self, _cancel, list(stops.values()), wake)
+
+    def cancel(self, column: int | None = None) -> None:
+        """End one text, or all; each still has its last event."""
+        _cancel([stop for key, stop in self._stops.items() if column in (None, key)], self._wake)
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            while self._left:
+                event = self._events.get()
+                if isinstance(event, Finished | Failed):
+                    self._left -= 1
+                yield event
+        finally:
+            self.cancel()
+
+    def __enter__(self) -> Texts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+
+def _cancel(stops: Sequence[threading.Event], wake: Callable[[], None]) -> None:
+    for stop in stops:
+        stop.set()
+    wake()
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What a pool will do with a model: bytes in memory, and whether it stays there beside all others."""
+
+    name: str
+    nbytes: int
+    is_packed: bool
+    streams_weights: bool
+    stays: bool
+
+
+class Pool:
+    """Models by name, opened already, in `max_nbytes` of memory beside the program itself (by default what is free).
+
+    Everything that computes is done by one thread; `submit` and `close` may be called from any. The models must have
+    been opened with a control of kind `Stoppable`, if loading is to end when a text is cancelled.
+    """
+
+    def __init__(self, models: Mapping[str, Opened], max_nbytes: int | None = None) -> None:
+        if not models:
+            raise UsageError("there is no model")
+        self._models = dict(models)
+        self.max_nbytes = max_nbytes if max_nbytes is not None else _room(models.values())
+        self._loaded: dict[str, Loaded] = {}
+        """By name; the one used last comes last."""
+        self._waiting: deque[_Job] = deque()
+        self._live: list[_Job] = []
+        self._changed = threading.Condition()
+        self._new: list[_Job] = []
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="weightops-pool", daemon=True)
+        self._thread.start()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models' names, in the order in which they were given."""
+        return tuple(self._models)
+
+    def model(self, name: str) -> Opened:
+        """A model; raises `UsageError` for a name that there is not."""
+        if name not in self._models:
+            raise UsageError(f"there is no model {escape(name)}", hint=f"choose from {', '.join(self._models)}")
+        return self._models[name]
+
+    def plan(self, tokens: int = 2048) -> tuple[ModelPlan, ...]:
+        """What will be in memory, for texts of so many tokens; raises `NoRoom` for a model that does not fit at all."""
+        found = {name: each.placement(self.max_nbytes, tokens) for name, each in self._models.items()}
+        beside = sum(each.beside_nbytes(tokens) for each in self._models.values())
+        together = sum(each.nbytes for each in found.values()) + beside <= self.max_nbytes
+        return tuple(
+            ModelPlan(name, each.nbytes, each.is_packed, each.streams_weights, together) for name, each in found.items()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that weights, caches and live texts are counted with now."""
+        return sum(each.nbytes for each in list(self._loaded.values())) + sum(job.nbytes for job in list(self._live))
+
+    @property
+    def waiting(self) -> int:
+        """How many texts have not begun."""
+        return len(self._waiting) + len(self._new)
+
+    @property
+    def live(self) -> int:
+        """How many texts are being made."""
+        return len(self._live)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The models whose weights are in memory."""
+        return tuple(self._loaded)
+
+    def submit(self, requests: Sequence[Request], deliver: Deliver | None = None) -> Texts:
+        """Ask for texts, whose columns are their numbers in the list.
+
+        Their events come from iterating over the result, or, with `deliver`, by its being called in the pool's thread,
+        which it must not hold up. Prompts become tokens in the thread that calls, which takes a moment. What is wrong
+        with a request is its event `Failed`. Raises `UsageError` for a name that there is not.
+        """
+        for request in requests:
+            self.model(request.model)
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        to = deliver or events.put
+        jobs = []
+        for column, request in enumerate(requests):
+            try:
+                jobs.append(self._job(request, column, to))
+            except Exception as error:
+                to(failed(error, column))
+        with self._changed:
+            if self._is_closed:
+                raise UsageError("the models are closed already")
+            self._new += jobs
+            self._changed.notify()
+        return Texts({job.column: job.cancelled for job in jobs}, len(requests), events, self._wake)
+
+    def _job(self, request: Request, column: int, to: Deliver) -> _Job:
+        """A request with what it needs; raises for one that cannot be."""
+        opened, settings = self._models[request.model], request.settings
+        found = prompted(opened, request.prompt)
+        tokens = len(found.tokens) + opened.max_new_tokens(found.tokens, settings.max_new_tokens)
+        placement = opened.placement(self.max_nbytes, tokens, settings.num_beams)
+        return _Job(request, column, to, found, placement, opened.beside_nbytes(tokens, settings.num_beams))
+
+    def close(self) -> None:
+        """Cancel what is not finished, wait for its last events, and give all memory back."""
+        with self._changed:
+            self._is_closed = True
+        self._wake()
+        self._thread.join()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while self._next():
+            for job in list(self._waiting):
+                if self._is_over(job):
+                    self._waiting.remove(job)
+                    self._end(job)
+            self._admit()
+            for job in list(self._live):
+                self._step(job)
+        for loaded in self._loaded.values():
+            loaded.close()
+        self._loaded.clear()
+
+    def _next(self) -> bool:
+        """Take what is new, wait while there is nothing to do; whether there will be more."""
+        with self._changed:
+            while not (self._new or self._live or self._waiting or self._is_closed):
+                self._changed.wait()
+            new, self._new = self._new, []
+            self._waiting += new
+            return not self._is_closed or bool(self._waiting or self._live)
+
+    def _admit(self) -> None:
+        """Begin the texts that wait, as far as there is memory, in their order."""
+        while self._waiting:
+            job = self._waiting[0]
+            try:
+                if not self._begin(job):
+                    for each in list(self._waiting)[1:]:
+                        each.wait("queue")
+                    return
+                self._live.append(job)
+            except Exception as error:
+                self._end(job, error)
+            self._waiting.popleft()
+
+    def _begin(self, job: _Job) -> bool:
+        """Whether a text has begun; if not, others hold what it needs."""
+        name, opened = job.request.model, self._models[job.request.model]
+        loaded = self._loaded.get(name)
+        if loaded is not None and (loaded.placement != job.placement or loaded.is_exclusive):
+            if any(each.request.model == name for each in self._live):
+                job.wait("queue")
+                return False
+            if loaded.placement != job.placement:
+                self._unload(name)
+                loaded = None
+        if not self._make_room(job.nbytes + (job.placement.nbytes if loaded is None else 0), name):
+            job.wait("memory")
+            return False
+        if loaded is None:
+            job.wait("loading")
+            loaded = self._load(job, opened)
+        self._loaded[name] = self._loaded.pop(name)  # the one used last comes last
+        job.events = loaded.generate(
+            job.prompted.tokens,
+            job.prompted.settings(job.request.settings),
+            ends=job.prompted.ends,
+            column=job.column,
+            is_cancelled=lambda: self._is_over(job),
+        )
+        return True
+
+    def _load(self, job: _Job, opened: Opened) -> Loaded:
+        self._listen(opened, job)
+        with opened.control.stores.connected():
+            loaded = Loaded(opened, job.placement, kept_prompts=_KEPT_PROMPTS)
+        self._loaded[job.request.model] = loaded
+        return loaded
+
+    def _make_room(self, nbytes: int, keep: str) -> bool:
+        """Give back what is not in use, longest ago first, until there is so much room; whether there is."""
+        busy = {job.request.model for job in self._live}
+        for name in list(self._loaded):
+            if self.nbytes + nbytes <= self.max_nbytes:
+                return True
+            self._loaded[name].prompts.clear()
+            if self.nbytes + nbytes > self.max_nbytes and name not in busy and name != keep:
+                self._unload(name)
+        return self.nbytes + nbytes <= self.max_nbytes
+
+    def _unload(self, name: str) -> None:
+        self._loaded.pop(name).close()
+        release_freed()
+
+    def _step(self, job: _Job) -> None:
+        """The next event of a text."""
+        self._listen(self._models[job.request.model], job)
+        assert job.events is not None
+        try:
+            event = next(job.events)
+        except Exception as error:
+            self._live.remove(job)
+            self._end(job, error)
+            return
+        if isinstance(event, Finished):
+            self._live.remove(job)
+            job.events = None
+        job.deliver(event)
+
+    def _listen(self, opened: Opened, job: _Job) -> None:
+        """While this text is at work, it is its being cancelled that stops reading."""
+        if isinstance(opened.control, Stoppable):
+            opened.control.asks = lambda: self._is_over(job)
+
+    def _is_over(self, job: _Job) -> bool:
+        return self._is_closed or job.cancelled.is_set()
+
+    def _end(self, job: _Job, error: Exception | None = None) -> None:
+        """The last event of a text that did not come to its end by itself."""
+        job.events = None
+        if error is None or (isinstance(error, Interrupted) and self._is_over(job)):
+            event: Event = Finished(
+                column=job.column,
+                finish="cancelled",
+                text="",
+                tokens=(),
+                prompt_tokens=len(job.prompted.tokens),
+                cached_tokens=0,
+                first_token_s=None,
+                elapsed_s=0.0,
+            )
+        else:
+            event = failed(error, job.column)
+        job.deliver(event)
+
+
+def failed(error: Exception, column: int = 0) -> Failed:
+    """An error as the last event of a text."""
+    name = type(error).__name__
+    if isinstance(error, WeightopsError):
+        return Failed(column=column, error=name, message=str(error), hint=error.hint, code=error.exit_code)
+    if isinstance(error, MemoryError):
+        return Failed(column=column, error=name, message="out of memory", hint="give a larger --max-memory", code=16)
+    return Failed(column=column, error=name, message=f"unexpected {name}: {error}", hint=None, code=1)
+
+
+def _room(models: Iterable[Opened]) -> int:
+    return min(map(room_on, {each.model.device for each in models}))
