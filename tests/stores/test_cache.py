@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import systems
 import torch
 from hub import Fault, Hub
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -499,7 +500,8 @@ def test_a_folder_and_a_file_of_a_repository(cache: Cache, tmp_path: Path) -> No
 
 
 def test_names_may_hold_what_urls_do_not(cache: Cache, tmp_path: Path) -> None:
-    names = {"my model #1, 50%.safetensors": cache.files[SHARDS[0]], "vocab?.json": b"{}", "Übersicht.jinja": b"x"}
+    odd = "vocab&.json" if "windows" in systems.installed else "vocab?.json"
+    names = {"my model #1, 50%.safetensors": cache.files[SHARDS[0]], odd: b"{}", "Übersicht.jinja": b"x"}
     cache.hub.add("org/m", names)
     snapshot_download("org/m", cache_dir=cache.folder, endpoint=cache.hub.endpoint)
     cache.hub.log.clear()
@@ -508,7 +510,7 @@ def test_names_may_hold_what_urls_do_not(cache: Cache, tmp_path: Path) -> None:
     for offline in (False, True):
         result = cache.shard(tmp_path / f"out-{offline}", offline=offline)
         assert result.plan.fingerprint == from_hub.fingerprint
-        assert {"vocab?.json", "Übersicht.jinja"} < result.manifest.files.keys()
+        assert {odd, "Übersicht.jinja"} < result.manifest.files.keys()
     assert sent(cache) == set()
 
 

@@ -235,6 +235,14 @@ def test_render() -> None:
         render_gnu([ChecksumEntry("a", "md5", MD5), ChecksumEntry("a", "sha256", SHA256)])
 
 
+@pytest.mark.parametrize("name", [" ", "  ", " a", "a "])
+def test_names_of_blanks_survive(name: str) -> None:
+    entry = ChecksumEntry(name, "md5", MD5)
+    assert parse_checksums(render_gnu([entry]), "list", "\0", "md5").entries == (entry,)
+    with pytest.raises(CorruptInput, match="expected a digest and a file name"):
+        parse_checksums(f"{MD5}  \n".encode(), "list", "\0", "md5")
+
+
 def plain(name: str) -> bool:
     try:
         return check_relative(name, "test") == name

@@ -47,7 +47,7 @@ _PROMISE = "|".join(sorted(_BY_NAME, key=len, reverse=True))
 _LIST_NAME = re.compile(
     rf"(?:(?:.*[^a-z0-9])?({_PROMISE})sums?(?:\.txt)?|(?:.*\.|manifest-)({_PROMISE})(?:\.txt)?)(?:\.asc)?"
 )
-_GNU_LINE = re.compile(r"(\\?)(XXH3_)?([0-9A-Fa-f]+)[ \t](.*[^ \t].*)", re.DOTALL)
+_GNU_LINE = re.compile(r"(\\?)(XXH3_)?([0-9A-Fa-f]+)[ \t](.*[^ \t].*|[ *][ \t]+)", re.DOTALL)
 _BSD_LINE = re.compile(r"(\\?)([A-Za-z0-9][A-Za-z0-9/-]*) ?\((.+)\)[ \t]*=[ \t]*(?:XXH3_)?([0-9A-Fa-f]+)", re.DOTALL)
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 _HEADER = re.compile(r"(?:Hash|Charset|Comment|Version): .*")
