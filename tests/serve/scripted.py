@@ -80,6 +80,10 @@ class Scripted:
             )
         )
 
+    def spell(self, model: str, token: int) -> tuple[str, bytes]:
+        text = self._texts[model][token]
+        return text, text.encode()
+
     def stop(self) -> None:
         for ticket in self.tickets:
             ticket.cancel()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
-from weightops.inference.events import Candidate, Event, Failed, Finished, Started, Token
+from weightops.inference.events import Event, Failed, Finished, Started, Token
 from weightops.serve.errors import ApiError
 
 Kind = Literal["chat", "text"]
@@ -36,8 +37,17 @@ def refusal(event: Failed) -> ApiError:
 class Answer:
     """The documents of one request, of which each text is a choice."""
 
-    def __init__(self, kind: Kind, model: str, *, logprobs: bool, include_usage: bool = False) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        spell: Callable[[str, int], tuple[str, bytes]],
+        *,
+        logprobs: bool,
+        include_usage: bool = False,
+    ) -> None:
         self._kind, self._logprobs, self._include_usage = kind, logprobs, include_usage
+        self._spell = partial(spell, model)
         prefix, name = ("chatcmpl", "chat.completion") if kind == "chat" else ("cmpl", "text_completion")
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._name = name
@@ -107,24 +117,23 @@ class Answer:
         if not self._logprobs:
             return None
         if self._kind == "chat":
-            found = [{**_told(t.text, t.logprob), "top_logprobs": [_candidate(c) for c in t.top]} for t in tokens]
+            found = [
+                {**self._told(t.id, t.logprob), "top_logprobs": [self._told(c.id, c.logprob) for c in t.top]}
+                for t in tokens
+            ]
             return {"content": found, "refusal": None}
-        offsets = []
-        for token in tokens:
+        texts, offsets = [self._spell(token.id)[0] for token in tokens], []
+        for token, text in zip(tokens, texts, strict=True):
             offset = self._text_offsets.get(token.column, 0)
             offsets.append(offset)
-            self._text_offsets[token.column] = offset + len(token.text)
+            self._text_offsets[token.column] = offset + len(text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{c.text: c.logprob for c in token.top} for token in tokens],
             "text_offset": offsets,
         }
 
-
-def _told(text: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def _candidate(candidate: Candidate) -> dict[str, Any]:
-    return _told(candidate.text, candidate.logprob)
+    def _told(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text, data = self._spell(token)
+        return {"token": text, "logprob": logprob, "bytes": list(data)}

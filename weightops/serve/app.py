@@ -175,7 +175,7 @@ async def _answer(
     server: Server, request: Request, kind: Kind, asks: Sequence[Ask], logprobs: bool, stream: bool, usage: bool
 ) -> Response:
     engine = server.check(asks)
-    answer = Answer(kind, asks[0].model, logprobs=logprobs, include_usage=usage)
+    answer = Answer(kind, asks[0].model, engine.spell, logprobs=logprobs, include_usage=usage)
     if not stream:
         return JSONResponse(answer.whole(await _whole(engine, request, asks)))
     return await _streamed(engine, asks, answer)

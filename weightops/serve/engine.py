@@ -46,6 +46,9 @@ class Engine(Protocol):
         Raises `WeightopsError` or `ApiError` for what can be seen to be wrong before anything is computed.
         """
 
+    def spell(self, model: str, token: int) -> tuple[str, bytes]:
+        """A token's own text and its bytes, which may be a part of a character."""
+
     def stop(self) -> None:
         """Stop all texts; safe in a signal handler."""
 

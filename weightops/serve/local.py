@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from weightops.inference.events import Event
+from weightops.inference.pieces import spelled
 from weightops.inference.pool import Pool, Request, Texts
 from weightops.inference.prompts import Conversation, Prompt
 from weightops.inference.templates.template import named_templates
@@ -43,18 +44,24 @@ class Local:
             raise ApiError(429, text, code="rate_limit_exceeded", retry_after_s=5)
         return self._pool.submit(requests, put)
 
+    def spell(self, model: str, token: int) -> tuple[str, bytes]:
+        """A token's own text and bytes."""
+        return spelled(self._pool.model(model).tokenizer, token)
+
     def _prompt(self, ask: Ask) -> Prompt:
         if ask.messages is None:
             return ask.prompt
         # A request names a template, and never a file.
         if ask.template not in (None, "own", *named_templates()):
             names = ", ".join(["own", *named_templates()])
-            raise ApiError(400, f"there is no template {ask.template[:80]!a}; there are: {names}", param="template")
+            raise ApiError(
+                400, f"there is no template {(ask.template or '')[:80]!a}; there are: {names}", param="template"
+            )
         return Conversation(ask.messages, ask.template or self._template or "own")
 
     def stop(self) -> None:
         """Stop all texts; safe in a signal handler."""
-        self._pool.cancel_all()
+        self._pool.cancel()
 
     def close(self) -> None:
         """Stop all texts, and give all memory back."""

@@ -89,6 +89,10 @@ class Remotes:
             threading.Thread(target=self._run, args=(i, ask, ticket, put), daemon=True).start()
         return ticket
 
+    def spell(self, model: str, token: int) -> tuple[str, bytes]:
+        """Nothing: other servers' tokens are not known here."""
+        return "", b""
+
     def stop(self) -> None:
         """Stop all."""
         for ticket in list(self._tickets.values()):
@@ -230,6 +234,11 @@ class Joined:
                 tickets.cancel()
                 raise
         return tickets
+
+    def spell(self, model: str, token: int) -> tuple[str, bytes]:
+        """A token's own text and its bytes."""
+        found: tuple[str, bytes] = next(e for e in self._engines if model in e.cards).spell(model, token)
+        return found
 
     def stop(self) -> None:
         """Stop all texts."""

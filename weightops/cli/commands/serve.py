@@ -124,9 +124,10 @@ def command(
                 with open_local() as pool:
                     _show_plan(pool)
             return
+        from weightops.inference.templates.template import named_templates
         from weightops.serve.app import Server
         from weightops.serve.engine import Engine as Texts
-        from weightops.serve.local import Local, named_templates
+        from weightops.serve.local import Local
         from weightops.serve.run import run
 
         sock = bind(host, port)
