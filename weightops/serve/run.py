@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
-from weightops.errors import Interrupted, UsageError
+from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.serve.app import Server, make_app
 from weightops.serve.engine import Engine
 from weightops.serve.guard import Rules
 
-_LOG = logging.getLogger(__name__)
 _GRACE_S = 2
 """How long connections may take to close once their texts have been stopped."""
 
@@ -45,11 +45,19 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)
         self._served = server
-        self.signal: int | None = None
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        self.signal = sig
         self.end()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which raises the signals again at the end: what is asked to end by one ends well here."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def end(self) -> None:
         """End, from any thread or a signal handler."""
@@ -65,7 +73,7 @@ def run(
     open_engine: Callable[[], Engine],
     ready: Callable[[Engine], object],
 ) -> None:
-    """Serve on a socket until a signal comes, which is raised as `Interrupted`.
+    """Serve on a socket until SIGINT or SIGTERM comes, which is how a server ends well.
 
     The models are opened while /health says that they are being; `ready` is called once they are. What `open_engine`
     raises ends the server, and is raised.
@@ -95,15 +103,9 @@ def run(
 
     thread = threading.Thread(target=opening, name="opening", daemon=True)
     thread.start()
-    try:
-        running.run(sockets=[sock])
-    except KeyboardInterrupt:  # uvicorn raises the signal again once it is done
-        running.signal = running.signal or 2
-    finally:
-        thread.join(_GRACE_S)
-        if server.engine is not None:
-            server.engine.close()
+    running.run(sockets=[sock])
+    thread.join(_GRACE_S)
+    if server.engine is not None:
+        server.engine.close()
     if failures:
         raise failures[0]
-    if running.signal is not None:
-        raise Interrupted(running.signal)

@@ -25,7 +25,7 @@ _KEY = "WEIGHTOPS_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command("serve", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130, 143)))
+@click.command("serve", cls=Command, epilog=epilog((*READ_CODES[:-1], 16)))
 @click.argument("model", nargs=-1, metavar="[NAME=]MODEL...")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option(
