@@ -28,6 +28,7 @@ LAYERS = [
     {"quantization"},
     {"recipes"},
     {"api"},
+    {"serve"},
     {"cli", "__main__"},
 ]
 """From the ground up; a module imports from its own floor and those below."""
@@ -124,7 +125,7 @@ def test_operations_list_what_the_command_line_lists() -> None:
     from weightops.cli.main import COMMANDS
 
     found = {path.stem.replace("_", "-") for path in (PACKAGE / "operations").iterdir() if path.stem[0] != "_"}
-    elsewhere = {"eval", "generate", "quantize", "run", "env", "completion", "browse"}
+    elsewhere = {"browse", "eval", "serve", "generate", "quantize", "run", "env", "completion"}
     assert found == COMMANDS.keys() - elsewhere
 
 

@@ -230,6 +230,12 @@ class Pool:
         placement = opened.placement(self.max_nbytes, tokens, settings.num_beams)
         return _Job(request, column, to, found, placement, opened.beside_nbytes(tokens, settings.num_beams))
 
+    def cancel(self) -> None:
+        """Cancel all texts; safe in a signal handler of another thread than the pool's."""
+        for job in [*self._new, *self._waiting, *self._live]:
+            job.cancelled.set()
+        self._wake()
+
     def close(self) -> None:
         """Cancel what is not finished, wait for its last events, and give all memory back."""
         with self._changed:
