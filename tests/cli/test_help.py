@@ -17,7 +17,7 @@ OWN_WORDS = {
     "--out": {"download", "manifest"},
     "--workers": {"download"},
     "--overwrite": {"download"},
-    "--dry-run": {"download"},
+    "--dry-run": {"download", "serve"},
     "--manifest": set(),
     "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize"},
     "--drop": {"recover", "shard"},
@@ -87,9 +87,9 @@ def test_options_of_one_name_are_described_in_the_same_words() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
-    assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name == "run")
+    assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name in ("run", "serve"))
     assert ({"-o", "--out"} <= flags) == (name in WRITERS)
-    assert ("--json" in flags) == (name not in ("completion", "browse"))
+    assert ("--json" in flags) == (name not in ("completion", "browse", "serve"))
 
 
 def test_options_are_shown_in_sections(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def keywords(name: str) -> set[str]:
     return found - OF_PYTHON
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"env", "completion", "browse"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"env", "completion", "browse", "serve"}))
 def test_options_are_called_as_keywords_of_python(name: str) -> None:
     names, known = {p.name for p in command_of(name).params if p.name}, keywords(name)
     options = {each if each in known else each.removeprefix("no_") for each in names}
@@ -95,7 +95,7 @@ def documented() -> dict[str, tuple[str, str]]:
 
 def test_the_page_about_python_has_the_signatures() -> None:
     found = documented()
-    assert found.keys() == COMMANDS.keys() - {"env", "completion", "browse"}
+    assert found.keys() == COMMANDS.keys() - {"env", "completion", "browse", "serve"}
     for name, (words, said) in found.items():
         function = function_of(name)
         parts = []

@@ -140,6 +140,7 @@ ROWS: dict[str, list[Row]] = {
         same("--workers 3 --stats", workers=3, stats=True),
     ],
     "browse": [],
+    "serve": [],
     "download": [
         same("--revision v2", revision="v2"),
         row("--include a* --include b", {"include": ("a*", "b")}),
@@ -166,6 +167,10 @@ ELSEWHERE = {
     "check": {"--strict", "--html"},
     "verify": {"--junit"},
     "manifest": {"--dry-run", "--overwrite"},
+    "serve": {
+        *("--host", "--port", "--template", "--remote", "--api-key", "--allow-host", "--allow-origin"),
+        *("--dtype", "--device", "--engine", "--max-memory", "--dry-run"),
+    },
     "inspect": {"-t", "--tensors", "--tree", "--depth"},
     "env": {"--gpu"},
     "download": {"--cache"},

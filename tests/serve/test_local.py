@@ -160,7 +160,7 @@ def test_more_than_may_wait_is_told_to_come_again(serve: Serve) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "weightops", "serve", f"lion={MODEL}", "--port", "0"]
@@ -174,7 +174,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path, number: sign
             connection.request("POST", "/v1/completions", json.dumps(body), JSON)
             connection.getresponse().readline()
             process.send_signal(number)
-            assert process.wait(8) == 0
+            assert process.wait(30) == 0
             connection.close()
         finally:
             process.kill()

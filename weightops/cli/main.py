@@ -56,7 +56,7 @@ GROUPS = {
     "Run it": {
         "eval": "Measure how well a model predicts a text.",
         "generate": "Continue a text, even if the model does not fit in memory.",
-        "serve": "Serve models to a page and to programs that speak OpenAI's API.",
+        "serve": "Serve models to a web page and to OpenAI's clients.",
     },
 }
 """The commands, as `--help` lists them: a line of at most 80 columns each."""

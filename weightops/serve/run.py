@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from weightops.serve.app import Server, make_app
 from weightops.serve.engine import Engine
 from weightops.serve.guard import Rules
 
+_TICK_S = 0.05
 _GRACE_S = 2
 """How long connections may take to close once their texts have been stopped."""
 
@@ -46,18 +46,10 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._served = server
 
-    def handle_exit(self, sig: int, frame: object) -> None:
-        self.end()
-
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, which raises the signals again at the end: what is asked to end by one ends well here."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """Signals are the command line's."""
+        yield
 
     def end(self) -> None:
         """End, from any thread or a signal handler."""
@@ -72,8 +64,9 @@ def run(
     sock: socket.socket,
     open_engine: Callable[[], Engine],
     ready: Callable[[Engine], object],
+    is_over: Callable[[], bool],
 ) -> None:
-    """Serve on a socket until SIGINT or SIGTERM comes, which is how a server ends well.
+    """Serve on a socket until `is_over` says so, which is asked all the time.
 
     The models are opened while /health says that they are being; `ready` is called once they are. What `open_engine`
     raises ends the server, and is raised.
@@ -103,7 +96,18 @@ def run(
 
     thread = threading.Thread(target=opening, name="opening", daemon=True)
     thread.start()
-    running.run(sockets=[sock])
+    ended = threading.Event()
+
+    def watching() -> None:
+        while not ended.wait(_TICK_S):
+            if is_over():
+                running.end()
+
+    threading.Thread(target=watching, name="watching", daemon=True).start()
+    try:
+        running.run(sockets=[sock])
+    finally:
+        ended.set()
     thread.join(_GRACE_S)
     if server.engine is not None:
         server.engine.close()

@@ -13,7 +13,7 @@ from weightops.cli.meter import human
 from weightops.cli.options import run_model_options
 from weightops.cli.output import running, table, warn
 from weightops.cli.params import READ_CODES, SEVERAL, Command, epilog
-from weightops.errors import UsageError
+from weightops.errors import Interrupted, UsageError
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="The port; 0 takes one that is free."
 )
 @click.option(
-    "--template", metavar="NAME|FILE", help="The chat template of all models, instead of their tokenizers' own."
+    "--template",
+    metavar="NAME|FILE",
+    help="Chat template: the tokenizer's own, one of weightops' own by name, such as alpaca or vicuna, or a file.",
 )
 @click.option(
     "--remote",
@@ -56,7 +58,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Show which models would be in memory, and what they take.")
 @run_model_options
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no address, only errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary, only errors.")
 def command(
     model: tuple[str, ...],
     host: str,
@@ -142,7 +144,14 @@ def command(
             if not quiet:
                 click.echo(f"serving {', '.join(map(escape, engine.cards))} at {address} (Ctrl-C ends)", err=True)
 
-        run(Server(templates=tuple(named_templates())), rules, sock, open_engine, ready)
+        def is_over() -> bool:
+            try:
+                control.check()
+            except Interrupted:
+                return True
+            return False
+
+        run(Server(templates=tuple(named_templates())), rules, sock, open_engine, ready, is_over)
 
 
 def named_models(given: Sequence[str]) -> dict[str, str]:
