@@ -1,7 +1,8 @@
 """Make README's pictures from what the program really says and writes: `python docs/pictures.py`.
 
 terminal.svg is the output of commands on the small model of the tests; a test holds the two together. report.png is a
-page of `weightops check --html`, photographed by Chromium; it is left as it is where there is none, or no Pillow.
+page of `weightops check --html`, and page.png the page of `weightops serve`, photographed by Chromium; they are left
+as they are where there is none, or no Pillow or playwright.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ FOLDER = Path(__file__).parent
 MODEL = FOLDER.parent / "tests/data/tiny-llama"
 TERMINAL = FOLDER / "terminal.svg"
 REPORT = FOLDER / "report.png"
+PAGE = FOLDER / "page.png"
 COMMANDS = [
     "weightops shard ./model --max-shard-size 2MB --workers 1 --out ./release",
     "printf x | dd of=release/model-00002-of-00003.safetensors bs=1 seek=99999 conv=notrunc status=none",
@@ -107,9 +109,46 @@ def photograph() -> None:
         Image.open(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(REPORT, optimize=True)
 
 
+def photograph_page() -> None:
+    """The page of a server, with the model beside copies of it that were quantised to 4 and to 2 bits."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as name:
+        model, picture = Path(name, "model"), Path(name, "page.png")
+        copy_model(model)
+        program = [sys.executable, "-m", "weightops"]
+        quantized = {f"model-{bits}bit": Path(name, f"model-{bits}bit") for bits in (4, 2)}
+        for bits, out in zip((4, 2), quantized.values(), strict=True):
+            how = ["--method", "rtn", "--bits", str(bits), "--group-size", "32", "--quiet"]
+            subprocess.run([*program, "quantize", model, *how, "--out", out], check=True, capture_output=True)
+        named = [f"model={model}", *(f"{label}={folder}" for label, folder in quantized.items())]
+        served = subprocess.Popen([*program, "serve", *named, "--port", "0"], stderr=subprocess.PIPE, text=True)
+        try:
+            assert served.stderr is not None
+            address = next(line for line in served.stderr if "http://" in line).split(" at ")[1].split()[0]
+            with sync_playwright() as started:
+                browser = started.chromium.launch(executable_path=shutil.which("chromium"))
+                page = browser.new_page(viewport={"width": 980, "height": 600}, device_scale_factor=2)
+                page.goto(address)
+                page.wait_for_selector(".column")
+                for field in page.locator("[name=max_tokens]").all():
+                    field.evaluate("e => { e.value = 40; e.dispatchEvent(new Event('change')) }")
+                page.fill("#prompt", "And the lion said")
+                page.click("#send")
+                page.wait_for_selector("#send:not([disabled])", timeout=120_000)
+                page.screenshot(path=picture)
+                browser.close()
+        finally:
+            served.terminate()
+            served.wait()
+        Image.open(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(PAGE, optimize=True)
+
+
 if __name__ == "__main__":
     TERMINAL.write_text(draw(session()), encoding="utf-8")
-    try:
-        photograph()
-    except (FileNotFoundError, ImportError) as missing:
-        print(f"{REPORT.name} stays as it is: {missing}")
+    for take, picture in ((photograph, REPORT), (photograph_page, PAGE)):
+        try:
+            take()
+        except (FileNotFoundError, ImportError) as missing:
+            print(f"{picture.name} stays as it is: {missing}")

@@ -179,8 +179,11 @@ function busy() {
     view.again.disabled = Boolean(running) || !columns.find((c) => c.id === id)?.turns.length;
   }
   const voting = !running && columns.length > 1 && columns.every((c) => c.turns.at(-1)?.role === "assistant" && !c.turns.at(-1).voted);
+  const appears = voting && $("#ballot").hidden;
   $("#ballot").hidden = !voting;
   if (voting) drawBallot();
+  // It takes room from the columns, whose last lines would slip away.
+  if (appears) for (const { turns } of views.values()) turns.scrollTop = turns.scrollHeight;
 }
 
 // --- asking ----------------------------------------------------------------------------------------------------------
