@@ -12,6 +12,7 @@ from weightops.version import __version__ as __version__
 
 __all__ = [
     "cast",
+    "chat",
     "check",
     "convert",
     "dequantize",
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "extract_lora",
     "generate",
+    "generate_all",
     "inspect",
     "manifest",
     "merge_lora",
@@ -38,6 +40,7 @@ __all__ = [
 if TYPE_CHECKING:
     from weightops.api import (
         cast,
+        chat,
         check,
         convert,
         dequantize,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
         evaluate,
         extract_lora,
         generate,
+        generate_all,
         inspect,
         manifest,
         merge_lora,

@@ -14,7 +14,7 @@ from weightops.recipes.verbs import VERBS
 
 WRITERS = {*VERBS, "quantize", "download", "manifest"}
 OWN_WORDS = {
-    "--out": {"download", "manifest"},
+    "--out": {"download", "manifest", "generate"},
     "--workers": {"download"},
     "--overwrite": {"download"},
     "--dry-run": {"download"},
@@ -87,8 +87,8 @@ def test_options_of_one_name_are_described_in_the_same_words() -> None:
 def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
     assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name == "run")
-    assert ({"-o", "--out"} <= flags) == (name in WRITERS)
-    assert ("--json" in flags) == (name != "completion")
+    assert ({"-o", "--out"} <= flags) == (name in {*WRITERS, "generate"})
+    assert ("--json" in flags) == (name not in ("completion", "chat"))
 
 
 def test_options_are_shown_in_sections(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from weightops.api.change import (
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
-from weightops.api.talk import open_pool
+from weightops.api.talk import chat, generate_all, open_pool
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Output",
     "Quantization",
     "cast",
+    "chat",
     "check",
     "convert",
     "dequantize",
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "extract_lora",
     "generate",
+    "generate_all",
     "inspect",
     "manifest",
     "merge_lora",

@@ -53,6 +53,7 @@ GROUPS = {
     },
     "Run it": {
         "eval": "Measure how well a model predicts a text.",
+        "chat": "Talk to a model, line by line.",
         "generate": "Continue a text, even if the model does not fit in memory.",
     },
 }
