@@ -20,6 +20,7 @@ from quantize import model_of, shown
 from weightops_kernels.reference import Packed
 
 from weightops import api
+from weightops.inference.events import Token
 
 PROMPT = "In the beginning was the Word, and the Word was with God, and the Word was God."
 CASES = (
@@ -39,7 +40,7 @@ def one(folder: Path, engine: str, dtype: str, tokens: int, out: Path) -> None:
     start = time.perf_counter()
     found = api.generate(folder, PROMPT, max_new_tokens=tokens, engine=engine, dtype=dtype, device="cpu")
     # Not the text: a random model says what its tokenizer does not know.
-    times = [time.perf_counter() for _ in found._generate()]
+    times = [time.perf_counter() for event in found.events() if isinstance(event, Token)]
     steps = [b - a for a, b in itertools.pairwise(times)]
     document = {"first_s": times[0] - start, "token_s": statistics.median(steps), "whole_nbytes": found.whole_nbytes}
     out.write_text(json.dumps(document), encoding="utf-8")

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from weightops.cli import machine
 from weightops.cli.events import SCHEMA as EVENTS
 from weightops.cli.machine import Cache, EnvDocument
 from weightops.cli.main import run
+from weightops.inference.events import SCHEMA as SPOKEN
 from weightops.io.strict_json import as_json
 
 TARGET = Path(__file__).with_name("json.md")
@@ -66,6 +68,10 @@ PRINTED = {
         "`generate`",
         'weightops generate ./tiny-llama --prompt "Once upon a time" --max-new-tokens 5 --json',
     ),
+    "weightops-batch/1": (
+        "`generate --prompts`",
+        "weightops generate ./tiny-llama --prompts ./prompts.txt --max-new-tokens 5 --out ./answers.jsonl --json",
+    ),
     "weightops-manifest/1": (
         "`manifest`; the same is [weightops-manifest.json](formats.md) in every output",
         "weightops manifest ./model --json",
@@ -92,6 +98,12 @@ does not count into it.
 | `stop` | the phase is over, or was cut short | `elapsed_s` |
 """
 _EVENTS = "weightops download org/name --out ./again --progress json"
+TALK = """\
+## weightops-text-event/1
+
+`chat --jsonl` prints what happens as a line of JSON for each event. So does whatever else makes texts: `column` is then
+the number of the text among several that were asked for together."""
+_TALK = 'echo "Once upon a time" | weightops chat ./tiny-llama --template chatml --max-new-tokens 3 --jsonl'
 WRITTEN = {
     "weightops-delta/1": (
         "weightops-delta.json, in what `diff` makes",
@@ -103,6 +115,9 @@ WRITTEN = {
         "",
         "tiny-llama-4bit/quantize_report.json",
     ),
+    "weightops-answers/1": ("the first line of what `generate --prompts` writes", "", "answers.jsonl:1"),
+    "weightops-answer/1": ("the other lines of it", "", "answers.jsonl:2"),
+    "weightops-chat/1": ("what `/save` writes in `chat`", "", "chat.json"),
     "weightops-partial/1": (
         "OUT.partial/run.json, while a run is at work, or when it was cut short",
         "",
@@ -115,8 +130,6 @@ WRITTEN = {
 @contextlib.contextmanager
 def prepared() -> Iterator[Path]:
     """A folder with small models, and a hub with one of them, as the working directory."""
-    import sys
-
     sys.path[:0] = [str(TINY.parent.parent)]
     from hub import Hub
 
@@ -134,6 +147,7 @@ def prepared() -> Iterator[Path]:
             shutil.copytree(TINY, "tiny-llama")
             text = Path("tiny-llama/heldout.txt").read_text(encoding="utf-8")
             Path("short.txt").write_text(text[:1500], encoding="utf-8")
+            Path("prompts.txt").write_text("Once upon a time\nThe weights\n", encoding="utf-8")
             outputs = {"./out-f16": {"from": "cut", "dtype": "float16"}}
             recipe: dict[str, Any] = {"sources": {"raw": "./model"}, "outputs": outputs}
             recipe["tensors"] = {"cut": {"shard": {"source": "raw", "drop": "norm.weight"}}}
@@ -176,7 +190,6 @@ def cut_short() -> None:
     code = "import sys; from weightops.cli.main import run; run(sys.argv[1:])"
     stop = "import os; from {0} import {1}; {1}.{2} = lambda *_: os._exit(1); " + code
     import subprocess
-    import sys
 
     for place, line in (
         (("weightops.engine.staging", "Staging", "publish"), "shard ./model --out ./out"),
@@ -184,6 +197,22 @@ def cut_short() -> None:
     ):
         command = [sys.executable, "-c", stop.format(*place), *shlex.split(line)]
         subprocess.run(command, check=False, capture_output=True)
+
+
+def talked() -> str:
+    """What `chat --jsonl` prints of a short conversation, which it saves."""
+    before, sys.stdin = sys.stdin, io.StringIO("Once upon a time\n/save chat.json\n")
+    try:
+        return printed(_TALK.partition("| ")[2])
+    finally:
+        sys.stdin = before
+
+
+def written(path: str) -> str:
+    """What is in a file, or in a line of it."""
+    name, _, number = path.partition(":")
+    text = Path(name).read_text(encoding="utf-8")
+    return json.dumps(json.loads(text.splitlines()[int(number) - 1]), indent=2) if number else text
 
 
 def example(text: str) -> str:
@@ -196,7 +225,8 @@ def render() -> str:
     parts = [INTRODUCTION, "| schema | printed by |\n|---|---|"]
     rows = [f"| [`{name}`]({FOLDER.name}/{file_name(name)}) | {by} |" for name, (by, _) in PRINTED.items()]
     rows += [
-        f"| [`{EVENTS}`]({FOLDER.name}/{file_name(EVENTS)}) | what takes long, on stderr, with `--progress json` |"
+        f"| [`{EVENTS}`]({FOLDER.name}/{file_name(EVENTS)}) | what takes long, on stderr, with `--progress json` |",
+        f"| [`{SPOKEN}`]({FOLDER.name}/{file_name(SPOKEN)}) | `chat --jsonl`, a line for each event |",
     ]
     parts[-1] = "\n".join([parts[-1], *rows])
     rows = [f"| [`{name}`]({FOLDER.name}/{file_name(name)}) | {where} |" for name, (where, _, _) in WRITTEN.items()]
@@ -209,12 +239,13 @@ def render() -> str:
         for name, (_, line) in PRINTED.items():
             parts += [f"## {name}", f"    {line}", example(printed(line))]
         parts += [PROGRESS, f"    {_EVENTS}", f"```jsonl\n{printed(_EVENTS, errors=True).strip()}\n```"]
+        parts += [TALK, f"    {_TALK}", f"```jsonl\n{talked().strip()}\n```"]
         cut_short()
         for name, (_, line, path) in WRITTEN.items():
             if line:
                 printed(line)
-            parts += [f"## {name}", *([f"    {line}"] if line else []), example(Path(path).read_text(encoding="utf-8"))]
-    assert {*PRINTED, *WRITTEN, EVENTS} == schemas().keys()
+            parts += [f"## {name}", *([f"    {line}"] if line else []), example(written(path))]
+    assert {*PRINTED, *WRITTEN, EVENTS, SPOKEN} == schemas().keys()
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 

@@ -19,7 +19,10 @@ from weightops.cli.output import ErrorDocument
 from weightops.engine.staging import PartialRun
 from weightops.formats.delta import Delta
 from weightops.formats.proofs.manifest import Manifest
+from weightops.inference.batch import AnswerDocument, AnswersDocument, BatchDocument
+from weightops.inference.chat import ChatDocument
 from weightops.inference.evaluate import EvalDocument
+from weightops.inference.events import Event as TextEvent
 from weightops.inference.generate import GenerateDocument
 from weightops.operations.check import CheckDocument
 from weightops.operations.download import DownloadDocument
@@ -40,6 +43,11 @@ DOCUMENTS: tuple[Any, ...] = (
     InspectDocument,
     EvalDocument,
     GenerateDocument,
+    TextEvent,
+    ChatDocument,
+    AnswersDocument,
+    AnswerDocument,
+    BatchDocument,
     EnvDocument,
     ErrorDocument,
     Event,

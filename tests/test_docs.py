@@ -57,7 +57,7 @@ MARKDOWN = sorted(
 
 def prose(path: Path) -> str:
     """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```$|^    .*$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^```.*?^```$|^    [^\n]*$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
@@ -12,10 +13,11 @@ import torch
 from adapters import save_adapter
 from hub import Hub
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny, text
+from tiny_models import save_tiny, save_tokenizer, text
 
 import weightops
 from weightops.cli.main import run
+from weightops.inference.templates.template import named_templates
 from weightops.io.source_file import SourceFile
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -93,3 +95,30 @@ def test_a_recovered_model_runs_without_being_written(here: Path) -> None:
     namespace: dict[str, object] = {}
     exec(block, namespace)
     assert "model.norm.weight" in namespace["tuned"]  # type: ignore[operator]
+
+
+def test_the_page_about_talking_runs(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(here / "base", "llama", max_position_embeddings=4096)
+    save_adapter(here / "lora", here / "base")
+    shutil.copytree(here / "base", here / "model")
+    save_tokenizer(here / "model", chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    (here / "prompts.txt").write_text("Once upon a time\nWhy?\n")
+    found = commands("chat.md")
+    piped = re.findall(r"^    printf .* \| weightops (.*)", (DOCS / "chat.md").read_text(), re.MULTILINE)
+    found += [shlex.split(line) for line in piped]
+    assert [arguments[0] for arguments in found] == [*["chat"] * 3, *["generate"] * 3, "chat"]
+    for arguments in found:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Why is the sky blue?\nAnd at night?\n"))
+        assert run(arguments) == 0, arguments
+    namespace: dict[str, object] = {}
+    for block in python("chat.md"):
+        exec(block, namespace)
+    assert "('tuned', True)" in capsys.readouterr().out
+    for line in re.findall(r"^    (\{.*\})$", (DOCS / "chat.md").read_text(), re.MULTILINE):
+        (here / "line.jsonl").write_text(line)
+        assert run(["generate", "./model", "--prompts", "line.jsonl", "--out", f"{hash(line)}.jsonl"]) == 0
+    listed = re.findall(r"^\| (`[^|]*) \|", (DOCS / "chat.md").read_text().partition("## Templates")[2], re.MULTILINE)
+    names = {name for cell in listed for name in re.findall(r"`([a-z0-9]+)`", cell)}
+    assert names >= named_templates().keys()

@@ -12,6 +12,7 @@ from weightops.version import __version__ as __version__
 
 __all__ = [
     "cast",
+    "chat",
     "check",
     "compare",
     "convert",
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "extract_lora",
     "generate",
+    "generate_all",
     "inspect",
     "manifest",
     "merge_lora",
@@ -39,6 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from weightops.api import (
         cast,
+        chat,
         check,
         compare,
         convert,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
         evaluate,
         extract_lora,
         generate,
+        generate_all,
         inspect,
         manifest,
         merge_lora,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from meta_model import meta_download
 from safetensors.torch import load_file
 from support import digests, write_checkpoint
 from systems import needs_itself
-from tiny_models import quantize_tiny, save_tiny, text
+from tiny_models import quantize_tiny, save_tiny, save_tokenizer, text
 
 from weightops import cli as package
 from weightops import errors
@@ -89,12 +90,18 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         write_checkpoint(family / "trained", {"module.transformer.norm.weight": torch.ones(4)})
         layers = {f"model.layers.{i}.mlp.weight": torch.full((2,), float(i)) for i in range(32)}
         write_checkpoint(family / "llama-7b", layers, {"num_hidden_layers": 32})
-    if command in ("quantize", "eval", "generate"):
+    if command == "chat":
+        save_model(family / "llama-7b", llama(vocab_size=320))
+        save_tokenizer(family / "llama-7b")
+        save_adapter(family / "my-lora", family / "llama-7b", 0)
+    if command in ("quantize", "eval", "generate", "chat"):
         shutil.rmtree(family / "model")
         sizes = {"hidden_size": 128, "intermediate_size": 128} if command == "quantize" else {}
         save_tiny(family / "model", "llama", max_position_embeddings=2048, **sizes)
         quantize_tiny(family / "model", family / "model-gptq")
         (family / "text.jsonl").write_text(json.dumps(text(150)))
+        save_tokenizer(family / "model", chat_template="{{ messages[-1].content }}")
+        (family / "prompts.txt").write_text("one\ntwo\n")
         for name in ("heldout.txt", "text.txt"):
             (family / name).write_text(text(150))
     if command == "dequantize":
@@ -111,11 +118,14 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_examples_in_the_help_run(command: str, family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_in_the_help_run(
+    command: str, family: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = examples(command, capsys)
     assert found
     prepare_examples(command, family, found)
     for line in found:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\n"))
         words = shlex.split(line.partition(">")[0])[1:]
         if "hf://org/name" in words:
             continue  # what a hub has is run by tests/stores

@@ -14,7 +14,7 @@ from weightops.recipes.verbs import VERBS
 
 WRITERS = {*VERBS, "quantize", "download", "manifest"}
 OWN_WORDS = {
-    "--out": {"download", "manifest"},
+    "--out": {"download", "manifest", "generate"},
     "--workers": {"download"},
     "--overwrite": {"download"},
     "--dry-run": {"download", "serve"},
@@ -88,8 +88,8 @@ def test_options_of_one_name_are_described_in_the_same_words() -> None:
 def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
     assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name in ("run", "serve"))
-    assert ({"-o", "--out"} <= flags) == (name in WRITERS)
-    assert ("--json" in flags) == (name not in ("completion", "browse", "serve"))
+    assert ({"-o", "--out"} <= flags) == (name in {*WRITERS, "generate"})
+    assert ("--json" in flags) == (name not in ("completion", "browse", "chat", "serve"))
 
 
 def test_options_are_shown_in_sections(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,9 @@ from support import write_checkpoint
 
 import weightops
 from weightops.api import Output
-from weightops.api.asked import Asked
 from weightops.cli.main import COMMANDS, cli, run
 from weightops.errors import UsageError
+from weightops.inference.asked import Asked
 from weightops.operations.check import CheckOptions
 from weightops.recipes.document import Document
 from weightops.recipes.execute import Running
@@ -35,6 +35,8 @@ OF_THE_COMMAND = {
     "manifest": {"out", "lists", "dry_run", "overwrite"},
     "inspect": {"tensors", "tree", "depth"},
     "quantize": {"html"},
+    "generate": {"prompts", "out"},
+    "chat": {"jsonl"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
 """What only the command line has: reports in files, exit codes, and what Python gives to a `Web`. A cache

@@ -18,8 +18,8 @@ import torch
 from support import write_checkpoint
 
 import weightops
-from weightops.api.asked import Asked
 from weightops.cli.main import COMMANDS, run
+from weightops.inference.asked import Asked
 from weightops.inference.prompts import conversation
 from weightops.recipes.verbs import VERBS
 
@@ -99,6 +99,16 @@ ROWS: dict[str, list[Row]] = {
         row("--text a --text b", {"text": (Path("a"), "b")}, texts=[Path("a"), Path("b")]),
         *MODEL,
     ],
+    "chat": [
+        *ASKED,
+        same("--system s", system="s"),
+        same("--template alpaca", template="alpaca"),
+        row("--logprobs 2 --jsonl", {"logprobs": 2}, logprobs=2),
+        same("--dtype bfloat16", dtype="bfloat16"),
+        same("--device cpu", device="cpu"),
+        same("--engine packed", engine="packed"),
+        same("--max-memory 1GiB", max_memory="1GiB"),
+    ],
     "generate": [
         row("--prompt two", {"prompt": "two"}),
         *ASKED,
@@ -174,12 +184,14 @@ ELSEWHERE = {
     "inspect": {"-t", "--tensors", "--tree", "--depth"},
     "env": {"--gpu"},
     "download": {"--cache"},
+    "generate": {"--prompts"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {
     "quantize": ("source --out out", ("source", "out")),
     "eval": ("source", ("source", "text.txt")),
     "generate": ("source", ("source", "one")),
+    "chat": ("source", ("source",)),
     "check": ("source", ("source",)),
     "verify": ("source", ("source",)),
     "inspect": ("source", ("source",)),
@@ -215,8 +227,11 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         monkeypatch.setattr(place, operation)
 
-    for name in ("inference.evaluate.evaluate", "inference.generate.Generation", "operations.check.check"):
-        stand_in(f"weightops.{name}")
+    for name in ("evaluate.evaluate", "generate.Generation", "chat.Chat"):
+        stand_in(f"weightops.inference.{name}")
+    stand_in("weightops.operations.check.check")
+    pool = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr("weightops.api.talk.open_pool", lambda _, **options: found.update(options) or pool)
     for name in ("verify.verify", "manifest.make_manifest", "inspect.inspect", "download.download_into"):
         stand_in(f"weightops.operations.{name}")
     monkeypatch.setattr("weightops.inference.tokens.read_text", lambda paths: found.update(texts=list(paths)) or "x")

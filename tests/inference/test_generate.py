@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_models import CONFIGS, GEMMA_3N, GEMMA_4, VOCAB, save_tiny, save_tokenizer, tiny, trained
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from weightops.errors import CorruptInput, IncompatibleInputs, NoRoom, UsageError
 from weightops.formats.folder import open_checkpoint
@@ -219,27 +216,6 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**32),
-    st.floats(0.1, 3),
-    st.none() | st.integers(1, 60),
-    st.none() | st.floats(0.05, 1),
-)
-def test_probabilities_are_those_of_transformers_warpers(
-    seed: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
-    ids = torch.zeros(1, 1, dtype=torch.int64)
-    expected = TemperatureLogitsWarper(temperature)(ids, logits[None])
-    if top_k is not None:
-        expected = TopKLogitsWarper(top_k)(ids, expected)
-    if top_p is not None:
-        expected = TopPLogitsWarper(top_p)(ids, expected)
-    found = Sampling(temperature, top_k, top_p).probabilities(logits)
-    assert torch.equal(found, expected[0].softmax(-1))
 
 
 def test_a_chat_prompt_goes_through_the_template(tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
 import weightops
 from weightops.cli.main import cli, main
+from weightops.inference.events import Token
 from weightops.inference.generate import Generation
 from weightops.inference.pieces import pieces
+from weightops.inference.settings import Settings
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -300,6 +302,16 @@ def test_json_and_stdout_are_the_text_of_transformers(chinese: tuple[Path, list[
     document = json.loads(CliRunner().invoke(cli, ["generate", str(folder), "--prompt", "一", "--json", *limit]).stdout)
     assert document["text"] == expected
     assert document["tokens"] == said[:count]
+
+
+def test_events_never_hold_half_a_character(chinese: tuple[Path, list[int]]) -> None:
+    """Nor does a stop string end within one, or leave a part of itself."""
+    folder, _ = chinese
+    for stop, expected in ((), "偂惄煆t"), (("煆",), "偂惄"), (("惄煆t",), "偂"), (("惄x",), "偂惄煆t"):
+        found = Generation(weightops.open_checkpoint(folder), "一", settings=Settings(stop=stop))
+        said = [event.text for event in found.events() if isinstance(event, Token)]
+        assert "".join(said) == expected
+        assert not any("\ufffd" in text for text in said)
 
 
 @pytest.mark.parametrize(("encoding", "expected"), [("gb18030", "偂惄煆t\n"), ("latin-1", "\\u5042\\u60c4\\u7146t\n")])

@@ -24,7 +24,7 @@ from weightops.api.compare import compare
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
-from weightops.api.talk import open_pool
+from weightops.api.talk import chat, generate_all, open_pool
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Output",
     "Quantization",
     "cast",
+    "chat",
     "check",
     "compare",
     "convert",
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "extract_lora",
     "generate",
+    "generate_all",
     "inspect",
     "manifest",
     "merge_lora",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
-from weightops.api.asked import Asked, settings_of
 from weightops.api.outputs import Output, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
@@ -22,6 +21,7 @@ from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
+from weightops.inference.asked import Asked, settings_of
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.plan import parse_size, sources_of

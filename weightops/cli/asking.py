@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -84,6 +86,12 @@ _OPTIONS = (
     ),
     click.option("--seed", type=int, metavar="N", default=0, show_default=True, help=SEED),
     click.option("--stop", multiple=True, metavar="TEXT", help=f"End before this text. {SEVERAL}"),
+    click.option(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="In JSON: the log-probability of each token, and the N most probable tokens in its place; 0 to 20.",
+    ),
     click.option("--system", metavar="TEXT", help="What the system message says, before the user's."),
     click.option(
         "--template",
@@ -92,21 +100,6 @@ _OPTIONS = (
         help="Chat template: the tokenizer's own, one of weightops' own by name, such as alpaca or vicuna, or a file.",
     ),
 )
-NAMES = (
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "seed",
-    "stop",
-)
-"""Parameters that say how a text is made."""
 
 
 def asking_options(command: Decorated) -> Decorated:
@@ -120,3 +113,15 @@ def check_asked(asked: dict[str, Any]) -> None:
     """Refuse options without a use."""
     if asked["temperature"] == 0:
         refuse_unused("at --temperature 0, where nothing is drawn", "seed")
+
+
+def say_piece(piece: str) -> None:
+    """Print a part of a text at once; a terminal is given no characters that would command it."""
+    is_terminal = sys.stdout.isatty()
+    click.echo(_harmless(piece) if is_terminal else piece, nl=False)
+    sys.stdout.flush()
+
+
+def _harmless(text: str) -> str:
+    """Text for a terminal, which control characters would command."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text)

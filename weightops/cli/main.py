@@ -55,6 +55,7 @@ GROUPS = {
     },
     "Run it": {
         "eval": "Measure how well a model predicts a text.",
+        "chat": "Talk to a model, line by line.",
         "generate": "Continue a text, even if the model does not fit in memory.",
         "serve": "Serve models to a web page and to OpenAI's clients.",
     },

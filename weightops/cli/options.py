@@ -46,8 +46,7 @@ workers_option = click.option(
     metavar="N",
     help="Number of threads to work with; default: what suits the machine.",
 )
-report_options = _all(
-    json_option,
+progress_options = _all(
     click.option(
         "--progress",
         type=OneOf(HOWS),
@@ -68,6 +67,7 @@ report_options = _all(
     ),
     click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary, only errors."),
 )
+report_options = _all(json_option, progress_options)
 out_option = click.option(
     "-o", "--out", type=FOLDER, required=True, help="Folder to write. It appears when it is complete."
 )

@@ -14,9 +14,14 @@ Finish = Literal["eos", "stop", "length", "cancelled"]
 """Why a text ended: at a token that ends texts, at a stop string, at its longest, or because somebody asked for it."""
 
 
+Schema = Literal["weightops-text-event/1"]
+SCHEMA: Schema = "weightops-text-event/1"
+
+
 class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     """`column` is the number of the text among those that were asked for together."""
 
+    schema: Schema = SCHEMA
     column: int = 0
 
 

@@ -55,7 +55,8 @@ class Opened:
         self.shown = self.model.shown
         self.tokenizer = load_tokenizer(checkpoint)
         refuse_unquantized(engine, [self.shown], is_any=bool(self.model.packable))
-        self._engine = engine
+        self.engine = engine
+        """What was asked for; see `Engine`."""
         self._is_faster = are_faster(list(self.model.packable.values()), dtype, device)
         self.dequantized_nbytes = self._sizes(is_packed=False)[0]
         """Bytes of the whole model in memory, if it is dequantised."""
@@ -109,8 +110,8 @@ class Opened:
         """
         model, beside = self.model, self.beside_nbytes(tokens, beams)
         fits = self.dequantized_nbytes + beside <= room
-        saves_memory = self._engine == "auto" and bool(model.packable) and not self._is_faster and not fits
-        is_packed = self._engine == "packed" or (self._engine == "auto" and self._is_faster) or saves_memory
+        saves_memory = self.engine == "auto" and bool(model.packable) and not self._is_faster and not fits
+        is_packed = self.engine == "packed" or (self.engine == "auto" and self._is_faster) or saves_memory
         whole, block, loading = self._sizes(is_packed)
         if block + beside + loading > room:
             smaller = "--engine packed" if model.packable and not is_packed else "--dtype bfloat16"

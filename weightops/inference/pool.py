@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from weightops.engine.control import Control
@@ -22,6 +23,7 @@ from weightops.inference.loaded import Loaded
 from weightops.inference.opened import Opened, Placement, room_on
 from weightops.inference.prompts import Prompt, Prompted, prompted
 from weightops.inference.settings import Settings
+from weightops.inference.templates.template import Template, find_template
 from weightops.io.escape import escape
 from weightops.io.platform.machine import release_freed
 
@@ -168,6 +170,11 @@ class Pool:
         if name not in self._models:
             raise UsageError(f"there is no model {escape(name)}", hint=f"choose from {', '.join(self._models)}")
         return self._models[name]
+
+    def find_template(self, name: str, template: str | Path) -> Template:
+        """The template of a model, by name or file; raises as `templates.template.find_template` does."""
+        opened = self.model(name)
+        return find_template(template, opened.tokenizer, opened.shown)
 
     def plan(self, tokens: int = 2048) -> tuple[ModelPlan, ...]:
         """What will be in memory, for texts of so many tokens; raises `NoRoom` for a model that does not fit at all."""

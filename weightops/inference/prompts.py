@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from weightops.errors import WeightopsError
 from weightops.inference.opened import Opened
 from weightops.inference.settings import Settings
 from weightops.inference.templates.template import check_messages, find_template
@@ -50,13 +51,47 @@ def prompted(opened: Opened, prompt: Prompt) -> Prompted:
     Raises `UsageError` for one that is empty or cannot be meant, `CorruptInput` for a template that fails,
     `IncompatibleInputs` for tokens that the model does not have.
     """
-    if isinstance(prompt, str):
-        return Prompted(opened.encode(prompt), opened.ends())
-    if not isinstance(prompt, Conversation):
-        return Prompted(opened.checked(prompt), opened.ends())
-    check_messages(prompt.messages)
-    for message in prompt.messages:
-        refuse_surrogates(message["content"])
-    template = find_template(prompt.template, opened.tokenizer, opened.shown)
-    (tokens,) = encode_chats(opened.tokenizer, template, [prompt.messages], asks=True, where=[opened.shown])
-    return Prompted(opened.checked(tokens), opened.ends(chat=True), template.stop)
+    (found,) = prompted_all(opened, [prompt])
+    if isinstance(found, WeightopsError):
+        raise found
+    return found
+
+
+def prompted_all(opened: Opened, prompts: Sequence[Prompt]) -> list[Prompted | WeightopsError]:
+    """Several at once, each with what `prompted` would raise; conversations of one template are filled in together."""
+    found: dict[int, Prompted | WeightopsError] = {}
+    by_template: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, Conversation):
+            by_template.setdefault(str(prompt.template), []).append(i)
+            continue
+        try:
+            tokens = opened.encode(prompt) if isinstance(prompt, str) else opened.checked(prompt)
+            found[i] = Prompted(tokens, opened.ends())
+        except WeightopsError as error:
+            found[i] = error
+    for numbers in by_template.values():
+        some = [each for i in numbers if isinstance(each := prompts[i], Conversation)]
+        found.update(zip(numbers, _answering(opened, some), strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _answering(opened: Opened, conversations: Sequence[Conversation]) -> Sequence[Prompted | WeightopsError]:
+    """Conversations of one template; alone where together they fail, so that each has its own error."""
+    try:
+        template = find_template(conversations[0].template, opened.tokenizer, opened.shown)
+        for each in conversations:
+            check_messages(each.messages)
+            for message in each.messages:
+                refuse_surrogates(message["content"])
+        where = [opened.shown] * len(conversations)
+        messages = [each.messages for each in conversations]
+        ends = opened.ends(chat=True)
+        return [
+            Prompted(opened.checked(tokens), ends, template.stop)
+            for tokens in encode_chats(opened.tokenizer, template, messages, asks=True, where=where)
+        ]
+    except WeightopsError as error:
+        if len(conversations) == 1:
+            return [error]
+        return [result for each in conversations for result in _answering(opened, [each])]

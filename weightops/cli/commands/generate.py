@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import weightops
-from weightops.cli.asking import asking_options, check_asked
+from weightops.cli.asking import asking_options, check_asked, say_piece
+from weightops.cli.colour import say
 from weightops.cli.meter import human
 from weightops.cli.options import refuse_unused, report_options, run_model_options
 from weightops.cli.output import print_json, running, warn
-from weightops.cli.params import READ_CODES, SOURCE, Command, epilog
+from weightops.cli.params import FILE, READ_CODES, SOURCE, Command, epilog
 from weightops.errors import UsageError
+from weightops.io import strict_json
+from weightops.io.escape import escape
 
 if TYPE_CHECKING:
     from weightops.api import ComputeDType
+    from weightops.inference.batch import BatchDocument
     from weightops.inference.generate import Generation
     from weightops.inference.packed import Engine
 
 
-@click.command("generate", cls=Command, epilog=epilog((*READ_CODES[:-1], 16, 130)))
+@click.command("generate", cls=Command, epilog=epilog((*READ_CODES[:-2], 11, 12, 13, 15, 16, 130)))
 @click.argument("source", type=SOURCE)
-@click.option("--prompt", required=True, metavar="TEXT", help="The text to continue; - reads it from stdin.")
+@click.option("--prompt", metavar="TEXT", help="The text to continue; - reads it from stdin.")
+@click.option(
+    "--prompts",
+    type=FILE,
+    metavar="FILE",
+    help="Many texts in the place of one: a line each, or JSON lines with settings of their own. Needs --out.",
+)
+@click.option("-o", "--out", type=FILE, metavar="FILE", help="With --prompts: the file for the answers, as JSON lines.")
 @asking_options
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template of the tokenizer.")
-@click.option(
-    "--logprobs",
-    type=int,
-    metavar="N",
-    help="With --json: the log-probability of each token, and the N most probable tokens in its place; 0 to 20.",
-)
 @run_model_options
 @report_options
 def command(
     source: Path | str,
-    prompt: str,
+    prompt: str | None,
+    prompts: Path | None,
+    out: Path | None,
     chat: bool,
     dtype: ComputeDType,
     device: str,
@@ -48,7 +54,7 @@ def command(
     as_json: bool,
     quiet: bool,
     **asked: Any,
-) -> None:
+) -> int:
     """Continue a text with a model; what is new is printed as it comes.
 
     SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL; in
@@ -59,13 +65,25 @@ def command(
       weightops generate ./model --prompt "Once upon a time"
       weightops generate ./model --prompt "Once" --max-new-tokens 20 --temperature 0.8 --top-p 0.95 --seed 1
       weightops generate ./model --prompt "Why is the sky blue?" --chat --system "Be brief."
+      weightops generate ./model --prompts prompts.txt --out answers.jsonl
+
+    With --prompts the answers are written as they come, a line of JSON for each, and the same command goes on after a
+    kill. A prompt that cannot be answered says why in its line, and the exit code is then 1.
 
     It is there to look at a model, not to serve it. A model that does not fit into memory runs all the same: its layers
     are then read again for every token, which is slow.
     """
     check_asked(asked)
-    if not as_json:
+    if not as_json and prompts is None:
         refuse_unused("without --json", "logprobs")
+    if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
+        raise UsageError("a text or a file of them is to be continued", hint="give --prompt, or --prompts with --out")
+    model: dict[str, Any] = {"dtype": dtype, "device": device, "engine": engine, "max_memory": max_memory}
+    if prompts is not None and out is not None:
+        with running(quiet) as control:
+            done = weightops.generate_all(source, prompts, out, chat=chat, control=control, **model, **asked)
+        return _show_batch(done, as_json, quiet)
+    assert prompt is not None
     if prompt == "-":
         prompt = _stdin()
     with running(quiet) as control:
@@ -73,11 +91,8 @@ def command(
             source,
             prompt,
             chat=chat,
-            dtype=dtype,
-            device=device,
-            engine=engine,
-            max_memory=max_memory,
             control=control,
+            **model,
             **asked,
         )
         warn(found.warnings)
@@ -90,6 +105,19 @@ def command(
         elapsed_s = time.monotonic() - started_s
     if as_json:
         print_json(found.to_json(text, elapsed_s))
+    return 0
+
+
+def _show_batch(done: BatchDocument, as_json: bool, quiet: bool) -> int:
+    """Say how the prompts ended; the exit code."""
+    warn(done.warnings)
+    ends = ", ".join(f"{count} {finish}" for finish, count in sorted(done.finishes.items()))
+    if as_json:
+        print_json(strict_json.as_json(done))
+    elif not quiet:
+        resumed = f", {done.resumed} of them by an earlier run" if done.resumed else ""
+        say(f"{done.prompts} prompts: {ends}{resumed}; written to {escape(done.out)}", err=True)
+    return 1 if done.failed else 0
 
 
 def _stdin() -> str:
@@ -122,13 +150,7 @@ def _show(found: Generation, as_json: bool) -> str:
     for piece in found:
         pieces.append(piece)
         if not as_json:
-            click.echo(_harmless(piece) if sys.stdout.isatty() else piece, nl=False)
-            sys.stdout.flush()
+            say_piece(piece)
     if not as_json:
         click.echo()
     return "".join(pieces)
-
-
-def _harmless(text: str) -> str:
-    """Text for a terminal, which control characters would command."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""What is asked of a model beside the prompt, as keywords: those of `generate` and `chat`."""
+"""What is asked of a model beside the prompt, as keywords and as fields of a file."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class Asked(TypedDict, total=False):
 
 
 def settings_of(asked: Asked) -> Settings:
-    """The same as a value; raises `UsageError` for what cannot be meant, and for keywords that there are not."""
+    """The same as a value; raises `UsageError` for what cannot be meant, and for keywords that there are not.
+
+    Imports torch, which what only names these keywords does without.
+    """
     from dataclasses import fields
 
     from weightops.errors import UsageError
     from weightops.inference.sampling import Sampling
     from weightops.inference.settings import Settings
-    from weightops.recipes.execute import several
 
     unknown = next((name for name in asked if name not in Asked.__annotations__), None)
     if unknown is not None:
@@ -42,4 +44,5 @@ def settings_of(asked: Asked) -> Settings:
     names = {field.name for field in fields(Sampling)}
     sampling = Sampling(**{name: value for name, value in asked.items() if name in names})  # type: ignore[arg-type]
     rest = {name: value for name, value in asked.items() if name not in names and name != "stop"}
-    return Settings(sampling=sampling, stop=tuple(several(asked.get("stop", ()))), **rest)  # type: ignore[arg-type]
+    stop = asked.get("stop", ())
+    return Settings(sampling=sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop), **rest)  # type: ignore[arg-type]

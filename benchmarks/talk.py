@@ -1,0 +1,105 @@
+"""Speed of `generate` beside transformers' own: `python benchmarks/talk.py`.
+
+Both generate greedily with tests/data/tiny-llama, by turns in one process that has imported everything. The whole call
+opens the folder, loads it, reads the prompt and gives the text; a token is the median of those after the first. A
+second turn of a conversation shows what the cache of the prompt saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from weightops import api
+from weightops.inference.events import Finished, Token
+
+TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-llama"
+PROMPT = "Once upon a time there was"
+
+
+class Clock(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def step_of(times: list[float]) -> float:
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+def ours(folder: Path, tokens: int) -> tuple[float, float, list[int]]:
+    start = time.perf_counter()
+    found = api.generate(folder, PROMPT, max_new_tokens=tokens, device="cpu")
+    times = [time.perf_counter() for event in found.events() if isinstance(event, Token)]
+    return time.perf_counter() - start, step_of(times), found.tokens
+
+
+def theirs(folder: Path, tokens: int) -> tuple[float, float, list[int]]:
+    start = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    given = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    clock = Clock()
+    out = model.generate(**given, do_sample=False, max_new_tokens=tokens, streamer=clock)
+    said = out[0, given.input_ids.shape[1] :].tolist()
+    tokenizer.decode(said, skip_special_tokens=True)
+    return time.perf_counter() - start, step_of(clock.times[1:]), said
+
+
+def second_turn(folder: Path, length: int) -> tuple[float, float]:
+    """Seconds until the first token of a prompt of so many tokens, new and as the continuation of one just read."""
+    found = []
+    prompt = [5 + i % 90 for i in range(length)]
+    for first in ([], prompt[: length - 20]):
+        with api.open_pool({"tiny": folder}, device="cpu") as pool:
+            from weightops.inference.pool import Request
+            from weightops.inference.settings import Settings
+
+            for each in (first or [7, 8], prompt):
+                *_, last = pool.submit([Request("tiny", each, Settings(1))])
+            assert isinstance(last, Finished)
+            found.append(last.first_token_s or 0.0)
+    return found[0], found[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    figures: dict[str, list[tuple[float, float]]] = {"weightops": [], "transformers": []}
+    for _ in range(options.runs + 1):
+        mine, other = ours(TINY, options.tokens), theirs(TINY, options.tokens)
+        assert mine[2] == other[2]
+        figures["weightops"].append(mine[:2])
+        figures["transformers"].append(other[:2])
+    medians = {
+        name: [statistics.median(each) for each in zip(*rows[1:], strict=True)] for name, rows in figures.items()
+    }
+    for name, (whole, step) in medians.items():
+        print(f"{name:13} whole call {whole:.3f} s, a token {step * 1000:.3f} ms")
+    mine, other = medians["weightops"], medians["transformers"]
+    print(f"times as fast: whole call {other[0] / mine[0]:.2f}, a token {other[1] / mine[1]:.2f}")
+    new, cached = second_turn(TINY, 400)
+    print(f"first token of 400: {new * 1000:.1f} ms, as a second turn {cached * 1000:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
