@@ -56,7 +56,7 @@ def tensor_text(subject: Subject, name: str, reading: Reading | str | None, widt
         text.append(f"{letter}{tensor.spec}\n", "bold")
         indent = " " * len(letter)
         share = 100 * tensor.nbytes / max(1, side.inspection.nbytes)
-        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}, {share:.2g} %\n")
+        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}, {share:.3g} %\n")
         text.append(f"{indent}in {escape(side.checkpoint.shards.get(name, side.checkpoint.name))}\n", "dim")
         alias = side.inspection.aliases.get(name)
         if alias is not None:
@@ -137,7 +137,7 @@ def _append_histogram(text: Text, found: Sequence[TensorReport], letters: Sequen
             text.append(f"{label:>6} ", "dim")
             text.append(f"{letters[number]} " if len(letters) > 1 else "", "dim")
             text.append(_bar(share / top, room), "cyan" if number == 0 else "yellow")
-            text.append(f" {100 * share:.2g} %\n" if share else "\n", "dim")
+            text.append(f" {100 * share:.3g} %\n" if share else "\n", "dim")
 
 
 def _shares(found: TensorStatistics) -> dict[int, float]:
