@@ -96,7 +96,9 @@ def test_statistics_stand_beside_names_or_modules(tmp_path: Path, capsys: pytest
     assert ["l.1.w", "0.5", "1.12", "-1", "2", "25", "%", "0", "0"] in rows
     assert ["n.b", "4", "0", "4", "4", "0", "1", "1"] in rows
     shown = printed(capsys, str(tmp_path / "m"), "--stats", "--tree", "--quiet")
-    assert ["l.[0-2].w", "0.5", "1.19", "-1", "2", "33", "%", "0", "0"] in [line.split() for line in shown.splitlines()]
+    assert ["l.[0-2].w", "0.5", "1.19", "-1", "2", "33.3", "%", "0", "0"] in [
+        line.split() for line in shown.splitlines()
+    ]
 
 
 def test_types_without_statistics_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
