@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pictures import FOLDER, copy_model
-from textual.widgets import Static
+from textual.widgets import Input, Static
 
 from weightops.cli.browse.app import Browser
 from weightops.cli.browse.subject import Subject, open_side
@@ -34,7 +34,10 @@ def screen(folders: Sequence[Path], wanted: str, size: tuple[int, int]) -> str:
         named = [type(side)(side.checkpoint, renamed(side.inspection)) for side in sides]
         browser = Browser(Subject.of(*named), control)
         async with browser.run_test(size=size) as pilot:
-            await pilot.press("slash", *(key(character) for character in wanted), "enter")
+            await pilot.press("slash")
+            browser.query_one("#search", Input).value = wanted
+            await pilot.pause()
+            await pilot.press("enter")
             while "elements by magnitude" not in str(browser.query_one("#panel", Static).content):
                 await pilot.pause(0.05)
             await pilot.press("escape")
@@ -47,11 +50,6 @@ def screen(folders: Sequence[Path], wanted: str, size: tuple[int, int]) -> str:
 def renamed(found: Inspection) -> Inspection:
     """As if it had been named from the folder around it."""
     return replace(found, path=f"./{Path(found.path).name}")
-
-
-def key(character: str) -> str:
-    """What textual calls the key of a character."""
-    return {".": "full_stop", "_": "underscore"}.get(character, character)
 
 
 def own_font(svg: str) -> str:
