@@ -62,7 +62,7 @@ PRINTED = {
     "weightops-download/1": ("`download`", "weightops download org/name --out ./name --json"),
     "weightops-check/1": ("`check`", "weightops check ./model --no-architecture --json"),
     "weightops-verify/1": ("`verify`", "weightops verify ./model-bf16 --json"),
-    "weightops-inspect/1": ("`inspect`", "weightops inspect ./model --json"),
+    "weightops-inspect/2": ("`inspect`", "weightops inspect ./model --stats --tree --json"),
     "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --json"),
     "weightops-generate/1": (
         "`generate`",

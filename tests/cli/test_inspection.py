@@ -96,7 +96,23 @@ def test_statistics_stand_beside_names_or_modules(tmp_path: Path, capsys: pytest
     assert ["l.1.w", "0.5", "1.12", "-1", "2", "25", "%", "0", "0"] in rows
     assert ["n.b", "4", "0", "4", "4", "0", "1", "1"] in rows
     shown = printed(capsys, str(tmp_path / "m"), "--stats", "--tree", "--quiet")
-    assert ["l.[0-2].w", "0.5", "1.19", "-1", "2", "33", "%", "0", "0"] in [line.split() for line in shown.splitlines()]
+    assert ["l.[0-2].w", "0.5", "1.19", "-1", "2", "33.3", "%", "0", "0"] in [
+        line.split() for line in shown.splitlines()
+    ]
+
+
+def test_types_without_statistics_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", str(TINY), "--to", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "x.gguf"), "-q"]) == 0
+    shown = printed(capsys, str(tmp_path / "x.gguf"), "--stats", "--quiet")
+    assert "\nwithout statistics, because their numbers share bytes or are complex: 29 tensors of q8_0\n" in shown
+    assert "without statistics" not in printed(capsys, str(tmp_path / "x.gguf"))
+
+
+def test_a_tensor_of_zeros_is_zero_to_a_hundred_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "m", {"a": torch.zeros(8), "b": torch.tensor([0.0, 1.0, 2.0])})
+    rows = [line.split() for line in printed(capsys, str(tmp_path / "m"), "--stats", "--quiet").splitlines()]
+    assert ["a", "0", "0", "0", "0", "100", "%", "0", "0"] in rows
+    assert ["b", "1", "0.816", "0", "2", "33.3", "%", "0", "0"] in rows
 
 
 def test_documents_have_the_tree_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

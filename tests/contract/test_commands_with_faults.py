@@ -45,6 +45,7 @@ COMMANDS = [
     "run recipe.yaml",
     "check raw --no-architecture",
     "inspect raw",
+    "inspect adapter --base raw --stats",
 ]
 TELLING = ("check", "inspect")
 

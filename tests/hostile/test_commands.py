@@ -66,6 +66,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 }
 COMMANDS = [
     "inspect hostile",
+    "inspect hostile --stats --tree",
     "recover --raw hostile --diff good --out out",
     "recover --raw good --diff hostile --out out",
     "diff --raw good --tuned hostile --out out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from textwrap import fill
@@ -108,13 +109,22 @@ def _with_statistics(
     return fitted(rows, width, right=range(1, len(STATISTICS) + 1))
 
 
+def not_examined(found: Inspection) -> str:
+    """Of which tensors values were read and are no numbers of whole bytes, in a sentence."""
+    dtypes = Counter(report.spec.dtype.value for report in found.reports.values() if report.statistics is None)
+    if not dtypes:
+        return ""
+    counts = ", ".join(f"{number} tensors of {dtype}" for dtype, number in dtypes.items())
+    return f"without statistics, because their numbers share bytes or are complex: {counts}"
+
+
 def statistics_cells(found: TensorStatistics | None) -> tuple[str, ...]:
     """Mean, deviation, extremes and counts, for people; of a dtype that has none nothing."""
     if found is None:
         return ("",) * len(STATISTICS)
     numbers = (found.mean, found.std, found.minimum, found.maximum)
     shown = tuple("" if number is None else f"{number:.3g}" for number in numbers)
-    zeros = f"{100 * found.zero / found.elements:.2g} %" if found.zero else "0"
+    zeros = f"{100 * found.zero / found.elements:.3g} %" if found.zero else "0"
     return (*shown, zeros, str(found.nan), str(found.infinite))
 
 

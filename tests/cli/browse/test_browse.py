@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub import Fault, Hub
 from support import write_checkpoint
 
 pytest.importorskip("textual")
@@ -25,6 +26,7 @@ from weightops.cli.browse.reading import Figures, Reading, relative_norm
 from weightops.cli.browse.subject import Subject, open_side
 from weightops.cli.browse.tree import ModuleTree
 from weightops.engine.control import Control
+from weightops.stores.web.web import Web
 
 Steps = Callable[[Browser, Pilot[None]], Awaitable[None]]
 
@@ -44,10 +46,15 @@ def model(folder: Path, **changes: torch.Tensor) -> Path:
 
 
 def browse(
-    paths: Sequence[Path], steps: Steps, size: tuple[int, int] = (120, 40), figures: Figures = relative_norm
+    paths: Sequence[Path | str],
+    steps: Steps,
+    size: tuple[int, int] = (120, 40),
+    figures: Figures = relative_norm,
+    control: Control | None = None,
 ) -> Browser:
+    control = control or Control()
+
     async def drive() -> Browser:
-        control = Control()
         browser = Browser(Subject.of(*(open_side(path, control) for path in paths)), control, figures)
         async with browser.run_test(size=size) as pilot:
             await pilot.pause()
@@ -279,6 +286,72 @@ def test_a_signal_ends_it_with_its_code(tmp_path: Path) -> None:
         await until(pilot, lambda: browser.return_code == 143)
 
     assert browse([model(tmp_path / "m")], steps).return_code == 143
+
+
+def test_what_lies_on_a_server_waits_for_a_key(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", **{"z.large": torch.zeros(1 << 19)})  # beyond what is fetched with the header
+    with Hub() as hub:
+        hub.add("org/name", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+        async def steps(browser: Browser, pilot: Pilot[None]) -> None:
+            await search(browser, pilot, "z.large")
+            await pilot.pause(0.3)
+            before = len(hub.log)
+            assert "s reads it: 2.1 MB over the network" in panel(browser)
+            await pilot.press("s")
+            await until(pilot, lambda: "xxh3_128" in panel(browser))
+            assert len(hub.log) > before
+            await search(browser, pilot, "layers.7.norm")
+            await pilot.press("s", "up", "down", "s")
+            await until(pilot, lambda: "xxh3_128" in panel(browser))
+            await pilot.press("c")
+            await until(pilot, lambda: '"hidden_size": 4' in panel(browser))
+
+        with Web(endpoint=hub.endpoint) as web:
+            browse(["hf://org/name"], steps, control=Control(web=web))
+
+
+def test_a_server_that_does_not_answer_keeps_nobody_from_leaving(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", **{"z.large": torch.zeros(1 << 19)})
+    with Hub() as hub:
+        hub.add("org/name", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+        async def steps(browser: Browser, pilot: Pilot[None]) -> None:
+            hub.faults["model.safetensors"] = [Fault("stall", at=1000, value=120)] * 9
+            before = len(hub.log)
+            await search(browser, pilot, "z.large")
+            await pilot.press("s")
+            await until(pilot, lambda: len(hub.log) > before)
+            await pilot.press("q")
+
+        with Web(endpoint=hub.endpoint) as web:
+            begun = time.monotonic()
+            browse(["hf://org/name"], steps, control=Control(web=web))
+            assert time.monotonic() - begun < 60
+
+
+def test_gguf_files_and_single_files_are_browsed_too(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(20)])
+    writer.add_tensor("blk.0.attn_q.weight", torch.ones(4, 32).numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+    async def steps(browser: Browser, pilot: Pilot[None]) -> None:
+        await pilot.press("m")
+        await until(pilot, lambda: "general.architecture: llama" in panel(browser))
+        assert "tokenizer.ggml.tokens: string [t0, t1, t2, t3, t4, t5, t6, t7, … 20 in all]" in panel(browser)
+        await search(browser, pilot, "attn_q")
+        await until(pilot, lambda: "xxh3_128" in panel(browser))
+
+    browse([tmp_path / "m.gguf"], steps)
+
+    async def beside(browser: Browser, pilot: Pilot[None]) -> None:
+        await pilot.press("c")
+        await until(pilot, lambda: '"hidden_size": 4' in panel(browser))
+
+    browse([model(tmp_path / "m") / "model.safetensors"], beside)
 
 
 def test_a_long_list_grows_as_it_is_asked_for(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from adapters import Made, edit_config, edit_tensors, load_model, quietly, save_adapter, state
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from support import write_checkpoint
 
 import weightops
 from weightops.errors import IncompatibleInputs, UsageError
@@ -132,6 +133,13 @@ def test_what_does_not_fit_is_named_part_by_part(made: Made, tmp_path: Path) -> 
         == "a: lm_head.weight is float32 [101, 3], the base's lm_head.weight is float32 [101, 72]"
     )
     assert set(found.problems) <= set(inspected.warnings)
+
+
+def test_a_part_that_could_be_two_tensors_of_the_base_is_a_problem_of_its_own(made: Made, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {f"{n}.lm_head.weight": torch.zeros(101, 72) for n in "ab"})
+    found = report(made.adapter(modules_to_save=["lm_head"]), base=base)
+    assert "lm_head.weight may be a.lm_head.weight or b.lm_head.weight of the base" in str(found.whole[0].problem)
+    assert len(found.problems) == len(found.targets) + 1
 
 
 def test_problems_of_many_parts_are_not_a_screenful_of_warnings(made: Made) -> None:

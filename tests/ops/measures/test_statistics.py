@@ -203,3 +203,30 @@ def test_extremes_are_those_of_finite_numbers_whatever_else_there_is(odd: list[f
     found = measure(given_tensor(tensor))
     assert (found.minimum, found.maximum) == (-2.5, 1.5)
     assert found == expected(tensor, DType.F32)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(ALL), st.integers(0, 2**32), st.integers(0, 40), st.integers(0, 40))
+def test_statistics_of_parts_add_up_to_those_of_the_whole(dtype: DType, seed: int, first: int, second: int) -> None:
+    whole = random_tensor(dtype, (first + second,), seed)
+    added = expected(whole[:first], dtype) + expected(whole[first:], dtype)
+    found = expected(whole, dtype)
+    for name in ("elements", "nan", "infinite", "zero", "subnormal", "minimum", "maximum", "histogram"):
+        assert getattr(added, name) == getattr(found, name), name
+    size = max(1e-300, abs(found.absmax or 0))
+    if found.mean is None or found.std is None:
+        assert (added.mean, added.std) == (found.mean, found.std)
+    elif size < 1e150:
+        assert added.mean == pytest.approx(found.mean, rel=1e-9, abs=1e-9 * size)
+        assert added.std == pytest.approx(found.std, rel=1e-6, abs=1e-9 * size)
+
+
+def test_what_is_not_known_of_a_part_is_not_known_of_the_whole() -> None:
+    known = TensorStatistics(elements=2, minimum=1.0, maximum=3.0, mean=2.0, std=1.0, zero_rows=1)
+    overflowed = TensorStatistics(elements=1, minimum=1e308, maximum=1e308)
+    nothing = TensorStatistics(elements=4, nan=4, zero_rows=2)
+    assert (known + overflowed).mean is None
+    assert (known + nothing).mean == 2.0
+    assert (nothing + known).std == 1.0
+    assert (known + nothing).zero_rows == 3
+    assert (known + overflowed).zero_rows is None

@@ -131,8 +131,9 @@ class Browser(App[None]):
         self.exit()
 
     def on_unmount(self) -> None:
-        """Leave no thread behind that would go on reading."""
+        """Leave no thread behind that would go on reading, or wait for a server."""
         self._stop_reading()
+        self._control.cancel()
 
     # the panel
 

@@ -17,8 +17,7 @@ from weightops.ops.measures.statistics import TensorStatistics
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _MOST_ROWS = 20
 """Lines of a histogram: below them, magnitudes are counted together."""
-_LABELS = (*STATISTICS, "tiny")
-"""The last are subnormal numbers."""
+_LABELS = (*STATISTICS, "subnormal")
 _LETTERS = ("A", "B")
 
 
@@ -57,7 +56,7 @@ def tensor_text(subject: Subject, name: str, reading: Reading | str | None, widt
         text.append(f"{letter}{tensor.spec}\n", "bold")
         indent = " " * len(letter)
         share = 100 * tensor.nbytes / max(1, side.inspection.nbytes)
-        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}, {share:.2g} %\n")
+        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}, {share:.3g} %\n")
         text.append(f"{indent}in {escape(side.checkpoint.shards.get(name, side.checkpoint.name))}\n", "dim")
         alias = side.inspection.aliases.get(name)
         if alias is not None:
@@ -108,10 +107,10 @@ def _append_table(text: Text, columns: Sequence[Sequence[str]], letters: Sequenc
 def _append_facts(text: Text, columns: Sequence[Sequence[str]], _: Sequence[str]) -> None:
     """Two numbers in a line."""
     (cells,) = columns
-    pairs = list(zip(_LABELS, cells, strict=True))
-    for i in range(0, len(pairs), 2):
-        for label, cell in pairs[i : i + 2]:
-            text.append(f"{label:6}", "dim").append(f"{cell:12}", _style(label, [cell]))
+    found = dict(zip(_LABELS, cells, strict=True))
+    for pair in (("mean", "std"), ("min", "max"), ("NaN", "inf"), ("zero", "subnormal")):
+        for label in pair:
+            text.append(f"{label:5} ", "dim").append(f"{found[label]:11} ", _style(label, [found[label]]))
         text.append("\n")
 
 
@@ -137,8 +136,8 @@ def _append_histogram(text: Text, found: Sequence[TensorReport], letters: Sequen
             label = (f"<2^{exponent + 1}" if is_last else f"≥2^{exponent}") if number == 0 else ""
             text.append(f"{label:>6} ", "dim")
             text.append(f"{letters[number]} " if len(letters) > 1 else "", "dim")
-            text.append(_bar(share / top, room), "cyan" if number == 0 else "magenta")
-            text.append(f" {100 * share:.2g} %\n" if share else "\n", "dim")
+            text.append(_bar(share / top, room), "cyan" if number == 0 else "yellow")
+            text.append(f" {100 * share:.3g} %\n" if share else "\n", "dim")
 
 
 def _shares(found: TensorStatistics) -> dict[int, float]:

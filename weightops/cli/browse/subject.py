@@ -18,7 +18,8 @@ from weightops.cli import inspection
 from weightops.cli.output import escape_lines
 from weightops.engine.control import Control
 from weightops.errors import WeightopsError
-from weightops.formats.folder import read_place
+from weightops.formats.adapter.files import looks_like_adapter
+from weightops.formats.folder import open_adapter, read_place
 from weightops.formats.places import find_place
 from weightops.io import strict_json
 from weightops.io.escape import escape
@@ -64,8 +65,10 @@ class Side:
 
     def metadata(self, stores: Stores) -> list[str]:
         """Files, sizes and metadata, in lines; of GGUF files the header is read once more for it."""
-        parts = (inspection.inventory, inspection.files, inspection.beside)
-        text = "\n\n".join(filter(None, (click.unstyle(part(self.inspection)) for part in parts)))
+        found = self.inspection
+        told = inspection.adapter(found.adapter, None) if found.adapter is not None else ""
+        parts = (inspection.inventory(found), told, inspection.files(found), inspection.beside(found))
+        text = "\n\n".join(click.unstyle(part) for part in parts if part)
         lines = [*_lines(text), *_lines("\n".join(f"Warning: {each}" for each in self.inspection.warnings))]
         pairs = {**self.checkpoint.metadata, **self._gguf(stores)}
         return [*lines, "", "metadata", *(f"  {escape(key)}: {_value(value)}" for key, value in pairs.items())]
@@ -85,7 +88,8 @@ def open_side(path: str | os.PathLike[str], control: Control) -> Side:
     """The checkpoint at a path, on a hub or a server; raises as `open_checkpoint` does."""
     place = find_place(path, control.stores)
     checkpoint = read_place(place, control.stores)
-    return Side(checkpoint, inspect(checkpoint, place, os.fspath(path), control=control))
+    adapter = open_adapter(path, control.stores) if looks_like_adapter(checkpoint) else None
+    return Side(checkpoint, inspect(checkpoint, place, os.fspath(path), adapter=adapter, control=control))
 
 
 def _lines(text: str) -> list[str]:

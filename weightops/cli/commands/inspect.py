@@ -91,4 +91,6 @@ def _parts(
         yield inspection.tree(found, depth, width, stats=stats)
     if tensors or (stats and not tree):
         yield inspection.tensors(found, width, stats=stats)
+    if stats:
+        yield inspection.not_examined(found)
     yield inspection.beside(found, width)

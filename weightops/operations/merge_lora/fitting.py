@@ -54,7 +54,10 @@ def fit(adapter: Adapter, base: Checkpoint) -> tuple[dict[tuple[str, int], Fit],
         return Fit(tuple(found))
 
     def whole_or_rows(path: str, tensor: LazyTensor, *, in_rows: bool) -> Fit:
-        name = find(path)
+        try:
+            name = find(path)
+        except IncompatibleInputs as error:
+            return Fit(problem=str(error))
         if name is None:
             return Fit(problem=f"{escape(adapter.name)}: {escape(path)}: the base has no such tensor")
         shape, own = base[name].spec.shape, tensor.spec.shape
