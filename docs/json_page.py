@@ -61,7 +61,8 @@ PRINTED = {
     "weightops-check/1": ("`check`", "weightops check ./model --no-architecture --json"),
     "weightops-verify/1": ("`verify`", "weightops verify ./model-bf16 --json"),
     "weightops-inspect/1": ("`inspect`", "weightops inspect ./model --json"),
-    "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --json"),
+    "weightops-compare/1": ("`compare`", "weightops compare ./model ./model-bf16 --tolerance 0.01 --json"),
+    "weightops-eval/2": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --json"),
     "weightops-generate/1": (
         "`generate`",
         'weightops generate ./tiny-llama --prompt "Once upon a time" --max-new-tokens 5 --json',

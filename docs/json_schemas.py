@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from weightops.api.compare_report import CompareDocument
 from weightops.api.quantize_report import QuantizeDocument
 from weightops.cli.events import Event
 from weightops.cli.machine import EnvDocument
@@ -19,7 +20,7 @@ from weightops.cli.output import ErrorDocument
 from weightops.engine.staging import PartialRun
 from weightops.formats.delta import Delta
 from weightops.formats.proofs.manifest import Manifest
-from weightops.inference.evaluate import EvalDocument
+from weightops.inference.figures import EvalDocument
 from weightops.inference.generate import GenerateDocument
 from weightops.operations.check import CheckDocument
 from weightops.operations.download import DownloadDocument
@@ -38,6 +39,7 @@ DOCUMENTS: tuple[Any, ...] = (
     CheckDocument,
     VerifyDocument,
     InspectDocument,
+    CompareDocument,
     EvalDocument,
     GenerateDocument,
     EnvDocument,

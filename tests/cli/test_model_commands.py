@@ -41,7 +41,7 @@ def test_eval_shows_a_table_and_its_convention(models: Path, capsys: pytest.Capt
     assert "KL in nats, of each model from the reference" in out
     assert run([*line, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == "weightops-eval/1"
+    assert document["schema"] == "weightops-eval/2"
     assert [row["name"] for row in document["models"]] == ["model", "model-gptq"]
     assert f"{document['models'][1]['perplexity']:.4f}" in out
     assert len(document["models"][1]["module_errors"]) == 21

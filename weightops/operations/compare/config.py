@@ -47,10 +47,10 @@ _SINGLE = 1e-6
 
 def config_changes(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[ConfigChange], list[str]]:
     """Every key that differs; and what there is to say where the two cannot be compared."""
-    if a.layout != b.layout and (a.layout not in (None, "hf") or b.layout not in (None, "hf")):
-        return _across_layouts(a, b, evaluate)
-    if a.layout == "gguf":
+    if a.layout == b.layout == "gguf":
         return list(_differences("metadata", _gguf(a.metadata), _gguf(b.metadata))), []
+    if not {a.layout, b.layout} <= {None, "hf"}:
+        return _by_parameters(a, b, evaluate)
     found, notes = list[ConfigChange](), list[str]()
     for name in _FILES:
         documents = []
@@ -92,14 +92,14 @@ def _in_one_dialect(document: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _across_layouts(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[ConfigChange], list[str]]:
-    """By what both layouts say of the model, under the names that are used here."""
+def _by_parameters(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[ConfigChange], list[str]]:
+    """By what both layouts say of the model, and mean where they say nothing, under the names that are used here."""
     sides = []
     for entries in (a, b):
         try:
             sides.append(_hyperparameters(entries, evaluate))
         except WeightopsError as error:
-            return [], [f"the configurations are in two layouts, and not compared: {error}"]
+            return [], [f"the configurations are not compared: {error}"]
     known = sides[0].keys() & sides[1].keys()
     one, other = ({key: side[key] for key in sorted(known)} for side in sides)
     for key, value in one.items():
