@@ -43,8 +43,8 @@ Numbers are numbers: bytes in fields that end in `nbytes`, seconds in `_s`. What
 not finite, which JSON does not have, is null too. Text is escaped to ASCII, so that it survives any terminal.
 
 When a command fails, the document on stdout is an error, `weightops-error/2`, and the
-[exit code](commands.md#exit-codes) is the one that it names. `verify` and `check` do not fail when they find something:
-they print their own document, and exit with 3.
+[exit code](commands.md#exit-codes) is the one that it names. `verify`, `check` and `compare` do not fail when they find
+something: they print their own document, and exit with 3.
 """
 PRINTED = {
     "weightops-write/2": (

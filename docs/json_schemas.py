@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from weightops.api.compare_report import CompareDocument
+from weightops.api.comparison_report import CompareDocument
 from weightops.api.quantize_report import QuantizeDocument
 from weightops.cli.events import Event
 from weightops.cli.machine import EnvDocument

@@ -24,6 +24,8 @@ OWN_WORDS = {
     "--method": {"diff", "quantize"},
     "--base": {"merge-lora", "extract-lora"},
     "--tuned": {"diff", "extract-lora"},
+    "--strict": {"compare"},
+    "--text": {"compare"},
     "--seq-len": {"quantize", "eval"},
     "--max-memory": {"quantize"},
     "--checkpoint-format": {"dequantize"},

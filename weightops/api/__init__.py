@@ -20,13 +20,14 @@ from weightops.api.change import (
     recover,
     shard,
 )
-from weightops.api.compare import compare
+from weightops.api.comparison import Comparisons, compare
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
+    "Comparisons",
     "ComputeDType",
     "Output",
     "Quantization",
