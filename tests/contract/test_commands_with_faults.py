@@ -44,9 +44,10 @@ COMMANDS = [
     "dequantize packed",
     "run recipe.yaml",
     "check raw --no-architecture",
+    "compare raw tuned --workers 1",
     "inspect raw",
 ]
-TELLING = ("check", "inspect")
+TELLING = ("check", "compare", "inspect")
 
 
 @pytest.fixture(scope="module")

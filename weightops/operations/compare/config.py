@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from weightops.errors import WeightopsError
+from weightops.errors import CorruptInput, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.source import Source, beside
@@ -57,7 +57,7 @@ def config_changes(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[Con
         for entries in (a, b):
             try:
                 documents.append(_document(entries, name))
-            except WeightopsError as error:
+            except (CorruptInput, UsageError) as error:
                 notes.append(f"{name} is not compared: {error}")
         if len(documents) == 2:
             found += _differences(name, documents[0], documents[1])
@@ -98,7 +98,7 @@ def _by_parameters(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[Con
     for entries in (a, b):
         try:
             sides.append(_hyperparameters(entries, evaluate))
-        except WeightopsError as error:
+        except (CorruptInput, UsageError) as error:
             return [], [f"the configurations are not compared: {error}"]
     known = sides[0].keys() & sides[1].keys()
     one, other = ({key: side[key] for key in sorted(known)} for side in sides)
