@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import given_tensor
 from tiny_models import quantize_tiny, save_tiny
 
+import weightops
 from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.formats.folder import open_checkpoint
@@ -128,6 +129,20 @@ def test_a_quantised_copy_lies_within_steps(base: Path, tmp_path: Path) -> None:
     assert {lone.name for lone in found.lone} == packed
     back = compare(open_checkpoint(tmp_path / "gptq"), open_checkpoint(base))
     assert back.relation.startswith("A is B quantised (GPTQ, 4 bits)")
+    quantize_tiny(base, tmp_path / "8", bits=8)
+    both = compare(open_checkpoint(tmp_path / "8"), open_checkpoint(tmp_path / "gptq"))
+    assert both.relation.startswith(
+        "A and B are quantised forms of the same weights, to within a step (GPTQ, 8 bits and"
+    )
+
+
+def test_a_dequantised_copy_is_told_from_the_original(base: Path, tmp_path: Path) -> None:
+    quantize_tiny(base, tmp_path / "gptq")
+    weightops.dequantize(tmp_path / "gptq", tmp_path / "plain", dtype="float16")
+    packed, plain = open_checkpoint(tmp_path / "gptq"), open_checkpoint(tmp_path / "plain")
+    words = "(GPTQ, 4 bits), dequantised and rounded to float16, exactly; the other"
+    assert compare(packed, plain).relation.startswith(f"B is A {words}")
+    assert compare(plain, packed).relation.startswith(f"A is B {words}")
 
 
 def test_other_weights_than_the_quantised_ones_are_no_quantised_copy(base: Path, tmp_path: Path) -> None:

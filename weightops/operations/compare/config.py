@@ -31,6 +31,8 @@ _HARMLESS = {
 _DECISIVE = ("sliding_window",)
 """Keys whose absence stands for a value other than null."""
 _MAX_VALUE = 400
+_MAX_DEPTH = 32
+"""Below that, objects are compared as a whole."""
 _OF_GGUF = {
     "block_count": "n_layers",
     "embedding_length": "dim",
@@ -133,7 +135,7 @@ def _differences(
     """Values that differ, by JSON pointer (RFC 6901); an object that is in one of the two alone is one of them."""
     for key in dict.fromkeys([*a, *b]):
         old, new, path = a.get(key, msgspec.UNSET), b.get(key, msgspec.UNSET), (*above, key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and len(path) < _MAX_DEPTH:
             yield from _differences(file, old, new, path)
             continue
         one, other = _text(old), _text(new)
