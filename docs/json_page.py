@@ -36,8 +36,9 @@ INTRODUCTION = """\
 
 With `--json` a command prints one document on stdout, and nothing else there; progress, warnings and errors are lines
 on stderr, as ever. Every document names its schema, such as `"schema": "weightops-verify/1"`, and has the shape that
-the [JSON Schema](https://json-schema.org) of that name, linked below, says. A shape never changes under its name: one
-that does gets the next number, and the changelog says so.
+the [JSON Schema](https://json-schema.org) of that name, linked below, says. Under one name
+fields may be added; where one is taken away or comes to mean something else, the number changes, and the changelog says
+so.
 
     weightops verify ./zhixi --json | jq .verdict
 
@@ -45,8 +46,8 @@ Numbers are numbers: bytes in fields that end in `nbytes`, seconds in `_s`. What
 not finite, which JSON does not have, is null too. Text is escaped to ASCII, so that it survives any terminal.
 
 When a command fails, the document on stdout is an error, `weightops-error/2`, and the
-[exit code](commands.md#exit-codes) is the one that it names. `verify` and `check` do not fail when they find something:
-they print their own document, and exit with 3.
+[exit code](commands.md#exit-codes) is the one that it names. `verify`, `check` and `compare` do not fail when they find
+something: they print their own document, and exit with 3.
 """
 PRINTED = {
     "weightops-write/2": (
@@ -63,6 +64,7 @@ PRINTED = {
     "weightops-check/1": ("`check`", "weightops check ./model --no-architecture --json"),
     "weightops-verify/1": ("`verify`", "weightops verify ./model-bf16 --json"),
     "weightops-inspect/2": ("`inspect`", "weightops inspect ./model --stats --tree --json"),
+    "weightops-compare/1": ("`compare`", "weightops compare ./model ./model-bf16 --tolerance 0.01 --json"),
     "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --json"),
     "weightops-generate/1": (
         "`generate`",

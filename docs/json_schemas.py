@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from weightops.api.comparison_report import CompareDocument
 from weightops.api.quantize_report import QuantizeDocument
 from weightops.cli.events import Event
 from weightops.cli.machine import EnvDocument
@@ -21,8 +22,8 @@ from weightops.formats.delta import Delta
 from weightops.formats.proofs.manifest import Manifest
 from weightops.inference.batch import AnswerDocument, AnswersDocument, BatchDocument
 from weightops.inference.chat import ChatDocument
-from weightops.inference.evaluate import EvalDocument
 from weightops.inference.events import Event as TextEvent
+from weightops.inference.figures import EvalDocument
 from weightops.inference.generate import GenerateDocument
 from weightops.operations.check import CheckDocument
 from weightops.operations.download import DownloadDocument
@@ -41,6 +42,7 @@ DOCUMENTS: tuple[Any, ...] = (
     CheckDocument,
     VerifyDocument,
     InspectDocument,
+    CompareDocument,
     EvalDocument,
     GenerateDocument,
     TextEvent,

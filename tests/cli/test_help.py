@@ -25,6 +25,8 @@ OWN_WORDS = {
     "--base": {"merge-lora", "extract-lora", "inspect"},
     "--include": {"download", "inspect"},
     "--tuned": {"diff", "extract-lora"},
+    "--strict": {"compare"},
+    "--text": {"compare"},
     "--seq-len": {"quantize", "eval"},
     "--max-memory": {"quantize"},
     "--checkpoint-format": {"dequantize"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -14,12 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, text
 
 from weightops import api
 from weightops.cli.main import run
 from weightops.cli.pages import check as check_html
+from weightops.cli.pages import compare as compare_html
 from weightops.cli.pages import html as html_page
 from weightops.cli.pages import quantize as quantize_html
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
@@ -87,7 +89,24 @@ def check_page(folder: Path) -> str:
     return check_html.page(api.check(folder)).decode()
 
 
-@pytest.mark.parametrize("make", [lambda folder: quantize_page(), check_page], ids=["quantize", "check"])
+def compare_page(folder: Path) -> str:
+    """Of a model with every kind of change that has a place of its own on the page, and of what it says of a text."""
+    save_tiny(folder / "base", "llama")
+    shutil.copytree(folder / "base", folder / "changed")
+    state = load_file(folder / "changed/model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][3, 7] = math.nan
+    state["model.layers.1.self_attn.v_proj.weight"][16:] *= 2
+    state["model.embed_tokens.weight"][40] += 1
+    del state["model.layers.2.mlp.up_proj.weight"]
+    save_file(state, folder / "changed/model.safetensors", {"format": "pt"})
+    (folder / "changed/chat_template.jinja").write_text("{{ messages }}")
+    (folder / "changed/config.json").write_text("{}")
+    return compare_html.page(api.compare(folder / "base", folder / "changed")).decode()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda folder: quantize_page(), check_page, compare_page], ids=["quantize", "check", "compare"]
+)
 def test_a_page_is_one_file_for_every_reader_that_fetches_and_runs_nothing(
     make: Callable[[Path], str], tmp_path: Path
 ) -> None:
@@ -222,3 +241,22 @@ def test_check_s_maps_name_their_stack_and_leave_integers_out(tmp_path: Path) ->
     assert "Tensors of integers, such as packed weights, are not in the maps" in found.text
     assert not any("qweight" in title for title in found.titles())
     assert sum("layer 1, up.weight" in title and title.endswith("; 1 NaN") for title in found.titles()) == 2
+
+
+def test_what_changed_is_seen_at_a_glance(tmp_path: Path) -> None:
+    found = Page(compare_page(tmp_path))
+    titles = found.titles()
+    assert "layer 0, mlp.down_proj.weight: = %" in "".join(titles)
+    assert any(t.startswith("layer 0, mlp.up_proj.weight: nan %; equal but for NaN") for t in titles)
+    assert any(t.startswith("layer 2, mlp.up_proj.weight: not measured; it has no partner") for t in titles)
+    assert any("layer 1, self_attn.v_proj.weight: " in t and "a few attention heads changed" in t for t in titles)
+    order = [found.text.index(part) for part in ("B is A but for 3 of", "What to see first", "‖B-A‖/‖A‖", "Settings")]
+    assert order[0] < order[1] < order[3]
+    assert "1 of 320 rows: 40 “G”" in found.text
+
+
+def test_amounts_are_red_from_zero_up() -> None:
+    scale = Scale(middle=8.0, step=1.0, is_amount=True)
+    assert [scale.colour(value, 8.0) for value in (0, 1e-9, 1, 2, 4, 8, math.nan)] == [
+        *("m", "p1", "p1", "p2", "p3", "p4", "odd")
+    ]

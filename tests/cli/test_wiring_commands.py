@@ -126,6 +126,14 @@ ROWS: dict[str, list[Row]] = {
         row("--ignore nan", {"ignore": "nan"}, ignore=("nan",)),
         same("--workers 3", workers=3),
     ],
+    "compare": [
+        same("--tolerance 0.5", tolerance=0.5),
+        row("--strict --tolerance 0", {"strict": True, "tolerance": 0.0}),
+        same("--workers 3", workers=3),
+        row("--text a --text b", {"text": (Path("a"), "b")}, texts=[Path("a"), Path("b")], reference="source"),
+        row("--seq-len 9 --text a", {"seq_len": 9, "text": "a"}, seq_len=9),
+        *(row(f"{each.argv} --text a", {**(each.python or {}), "text": "a"}, **each.arrives) for each in MODEL),
+    ],
     "verify": [
         row("--manifest list.md5", {"manifest": "list.md5"}, manifest=Path("list.md5")),
         same("--quick", quick=True),
@@ -175,6 +183,7 @@ SHOWN = {"--json", "--progress", "--verbose", "-v", "-q", "--quiet", "-o", "--ou
 ELSEWHERE = {
     "quantize": {"--sym", "--mse", "--html"},
     "check": {"--strict", "--html"},
+    "compare": {"--html"},
     "verify": {"--junit"},
     "manifest": {"--dry-run", "--overwrite"},
     "serve": {
@@ -193,6 +202,7 @@ GIVEN = {
     "generate": ("source", ("source", "one")),
     "chat": ("source", ("source",)),
     "check": ("source", ("source",)),
+    "compare": ("source other", ("source", "other")),
     "verify": ("source", ("source",)),
     "inspect": ("source", ("source",)),
     "manifest": ("source", ("source",)),
@@ -232,7 +242,13 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     stand_in("weightops.operations.check.check")
     pool = SimpleNamespace(close=lambda: None)
     monkeypatch.setattr("weightops.api.talk.open_pool", lambda _, **options: found.update(options) or pool)
-    for name in ("verify.verify", "manifest.make_manifest", "inspect.inspect", "download.download_into"):
+    for name in (
+        "compare.compare",
+        "verify.verify",
+        "manifest.make_manifest",
+        "inspect.inspect",
+        "download.download_into",
+    ):
         stand_in(f"weightops.operations.{name}")
     monkeypatch.setattr("weightops.inference.tokens.read_text", lambda paths: found.update(texts=list(paths)) or "x")
     stand_for_quantize(monkeypatch, found)
@@ -359,6 +375,10 @@ def test_the_rows_are_all_that_there_is() -> None:
         ("generate source --prompt x --seed 0", "--seed has no use at --temperature 0"),
         ("inspect source --depth 2", "--depth has no use without --tree"),
         ("inspect source --workers 2", "--workers has no use without --stats"),
+        ("compare source other --dtype float16", "--dtype has no use without --text"),
+        ("compare source other --seq-len 9", "--seq-len has no use without --text"),
+        ("compare source", "there is one model, and nothing to compare it with"),
+        ("compare source other --strict", "strict says what counts as a difference"),
         ("verify source --quick --content", "quick reads no tensors, and content nothing else"),
         ("verify source --content --extra warn", "--extra has no use with --content"),
         ("verify source --content --algorithm md5", "--algorithm has no use with --content"),

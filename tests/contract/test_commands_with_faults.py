@@ -44,10 +44,11 @@ COMMANDS = [
     "dequantize packed",
     "run recipe.yaml",
     "check raw --no-architecture",
+    "compare raw tuned --workers 1",
     "inspect raw",
     "inspect adapter --base raw --stats",
 ]
-TELLING = ("check", "inspect")
+TELLING = ("check", "compare", "inspect")
 
 
 @pytest.fixture(scope="module")

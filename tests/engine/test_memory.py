@@ -63,6 +63,19 @@ def test_a_tensor_of_a_gigabyte_is_recovered_in_288_mib(tmp_path: Path, containe
     shutil.rmtree(tmp_path / "out")
 
 
+def test_tensors_of_a_gigabyte_are_compared_in_288_mib(tmp_path: Path) -> None:
+    """Also where every number is another, and the rank of the change is looked for."""
+    shapes = {"model.embed_tokens.weight": BIG, "model.layers.0.self_attn.q_proj.weight": (1 << 13, 1 << 13)}
+    one, other = (sparse(tmp_path / side, DType.F16, shapes) for side in "ab")
+    size = (other / "model.safetensors").stat().st_size
+    with (other / "model.safetensors").open("r+b") as file:
+        file.seek(size - (1 << 27))  # all of q
+        for _ in range(1 << 5):
+            file.write(b"\x01\x3c" * (1 << 21))
+    run_limited("compare", str(one), str(other))
+    (other / "model.safetensors").unlink()
+
+
 def peak_nbytes(*arguments: str) -> int:
     """The most anonymous memory that a Python process touched."""
     process = subprocess.Popen([sys.executable, *arguments])

@@ -75,6 +75,14 @@ def test_agreement_is_that_of_whole_distributions(tmp_path: Path) -> None:
     assert same is not None
     assert (same.kl_mean, same.kl_max, same.top1) == (0, 0, 1)
     assert found.scores[1].nll == pytest.approx(plain_nll(right), rel=1e-6)
+    worst = other.divergence.worst[0]
+    place = divmod(worst.index - 1, SEQ_LEN)
+    assert float(divergence[place]) == pytest.approx(worst.kl, rel=1e-4) == pytest.approx(other.kl_max)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "left")
+    assert worst.context.endswith(tokenizer.decode([int(WINDOWS[place])]))
+    assert worst.of_reference.text == tokenizer.decode([int(left[place].argmax())])
+    if place[1] + 1 < SEQ_LEN:
+        assert worst.expected == tokenizer.decode([int(WINDOWS[place[0], place[1] + 1])])
 
 
 def test_states_in_a_file_and_logits_in_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from weightops.api.change import (
     recover,
     shard,
 )
-from weightops.api.compare import compare
+from weightops.api.comparison import Comparisons, compare
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
@@ -28,6 +28,7 @@ from weightops.api.talk import chat, generate_all, open_pool
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
+    "Comparisons",
     "ComputeDType",
     "Output",
     "Quantization",

@@ -107,7 +107,7 @@ class ScoreDocument(msgspec.Struct, frozen=True, kw_only=True):
     divergence: Divergence | msgspec.UnsetType = msgspec.UNSET
 
 
-class EvalDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-eval/2"):
+class EvalDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-eval/1"):
     """What `eval --json` prints: the models on one text, by one convention; the reference comes first."""
 
     seq_len: int

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from weightops.api.compare_report import Comparisons
-from weightops.cli.commands.compare import candidate_heads, candidate_rows, changed_row
+from weightops.api import Comparisons
+from weightops.cli.comparison import candidate_heads, candidate_rows, changed_row
 from weightops.cli.divergence import quoted
 from weightops.cli.pages import html as html_page
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map

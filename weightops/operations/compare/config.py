@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from weightops.errors import WeightopsError
+from weightops.errors import CorruptInput, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.source import Source, beside
@@ -31,6 +31,8 @@ _HARMLESS = {
 _DECISIVE = ("sliding_window",)
 """Keys whose absence stands for a value other than null."""
 _MAX_VALUE = 400
+_MAX_DEPTH = 32
+"""Below that, objects are compared as a whole."""
 _OF_GGUF = {
     "block_count": "n_layers",
     "embedding_length": "dim",
@@ -47,17 +49,17 @@ _SINGLE = 1e-6
 
 def config_changes(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[ConfigChange], list[str]]:
     """Every key that differs; and what there is to say where the two cannot be compared."""
-    if a.layout != b.layout and (a.layout not in (None, "hf") or b.layout not in (None, "hf")):
-        return _across_layouts(a, b, evaluate)
-    if a.layout == "gguf":
+    if a.layout == b.layout == "gguf":
         return list(_differences("metadata", _gguf(a.metadata), _gguf(b.metadata))), []
+    if not {a.layout, b.layout} <= {None, "hf"}:
+        return _by_parameters(a, b, evaluate)
     found, notes = list[ConfigChange](), list[str]()
     for name in _FILES:
         documents = []
         for entries in (a, b):
             try:
                 documents.append(_document(entries, name))
-            except WeightopsError as error:
+            except (CorruptInput, UsageError) as error:
                 notes.append(f"{name} is not compared: {error}")
         if len(documents) == 2:
             found += _differences(name, documents[0], documents[1])
@@ -92,14 +94,14 @@ def _in_one_dialect(document: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _across_layouts(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[ConfigChange], list[str]]:
-    """By what both layouts say of the model, under the names that are used here."""
+def _by_parameters(a: Entries, b: Entries, evaluate: Evaluate) -> tuple[list[ConfigChange], list[str]]:
+    """By what both layouts say of the model, and mean where they say nothing, under the names that are used here."""
     sides = []
     for entries in (a, b):
         try:
             sides.append(_hyperparameters(entries, evaluate))
-        except WeightopsError as error:
-            return [], [f"the configurations are in two layouts, and not compared: {error}"]
+        except (CorruptInput, UsageError) as error:
+            return [], [f"the configurations are not compared: {error}"]
     known = sides[0].keys() & sides[1].keys()
     one, other = ({key: side[key] for key in sorted(known)} for side in sides)
     for key, value in one.items():
@@ -133,7 +135,7 @@ def _differences(
     """Values that differ, by JSON pointer (RFC 6901); an object that is in one of the two alone is one of them."""
     for key in dict.fromkeys([*a, *b]):
         old, new, path = a.get(key, msgspec.UNSET), b.get(key, msgspec.UNSET), (*above, key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and len(path) < _MAX_DEPTH:
             yield from _differences(file, old, new, path)
             continue
         one, other = _text(old), _text(new)

@@ -12,7 +12,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.errors import CorruptInput, UsageError, WeightopsError
+from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.names import unwrapped
 from weightops.layouts import meta
 from weightops.layouts.embeddings import is_vocabulary
@@ -189,7 +189,7 @@ def _parameters(checkpoint: Checkpoint, layout: str | None) -> dict[str, Any]:
     try:
         read = beside(checkpoint, None)
         return Source(checkpoint, read, lambda _: b"").json(name) or {}
-    except (WeightopsError, UsageError, CorruptInput):
+    except (UsageError, CorruptInput):
         return {}
 
 

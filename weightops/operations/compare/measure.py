@@ -33,6 +33,8 @@ _SEED = 0
 _MOVED = 0.05
 """A relative change below this is no exchange of two tensors."""
 _SAME_NORM = 1e-5
+_SMALLEST, _LARGEST, _ABSURD = 1e-12, 1e12, 1e100
+"""With ||d|| between the first two products stay in float32's range; beyond the last not even in float64's."""
 _SKETCH_NBYTES = 64 << 20
 """What decompositions may take together beyond those of the first worker."""
 
@@ -112,9 +114,11 @@ def _with_ranks(found: Sequence[Measured], workers: int, control: Control) -> li
     for number, squares in values.items():
         each = found[number]
         assert each.found is not None
-        rank = energy_rank(squares, each.found.norm_d**2)
+        rank = energy_rank(squares, each.found.norm_d * each.found.norm_d)
         if rank <= _most(each.pair.a.spec.shape) and squares[0] > 0:
-            result[number] = replace(each, rank=rank, stable_rank=each.found.norm_d**2 / float(squares[0]))
+            result[number] = replace(
+                each, rank=rank, stable_rank=each.found.norm_d * each.found.norm_d / float(squares[0])
+            )
     return result
 
 
@@ -131,13 +135,14 @@ def _sketch(each: Measured) -> LazyTensor | None:
         or pair.steps is not None
     ):
         return None
-    if found.is_cast or found.is_cast_of_b or found.odd or found.nan_a or found.infinite_a:
+    if found.is_cast or found.is_cast_of_b or found.odd or found.nan_a or found.infinite_a or found.norm_d > _ABSURD:
         return None
     rows, columns = pair.a.spec.shape
     if found.sample_rank > _most((rows, columns)):
         return None
     width = min(found.sample_rank + OVERSAMPLE, rows, columns)
-    wide = DType.F64 if DType.F64 in (pair.a.spec.dtype, pair.b.spec.dtype) else DType.F32
+    is_usual = _SMALLEST < found.norm_d < _LARGEST and DType.F64 not in (pair.a.spec.dtype, pair.b.spec.dtype)
+    wide = DType.F32 if is_usual else DType.F64
     op = SingularValues((rows, columns), width, 1, _SEED, pair.first.name)
     return LazyTensor.make(op, cast(pair.a, wide), cast(pair.b, wide))
 

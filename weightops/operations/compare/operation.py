@@ -25,6 +25,7 @@ from weightops.operations.compare.pairing import Pairing, pair
 from weightops.operations.compare.relation import findings, relation
 from weightops.operations.compare.report import Comparison, Lone, Where, count_kinds
 from weightops.operations.compare.tokenizer import read_words, tokenizer_changes
+from weightops.ops.measures.difference import angle
 from weightops.spec import TensorSpec
 
 
@@ -68,14 +69,14 @@ def compare(
 
     tensors = tuple(change_of(each, word) for each in measured)
     lone = _lone(pairing, one, other)
-    relative, angle = _whole(measured)
+    relative, one_minus_cosine = _whole(measured)
     result = Comparison(
         a=a.name,
         b=b.name,
-        relation=relation(tensors, lone, relative, angle),
+        relation=relation(tensors, lone, relative, one_minus_cosine),
         findings=tuple(findings(tensors, lone, config, tokenizer)),
         relative=relative,
-        angle=angle,
+        angle=one_minus_cosine,
         kinds=count_kinds(tensors),
         tensors=tensors,
         lone=tuple(lone),
@@ -87,15 +88,11 @@ def compare(
 
 
 def _whole(measured: Sequence[Measured]) -> tuple[float | None, float | None]:
-    """||B - A|| / ||A|| and 1 - cosine of all tensors taken as one vector."""
+    """||B - A|| / ||A|| and 1 - cosine of all tensors taken as one vector; None where they mean nothing."""
     found = [each.found for each in measured if each.found is not None and not each.is_repeated]
-    a, d = (math.sqrt(math.fsum(getattr(each, name) ** 2 for each in found)) for name in ("norm_a", "norm_d"))
-    dot = math.fsum(each.dot for each in found)
-    b = math.sqrt(max(0.0, a * a + 2 * dot + d * d))
-    if not a:
-        return (None if d else 0.0), None
-    longer = (2 * dot + d * d) / (a + b)
-    return d / a, max(0.0, (d - longer) * (d + longer) / (2 * a * b)) if b else None
+    a, d = (math.sqrt(sum(n * n for n in norms)) for norms in ([f.norm_a for f in found], [f.norm_d for f in found]))
+    relative = d / a if a and math.isfinite(a) and math.isfinite(d) else None if d else 0.0
+    return relative, angle(a, sum(each.dot for each in found), d)
 
 
 def _lone(pairing: Pairing, a: Entries, b: Entries) -> list[Lone]:

@@ -46,17 +46,19 @@ def _body(own: Sequence[TensorChange], relative: float | None, angle: float | No
         return [f"B holds the same numbers as A{_stored(own)}"]
     rest = len(own) - len(changed)
     others = [f"the other {_tensors(rest)} {'is' if rest == 1 else 'are'} equal"] if rest else []
-    if kinds == {"cast"}:
-        return [f"B is A rounded to {_dtypes(changed, 'b')}, exactly", *others]
-    if kinds == {"cast-of-b"}:
-        form = next((tensor.b.form for tensor in changed if tensor.b.form), None)
-        what = f"B ({form}), dequantised and" if form else "B"
-        return [f"A is {what} rounded to {_dtypes(changed, 'a')}, exactly", *others]
+    if kinds in ({"cast"}, {"cast-of-b"}):
+        one, other = ("B", "A") if kinds == {"cast"} else ("A", "B")
+        form = next((_form(tensor, other) for tensor in changed if _form(tensor, other)), None)
+        what = f"{other} ({form}), dequantised and" if form else other
+        return [f"{one} is {what} rounded to {_dtypes(changed, one)}, exactly", *others]
     if "quantised" in kinds and kinds <= set(ROUNDED):
         packed = [tensor for tensor in changed if tensor.kind == "quantised"]
-        one, other = ("B", "A") if any(tensor.b.form for tensor in packed) else ("A", "B")
-        form = next((t.b.form or t.a.form for t in packed), "")
-        return [f"{one} is {other} quantised ({form}) in {_tensors(len(packed))}", *others]
+        form_a, form_b = (next((_form(t, side) for t in packed if _form(t, side)), None) for side in "AB")
+        if form_a and form_b:
+            how = f"({form_a} and {form_b}) in {_tensors(len(packed))}"
+            return [f"A and B are quantised forms of the same weights, to within a step {how}", *others]
+        one, other = ("B", "A") if form_b else ("A", "B")
+        return [f"{one} is {other} quantised ({form_b or form_a}) in {_tensors(len(packed))}", *others]
     if angle is not None and angle > _UNRELATED and len(changed) > _MOST * len(own):
         return ["B's weights are not made from A's: names and shapes agree, and the numbers have nothing in common"]
     if kinds == {"not-finite"}:
@@ -207,8 +209,13 @@ def _stored(own: Sequence[TensorChange]) -> str:
     return f" ({', '.join(differing[:2])})" if differing else ", in another form"
 
 
+def _form(tensor: TensorChange, side: str) -> str | None:
+    """How a tensor is quantised in A or in B, if it is."""
+    return (tensor.a if side == "A" else tensor.b).form
+
+
 def _dtypes(tensors: Sequence[TensorChange], side: str) -> str:
-    names = sorted({(tensor.a if side == "a" else tensor.b).dtype.value for tensor in tensors})
+    names = sorted({(tensor.a if side == "A" else tensor.b).dtype.value for tensor in tensors})
     return " and ".join(names)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from weightops.errors import WeightopsError
+from weightops.errors import CorruptInput, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.source import Source, beside
@@ -81,7 +81,7 @@ def read_words(entries: Entries) -> Words:
     """The tokenizer that lies with a checkpoint; a problem is kept, not raised."""
     try:
         return _gguf(entries.metadata) if entries.layout == "gguf" else _files(entries)
-    except (WeightopsError, RecursionError) as error:
+    except (CorruptInput, UsageError, RecursionError) as error:
         return Words(problem=str(error))
 
 

@@ -95,32 +95,30 @@ class TensorDifference(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def relative(self) -> float:
-        """||b - a|| / ||a||; infinite where a alone is zero."""
+        """||b - a|| / ||a||; infinite where a alone is zero, or float64 does not hold the norms."""
+        if not math.isfinite(self.norm_a) or not math.isfinite(self.norm_d):
+            return math.inf
         return self.norm_d / self.norm_a if self.norm_a else math.inf if self.norm_d else 0.0
 
     @property
     def norm_b(self) -> float:
         """||b||."""
-        return math.sqrt(max(0.0, self.norm_a**2 + 2 * self.dot + self.norm_d**2))
+        return norm_of_sum(self.norm_a, self.dot, self.norm_d)
 
     @property
     def angle(self) -> float | None:
-        """1 - cosine; None where one of the two is zero."""
-        a, b, d = self.norm_a, self.norm_b, self.norm_d
-        if not a or not b:
-            return None
-        longer = (2 * self.dot + d * d) / (a + b)  # ||b|| - ||a||
-        return max(0.0, (d - longer) * (d + longer) / (2 * a * b))
+        """1 - cosine; None where one of the two is zero, or float64 does not hold the norms."""
+        return angle(self.norm_a, self.dot, self.norm_d)
 
     @property
     def scale(self) -> float:
         """The c of the c a nearest to b."""
-        return 1 + self.dot / self.norm_a**2 if self.norm_a else 1.0
+        return 1 + self.dot / (self.norm_a * self.norm_a) if self.norm_a else 1.0
 
     @property
     def explained(self) -> float:
         """The share of ||b - a||^2 that is gone when a is scaled by `scale`; 0 where b is mostly something else."""
-        return _explained(self.norm_a**2, self.dot, self.norm_d**2)
+        return _explained(self.norm_a * self.norm_a, self.dot, self.norm_d * self.norm_d)
 
     def to_note(self) -> dict[str, float]:
         """The same as numbers by name, as an evaluator notes them."""
@@ -147,6 +145,20 @@ class TensorDifference(msgspec.Struct, frozen=True, kw_only=True):
         for name, found in parts.items():
             fields[name] = [{"number": number, **values} for number, values in found.items()]
         return msgspec.convert(fields, cls, strict=False)
+
+
+def norm_of_sum(a: float, dot: float, d: float) -> float:
+    """||b||, from ||a||, a (b - a) and ||b - a||."""
+    return math.sqrt(max(0.0, a * a + 2 * dot + d * d))
+
+
+def angle(a: float, dot: float, d: float) -> float | None:
+    """1 - cosine of a and b, from ||a||, a (b - a) and ||b - a||; None where that means nothing."""
+    b = norm_of_sum(a, dot, d)
+    if not a or not b or not math.isfinite(a * b * d):
+        return None
+    longer = (2 * dot + d * d) / (a + b)  # ||b|| - ||a||
+    return max(0.0, (d - longer) * (d + longer) / (2 * a * b))
 
 
 class Difference(Op, frozen=True):
@@ -212,8 +224,11 @@ class Difference(Op, frozen=True):
 
 
 def _result(sums: Sums) -> TensorDifference:
+    import numpy as np
+
     counts = {name: int(value) for name, value in sums.counts.items()}
-    aa, ad, dd = (float(total.sum()) for total in sums.products)
+    with np.errstate(all="ignore"):
+        aa, ad, dd = (float(total.sum()) for total in sums.products)
     rank, looked_at = sums.sample_rank()
     changed_rows, listed = _changed_rows(*sums.products) if sums.layout.rows else (0, [])
     return TensorDifference(
@@ -246,6 +261,7 @@ def _changed_rows(aa: Array, ad: Array, dd: Array) -> tuple[int, list[Part]]:
 
     with np.errstate(all="ignore"):
         change = np.where(dd > 0, dd / aa, 0.0)
+        change[np.isnan(change)] = np.inf
     changed = int(np.count_nonzero(change))
     most = np.argsort(-change, kind="stable")[: min(changed, _LISTED_ROWS)]
     parts = _parts(aa[most], ad[most], dd[most])
@@ -256,7 +272,7 @@ def _parts(aa: Array, ad: Array, dd: Array) -> list[Part]:
     """Parts, from sums of squares and products."""
     found = []
     for number, (a, dot, d) in enumerate(zip(aa.tolist(), ad.tolist(), dd.tolist(), strict=True)):
-        change = math.sqrt(d / a) if a else math.inf if d else 0.0
+        change = math.sqrt(d / a) if 0 < a < math.inf else math.inf if d else 0.0
         scale, explained = 1 + dot / a if a else 1.0, _explained(a, dot, d)
         found.append(Part(number=number, change=change, scale=scale, explained=explained))
     return found
@@ -264,6 +280,6 @@ def _parts(aa: Array, ad: Array, dd: Array) -> list[Part]:
 
 def _explained(aa: float, ad: float, dd: float) -> float:
     bb = aa + 2 * ad + dd
-    if not aa or not dd or not bb > 0 or (aa + ad) ** 2 < _ALONG * aa * bb:
+    if not aa or not dd or not 0 < bb < math.inf or (aa + ad) * (aa + ad) < _ALONG * aa * bb:
         return 0.0
-    return min(1.0, ad * ad / (aa * dd))
+    return min(1.0, ad * ad / (aa * dd)) if math.isfinite(aa * dd) and aa * dd else 0.0

@@ -27,7 +27,8 @@ _BLOCK = 128
 _FLOATS = {DType.F8_E4M3: (3, -6), DType.F8_E5M2: (2, -14)}
 """Bits of the mantissa, and the smallest exponent."""
 _ROUNDED_BEFORE = 1 + 2.0**-4
-"""Weights over their scales are rounded to 16 bits first, which may push a number across the middle of two others."""
+"""Weights over their fp8 scales are rounded to 16 bits first, which may push a number across the middle of two others;
+scales of ggml's blocks are rounded to 16 bits, which for the largest of a block is as much."""
 _PIECE = 1 << 17
 
 
@@ -97,7 +98,7 @@ def _to_steps(values: Floats, dtype: DType) -> None:
     bits, lowest = _FLOATS[dtype]
     for start in range(0, values.size, _PIECE):
         part = values[start : start + _PIECE]
-        exponents = np.maximum(np.frexp(part)[1] - 1, lowest) - bits
+        exponents = np.where(part == 0, lowest, np.maximum(np.frexp(part)[1] - 1, lowest)) - bits
         part[:] = np.ldexp(np.float32(_ROUNDED_BEFORE), exponents)
 
 
@@ -157,7 +158,7 @@ class BlockValues(Op, frozen=True):
             scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
             values = np.frombuffer(out, np.float32).reshape(-1, count)
             if self.steps:
-                values[:] = np.abs(scales)
+                values[:] = np.abs(scales) * np.float32(_ROUNDED_BEFORE)
             elif source.spec.dtype is DType.Q8_0:
                 np.multiply(blocks[:, 2:].view(np.int8), scales, out=values)
             else:

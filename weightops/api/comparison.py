@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from weightops.api.models import ComputeDType, evaluate
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.errors import IncompatibleInputs
 from weightops.formats.folder import open_checkpoint
+from weightops.io.brief import brief
+from weightops.io.strict_json import as_json
 from weightops.recipes.execute import StrPath
 
 if TYPE_CHECKING:
-    from weightops.api.compare_report import Comparisons
+    from weightops.inference.evaluate import Evaluation
     from weightops.inference.packed import Engine
+    from weightops.operations.compare import Comparison
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Models against the first of them: their weights and files, and `outputs`, what they make of a text."""
+
+    comparisons: tuple[Comparison, ...]
+    outputs: Evaluation | None = None
+    tolerance: float | None = None
+    strict: bool = False
+
+    __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        parts = [each._repr_html_() for each in self.comparisons]
+        return "".join([*parts, *([] if self.outputs is None else [self.outputs._repr_html_()])])
+
+    @property
+    def differs(self) -> bool | None:
+        """Whether any of them differs beyond the tolerance; None without one."""
+        return None if self.tolerance is None else any(each.differs for each in self.comparisons)
+
+    def to_json(self) -> dict[str, Any]:
+        """A document of schema `weightops-compare/1`."""
+        from weightops.api.comparison_report import CompareDocument
+
+        document = CompareDocument(
+            tolerance=self.tolerance,
+            strict=self.strict,
+            differs=self.differs,
+            comparisons=self.comparisons,
+            outputs=None if self.outputs is None else self.outputs.document,
+        )
+        return as_json(document)
 
 
 def compare(
@@ -38,7 +76,6 @@ def compare(
     `evaluate`, it is also measured how far their predictions are from those of `a`; the options from `seq_len` to
     `max_memory` are for that. See `weightops.operations.compare` for `tolerance` and `strict`.
     """
-    from weightops.api.compare_report import Comparisons
     from weightops.operations.compare import compare as operation
 
     control = control or Control()
