@@ -34,6 +34,7 @@ OF_THE_COMMAND = {
     "manifest": {"out", "lists", "dry_run", "overwrite"},
     "inspect": {"tensors"},
     "quantize": {"html"},
+    "compare": {"html"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
 """What only the command line has: reports in files, exit codes, and what Python gives to a `Web`. A cache
