@@ -107,6 +107,12 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         (family / "prompts.txt").write_text("one\ntwo\n")
         for name in ("heldout.txt", "text.txt"):
             (family / name).write_text(text(150))
+    if command == "compare":
+        save_tiny(family / "base", "llama", max_position_embeddings=2048)
+        quantize_tiny(family / "base", family / "base-gptq")
+        shutil.copytree(family / "base", family / "tuned")
+        shutil.copytree(family / "model", family / "converted")
+        (family / "heldout.txt").write_text(text(150))
     if command == "dequantize":
         save_tiny(family / "tiny", "llama")
         quantize_tiny(family / "tiny", family / "model-4bit")

@@ -37,6 +37,7 @@ OF_THE_COMMAND = {
     "quantize": {"html"},
     "generate": {"prompts", "out"},
     "chat": {"jsonl"},
+    "compare": {"html"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
 """What only the command line has: reports in files, exit codes, and what Python gives to a `Web`. A cache

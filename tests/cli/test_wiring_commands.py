@@ -377,7 +377,6 @@ def test_the_rows_are_all_that_there_is() -> None:
         ("inspect source --workers 2", "--workers has no use without --stats"),
         ("compare source other --dtype float16", "--dtype has no use without --text"),
         ("compare source other --seq-len 9", "--seq-len has no use without --text"),
-        ("compare source", "there is one model, and nothing to compare it with"),
         ("compare source other --strict", "strict says what counts as a difference"),
         ("verify source --quick --content", "quick reads no tensors, and content nothing else"),
         ("verify source --content --extra warn", "--extra has no use with --content"),

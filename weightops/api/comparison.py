@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weightops.api.models import ComputeDType, evaluate
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.errors import IncompatibleInputs
+from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.io.brief import brief
 from weightops.io.strict_json import as_json
@@ -57,8 +58,8 @@ class Comparisons:
 
 def compare(
     a: StrPath | Checkpoint,
-    b: StrPath | Checkpoint,
-    *others: StrPath | Checkpoint,
+    b: StrPath | Checkpoint | Sequence[StrPath | Checkpoint],
+    *,
     tolerance: float | None = None,
     strict: bool = False,
     text: StrPath | Sequence[StrPath] | None = None,
@@ -70,7 +71,7 @@ def compare(
     workers: int | None = None,
     control: Control | None = None,
 ) -> Comparisons:
-    """What `b`, and each of `others`, is to `a`: which tensors changed, how much, and in what way.
+    """What `b`, or each of several, is to `a`: which tensors changed, how much, and in what way.
 
     A source may also be a checkpoint that an operation has derived and nobody has written. With `text`, files as for
     `evaluate`, it is also measured how far their predictions are from those of `a`; the options from `seq_len` to
@@ -79,13 +80,16 @@ def compare(
     from weightops.operations.compare import compare as operation
 
     control = control or Control()
+    given = [b] if isinstance(b, str | os.PathLike | Checkpoint) else list(b)
+    if not given:
+        raise UsageError("there is nothing to compare it with", hint="name a second model")
     with control.stores.connected() as stores:
-        opened = [each if isinstance(each, Checkpoint) else open_checkpoint(each, stores) for each in (a, b, *others)]
+        opened = [each if isinstance(each, Checkpoint) else open_checkpoint(each, stores) for each in (a, *given)]
         outputs = None
         if text is not None:
             try:
                 outputs = evaluate(
-                    [b, *others],
+                    given,
                     text,
                     seq_len=seq_len,
                     reference=a,

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from weightops.errors import WeightopsError
+
 Finish = Literal["eos", "stop", "length", "cancelled"]
 """Why a text ended: at a token that ends texts, at a stop string, at its longest, or because somebody asked for it."""
 
@@ -104,3 +106,13 @@ class Failed(_Event, frozen=True, kw_only=True, tag="failed"):
 
 
 Event = Waiting | Started | Reading | Token | Finished | Failed
+
+
+def failed(error: Exception, column: int = 0) -> Failed:
+    """An error as the last event of a text."""
+    name = type(error).__name__
+    if isinstance(error, WeightopsError):
+        return Failed(column=column, error=name, message=str(error), hint=error.hint, code=error.exit_code)
+    if isinstance(error, MemoryError):
+        return Failed(column=column, error=name, message="out of memory", hint="give a larger --max-memory", code=16)
+    return Failed(column=column, error=name, message=f"unexpected {name}: {error}", hint=None, code=1)

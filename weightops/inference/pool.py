@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from weightops.engine.control import Control
-from weightops.errors import Interrupted, UsageError, WeightopsError
-from weightops.inference.events import Event, Failed, Finished, Waiting
+from weightops.errors import Interrupted, UsageError
+from weightops.inference.events import Event, Failed, Finished, Waiting, failed
 from weightops.inference.loaded import Loaded
 from weightops.inference.opened import Opened, Placement, room_on
 from weightops.inference.prompts import Prompt, Prompted, prompted
@@ -238,7 +238,7 @@ class Pool:
         return _Job(request, column, to, found, placement, opened.beside_nbytes(tokens, settings.num_beams))
 
     def cancel(self) -> None:
-        """Cancel all texts; safe in a signal handler of another thread than the pool's."""
+        """Cancel all texts; from any thread, a signal handler's too."""
         for job in [*self._new, *self._waiting, *self._live]:
             job.cancelled.set()
         self._wake()
@@ -385,16 +385,6 @@ class Pool:
         else:
             event = failed(error, job.column)
         job.deliver(event)
-
-
-def failed(error: Exception, column: int = 0) -> Failed:
-    """An error as the last event of a text."""
-    name = type(error).__name__
-    if isinstance(error, WeightopsError):
-        return Failed(column=column, error=name, message=str(error), hint=error.hint, code=error.exit_code)
-    if isinstance(error, MemoryError):
-        return Failed(column=column, error=name, message="out of memory", hint="give a larger --max-memory", code=16)
-    return Failed(column=column, error=name, message=f"unexpected {name}: {error}", hint=None, code=1)
 
 
 def _room(models: Iterable[Opened]) -> int:

@@ -14,7 +14,6 @@ from weightops.cli.divergence import divergence_text
 from weightops.cli.options import refuse_unused, report_options, run_model_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, table, warn
 from weightops.cli.params import FILE, SEQ_LEN, SOURCE, Command, epilog
-from weightops.errors import UsageError
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -29,7 +28,8 @@ _FOR_TEXT = ("seq_len", "dtype", "device", "engine", "max_memory")
 
 
 @click.command("compare", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 14, 16, 130)))
-@click.argument("sources", nargs=-1, required=True, type=SOURCE, metavar="A B...")
+@click.argument("a", type=SOURCE)
+@click.argument("b", nargs=-1, required=True, type=SOURCE)
 @click.option(
     "--tolerance",
     type=float,
@@ -54,7 +54,8 @@ _FOR_TEXT = ("seq_len", "dtype", "device", "engine", "max_memory")
 @workers_option
 @report_options
 def command(
-    sources: tuple[Path | str, ...],
+    a: Path | str,
+    b: tuple[Path | str, ...],
     tolerance: float | None,
     strict: bool,
     text: tuple[Path, ...],
@@ -78,15 +79,13 @@ def command(
     Example:
       weightops compare ./base ./tuned
       weightops compare ./base ./tuned --html changes.html --json > changes.json
-      weightops compare ./base ./base-gptq ./base-fp8 --text heldout.txt
+      weightops compare ./base ./tuned ./base-gptq --text heldout.txt
       weightops compare ./model ./converted --tolerance 0
 
     Told apart are casts, quantised copies, merged LoRAs, changed heads, rows and tokens, exchanged tensors, and
     training of everything. Settings, tokenizer and chat template are compared as well. Both are read once, in bounded
     memory.
     """
-    if len(sources) < 2:
-        raise UsageError("there is one model, and nothing to compare it with", hint="name a second one")
     if not text:
         refuse_unused("without --text", *_FOR_TEXT)
     if html is not None:
@@ -95,7 +94,8 @@ def command(
         check_target(html)
     with running(quiet) as control:
         found = weightops.compare(
-            *sources,
+            a,
+            b,
             tolerance=tolerance,
             strict=strict,
             text=text or None,
