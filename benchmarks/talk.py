@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import write_section
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,6 +23,7 @@ from weightops import api
 from weightops.inference.events import Finished, Token
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-llama"
+REPORT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PROMPT = "Once upon a time there was"
 
 
@@ -81,7 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report", type=Path, default=REPORT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     figures: dict[str, list[tuple[float, float]]] = {"weightops": [], "transformers": []}
@@ -93,12 +96,24 @@ def main() -> None:
     medians = {
         name: [statistics.median(each) for each in zip(*rows[1:], strict=True)] for name, rows in figures.items()
     }
-    for name, (whole, step) in medians.items():
-        print(f"{name:13} whole call {whole:.3f} s, a token {step * 1000:.3f} ms")
     mine, other = medians["weightops"], medians["transformers"]
-    print(f"times as fast: whole call {other[0] / mine[0]:.2f}, a token {other[1] / mine[1]:.2f}")
     new, cached = second_turn(TINY, 400)
-    print(f"first token of 400: {new * 1000:.1f} ms, as a second turn {cached * 1000:.1f} ms")
+    lines = [
+        "## Text beside transformers",
+        "",
+        f"Written by `python benchmarks/talk.py`: medians of {options.runs} runs by turns in one process, tiny-llama, "
+        f"{options.tokens} tokens, {options.threads} threads; the tokens are the same.",
+        "",
+        "| | open, load and say it all, s | a token, ms |",
+        "|---|---|---|",
+        *(f"| {name} | {whole:.3f} | {step * 1000:.2f} |" for name, (whole, step) in medians.items()),
+        f"| times as fast | {other[0] / mine[0]:.2f} | {other[1] / mine[1]:.2f} |",
+        "",
+        f"The first token after a prompt of 400 comes after {new * 1000:.0f} ms, as a second turn after "
+        f"{cached * 1000:.0f} ms.",
+    ]
+    print("\n".join(lines))
+    write_section(options.report, "talk", lines)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from weightops.inference.events import Token
 from weightops.inference.generate import Generation
 from weightops.inference.pieces import pieces
 from weightops.inference.settings import Settings
+from weightops.inference.tokens import token_bytes
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -215,6 +216,17 @@ def test_a_prompt_may_end_within_a_character() -> None:
         for cut in range(len(tokens)):
             said = tokenizer.decode(tokens[:cut]).rstrip("\ufffd")
             assert said + "".join(pieces(tokenizer, tokens[:cut], tokens[cut:])) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "unigram"])
+def test_bytes_of_tokens_are_together_those_of_the_text(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    for text in mixed_strings(80):
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        if tokenizer.unk_token_id in tokens or "\u2581" in text or "<0x" in text or "<|" in text:
+            continue
+        said = b"".join(token_bytes(tokenizer, token) for token in tokens)
+        assert said.decode().strip(" ") == tokenizer.decode(tokens).strip(" ")
 
 
 class Counting:

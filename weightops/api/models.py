@@ -19,6 +19,7 @@ from weightops.engine.staging import Staging, refuse_target
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import OutputExists, UsageError
 from weightops.formats.folder import open_checkpoint
+from weightops.formats.places import is_remote
 from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.inference.asked import Asked, settings_of
@@ -228,7 +229,8 @@ def generate(
     """Text that a model continues `prompt` with; iterate over it for its pieces, `"".join` them for the whole.
 
     At temperature 0 each token is the most probable one. With `chat`, `system` or `template` the prompt is what a user
-    says, and the text an answer. See `weightops.inference.generate`.
+    says, and the text an answer. A source `BASE+ADAPTER` is a model with a LoRA adapter merged into it as its weights
+    are read. See `weightops.inference.generate`.
     """
     import torch
 
@@ -240,7 +242,7 @@ def generate(
     control = control or Control()
     with control.stores.connected():
         return Generation(
-            opened(source, control),
+            opened_merged(source, control),
             conversation(prompt, system=system, template=os.fspath(template or "own")) if is_chat else prompt,
             settings=settings_of(settings),
             dtype=getattr(torch, dtype),
@@ -269,3 +271,28 @@ def opened(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
     # A weight file by itself: what lies beside it says what it is.
     beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
     return replace(found, sidecars={name: Copied(found.folder.identity(name)) for name in beside})
+
+
+def opened_merged(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
+    """A checkpoint, at a path or of a base and adapters that are joined by `+`."""
+    places = [source] if isinstance(source, Checkpoint) else places_of(str(source))
+    base, *adapters = (opened(place, control) for place in places)
+    if not adapters:
+        return base
+    from weightops.engine.values import values
+    from weightops.operations.merge_lora import merge_lora
+
+    return merge_lora(base, adapters, evaluate=lambda tensors: values(tensors, control))
+
+
+def places_of(source: str) -> list[str]:
+    """The places in `BASE+ADAPTER`; a `+` belongs to a path if that is there, or nothing is after it."""
+    if "+" not in source or (not is_remote(source) and Path(source).exists()):
+        return [source]
+    found: list[str] = []
+    for part in source.split("+"):
+        if found and not (is_remote(part) or Path(part).exists()):
+            found[-1] += f"+{part}"
+        else:
+            found.append(part)
+    return found

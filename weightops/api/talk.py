@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from weightops.api.models import ComputeDType, for_models, opened
+from weightops.api.models import ComputeDType, for_models, opened_merged
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.formats.places import is_remote
 from weightops.inference.asked import Asked, settings_of
 from weightops.recipes.execute import StrPath
 
@@ -121,28 +120,3 @@ def generate_all(
         checkpoint = opened_merged(source, control)
         model = Opened(checkpoint, dtype=getattr(torch, dtype), device=place, engine=engine, control=control)
         return answer_all(model, wanted, Path(out), room=room_on(place) if room is None else room, control=control)
-
-
-def opened_merged(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
-    """A checkpoint, at a path or of a base and adapters that are joined by `+`."""
-    places = [source] if isinstance(source, Checkpoint) else places_of(str(source))
-    base, *adapters = (opened(place, control) for place in places)
-    if not adapters:
-        return base
-    from weightops.engine.values import values
-    from weightops.operations.merge_lora import merge_lora
-
-    return merge_lora(base, adapters, evaluate=lambda tensors: values(tensors, control))
-
-
-def places_of(source: str) -> list[str]:
-    """The places in `BASE+ADAPTER`; a `+` belongs to a path if that is there, or nothing is after it."""
-    if "+" not in source or (not is_remote(source) and Path(source).exists()):
-        return [source]
-    found: list[str] = []
-    for part in source.split("+"):
-        if found and not (is_remote(part) or Path(part).exists()):
-            found[-1] += f"+{part}"
-        else:
-            found.append(part)
-    return found

@@ -62,6 +62,11 @@ class Chat:
         """What there is to say about the model's files."""
         return self._pool.model(self.model).warnings
 
+    @property
+    def streams_weights(self) -> bool:
+        """Whether the model is so large that its blocks are read from disk for every token."""
+        return any(each.streams_weights for each in self._pool.plan() if each.name == self.model)
+
     def clear(self) -> None:
         """Begin anew, with the system's message alone."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]

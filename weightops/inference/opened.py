@@ -15,7 +15,7 @@ from weightops.errors import NoRoom, PromptTooLong, UsageError
 from weightops.inference.model import BlockModel
 from weightops.inference.packed import Engine, are_faster, refuse_unquantized
 from weightops.inference.settings import DEFAULT_NEW_TOKENS
-from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer
+from weightops.inference.tokens import check_tokens, encode_prompt, end_tokens, load_tokenizer, token_bytes
 from weightops.io.platform.machine import available_memory
 
 _WORKING_NBYTES = 64 << 20
@@ -85,6 +85,10 @@ class Opened:
             raise UsageError(f"{int(found.min())} is the number of no token")
         check_tokens(found, self.tokenizer, self.model.vocab_size, self.shown)
         return [int(token) for token in found]
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text as bytes, which may be a part of a character; see `tokens.token_bytes`."""
+        return token_bytes(self.tokenizer, token)
 
     def max_new_tokens(self, prompt: Sequence[int], wanted: int | None) -> int:
         """How many tokens may follow a prompt; raises `PromptTooLong`, with both numbers."""

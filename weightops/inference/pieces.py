@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -69,29 +68,6 @@ class Pieces:
         if piece:
             self._context, self._waiting = waiting[:ready], waiting[ready:]
         return piece
-
-
-def spelled(tokenizer: Any, token: int) -> tuple[str, bytes]:
-    """The text of one token, and its bytes, which may be a part of a character: then the text is a replacement for it.
-
-    Byte-level tokenizers spell bytes as characters by GPT-2's table (`bytes_to_unicode`), others as `<0xE4>`.
-    """
-    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if _REPLACEMENT in text:
-        name = str(tokenizer.convert_ids_to_tokens(token))
-        if name in _BYTES:
-            return text, bytes([_BYTES.index(name)])
-        if all(character in _byte_of() for character in name):
-            return text, bytes(_byte_of()[character] for character in name)
-    return text, text.encode()
-
-
-@cache
-def _byte_of() -> dict[str, int]:
-    """GPT-2's table: printable bytes are themselves, the others in their order follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

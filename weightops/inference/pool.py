@@ -9,36 +9,27 @@ from __future__ import annotations
 
 import queue
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from weightops.engine.control import Control
 from weightops.errors import Interrupted, UsageError
-from weightops.inference.events import Event, Failed, Finished, Waiting, failed
+from weightops.inference.events import Event, Finished, failed
+from weightops.inference.jobs import Deliver as Deliver
+from weightops.inference.jobs import Job
+from weightops.inference.jobs import Request as Request
+from weightops.inference.jobs import Texts as Texts
 from weightops.inference.loaded import Loaded
-from weightops.inference.opened import Opened, Placement, room_on
-from weightops.inference.prompts import Prompt, Prompted, prompted
-from weightops.inference.settings import Settings
+from weightops.inference.opened import Opened, room_on
+from weightops.inference.prompts import prompted
 from weightops.inference.templates.template import Template, find_template
 from weightops.io.escape import escape
 from weightops.io.platform.machine import release_freed
 
-Deliver = Callable[[Event], None]
 _KEPT_PROMPTS = 4
 """Texts of each model whose keys and values are kept, if there is memory."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A text that is wanted of a model."""
-
-    model: str
-    prompt: Prompt
-    settings: Settings = field(default_factory=Settings)
 
 
 class Stoppable(Control):
@@ -52,79 +43,6 @@ class Stoppable(Control):
         super().check()
         if self.asks():
             raise Interrupted(2)
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request, how far it is, and where its events go."""
-
-    request: Request
-    column: int
-    to: Deliver
-    prompted: Prompted
-    placement: Placement
-    nbytes: int
-    """What its cache and computing take."""
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    events: Iterator[Event] | None = None
-    said: str | None = None
-    """Why it waits, as was said last."""
-
-    def deliver(self, event: Event) -> None:
-        """Give an event out; who cannot take it wants no more."""
-        try:
-            self.to(event)
-        except Exception:
-            self.cancelled.set()
-
-    def wait(self, reason: Literal["queue", "memory", "loading"]) -> None:
-        if self.said != reason:
-            self.said = reason
-            self.deliver(Waiting(column=self.column, reason=reason))
-
-
-class Texts:
-    """The events of what was asked for together: iterate over them, from any thread, until all texts have ended.
-
-    What is not finished is cancelled when the iteration is closed, with `cancel`, at the end of a `with` block, or once
-    nobody refers to it any more.
-    """
-
-    def __init__(
-        self,
-        stops: Mapping[int, threading.Event],
-        count: int,
-        events: queue.SimpleQueue[Event],
-        wake: Callable[[], None],
-    ) -> None:
-        self._stops, self._left, self._events, self._wake = stops, count, events, wake
-        self._finalizer = weakref.finalize(self, _cancel, list(stops.values()), wake)
-
-    def cancel(self, column: int | None = None) -> None:
-        """End one text, or all; each still has its last event."""
-        _cancel([stop for key, stop in self._stops.items() if column in (None, key)], self._wake)
-
-    def __iter__(self) -> Iterator[Event]:
-        try:
-            while self._left:
-                event = self._events.get()
-                if isinstance(event, Finished | Failed):
-                    self._left -= 1
-                yield event
-        finally:
-            self.cancel()
-
-    def __enter__(self) -> Texts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-
-def _cancel(stops: Sequence[threading.Event], wake: Callable[[], None]) -> None:
-    for stop in stops:
-        stop.set()
-    wake()
 
 
 @dataclass(frozen=True)
@@ -152,10 +70,10 @@ class Pool:
         self.max_nbytes = max_nbytes if max_nbytes is not None else _room(models.values())
         self._loaded: dict[str, Loaded] = {}
         """By name; the one used last comes last."""
-        self._waiting: deque[_Job] = deque()
-        self._live: list[_Job] = []
+        self._waiting: deque[Job] = deque()
+        self._live: list[Job] = []
         self._changed = threading.Condition()
-        self._new: list[_Job] = []
+        self._new: list[Job] = []
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="weightops-pool", daemon=True)
         self._thread.start()
@@ -177,9 +95,13 @@ class Pool:
         return find_template(template, opened.tokenizer, opened.shown)
 
     def plan(self, tokens: int = 2048) -> tuple[ModelPlan, ...]:
-        """What will be in memory, for texts of so many tokens; raises `NoRoom` for a model that does not fit at all."""
-        found = {name: each.placement(self.max_nbytes, tokens) for name, each in self._models.items()}
-        beside = sum(each.beside_nbytes(tokens) for each in self._models.values())
+        """What will be in memory, for texts of so many tokens, or of as many as a model was made for.
+
+        Raises `NoRoom` for a model that does not fit at all.
+        """
+        lengths = {name: min(tokens, each.model.max_positions or tokens) for name, each in self._models.items()}
+        found = {name: each.placement(self.max_nbytes, lengths[name]) for name, each in self._models.items()}
+        beside = sum(each.beside_nbytes(lengths[name]) for name, each in self._models.items())
         together = sum(each.nbytes for each in found.values()) + beside <= self.max_nbytes
         return tuple(
             ModelPlan(name, each.nbytes, each.is_packed, each.streams_weights, together) for name, each in found.items()
@@ -209,8 +131,9 @@ class Pool:
         """Ask for texts, whose columns are their numbers in the list.
 
         Their events come from iterating over the result, or, with `deliver`, by its being called in the pool's thread,
-        which it must not hold up. Prompts become tokens in the thread that calls, which takes a moment. What is wrong
-        with a request is its event `Failed`. Raises `UsageError` for a name that there is not.
+        which it must not hold up; the result must then be kept for as long as they are wanted. Prompts become tokens in
+        the thread that calls, which takes a moment. What is wrong with a request is its event `Failed`. Raises
+        `UsageError` for a name that there is not.
         """
         for request in requests:
             self.model(request.model)
@@ -229,13 +152,13 @@ class Pool:
             self._changed.notify()
         return Texts({job.column: job.cancelled for job in jobs}, len(requests), events, self._wake)
 
-    def _job(self, request: Request, column: int, to: Deliver) -> _Job:
+    def _job(self, request: Request, column: int, to: Deliver) -> Job:
         """A request with what it needs; raises for one that cannot be."""
         opened, settings = self._models[request.model], request.settings
         found = prompted(opened, request.prompt)
         tokens = len(found.tokens) + opened.max_new_tokens(found.tokens, settings.max_new_tokens)
         placement = opened.placement(self.max_nbytes, tokens, settings.num_beams)
-        return _Job(request, column, to, found, placement, opened.beside_nbytes(tokens, settings.num_beams))
+        return Job(request, column, to, found, placement, opened.beside_nbytes(tokens, settings.num_beams))
 
     def cancel(self) -> None:
         """Cancel all texts; from any thread, a signal handler's too."""
@@ -296,7 +219,7 @@ class Pool:
                 self._end(job, error)
             self._waiting.popleft()
 
-    def _begin(self, job: _Job) -> bool:
+    def _begin(self, job: Job) -> bool:
         """Whether a text has begun; if not, others hold what it needs."""
         name, opened = job.request.model, self._models[job.request.model]
         loaded = self._loaded.get(name)
@@ -323,7 +246,7 @@ class Pool:
         )
         return True
 
-    def _load(self, job: _Job, opened: Opened) -> Loaded:
+    def _load(self, job: Job, opened: Opened) -> Loaded:
         self._listen(opened, job)
         with opened.control.stores.connected():
             loaded = Loaded(opened, job.placement, kept_prompts=_KEPT_PROMPTS)
@@ -345,7 +268,7 @@ class Pool:
         self._loaded.pop(name).close()
         release_freed()
 
-    def _step(self, job: _Job) -> None:
+    def _step(self, job: Job) -> None:
         """The next event of a text."""
         self._listen(self._models[job.request.model], job)
         assert job.events is not None
@@ -360,15 +283,15 @@ class Pool:
             job.events = None
         job.deliver(event)
 
-    def _listen(self, opened: Opened, job: _Job) -> None:
+    def _listen(self, opened: Opened, job: Job) -> None:
         """While this text is at work, it is its being cancelled that stops reading."""
         if isinstance(opened.control, Stoppable):
             opened.control.asks = lambda: self._is_over(job)
 
-    def _is_over(self, job: _Job) -> bool:
+    def _is_over(self, job: Job) -> bool:
         return self._is_closed or job.cancelled.is_set()
 
-    def _end(self, job: _Job, error: Exception | None = None) -> None:
+    def _end(self, job: Job, error: Exception | None = None) -> None:
         """The last event of a text that did not come to its end by itself."""
         job.events = None
         if error is None or (isinstance(error, Interrupted) and self._is_over(job)):

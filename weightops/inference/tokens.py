@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,3 +174,28 @@ def _token_ids(value: object, where: str, tokenizer: Any) -> list[int]:
         if known is None
         else f"write {known}, which is the number of {escape(json.dumps(odd))}",
     )
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token stands for as bytes of UTF-8, which may begin or end within a character.
+
+    Those of a token that is spelt as a byte (`<0xE4>`), or in GPT-2's alphabet of bytes; else those of its own text.
+    """
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):
+        return bytes([int(name[3:5], 16)])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and '"ByteLevel"' in str(backend.decoder.__getstate__() if backend.decoder else ""):
+        alphabet = _byte_alphabet()
+        if all(character in alphabet for character in name):
+            return bytes(alphabet[character] for character in name)
+    if "\u2581" in name:
+        return name.replace("\u2581", " ").encode()
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
+
+
+@cache
+def _byte_alphabet() -> Mapping[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]

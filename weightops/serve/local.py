@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from weightops.inference.events import Event
-from weightops.inference.pieces import spelled
 from weightops.inference.pool import Pool, Request, Texts
 from weightops.inference.prompts import Conversation, Prompt
 from weightops.inference.templates.template import named_templates
@@ -46,7 +45,8 @@ class Local:
 
     def spell(self, model: str, token: int) -> tuple[str, bytes]:
         """A token's own text and bytes."""
-        return spelled(self._pool.model(model).tokenizer, token)
+        data = self._pool.model(model).bytes_of(token)
+        return data.decode("utf-8", "replace"), data
 
     def _prompt(self, ask: Ask) -> Prompt:
         if ask.messages is None:

@@ -83,6 +83,11 @@ def command(
             **asked,
         ) as chat:
             warn(chat.warnings)
+            if chat.streams_weights:
+                control.progress.note(
+                    "there is less memory than the model takes: its layers are read from disk for every token, which "
+                    "is slow"
+                )
             if is_person and not quiet:
                 say("Type a message, or /help.", err=True)
             _Repl(chat, jsonl, is_person).run()

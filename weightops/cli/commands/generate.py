@@ -58,7 +58,8 @@ def command(
     """Continue a text with a model; what is new is printed as it comes.
 
     SOURCE is a model that transformers knows, with its tokenizer: a folder, hf://org/name[@revision] or a URL; in
-    safetensors or torch files, quantised with GPTQ or not.
+    safetensors or torch files, quantised with GPTQ or not. BASE+ADAPTER merges a LoRA adapter into a model while its
+    weights are read.
 
     \b
     Example:
