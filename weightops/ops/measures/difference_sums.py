@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from weightops.ops.libtorch import convert
+from weightops.ops.libtorch import convert, matmul
 from weightops.ops.lora.product import memory_of
 from weightops.spec import DType
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Axis = Literal["rows", "columns"]
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 """Elements that are worked on at once in float32; half as many in float64."""
 _LEAST, _MOST = 1e-30, 1e30
 """Sums of squares between these have no terms that float32 cannot hold, and that matter."""
@@ -254,14 +254,14 @@ class Sums:
         """How many singular values hold 99 % of the change in the sampled rows, and how many rows that were."""
         import numpy as np
 
-        if not len(self._sample) or not self._sample.any():
-            return 0, len(self._sample)
-        with np.errstate(all="ignore"):
-            gram = self._sample.astype(np.float64) @ self._sample.T.astype(np.float64)
-            if not np.isfinite(gram).all():
-                return len(self._sample), len(self._sample)
-            values = np.linalg.eigvalsh(gram)[::-1].clip(0.0)
-        return energy_rank(values), len(self._sample)
+        rows = self._sample
+        largest = float(np.abs(rows).max()) if len(rows) else 0.0
+        if not largest or not np.isfinite(largest):
+            return (len(rows) if largest else 0), len(rows)
+        rows /= largest
+        gram = np.empty((len(rows), len(rows)), np.float32)
+        matmul(gram, rows, rows.T)
+        return energy_rank(np.linalg.eigvalsh(gram.astype(np.float64))[::-1].clip(0.0)), len(rows)
 
 
 def _float64() -> np.dtype[Any]:
