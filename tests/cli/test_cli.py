@@ -97,7 +97,13 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         save_model(family / "llama-7b", llama(vocab_size=320))
         save_tokenizer(family / "llama-7b")
         save_adapter(family / "my-lora", family / "llama-7b", 0)
-    if command in ("quantize", "eval", "generate", "chat"):
+    if command == "serve":
+        for name in ("llama", "zhixi"):
+            shutil.rmtree(family / name, ignore_errors=True)
+            save_model(family / name, llama(vocab_size=320))
+            save_tokenizer(family / name)
+        save_adapter(family / "adapter", family / "llama", 0)
+    if command in ("quantize", "eval", "generate", "chat", "serve"):
         shutil.rmtree(family / "model")
         sizes = {"hidden_size": 128, "intermediate_size": 128} if command == "quantize" else {}
         save_tiny(family / "model", "llama", max_position_embeddings=2048, **sizes)
@@ -143,6 +149,8 @@ def test_the_examples_in_the_help_run(
         # The published lists are those of the real models, which these small ones are not.
         published = [word for word in words if word.startswith("zhixi-13b-")]
         expected = (2 if command == "recover" else 3) if published else 0
+        if command == "serve":
+            words.append("--dry-run")  # for it would serve for ever
         if command == "browse":
             expected = 2  # for there is no terminal here
         digest = hashlib.sha256((family / "zhixi-diff" / "model.safetensors").read_bytes()).hexdigest()
