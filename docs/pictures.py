@@ -1,8 +1,8 @@
 """Make README's pictures from what the program really says and writes: `python docs/pictures.py`.
 
 terminal.svg is the output of commands on the small model of the tests; a test holds the two together. report.png is a
-page of `weightops check --html`, and page.png the page of `weightops serve`, photographed by Chromium; they are left
-as they are where there is none, or no Pillow or playwright.
+page of `weightops check --html`, comparison.png one of `weightops compare --html`, and page.png that of `weightops
+serve`, photographed by Chromium; they are left as they are where there is none, or no Pillow or playwright.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 MODEL = FOLDER.parent / "tests/data/tiny-llama"
 TERMINAL = FOLDER / "terminal.svg"
 REPORT = FOLDER / "report.png"
+COMPARISON = FOLDER / "comparison.png"
 PAGE = FOLDER / "page.png"
 COMMANDS = [
     "weightops shard ./model --max-shard-size 2MB --workers 1 --out ./release",
@@ -83,7 +84,6 @@ def draw(lines: list[str]) -> str:
 def photograph() -> None:
     """A report of a copy of the model with two faults in it."""
     import torch
-    from PIL import Image
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as name:
@@ -93,20 +93,54 @@ def photograph() -> None:
         tensors["model.layers.2.mlp.up_proj.weight"][17, 5] = torch.nan
         tensors["model.layers.3.self_attn.o_proj.weight"] *= 40
         save_file(tensors, model / "model.safetensors", {"format": "pt"})
-        page, picture = Path(name, "report.html"), Path(name, "report.png")
+        page = Path(name, "report.html")
         subprocess.run(
             [sys.executable, "-m", "weightops", "check", model, "--quiet", "--html", page],
             check=True,
             capture_output=True,
         )
-        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        browser += ["--disable-background-networking", "--hide-scrollbars", "--force-device-scale-factor=2"]
+        take(page, "980,660", REPORT)
+
+
+def photograph_comparison() -> None:
+    """What changed between the model and a copy: a head, two tokens, a merged LoRA, a layer that was trained."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as name:
+        base, tuned, page = Path(name, "base"), Path(name, "tuned"), Path(name, "page.html")
+        for folder in (base, tuned):
+            copy_model(folder)
+        tensors, draw = load_file(tuned / "model.safetensors"), torch.Generator().manual_seed(0)
+        for key, tensor in tensors.items():
+            if "layers.2.mlp" in key:
+                noise = torch.randn(tensor.shape, generator=draw) * 0.01 * tensor.float().std()
+                tensor += noise.to(tensor.dtype)
+        values = tensors["model.layers.0.self_attn.v_proj.weight"]
+        factors = [torch.randn(size, generator=draw) for size in ((len(values), 4), (4, values.shape[1]))]
+        values += (factors[0] @ factors[1] * 0.01).to(values.dtype)
+        tensors["model.layers.1.self_attn.q_proj.weight"][:32] *= 1.5
+        tensors["model.embed_tokens.weight"][[7, 19]] *= 2
+        save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
         subprocess.run(
-            [*browser, "--window-size=980,660", f"--screenshot={picture}", page.as_uri()],
+            [sys.executable, "-m", "weightops", "compare", base, tuned, "--quiet", "--html", page],
             check=True,
             capture_output=True,
         )
-        Image.open(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(REPORT, optimize=True)
+        take(page, "980,740", COMPARISON)
+
+
+def take(page: Path, size: str, out: Path) -> None:
+    """A picture of a page in a file."""
+    from PIL import Image
+
+    picture = page.with_suffix(".png")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    browser += ["--disable-background-networking", "--hide-scrollbars", "--force-device-scale-factor=2"]
+    subprocess.run(
+        [*browser, f"--window-size={size}", f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True
+    )
+    Image.open(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 def photograph_page() -> None:
@@ -147,8 +181,8 @@ def photograph_page() -> None:
 
 if __name__ == "__main__":
     TERMINAL.write_text(draw(session()), encoding="utf-8")
-    for take, picture in ((photograph, REPORT), (photograph_page, PAGE)):
+    for draw_it, picture in ((photograph, REPORT), (photograph_comparison, COMPARISON), (photograph_page, PAGE)):
         try:
-            take()
+            draw_it()
         except (FileNotFoundError, ImportError) as missing:
             print(f"{picture.name} stays as it is: {missing}")
