@@ -127,7 +127,7 @@ def photograph_comparison() -> None:
             check=True,
             capture_output=True,
         )
-        take(page, "980,740", COMPARISON)
+        take(page, "980,800", COMPARISON)
 
 
 def take(page: Path, size: str, out: Path) -> None:

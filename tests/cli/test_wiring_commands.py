@@ -187,7 +187,7 @@ ELSEWHERE = {
     "verify": {"--junit"},
     "manifest": {"--dry-run", "--overwrite"},
     "serve": {
-        *("--host", "--port", "--template", "--remote", "--api-key", "--allow-host", "--allow-origin"),
+        *("--model", "--host", "--port", "--template", "--remote", "--api-key", "--allow-host", "--allow-origin"),
         *("--dtype", "--device", "--engine", "--max-memory", "--dry-run"),
     },
     "inspect": {"-t", "--tensors", "--tree", "--depth"},

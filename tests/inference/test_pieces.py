@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
 import json
 import random
 import sys
@@ -14,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from small_tokenizers import mixed_strings, sentencepiece_model, training_text
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_tokenizers import mixed_strings, sentencepiece_model
+from speakers import SPECIAL, byte_fallback, fast, speaker_of_chinese
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 from transformers.models.gpt_sw3.tokenization_gpt_sw3 import GPTSw3Tokenizer
 
@@ -29,39 +28,6 @@ from weightops.inference.generate import Generation
 from weightops.inference.pieces import pieces
 from weightops.inference.settings import Settings
 from weightops.inference.tokens import token_bytes
-
-SPECIAL = ["<unk>", "<s>", "</s>"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def fast(model: Any, pre_tokenizer: Any, decoder: Any, trainer: Any, normalizer: Any = None, **settings: Any) -> Any:
-    tokenizer = Tokenizer(model)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoder
-    tokenizer.train_from_iterator(training_text()[:300], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **settings)
-
-
-def byte_fallback() -> Any:
-    """As LLaMA's and Mistral's are."""
-    made = fast(
-        models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True),
-        None,
-        decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        ),
-        trainers.BpeTrainer(
-            vocab_size=600, special_tokens=SPECIAL + BYTES, limit_alphabet=60, show_progress=False, max_token_length=8
-        ),
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-    )
-    document = json.loads(made.backend_tokenizer.to_str())
-    document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in SPECIAL]
-    tokenizer = Tokenizer.from_str(json.dumps(document))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def unigram() -> Any:
@@ -256,43 +222,10 @@ def test_it_decodes_in_proportion_to_the_tokens(token: str) -> None:
     assert counting.count < 3 * len(tokens)
 
 
-def speaker(folder: Path, tokenizer: Any, tokens: list[int]) -> None:
-    """A model that says these tokens, each of which has one successor; and the tokenizer."""
-    size = max(len(tokenizer), 320) // 4 * 4 + 4
-    config = LlamaConfig(
-        hidden_size=size,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=size,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1) if "norm" in name else parameter.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(size))
-        for token, following in itertools.pairwise(tokens):
-            model.lm_head.weight[following, token] = 1
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def chinese(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
-    """A folder of a model with byte fallback that says "偂惄煆t" after "一", and what it says."""
-    folder, tokenizer = tmp_path_factory.mktemp("speaker"), byte_fallback()
-    prompt = tokenizer("一", add_special_tokens=False).input_ids
-    tokens = [
-        *tokenizer("一偂惄煆", add_special_tokens=False).input_ids,
-        *tokenizer.convert_tokens_to_ids(["t", "</s>"]),
-    ]
-    assert len(set(tokens)) == len(tokens)
-    speaker(folder, tokenizer, tokens)
-    return folder, tokens[len(prompt) :]
+    folder = tmp_path_factory.mktemp("speaker")
+    return folder, speaker_of_chinese(folder)
 
 
 @pytest.mark.parametrize("count", [None, 3, 4, 5, 7])

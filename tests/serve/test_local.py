@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from scripted import Scripted
+from speakers import speaker_of_chinese
 
 import weightops
 from weightops.formats.folder import open_checkpoint
@@ -118,6 +119,23 @@ def _anonymous() -> int:
         pytest.skip("this system does not tell")
     line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) << 10
+
+
+def test_characters_that_are_spelt_in_bytes_come_whole(serve: Serve, tmp_path: Path) -> None:
+    speaker_of_chinese(tmp_path / "model")
+    with weightops.open_pool({"m": tmp_path / "model"}) as pool:
+        running = serve(Local(pool))
+        assert complete(running.port, "m", "一", 40) == "偂惄煆t"
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+        body = {"model": "m", "prompt": "一", "max_tokens": 40, "stream": True, "logprobs": 0}
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+        lines = connection.getresponse().read().decode().split("\n\n")
+        connection.close()
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    pieces = [choice["text"] for choice in choices if choice["text"]]
+    assert "".join(pieces) == "偂惄煆t"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(choices) > len(pieces) + 1  # a token is told also where it gives out no character yet
 
 
 def test_a_request_names_a_template_and_never_a_file(serve: Serve, pool: Pool, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command("serve", cls=Command, epilog=epilog((*READ_CODES[:-1], 16)))
-@click.argument("model", nargs=-1, metavar="[NAME=]MODEL...")
+@click.argument("models", nargs=-1, metavar="[NAME=]MODEL...")
+@click.option("--model", multiple=True, metavar="[NAME=]MODEL", help=f"The same as MODEL. {SEVERAL}")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="The port; 0 takes one that is free."
@@ -60,6 +61,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @run_model_options
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary, only errors.")
 def command(
+    models: tuple[str, ...],
     model: tuple[str, ...],
     host: str,
     port: int,
@@ -97,7 +99,7 @@ def command(
             f"--host {escape(host)} lets other machines in, and there is no key to keep strangers out",
             hint=f"give --api-key KEY, or set {_KEY}",
         )
-    names = named_models(model)
+    names = named_models((*models, *model))
     try:
         from weightops.serve.guard import Rules
         from weightops.serve.run import bind
