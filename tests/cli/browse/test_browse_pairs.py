@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from weightops.cli.browse.rows import Row
 from weightops.cli.browse.subject import Subject, open_side
 from weightops.engine.control import Control
 from weightops.errors import Interrupted
+from weightops.formats.folder import open_checkpoint
+from weightops.operations.compare import Alignment, Pair, TensorChange
 from weightops.stores.web.web import Web
 
 UP, EMBEDDING = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
@@ -172,6 +177,29 @@ def test_shapes_that_cannot_be_compared_are_a_sentence(
     assert rows(base, other)[UP].mark == "≠"
 
 
+def test_a_tied_head_is_there_and_has_no_bytes(base: Path, edited: Callable[[Callable[[State], State]], Path]) -> None:
+    other = edited(lambda state: {name: tensor for name, tensor in state.items() if name != "lm_head.weight"})
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for one, two, tied in ((base, other, 1), (other, base, 0)):
+        row = rows(one, two)["lm_head.weight"]
+        member = row.members[tied]
+        assert (row.mark, row.pair is not None) == ("", True)
+        assert member is not None
+        assert (member.name, member.nbytes(open_checkpoint(other))) == (EMBEDDING, 0)
+    assert f"is {EMBEDDING}" in shown(base, other, "lm_head")[0]
+
+
+def test_stacked_experts_are_a_line_each(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.{i}.up.weight" for i in range(2)]
+    stacked = {"model.layers.0.mlp.experts.up": torch.zeros(2, 4, 4)}
+    one = write_checkpoint(tmp_path / "one", {name.removesuffix(".weight"): torch.zeros(4, 4) for name in names})
+    found = rows(one, write_checkpoint(tmp_path / "two", stacked))
+    second = [row.members[1] for row in found.values()]
+    assert [member and member.name for member in second] == [f"model.layers.0.mlp.experts.up[{i}]" for i in range(2)]
+    assert {row.mark for row in found.values()} == {""}
+
+
 def test_what_cannot_be_aligned_is_still_browsed(base: Path, tmp_path: Path) -> None:
     """A damaged quantised module: names are what is left."""
     quantize_tiny(base, tmp_path / "gptq")
@@ -187,6 +215,38 @@ def test_what_cannot_be_aligned_is_still_browsed(base: Path, tmp_path: Path) -> 
         assert "paired by equal names, and not compared: " in panel(browser)
 
     browse([base, tmp_path / "gptq"], steps)
+
+
+def test_a_comparison_stops_when_the_cursor_moves(
+    base: Path, edited: Callable[[Callable[[State], State]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = edited(lambda state: {**state, UP: state[UP] * 2})
+    begun, ended, go_on = threading.Event(), threading.Event(), threading.Event()
+    measured = Alignment.measure
+
+    def measure(self: Alignment, pair: Pair, control: Control) -> TensorChange:
+        begun.set()
+        try:
+            while not go_on.is_set():
+                control.check()
+                time.sleep(0.005)
+            return measured(self, pair, control)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Alignment, "measure", measure)
+
+    async def steps(browser: Browser, pilot: Pilot[None]) -> None:
+        await search(browser, pilot, UP)
+        await until(pilot, begun.is_set)
+        await pilot.press("up")
+        await until(pilot, ended.is_set)
+        go_on.set()
+        await pilot.press("down")
+        await until(pilot, lambda: "scaled: B is A times a number" in panel(browser))
+        assert "B is A times: 2" in panel(browser)
+
+    browse([base, other], steps)
 
 
 def test_no_weight_is_read_before_a_cursor_rests(tmp_path: Path) -> None:

@@ -148,10 +148,12 @@ class Browser(App[None]):
             self._rest = self.set_timer(_REST_S, self.action_read)
 
     def _on_servers(self, name: str) -> int:
-        """The bytes of a tensor that would come over the network."""
-        tensors = (member.tensor for member in self._subject.rows[name].members if member is not None)
+        """The bytes of a tensor that would come over the network; of a pair twice, for it is measured too."""
+        row = self._subject.rows[name]
+        tensors = (member.tensor for member in row.members if member is not None)
         ops = {node: node.op for tensor in tensors for node in tensor.walk()}.values()
-        return sum(op.extent[1] - op.extent[0] for op in ops if op.source is not None and op.source.is_on_server)
+        found = sum(op.extent[1] - op.extent[0] for op in ops if op.source is not None and op.source.is_on_server)
+        return found if row.pair is None else 2 * found
 
     def _refresh(self) -> None:
         panel, item = self.query_one("#panel", Static), self._tree.item
