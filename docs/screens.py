@@ -32,7 +32,7 @@ def screen(folders: Sequence[Path], wanted: str, size: tuple[int, int]) -> str:
         control = Control()
         sides = [open_side(folder, control) for folder in folders]
         named = [type(side)(side.checkpoint, renamed(side.inspection)) for side in sides]
-        browser = Browser(Subject.of(*named), control)
+        browser = Browser(Subject.of(*named, control=control), control)
         async with browser.run_test(size=size) as pilot:
             await pilot.press("slash")
             browser.query_one("#search", Input).value = wanted
@@ -67,7 +67,7 @@ def tuned(folder: Path) -> None:
     torch.manual_seed(0)
     changed = tensors["model.layers.1.self_attn.q_proj.weight"]
     changed += (torch.randn(changed.shape[0], 4) @ torch.randn(4, changed.shape[1]) * 0.002).half()
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["score.weight"] = torch.ones(1, changed.shape[1]).half()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

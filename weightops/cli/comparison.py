@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from weightops.cli.divergence import quoted
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -63,6 +65,50 @@ def kind_text(tensor: TensorChange) -> str:
     if tensor.steps is not None and tensor.kind == "quantised":
         return f"{tensor.kind}, {tensor.steps:.2g} steps"
     return tensor.kind
+
+
+def change_facts(tensor: TensorChange) -> Iterator[tuple[str, str]]:
+    """All that is said of one pair, as labels and texts; of equal ones only that they are."""
+    from weightops.operations.compare import KINDS  # imported here because it brings numpy, which help does not need
+
+    yield tensor.kind, KINDS[tensor.kind]
+    for more, side in ((tensor.added_a, "A"), (tensor.added_b, "B")):
+        if more:
+            yield f"more rows in {side}", f"{more:,}, which are not compared"
+    odd = (tensor.a.nan, tensor.b.nan, tensor.a.infinite, tensor.b.infinite)
+    if any(odd):
+        first = "" if tensor.first_odd is None else f"; the first of B alone at {list(tensor.first_odd)}"
+        yield "not finite", "NaN {:,} in A, {:,} in B; infinite {:,} in A, {:,} in B".format(*odd) + first
+    if tensor.is_equal or tensor.kind == "not-numbers":
+        return
+    yield "||B - A|| / ||A||", figure(tensor.relative) or "means nothing here"
+    yield "1 - cosine", figure(tensor.angle) or "means nothing here"
+    yield "changed", f"{tensor.changed:,} of {tensor.elements:,} ({share(tensor.changed / max(1, tensor.elements))})"
+    yield "sign flips", f"{tensor.flips:,}"
+    if tensor.largest is not None:
+        most = tensor.largest
+        yield "greatest difference", f"{most.abs:.4g} at {list(most.at)}: {most.a:.6g} in A, {most.b:.6g} in B"
+    if tensor.scale is not None:
+        yield "B is A times", f"{tensor.scale:.6g}"
+    if tensor.rank is not None:
+        yield "r99", f"{tensor.rank}, stable rank {figure(tensor.stable_rank)}"
+    if tensor.steps is not None:
+        within = share(tensor.within_half_step)
+        yield "quantisation steps apart", f"{tensor.steps:.3g} in the root mean square, {within} within half a step"
+    if tensor.heads:
+        yield "changed heads", listed_heads(tensor)
+    elif tensor.rows:
+        yield "changed rows", f"{tensor.changed_rows:,} of {tensor.n_rows:,}: {listed_rows(tensor)}"
+
+
+def listed_heads(tensor: TensorChange) -> str:
+    """The heads that changed, by number."""
+    return f"{', '.join(str(head.head) for head in tensor.heads)} of {tensor.n_heads}"
+
+
+def listed_rows(tensor: TensorChange) -> str:
+    """The first rows that changed, by number, with their tokens where they have such."""
+    return ", ".join(f"{r.row}" + (f" {quoted(r.token)}" if r.token is not None else "") for r in tensor.rows[:8])
 
 
 def share(value: float | None) -> str:

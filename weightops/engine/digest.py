@@ -73,7 +73,9 @@ def in_threads(workers: int, control: Control, jobs: Iterable[Callable[[Control]
                 for future in done:
                     future.result()
         except BaseException:
-            own.cancel()
+            # Not where nobody is left to stop: connections are shared, and whoever asked may go on with others.
+            if not all(future.done() for future in futures):
+                own.cancel()
             for future in futures:
                 future.cancel()
             raise

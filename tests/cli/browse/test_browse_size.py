@@ -16,7 +16,7 @@ from test_browse import browse, lines, panel, search, until
 from textual.pilot import Pilot
 
 from weightops.cli.browse.app import Browser
-from weightops.cli.browse.reading import read, relative_norm
+from weightops.cli.browse.reading import read
 from weightops.cli.browse.subject import Subject, open_side
 from weightops.engine.control import Control
 
@@ -65,12 +65,13 @@ def test_a_large_tensor_takes_a_few_blocks_of_memory(tmp_path: Path) -> None:
         file.seek(-2, 2)
         file.write(b"\x80\x3f")
     control = Control()
-    subject = Subject.of(*(open_side(path, control) for path in paths))
+    subject = Subject.of(*(open_side(path, control) for path in paths), control=control)
     tracemalloc.start()
     try:
-        found = read("w", subject.pairs["w"], relative_norm, control)
+        found = read("w", subject.rows["w"], subject.alignment, control)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert dict(found.figures)["differ"] == f"1 of {1 << 26:,} (1.49e-06 %)"
+    assert found.change is not None
+    assert (found.change.changed, found.change.elements) == (1, 1 << 26)
     assert peak < 64 << 20

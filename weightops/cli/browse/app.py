@@ -18,7 +18,7 @@ from textual.timer import Timer
 from textual.widgets import Footer, Input, Static, Tree
 
 from weightops.cli.browse.panel import module_text, tensor_text
-from weightops.cli.browse.reading import Counted, Figures, Reading, read, relative_norm
+from weightops.cli.browse.reading import Counted, Reading, read
 from weightops.cli.browse.subject import Subject
 from weightops.cli.browse.tree import Item, ModuleTree
 from weightops.cli.inspection import count
@@ -35,7 +35,7 @@ _KEPT = 1000
 
 
 class Browser(App[None]):
-    """One checkpoint, or two side by side. `figures` says how two tensors differ."""
+    """One checkpoint, or two side by side."""
 
     class Read(Message):
         """A tensor has been read, or could not be."""
@@ -75,9 +75,9 @@ class Browser(App[None]):
     TITLE = "weightops browse"
     ENABLE_COMMAND_PALETTE = False
 
-    def __init__(self, subject: Subject, control: Control, figures: Figures = relative_norm) -> None:
+    def __init__(self, subject: Subject, control: Control) -> None:
         super().__init__()
-        self._subject, self._control, self._figures = subject, control, figures
+        self._subject, self._control = subject, control
         self._readings: OrderedDict[str, Reading | str] = OrderedDict()
         self._modules: dict[int, Text] = {}
         """What is said of modules, by the lines of the tree, which last as long."""
@@ -148,10 +148,12 @@ class Browser(App[None]):
             self._rest = self.set_timer(_REST_S, self.action_read)
 
     def _on_servers(self, name: str) -> int:
-        """The bytes of a tensor that would come over the network."""
-        tensors = {tensor for tensor in self._subject.pairs[name] if tensor is not None}
-        sources = [node.op for tensor in tensors for node in tensor.walk() if node.op.source is not None]
-        return sum(op.extent[1] - op.extent[0] for op in sources if op.source is not None and op.source.is_on_server)
+        """The bytes of a tensor that would come over the network; of a pair twice, for it is measured too."""
+        row = self._subject.rows[name]
+        tensors = (member.tensor for member in row.members if member is not None)
+        ops = {node: node.op for tensor in tensors for node in tensor.walk()}.values()
+        found = sum(op.extent[1] - op.extent[0] for op in ops if op.source is not None and op.source.is_on_server)
+        return found if row.pair is None else 2 * found
 
     def _refresh(self) -> None:
         panel, item = self.query_one("#panel", Static), self._tree.item
@@ -172,9 +174,8 @@ class Browser(App[None]):
         known = self._readings.get(name)
         if known is not None:
             return known
-        total = sum(tensor.nbytes for tensor in self._subject.pairs[name] if tensor is not None)
         if self._work is not None:
-            return f"reading: {100 * min(self._counted.nbytes, total) // max(1, total)} % of {human(total)}"
+            return f"{self._counted.what}: {self._counted.percent} % of {human(self._counted.total)}"
         fetched = self._on_servers(name)
         return f"s reads it: {human(fetched)} over the network" if fetched else ""
 
@@ -187,7 +188,8 @@ class Browser(App[None]):
         item = self._tree.item
         if item is None or item.name is None or item.name in self._readings or self._work is not None:
             return
-        self._counted = Counted()
+        members = self._subject.rows[item.name].members
+        self._counted = Counted(sum(member.tensor.nbytes for member in members if member is not None))
         work = self._work = Control(self._counted, parent=self._control)
         name = item.name
         self.run_worker(lambda: self._read(name, work), thread=True, exit_on_error=False, group="read")
@@ -197,7 +199,7 @@ class Browser(App[None]):
         """In a thread: everything that is to be shown of a tensor."""
         found: Reading | str
         try:
-            found = read(name, self._subject.pairs[name], self._figures, work)
+            found = read(name, self._subject.rows[name], self._subject.alignment, work)
         except Interrupted:
             return
         except (WeightopsError, OSError, MemoryError) as error:

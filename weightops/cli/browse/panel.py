@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
 from weightops.cli.browse.reading import Reading
-from weightops.cli.browse.subject import Subject
+from weightops.cli.browse.rows import Member, Row
+from weightops.cli.browse.subject import Side, Subject
+from weightops.cli.comparison import change_facts
 from weightops.cli.inspection import STATISTICS, count, statistics_cells
 from weightops.cli.meter import human
 from weightops.engine.examine import TensorReport
@@ -26,20 +28,26 @@ def module_text(subject: Subject, path: str, names: Sequence[str]) -> Text:
     text = Text()
     text.append(f"{escape(path) or 'all tensors'}\n\n", "bold")
     for number, side in enumerate(subject.sides):
-        own = [name for name in names if name in side.checkpoint]
-        nbytes = sum(side.checkpoint[name].nbytes for name in own)
-        weights = sum(side.inspection.weights[name] for name in own)
+        own = [member for name in names if (member := subject.rows[name].members[number]) is not None]
+        nbytes = sum(member.nbytes(side.checkpoint) for member in own)
+        weights = sum(member.parameters(side.inspection) for member in own)
         share = f", {100 * nbytes / side.inspection.nbytes:.1f} % of the whole" if side.inspection.nbytes else ""
         letter = f"{_LETTERS[number]}  " if subject.is_pair else ""
         text.append(f"{letter}{len(own):,} tensors, {count(weights)} parameters, {human(nbytes)}{share}\n")
     if subject.is_pair:
         marks = [subject.mark(name) for name in names]
         text.append("\n")
-        for mark, what in (("-", "only in A"), ("+", "only in B"), ("≠", "of another dtype or shape")):
+        for mark, what in (
+            ("-", "only in A"),
+            ("+", "only in B"),
+            ("≠", "of another type or shape"),
+        ):
             if mark in marks:
                 text.append(f"{mark} {marks.count(mark):,} {what}\n")
         if not any(marks):
-            text.append("the same names, dtypes and shapes on both sides\n")
+            text.append("the same tensors, of the same types and shapes, on both sides\n")
+        for note in subject.notes if not path else ():
+            text.append(f"\n{escape(note)}\n", "dim")
     return text
 
 
@@ -47,38 +55,53 @@ def tensor_text(subject: Subject, name: str, reading: Reading | str | None, widt
     """A tensor: what headers say of it, and what has been read, or in a sentence why nothing has."""
     text = Text()
     text.append(f"{escape(name)}\n\n", "bold")
-    for number, side in enumerate(subject.sides):
+    row = subject.rows[name]
+    for number, (side, member) in enumerate(zip(subject.sides, row.members, strict=False)):
         letter = f"{_LETTERS[number]}  " if subject.is_pair else ""
-        tensor = side.checkpoint.get(name)
-        if tensor is None:
-            text.append(f"{letter}not there\n")
+        if member is None:
+            text.append(f"{letter}{'not there' if row.is_derived else 'no partner: nothing here is this tensor'}\n")
             continue
-        text.append(f"{letter}{tensor.spec}\n", "bold")
+        text.append(f"{letter}{member.form + ', as ' if member.form else ''}{member.tensor.spec}\n", "bold")
         indent = " " * len(letter)
-        share = 100 * tensor.nbytes / max(1, side.inspection.nbytes)
-        text.append(f"{indent}{count(tensor.spec.numel)} elements, {human(tensor.nbytes)}, {share:.3g} %\n")
-        text.append(f"{indent}in {escape(side.checkpoint.shards.get(name, side.checkpoint.name))}\n", "dim")
-        alias = side.inspection.aliases.get(name)
-        if alias is not None:
-            text.append(f"{indent}shares the bytes of {escape(alias)}\n", "dim")
+        nbytes, numel = member.nbytes(side.checkpoint), member.tensor.spec.numel
+        share = 100 * nbytes / max(1, side.inspection.nbytes)
+        size = "" if member.is_alias else f", {human(nbytes)}, {share:.3g} %"
+        text.append(f"{indent}{count(numel)} elements{size}\n")
+        for line in _origin(name, member, side):
+            text.append(f"{indent}{line}\n", "dim")
+    if row.reason:
+        text.append(f"\n{escape(row.reason)}\n")
     text.append("\n")
     if not isinstance(reading, Reading):
         text.append(reading or "", "dim")
         return text
-    for label, value in reading.figures:
+    for label, value in change_facts(reading.change) if reading.change is not None else ():
         text.append(f"{label}: ")
         text.append(f"{value}\n", "bold")
-    text.append("\n" if reading.figures else "")
-    _append_values(text, reading, width, is_pair=subject.is_pair)
+    text.append("\n" if reading.change is not None else "")
+    _append_values(text, reading, row, width, is_pair=subject.is_pair)
     for note in reading.notes:
         text.append(f"\n{note}\n", "dim")
     return text
 
 
-def _append_values(text: Text, reading: Reading, width: int, *, is_pair: bool) -> None:
+def _origin(shown: str, member: Member, side: Side) -> Iterator[str]:
+    """Where a tensor of one side, which is shown under some name, comes from."""
+    if member.name != shown:
+        yield f"{'is' if member.is_alias else 'named'} {escape(member.name)}"
+    yield f"in {escape(side.checkpoint.shards.get(next(iter(member.files), ''), side.checkpoint.name))}"
+    alias = side.inspection.aliases.get(member.name)
+    if alias is not None:
+        yield f"shares the bytes of {escape(alias)}"
+
+
+def _append_values(text: Text, reading: Reading, row: Row, width: int, *, is_pair: bool) -> None:
     found = [report for report in reading.reports if report is not None]
     letters = [letter for letter, report in zip(_LETTERS, reading.reports, strict=True) if report is not None]
-    for letter, report in zip(letters, found, strict=True):
+    members = [member for member in row.members if member is not None]
+    for letter, report, member in zip(letters, found, members, strict=True):
+        if not member.is_as_stored:
+            continue  # a digest of bytes that no file has says nothing
         label = f"{letter} xxh3_128" if is_pair else "xxh3_128"
         text.append(f"{label} ", "dim").append(f"{report.xxh3_128}\n")
     columns = [statistics_cells(report.statistics) for report in found]

@@ -7,7 +7,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +15,16 @@ import click
 
 from weightops.checkpoint import Checkpoint
 from weightops.cli import inspection
+from weightops.cli.browse.rows import Row, aligned_rows, rows_by_name
 from weightops.cli.output import escape_lines
 from weightops.engine.control import Control
-from weightops.errors import WeightopsError
+from weightops.errors import Interrupted, WeightopsError
 from weightops.formats.adapter.files import looks_like_adapter
 from weightops.formats.folder import open_adapter, read_place
 from weightops.formats.places import find_place
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.lazy import LazyTensor
+from weightops.operations.compare import Alignment, align
 from weightops.operations.inspect import Inspection, Module, inspect, modules_of
 from weightops.stores.reader import FileReader
 from weightops.stores.stores import Stores
@@ -33,8 +34,6 @@ _MAX_LINES = 5000
 _MAX_CHARS = 400
 _ITEMS = 8
 """Of a list in metadata, such as the tokens of a GGUF file."""
-Pair = tuple[LazyTensor | None, LazyTensor | None]
-"""A tensor of the first checkpoint and its namesake of the second; None where one has none."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +109,30 @@ def _value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint, or two that are held side by side by the names of their tensors.
+    """One checkpoint, or two that are held side by side, tensor by tensor as `compare` pairs them.
 
-    `pairs` are all tensors, those of the first in its order and then those that only the second has. Who knows better
-    which tensor of the one is which of the other gives other pairs.
+    `notes` are what there is to say of how they were paired.
     """
 
     sides: tuple[Side, ...]
-    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    rows: Mapping[str, Row]
+    alignment: Alignment | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, *sides: Side) -> Subject:
-        """Pairs by equal names."""
-        first, *others = (side.checkpoint for side in sides)
-        second: Mapping[str, LazyTensor] = others[0] if others else {}
-        names = [*first, *(name for name in second if name not in first)]
-        return cls(tuple(sides), {name: (first.get(name), second.get(name)) for name in names})
+    def of(cls, *sides: Side, control: Control) -> Subject:
+        """Pairs by alignment; by equal names, with a note, where one of the two is damaged and cannot be aligned."""
+        if len(sides) == 1:
+            return cls(sides, rows_by_name(sides[0].checkpoint, {}))
+        one, two = (side.checkpoint for side in sides)
+        try:
+            found = align(one, two, control)
+        except Interrupted:
+            raise
+        except WeightopsError as error:
+            note = f"paired by equal names, and not compared: {error}"
+            return cls(sides, rows_by_name(one, two, note), notes=(note,))
+        return cls(sides, aligned_rows(found), found, found.notes)
 
     @property
     def is_pair(self) -> bool:
@@ -134,25 +141,28 @@ class Subject:
     @cached_property
     def modules(self) -> Module:
         """The tree of all names."""
-        return modules_of(self.pairs)
+        return modules_of(self.rows)
 
     def mark(self, name: str) -> str:
-        """How a tensor's two sides differ by their headers: `-` only the first has it, `+` only the second, `≠`."""
-        one, two = self.pairs[name]
-        if not self.is_pair or (one is not None and two is not None and one.spec == two.spec):
-            return ""
-        return "-" if two is None else "+" if one is None else "≠"
+        """How a tensor's two sides differ by their headers; see `Row.mark`."""
+        return self.rows[name].mark if self.is_pair else ""
 
     def find(self, text: str) -> list[str]:
-        """The tensors whose names hold `text`, in any case, or match it where it is a glob."""
+        """The tensors of which a name, on either side, holds `text`, in any case, or matches it where it is a glob."""
         wanted = text.casefold()
-        if set("*?[") & set(wanted):
-            return [name for name in self.pairs if fnmatch.fnmatchcase(name.casefold(), f"*{wanted}*")]
-        return [name for name in self.pairs if wanted in name.casefold()] if wanted else []
+        pattern = f"*{wanted}*" if set("*?[") & set(wanted) else None
+
+        def matches(name: str) -> bool:
+            return wanted in name.casefold() if pattern is None else fnmatch.fnmatchcase(name.casefold(), pattern)
+
+        return [name for name, row in self.rows.items() if any(map(matches, (name, *row.names)))] if wanted else []
 
     def nbytes(self, names: Iterable[str]) -> int:
-        """The bytes of tensors, of the first side that has each."""
-        return sum(tensor.nbytes for name in names for tensor in [self.pairs[name][0] or self.pairs[name][1]] if tensor)
+        """The bytes of tensors in the files, of the first side that has each."""
+        return sum(
+            next(m.nbytes(side.checkpoint) for m, side in zip(self.rows[name].members, self.sides, strict=False) if m)
+            for name in names
+        )
 
     def config(self) -> Iterator[str]:
         """config.json, or with two what differs between theirs, as lines with - and +."""

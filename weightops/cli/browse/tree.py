@@ -79,10 +79,10 @@ class ModuleTree(Tree[Item]):
         text = Text(escape(label) or "''", no_wrap=True)
         names = list(item.module.names()) if item.module is not None else [item.name] if item.name is not None else []
         marks = {self._subject.mark(name) for name in names} - {""} if self._subject.is_pair else set()
-        one, two = self._subject.pairs[item.name] if item.name is not None else (None, None)
-        tensor = one or two
-        if tensor is not None:
-            text.append(f"  {tensor.spec.dtype.name} {list(tensor.spec.shape)}", "dim")
+        one, two = self._subject.rows[item.name].members if item.name is not None else (None, None)
+        member = one or two
+        if member is not None:
+            text.append(f"  {member.label}", "dim")
             return Text.assemble((f"{marks.pop()} ", "bold yellow"), text) if marks else text
         text.append(f"  {human(self._subject.nbytes(names))}", "dim")
         return text.append("  *", "bold yellow") if marks else text

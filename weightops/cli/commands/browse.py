@@ -21,7 +21,9 @@ def command(source: Path | str, second: Path | str | None) -> None:
 
     SOURCE and SECOND are folders, weight files, hf://org/name[@revision] or URLs. Only headers are read at first, so
     that a model of any size is there at once. A tensor on which the cursor rests is read then: its statistics, a
-    histogram and its digest; of two also how far apart they are. On a server it waits for the key s.
+    histogram and its digest. On a server it waits for the key s. Two models are paired as `compare` pairs them,
+    whatever layout each is in; of a tensor and its partner you see what kind of change it is, and how large. The tree
+    marks what only one of the two has.
 
     \b
     Example:
@@ -46,7 +48,9 @@ def command(source: Path | str, second: Path | str | None) -> None:
     from weightops.cli.browse.subject import Subject, open_side
 
     with running(True) as control, control.stores.connected():
-        subject = Subject.of(*(open_side(each, control) for each in (source, second) if each is not None))
+        subject = Subject.of(
+            *(open_side(each, control) for each in (source, second) if each is not None), control=control
+        )
         browser = Browser(subject, control)
         browser.run()
     click.get_current_context().exit(browser.return_code or 0)

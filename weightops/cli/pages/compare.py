@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from weightops.api import Comparisons
-from weightops.cli.comparison import candidate_heads, candidate_rows, changed_row
+from weightops.cli.comparison import candidate_heads, candidate_rows, changed_row, listed_heads, listed_rows
 from weightops.cli.divergence import quoted
 from weightops.cli.pages import html as html_page
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
@@ -128,10 +128,9 @@ def _changed(found: Comparison) -> str:
 def _where(tensor: TensorChange) -> str:
     parts = []
     if tensor.heads:
-        parts.append(f"heads {', '.join(str(head.head) for head in tensor.heads)} of {tensor.n_heads}")
+        parts.append(f"heads {listed_heads(tensor)}")
     if tensor.rows:
-        shown = ", ".join(f"{r.row}" + (f" {quoted(r.token)}" if r.token is not None else "") for r in tensor.rows[:8])
-        parts.append(f"{tensor.changed_rows} of {tensor.n_rows} rows: {shown}")
+        parts.append(f"{tensor.changed_rows} of {tensor.n_rows} rows: {listed_rows(tensor)}")
     if tensor.moved_from:
         parts.append(f"holds A's {tensor.moved_from}")
     if tensor.largest is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from weightops.operations.compare.alignment import Alignment, align
+from weightops.operations.compare.entries import Entries, Entry
 from weightops.operations.compare.operation import compare
+from weightops.operations.compare.pairing import Mismatch, Pair
 from weightops.operations.compare.report import (
     KINDS,
     CompareOptions,
@@ -16,12 +19,18 @@ from weightops.operations.compare.report import (
 
 __all__ = [
     "KINDS",
+    "Alignment",
     "CompareOptions",
     "Comparison",
     "ConfigChange",
+    "Entries",
+    "Entry",
     "Finding",
     "Lone",
+    "Mismatch",
+    "Pair",
     "TensorChange",
     "TokenizerChange",
+    "align",
     "compare",
 ]

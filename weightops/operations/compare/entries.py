@@ -59,7 +59,10 @@ class Entry:
 
 @dataclass
 class Entries:
-    """A checkpoint's tensors by key; `left` are those that follow from others, with the reason."""
+    """A checkpoint's tensors by key; `left` are those that follow from others, with the reason.
+
+    `parts` are tensors of the files that others are made of, such as scales, with what these are called.
+    """
 
     checkpoint: Checkpoint
     layout: str | None
@@ -70,6 +73,7 @@ class Entries:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """That of a GGUF file."""
     left: dict[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     is_tied: bool = False
 
@@ -86,7 +90,7 @@ def read_entries(checkpoint: Checkpoint, evaluate: Evaluate, control: Control) -
     plain = as_plain(checkpoint, evaluate)
     metadata = _gguf_metadata(checkpoint, control) if layout == "gguf" else {}
     names = _hf_names(layout, plain.tensors) if layout not in (None, "hf") else {}
-    left = {name: f"goes into {into}" for name, into in plain.taken.items()}
+    left: dict[str, str] = {}
     found: dict[str, Entry] = {}
     for name, tensor in plain.tensors.items():
         if is_derived(name):
@@ -94,7 +98,7 @@ def read_entries(checkpoint: Checkpoint, evaluate: Evaluate, control: Control) -
             continue
         key = names.get(name) or _plain_key(name)
         found[key] = Entry(name, tensor, plain.steps.get(name), plain.stored.get(name, ""))
-    entries = Entries(checkpoint, layout, found, metadata=metadata, left=left, notes=plain.notes)
+    entries = Entries(checkpoint, layout, found, metadata=metadata, left=left, parts=plain.taken, notes=plain.notes)
     entries.heads = _heads(entries)
     is_llama = metadata.get("general.architecture", {}).get("string") == "llama"
     entries.is_in_pairs = layout in ("meta", "tencentpretrain", "llama_inference") or (layout == "gguf" and is_llama)

@@ -156,9 +156,8 @@ def _evaluated(tensors: Mapping[int, LazyTensor], workers: int, control: Control
         waiting.put(number)
 
     def work(control: Control) -> None:
-        with Evaluator(control.stores, control.once) as read:
+        with _Stoppable(control) as read:
             while (number := waiting.get()) is not None:
-                control.check()
                 tensor = tensors[number]
                 result[number] = np.frombuffer(read.whole(tensor), np.float64) ** 2
                 control.progress.advance(sum(each.nbytes for each in tensor.inputs))
@@ -167,6 +166,18 @@ def _evaluated(tensors: Mapping[int, LazyTensor], workers: int, control: Control
     in_threads(workers, control, [work] * workers)
     control.progress.stop()
     return result
+
+
+class _Stoppable(Evaluator):
+    """Looks at every block of what a decomposition reads whether it is to stop: a whole one takes long."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__(control.stores, control.once)
+        self._check = control.check
+
+    def __call__(self, tensor: LazyTensor, start: int, out: memoryview) -> None:
+        self._check()
+        super().__call__(tensor, start, out)
 
 
 def _with_origins(found: Sequence[Measured], workers: int, control: Control) -> list[Measured]:

@@ -16,17 +16,13 @@ from weightops.engine.values import values as values_of
 from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
-from weightops.layouts.embeddings import has_rows_of_tokens
+from weightops.operations.compare.alignment import align
 from weightops.operations.compare.config import config_changes
-from weightops.operations.compare.entries import Entries, read_entries
-from weightops.operations.compare.kinds import change_of
 from weightops.operations.compare.measure import Measured, measure
-from weightops.operations.compare.pairing import Pairing, pair
 from weightops.operations.compare.relation import findings, relation
-from weightops.operations.compare.report import Comparison, Lone, Where, count_kinds
-from weightops.operations.compare.tokenizer import read_words, tokenizer_changes
+from weightops.operations.compare.report import Comparison, count_kinds
+from weightops.operations.compare.tokenizer import tokenizer_changes
 from weightops.ops.measures.difference import angle
-from weightops.spec import TensorSpec
 
 
 def compare(
@@ -56,19 +52,12 @@ def compare(
         refuse_delta(checkpoint, role)
         refuse_adapter(checkpoint, role)
     control = control or Control()
-    evaluate = partial(values_of, control=control)
-    one, other = (read_entries(checkpoint, evaluate, control) for checkpoint in (a, b))
-    words = read_words(one), read_words(other)
-    config, config_notes = config_changes(one, other, evaluate)
-    tokenizer, tokenizer_notes = tokenizer_changes(*words)
-    pairing = pair(one, other)
-    measured = measure(pairing.pairs, workers, control)
-
-    def word(key: str, row: int) -> str | None:
-        return words[0].text(row) if has_rows_of_tokens(key) else None
-
-    tensors = tuple(change_of(each, word) for each in measured)
-    lone = _lone(pairing, one, other)
+    aligned = align(a, b, control)
+    config, config_notes = config_changes(aligned.a, aligned.b, partial(values_of, control=control))
+    tokenizer, tokenizer_notes = tokenizer_changes(*aligned.words)
+    measured = measure(aligned.pairing.pairs, workers, control)
+    tensors = tuple(map(aligned.change, measured))
+    lone = tuple(aligned.lone)
     relative, one_minus_cosine = _whole(measured)
     result = Comparison(
         a=a.name,
@@ -79,10 +68,10 @@ def compare(
         angle=one_minus_cosine,
         kinds=count_kinds(tensors),
         tensors=tensors,
-        lone=tuple(lone),
+        lone=lone,
         config=tuple(config),
         tokenizer=tuple(tokenizer),
-        notes=(*one.notes, *other.notes, *pairing.notes, *config_notes, *tokenizer_notes),
+        notes=(*aligned.notes, *config_notes, *tokenizer_notes),
     )
     return result.held(tolerance, strict=strict)
 
@@ -93,24 +82,3 @@ def _whole(measured: Sequence[Measured]) -> tuple[float | None, float | None]:
     a, d = (math.sqrt(sum(n * n for n in norms)) for norms in ([f.norm_a for f in found], [f.norm_d for f in found]))
     relative = d / a if a and math.isfinite(a) and math.isfinite(d) else None if d else 0.0
     return relative, angle(a, sum(each.dot for each in found), d)
-
-
-def _lone(pairing: Pairing, a: Entries, b: Entries) -> list[Lone]:
-    """What has no partner, and what follows from other tensors."""
-    found = []
-    for where, entries in (("a", pairing.only_a), ("b", pairing.only_b)):
-        found += [_of(where, each.name, each.tensor.spec) for each in entries if not each.is_alias]
-    for each in pairing.mismatched:
-        one, other = each.first.tensor.spec, each.second.tensor.spec
-        found.append(_of("both", each.first.name, one, reason=f"{one} in A, {other} in B"))
-    for where, side in (("a", a), ("b", b)):
-        for name, reason in side.left.items():
-            tensor = side.checkpoint.get(name)
-            if tensor is not None:
-                found.append(_of(where, name, tensor.spec, reason=reason, is_derived=True))
-    return found
-
-
-def _of(where: str, name: str, spec: TensorSpec, *, reason: str = "", is_derived: bool = False) -> Lone:
-    sides: dict[str, Where] = {"a": "a", "b": "b", "both": "both"}
-    return Lone(where=sides[where], name=name, dtype=spec.dtype, shape=spec.shape, reason=reason, is_derived=is_derived)

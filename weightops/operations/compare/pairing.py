@@ -47,6 +47,11 @@ class Mismatch:
     first: Entry
     second: Entry
 
+    @property
+    def reason(self) -> str:
+        """Why not."""
+        return f"{self.first.tensor.spec} in A, {self.second.tensor.spec} in B"
+
 
 @dataclass
 class Pairing:
