@@ -42,8 +42,8 @@ class Comparisons:
     __repr__ = brief
 
     def _repr_html_(self) -> str:
-        parts = [each._repr_html_() for each in self.comparisons]
-        return "".join([*parts, *([] if self.outputs is None else [self.outputs._repr_html_()])])
+        shown = [*self.comparisons, self.outputs, self.answers]
+        return "".join(each._repr_html_() for each in shown if each is not None)
 
     @property
     def differs(self) -> bool | None:
@@ -134,6 +134,9 @@ def compare(
             with open_pool(
                 sources, dtype=dtype, device=device, engine=engine, max_memory=max_memory, control=control
             ) as pool:
+                if template is not None:  # one that there is not is refused at once, not prompt by prompt
+                    for name in pool.names:
+                        pool.find_template(name, os.fspath(template))
                 answers = answer_side_by_side(pool, wanted, control=control)
         comparisons = tuple(
             operation(opened[0], each, tolerance=tolerance, strict=strict, workers=workers, control=control)

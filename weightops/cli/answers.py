@@ -58,7 +58,9 @@ def parting_text(found: Against) -> str:
         if each is None:
             said.append(f"{who} has ended")
         else:
-            said.append(f"{who} has {quoted(each.text)} (A {_logprob(each.a)}, it {_logprob(each.model)})")
+            said.append(
+                f"{who} has {quoted(each.text)} (log-probability {_logprob(each.a)} to A, {_logprob(each.model)} to it)"
+            )
     tie = "; a tie, closer than the arithmetic's noise" if parting.is_tie else ""
     return f"It parts from A after {parting.tokens} equal tokens: {', '.join(said)}{tie}."
 

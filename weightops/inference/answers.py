@@ -10,6 +10,7 @@ import msgspec
 
 from weightops.inference.events import Candidate, Finish
 from weightops.io.brief import brief
+from weightops.io.notebook import card
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +126,14 @@ class AnswersReport(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        heads = ("model", "prompts", "equal", "ties", "equal tokens (median)")
+        rows = [
+            (each.model, each.prompts, each.equal, each.ties, "" if each.median_tokens is None else each.median_tokens)
+            for each in self.agreed
+        ]
+        return card(f"Answers against {self.models[0]}", {"dtype": self.dtype}, heads, rows, what="models")
 
     @property
     def failed(self) -> int:
