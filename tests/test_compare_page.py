@@ -30,12 +30,13 @@ def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -
         state[name] += torch.randn(64, 4) @ torch.randn(4, 64) * 0.02
     save_file(state, tmp_path / "tuned/model.safetensors", {"format": "pt"})
     (tmp_path / "heldout.txt").write_text(text(60))
+    (tmp_path / "prompts.txt").write_text("the weights\nonce upon\n")
 
 
 @pytest.mark.usefixtures("_models")
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     commands = re.findall(r"^    weightops (.*)$", PAGE.read_text(), re.MULTILINE)
-    verbs = ("compare", "compare", "convert", "compare", "quantize", "compare")
+    verbs = ("compare", "compare", "convert", "compare", "quantize", "compare", "compare")
     assert [command.split()[0] for command in commands] == [*verbs]
     shown = []
     for command in commands:
@@ -46,7 +47,9 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(told[1].split())
     assert re.sub(r"[\d.]+ %", "%", words) == re.sub(r"[\d.]+ %", "%", shown[0].splitlines()[0])
     assert Path("changes.html").stat().st_size > 5000
-    assert [line.split()[0] for line in shown[-1].splitlines()[1:3]] == ["tuned", "base-4bit"]
+    assert [line.split()[0] for line in shown[5].splitlines()[1:3]] == ["tuned", "base-4bit"]
+    assert shown[6].splitlines()[-1].startswith("    ")
+    assert "Prompt 2: " in shown[6]
 
 
 @pytest.mark.usefixtures("_models")

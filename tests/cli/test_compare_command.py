@@ -108,6 +108,39 @@ def test_other_tokenizers_are_refused_for_text_with_a_hint(tmp_path: Path, capsy
     assert "leave out --text" in said
 
 
+def test_answers_are_shown_from_where_they_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, html = tmp_path / "prompts.txt", tmp_path / "page.html"
+    prompts.write_text(f"the weights\n{HOSTILE}\n")
+    line = ["compare", "base", "head", "base", "--prompts", str(prompts), "--max-new-tokens", "8"]
+    assert run([*line, "--json", "--quiet"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert answers["models"] == ["base", "head", "base"]
+    assert answers["agreed"][0]["equal"] == 0
+    assert run([*line, "--html", str(html), "--tolerance", "9"]) == 0
+    shown, page = capsys.readouterr().out, html.read_text()
+    first = answers["prompts"][0]
+    parting = first["against"][0]["parting"]
+    assert "Prompt 1: the weights\n" in shown
+    assert f"    It parts from A after {parting['tokens']} equal tokens: A has “" in shown
+    assert f"(log-probability {parting['of_a']['a']:.3f} to A, " in shown
+    assert shown.count("    The same text as A's.") == 2
+    assert page.count("<mark>") == 4
+    for where in (shown, page):
+        assert "\x1b[31m" not in where
+        assert "\u202e" not in where
+        assert "<script" not in page
+
+
+def test_a_prompt_without_an_answer_is_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the", "max_new_tokens": 2}\n{"prompt": "the", "max_new_tokens": 9999}\n')
+    assert run(["compare", "base", "base", "--prompts", str(prompts)]) == 1
+    shown = capsys.readouterr().out
+    assert "(length, 2 tokens)" in shown
+    assert "(no answer: PromptTooLong: " in shown
+    assert run(["compare", "base", "other", "--prompts", str(prompts), "--tolerance", "0"]) == 3
+
+
 def test_a_hub_is_a_place_like_any_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with Hub() as hub:
         hub.add("org/name", {path.name: path.read_bytes() for path in Path("head").iterdir()})

@@ -126,6 +126,7 @@ RUNS = [
     ("compare raw tuned", "compare/1", 0),
     ("compare wrong raw tuned --tolerance 0 --strict", "compare/1", 3),
     ("compare tiny tiny-gptq --text text.txt --seq-len 32", "compare/1", 0),
+    ("compare tiny tiny-2 --prompts text.txt --max-new-tokens 2", "compare/1", 0),
     ("eval tiny --text text.txt --seq-len 32", "eval/1", 0),
     ("eval tiny-gptq --reference tiny --text text.txt --seq-len 32", "eval/1", 0),
     ("generate tiny --prompt once --max-new-tokens 2", "generate/1", 0),

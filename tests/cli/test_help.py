@@ -27,6 +27,7 @@ OWN_WORDS = {
     "--tuned": {"diff", "extract-lora"},
     "--strict": {"compare"},
     "--text": {"compare"},
+    "--prompts": {"compare"},
     "--seq-len": {"quantize", "eval"},
     "--max-memory": {"quantize"},
     "--checkpoint-format": {"dequantize"},

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from support import write_checkpoint
 import weightops
 from weightops.cli.main import COMMANDS, run
 from weightops.inference.asked import Asked
+from weightops.inference.prompt_file import Wanted
 from weightops.inference.prompts import conversation
+from weightops.inference.settings import Settings
 from weightops.recipes.verbs import VERBS
 
 
@@ -61,6 +64,13 @@ ASKED = [
     same("--stop x --stop y", stop=("x", "y")),
     row("--stop x", {"stop": "x"}, stop=("x",)),
 ]
+
+
+def _answered(each: Row) -> Row:
+    """How prompts of a file are answered."""
+    return row(f"{each.argv} --prompts list.md5", {**(each.python or {}), "prompts": "list.md5"}, **each.arrives)
+
+
 ROWS: dict[str, list[Row]] = {
     "quantize": [
         same("--bits 3", bits=3),
@@ -132,6 +142,15 @@ ROWS: dict[str, list[Row]] = {
         same("--workers 3", workers=3),
         row("--text a --text b", {"text": (Path("a"), "b")}, texts=[Path("a"), Path("b")], reference="source"),
         row("--seq-len 9 --text a", {"seq_len": 9, "text": "a"}, seq_len=9),
+        row("--prompts list.md5", {"prompts": Path("list.md5")}, wanted=[Wanted(0, "one", Settings())]),
+        *(_answered(each) for each in ASKED),
+        row("--logprobs 2 --prompts list.md5", {"prompts": "list.md5", "logprobs": 2}, logprobs=2),
+        row(
+            "--system s --template alpaca --prompts list.md5",
+            {"prompts": "list.md5", "system": "s", "template": "alpaca"},
+            prompt=conversation("one", system="s", template="alpaca"),
+        ),
+        row("--device cpu --prompts list.md5", {"prompts": "list.md5", "device": "cpu"}, device="cpu"),
         *(row(f"{each.argv} --text a", {**(each.python or {}), "text": "a"}, **each.arrives) for each in MODEL),
     ],
     "verify": [
@@ -224,7 +243,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("source", "other"):
         write_checkpoint(tmp_path / name, {"a": torch.ones(2)})
     for name in ("text.txt", "list.md5", "a", "b"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("one" if name == "list.md5" else "")
     found: dict[str, Any] = {}
 
     def stand_in(place: str) -> None:
@@ -240,8 +259,15 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("evaluate.evaluate", "generate.Generation", "chat.Chat"):
         stand_in(f"weightops.inference.{name}")
     stand_in("weightops.operations.check.check")
-    pool = SimpleNamespace(close=lambda: None)
+    pool = MagicMock()
+    pool.__exit__.return_value = None
     monkeypatch.setattr("weightops.api.talk.open_pool", lambda _, **options: found.update(options) or pool)
+
+    def answer(pool: Any, wanted: list[Wanted], control: Any) -> None:
+        found.update(wanted=wanted, settings=wanted[0].settings, prompt=wanted[0].prompt)
+        raise Reached
+
+    monkeypatch.setattr("weightops.inference.side_by_side.answer_side_by_side", answer)
     for name in (
         "compare.compare",
         "verify.verify",
@@ -375,8 +401,10 @@ def test_the_rows_are_all_that_there_is() -> None:
         ("generate source --prompt x --seed 0", "--seed has no use at --temperature 0"),
         ("inspect source --depth 2", "--depth has no use without --tree"),
         ("inspect source --workers 2", "--workers has no use without --stats"),
-        ("compare source other --dtype float16", "--dtype has no use without --text"),
+        ("compare source other --dtype float16", "--dtype has no use without --text or --prompts"),
         ("compare source other --seq-len 9", "--seq-len has no use without --text"),
+        ("compare source other --max-new-tokens 9", "--max-new-tokens has no use without --prompts"),
+        ("compare source other --prompts list.md5 --seed 1", "--seed has no use at --temperature 0"),
         ("compare source other --strict", "strict says what counts as a difference"),
         ("verify source --quick --content", "quick reads no tensors, and content nothing else"),
         ("verify source --content --extra warn", "--extra has no use with --content"),

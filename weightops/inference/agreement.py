@@ -32,6 +32,14 @@ NOISE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 2e-2, 
 model of the tests against float64, where 99.9 % of positions stay below 1e-5, 0.012 and 0.094."""
 
 
+def is_tie(reference: tuple[float, float], model: tuple[float, float], noise: float) -> bool:
+    """Whether what sets two tokens apart is below `noise`, for both of two models.
+
+    Each gives the log-probabilities of the token that the reference chose, and of the one that the model chose.
+    """
+    return max(reference[0] - reference[1], model[1] - model[0]) <= noise
+
+
 @dataclass(frozen=True)
 class _Seen:
     """A position that may be listed: its number, and tokens with log-probabilities."""
@@ -43,8 +51,7 @@ class _Seen:
     model: tuple[float, float]
 
     def is_tie(self, noise: float) -> bool:
-        gaps = self.reference[0] - self.reference[1], self.model[1] - self.model[0]
-        return self.tokens[0] != self.tokens[1] and max(gaps) <= noise
+        return self.tokens[0] != self.tokens[1] and is_tie(self.reference, self.model, noise)
 
 
 @dataclass

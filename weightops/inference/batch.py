@@ -20,8 +20,8 @@ from weightops.engine.finished import digest_of, sources_mark
 from weightops.engine.sample import sample
 from weightops.errors import CorruptInput, Interrupted, Locked, OutputExists, PlanDiffers, WeightopsError
 from weightops.formats.sidecars import Kind, kind_of
+from weightops.inference.answers import Refusal, Scored
 from weightops.inference.events import Finish, Finished, Token
-from weightops.inference.generate import Scored
 from weightops.inference.loaded import Loaded
 from weightops.inference.opened import Opened
 from weightops.inference.prompt_file import Wanted
@@ -52,13 +52,6 @@ class AnswersDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="sche
     dtype: str
     device: str
     version: str
-
-
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a prompt has no answer: the error's class, and what it says."""
-
-    error: str
-    message: str
 
 
 class AnswerDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-answer/1"):
@@ -145,7 +138,7 @@ def _answer(loaded: Loaded, wanted: Wanted, prompt: Prompted) -> AnswerDocument:
     try:
         for event in loaded.generate(prompt.tokens, prompt.settings(wanted.settings), ends=prompt.ends):
             if isinstance(event, Token) and event.logprob is not None:
-                text = loaded.text_of(event.id)
+                text = loaded.opened.text_of(event.id)
                 scored.append(Scored(id=event.id, text=text, logprob=event.logprob, top=event.top))
     except Interrupted:
         raise

@@ -10,19 +10,14 @@ import torch
 
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
-from weightops.inference.events import Candidate, Event, Finish, Finished, Token
+from weightops.inference.answers import Scored
+from weightops.inference.events import Event, Finish, Finished, Token
 from weightops.inference.loaded import Loaded
 from weightops.inference.opened import Opened, room_on
 from weightops.inference.packed import Engine
 from weightops.inference.prompts import Prompt, Prompted, prompted
 from weightops.inference.settings import Settings
 from weightops.io.strict_json import as_json
-
-
-class Scored(Candidate, frozen=True, kw_only=True):
-    """A token of the text, and the most probable tokens in its place; the model's own, before temperature."""
-
-    top: tuple[Candidate, ...]
 
 
 class GenerateDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-generate/1"):
@@ -147,7 +142,7 @@ class Generation:
                 if isinstance(event, Token):
                     self.tokens.append(event.id)
                     if event.logprob is not None:
-                        text = loaded.text_of(event.id)
+                        text = loaded.opened.text_of(event.id)
                         self.logprobs.append(Scored(id=event.id, text=text, logprob=event.logprob, top=event.top))
                 elif isinstance(event, Finished):
                     self.finish = event.finish

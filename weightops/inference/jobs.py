@@ -19,10 +19,10 @@ Deliver = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A text that is wanted of a model."""
+    """A text that is wanted of a model, whose prompt may be tokens of its own already."""
 
     model: str
-    prompt: Prompt
+    prompt: Prompt | Prompted
     settings: Settings = field(default_factory=Settings)
 
 

@@ -191,14 +191,10 @@ class Loaded:
         logprobs = logits.float().log_softmax(-1)
         best = logprobs.topk(min(count, len(logprobs)))
         top = tuple(
-            Candidate(id=each, text=self.text_of(each), logprob=value)
+            Candidate(id=each, text=self.opened.text_of(each), logprob=value)
             for each, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
         return float(logprobs[token]), top
-
-    def text_of(self, token: int) -> str:
-        """What one token is by itself; a part of a character is a replacement character."""
-        return str(self.opened.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 class _Text:

@@ -103,6 +103,10 @@ class Opened:
             return wanted
         return DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - length)
 
+    def text_of(self, token: int) -> str:
+        """What one token is by itself; a part of a character is a replacement character."""
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
     def beside_nbytes(self, tokens: int, beams: int = 1) -> int:
         """Memory that a text of so many tokens takes beside weights: keys, values and activations."""
         return _cache_nbytes(self.model, tokens) * beams + _WORKING_NBYTES

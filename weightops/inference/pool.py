@@ -23,7 +23,7 @@ from weightops.inference.jobs import Request as Request
 from weightops.inference.jobs import Texts as Texts
 from weightops.inference.loaded import Loaded
 from weightops.inference.opened import Opened, room_on
-from weightops.inference.prompts import prompted
+from weightops.inference.prompts import Prompted, prompted
 from weightops.inference.templates.template import Template, find_template
 from weightops.io.escape import escape
 from weightops.io.platform.machine import release_freed
@@ -155,7 +155,7 @@ class Pool:
     def _job(self, request: Request, column: int, to: Deliver) -> Job:
         """A request with what it needs; raises for one that cannot be."""
         opened, settings = self._models[request.model], request.settings
-        found = prompted(opened, request.prompt)
+        found = request.prompt if isinstance(request.prompt, Prompted) else prompted(opened, request.prompt)
         tokens = len(found.tokens) + opened.max_new_tokens(found.tokens, settings.max_new_tokens)
         placement = opened.placement(self.max_nbytes, tokens, settings.num_beams)
         return Job(request, column, to, found, placement, opened.beside_nbytes(tokens, settings.num_beams))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import weightops
+from weightops.cli.answers import answers_text
+from weightops.cli.asking import asking_options, check_asked
 from weightops.cli.colour import Kind, say, styled
 from weightops.cli.comparison import candidate_heads, candidate_rows, changed_row
 from weightops.cli.divergence import divergence_text
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 _SHOWN = 20
 """Tensors and other things of a kind that the text shows; --json has all."""
 _GRAVE = ("not-finite", "no-partner", "shape", "moved")
-_FOR_TEXT = ("seq_len", "dtype", "device", "engine", "max_memory")
+_OF_MODELS = ("dtype", "device", "engine", "max_memory")
 
 
 @click.command("compare", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 13, 14, 16, 130)))
@@ -49,6 +51,14 @@ _FOR_TEXT = ("seq_len", "dtype", "device", "engine", "max_memory")
 @click.option(
     "--seq-len", type=click.IntRange(2), metavar="N", help=f"Tokens in each window of the text; default: {SEQ_LEN}."
 )
+@click.option(
+    "--prompts",
+    type=FILE,
+    metavar="FILE",
+    help="Let all models answer these prompts, and show where the answers part: a line each, or JSON lines with "
+    "settings of their own.",
+)
+@asking_options
 @click.option("--html", type=FILE, help="Write a page for a browser: what changed, where, and by how much.")
 @run_model_options
 @workers_option
@@ -60,6 +70,7 @@ def command(
     strict: bool,
     text: tuple[Path, ...],
     seq_len: int | None,
+    prompts: Path | None,
     html: Path | None,
     dtype: ComputeDType,
     device: str,
@@ -68,6 +79,7 @@ def command(
     workers: int | None,
     as_json: bool,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """Say what a model is to another: which weights changed, how much, and in what way.
 
@@ -80,14 +92,26 @@ def command(
       weightops compare ./base ./tuned
       weightops compare ./base ./tuned --html changes.html --json > changes.json
       weightops compare ./base ./tuned ./base-gptq --text heldout.txt
+      weightops compare ./base ./base-gptq --prompts prompts.txt --max-new-tokens 64
       weightops compare ./model ./converted --tolerance 0
 
     Told apart are casts, quantised copies, merged LoRAs, changed heads, rows and tokens, exchanged tensors, and
     training of everything. Settings, tokenizer and chat template are compared as well. Both are read once, in bounded
     memory.
+
+    With --prompts the most probable token is always taken, unless --temperature says otherwise. --template puts each
+    prompt into a chat template. A prompt that a model cannot answer says why, and the exit code is then 1; --tolerance
+    does not look at answers.
     """
     if not text:
-        refuse_unused("without --text", *_FOR_TEXT)
+        refuse_unused("without --text", "seq_len")
+    if prompts is None:
+        refuse_unused("without --prompts", *asked)
+        asked = {}
+    else:
+        check_asked(asked)
+    if not text and prompts is None:
+        refuse_unused("without --text or --prompts", *_OF_MODELS)
     if html is not None:
         from weightops.io.atomic import check_target
 
@@ -100,15 +124,19 @@ def command(
             strict=strict,
             text=text or None,
             seq_len=seq_len,
+            prompts=prompts,
             dtype=dtype,
             device=device,
             engine=engine,
             max_memory=max_memory,
             workers=workers,
             control=control,
+            **asked,
         )
     if found.outputs is not None:
         warn(found.outputs.warnings)
+    if found.answers is not None:
+        warn(found.answers.warnings)
     if as_json:
         print_json(found.to_json())
     elif not quiet or found.differs:
@@ -119,7 +147,8 @@ def command(
         from weightops.cli.pages.compare import page
 
         saved = save_report(html, page(found))
-    click.get_current_context().exit(3 if found.differs else saved)
+    failed = found.answers is not None and found.answers.failed > 0
+    click.get_current_context().exit(3 if found.differs else 1 if failed else saved)
 
 
 def _text(found: Comparisons) -> str:
@@ -128,6 +157,8 @@ def _text(found: Comparisons) -> str:
     if found.outputs is not None:
         reference, *scores = found.outputs.scores
         parts += [*(divergence_text(score, reference) for score in scores), found.outputs.convention]
+    if found.answers is not None:
+        parts.append(answers_text(found.answers))
     return "\n\n".join(parts)
 
 

@@ -9,6 +9,7 @@ from weightops.api import Comparisons
 from weightops.cli.comparison import candidate_heads, candidate_rows, changed_row, listed_heads, listed_rows
 from weightops.cli.divergence import quoted
 from weightops.cli.pages import html as html_page
+from weightops.cli.pages.answers import answers
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
 from weightops.cli.pages.html import long_text, text
 from weightops.inference.evaluate import Score
@@ -179,13 +180,14 @@ def _line(line: str) -> str:
 
 
 def _outputs(found: Comparisons) -> list[str]:
+    said = [] if found.answers is None else answers(found.answers)
     if found.outputs is None:
-        return []
+        return said
     reference, *scores = found.outputs.scores
     parts = ["<h2>What they make of the text</h2>", f'<p class="faint">{text(found.outputs.convention)}</p>']
     for score in scores:
         parts += _of_text(score, reference)
-    return parts
+    return [*parts, *said]
 
 
 def _of_text(score: Score, reference: Score) -> Iterable[str]:

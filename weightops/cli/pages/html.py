@@ -79,6 +79,11 @@ pre { font-size: 12px; line-height: 1.4; margin: .3em 0 1em; } .plus { color: va
 .minus { color: var(--error); }
 .strip { display: flex; list-style: none; margin: .2em 0; padding: 0; font-size: 11px; }
 .strip li { flex: 1; text-align: center; padding: .1em 0; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17em), 1fr)); gap: .6em 1.8em; }
+.answers section { min-width: 0; border-top: 1px solid var(--line); padding-top: .3em; }
+h3 { font-size: 1em; margin: 1.6em 0 0; } h4 { font-size: .9em; margin: 0; overflow-wrap: anywhere; }
+.said { white-space: pre-wrap; overflow-wrap: anywhere; }
+mark { background: none; color: var(--error); font-weight: 600; text-decoration: underline; }
 @media print { .scroll { overflow: visible; max-height: none; } .map thead { position: static; }
   td, li { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
