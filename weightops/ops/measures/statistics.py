@@ -114,7 +114,8 @@ def _joined(parts: Sequence[tuple[int, float | None, float | None]]) -> tuple[fl
         return None, None
     total = sum(n for n, _, _ in known)
     mean = sum(n / total * each for n, each, _ in known)
-    return mean, math.sqrt(sum(n / total * (std**2 + (each - mean) ** 2) for n, each, std in known))
+    # `hypot` does not overflow where squares do.
+    return mean, math.hypot(*(math.sqrt(n / total) * x for n, each, std in known for x in (std, each - mean)))
 
 
 def has_statistics(dtype: DType) -> bool:
