@@ -215,3 +215,47 @@ def test_the_old_programs_are_answered(running: Any, engine: Scripted) -> None:
     assert found == {"generated_text": "Hello, ", "num_output_tokens_cf": 2, "error": None}
     assert (engine.asked[-1].template, engine.asked[-1].settings.max_new_tokens) == ("knowlm", 2)
     assert "error" in post(running, "/chat", {"question": 3})
+
+
+def test_events_for_pages_come_in_slices_and_are_gone_when_they_are_fetched(serve: Serve) -> None:
+    engine = Scripted({"raw": ["a", "b"], "tuned": ["c"]})
+    running = serve(engine)
+    columns = [{"id": model, "model": model, "messages": HI} for model in ("raw", "tuned")]
+    stream = post(running, "/compare", {"columns": columns})["stream"]
+    found: list[dict[str, Any]] = []
+    while not found or found[-1]["event"] != "closed":
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+        body = {"stream": stream, "after": found[-1]["number"] if found else 0}
+        connection.request("POST", "/events", json.dumps(body), {"content-type": "application/json"})
+        data = connection.getresponse().read().decode()
+        connection.close()
+        found += [json.loads(line[6:]) for line in data.split("\n\n") if line.startswith("data: ")]
+    assert [event["number"] for event in found] == list(range(1, len(found) + 1))
+    texts = {event["column"]: event["text"] for event in found if event["event"] == "finished"}
+    assert texts == {"raw": "ab", "tuned": "c"}
+    wait_for(lambda: post(running, "/stop", {"stream": stream}).get("error", {}).get("code") == "not_found")
+    assert post(running, "/events", {"stream": "guess"})["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ([], "one to 16"),
+        ([{"id": "a", "model": "raw", "messages": HI}] * 2, "each with its own id"),
+        ([{"id": "a", "model": "none", "messages": HI}], "no model"),
+        ([{"id": "a", "model": "raw", "messages": []}], "messages: one to"),
+        ([{"id": "a", "model": "raw", "messages": HI, "url": "http://evil.example"}], "unknown field"),
+    ],
+)
+def test_what_pages_ask_wrongly_is_refused(serve: Serve, columns: Any, message: str) -> None:
+    found = post(serve(Scripted({"raw": ["a"]})), "/compare", {"columns": columns})
+    assert message in found["error"]["message"]
+
+
+def test_a_page_that_is_missed_has_its_texts_stopped(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightops.serve.kept.MISSED_S", 0.3)
+    engine = Scripted({"raw": ["x"] * 100_000}, delay_s=0.01)
+    running = serve(engine)
+    post(running, "/compare", {"columns": [{"id": "a", "model": "raw", "messages": HI, "max_tokens": 100_000}]})
+    wait_for(lambda: engine.live == 1)
+    wait_for(lambda: engine.live == 0)

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ SLICE_S = 1.0
 MISSED_S = 5.0
 """How long texts go on that no page fetches."""
 _DONE_S = 30.0
-"""How long the events of texts that are done are kept for a page that has not fetched them all."""
+"""How long events of texts that are done are kept at most for a page to fetch them."""
 MAX_LIVE = 64
 
 
@@ -40,6 +41,8 @@ class Kept:
         self._events: deque[tuple[int, dict[str, Any]]] = deque()
         self._last = 0
         self._is_done = False
+        self.delivered = asyncio.Event()
+        """The page has all there is."""
         self._changed = asyncio.Event()
         self._fetched_s = time.monotonic()
         self._readers = 0
@@ -96,7 +99,10 @@ class Kept:
                     after = number
                     yield sse({**document, "number": number})
                 left_s = until_s - time.monotonic()
-                if self._is_done or left_s <= 0:
+                if self._is_done:
+                    self.delivered.set()
+                    return
+                if left_s <= 0:
                     return
                 try:
                     await asyncio.wait_for(self._changed.wait(), left_s)
@@ -129,7 +135,9 @@ class Keeper:
     async def _hold(self, kept: Kept, engine: Engine, asks: Sequence[Ask], begun: asyncio.Future[None]) -> None:
         try:
             await kept.keep(engine, asks, begun)
-            await asyncio.sleep(_DONE_S if begun.exception() is None else 0)
+            if begun.exception() is None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(kept.delivered.wait(), _DONE_S)
         finally:
             self._kept.pop(kept.name, None)
 
