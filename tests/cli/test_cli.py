@@ -118,6 +118,7 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         quantize_tiny(family / "base", family / "base-gptq")
         shutil.copytree(family / "base", family / "tuned")
         shutil.copytree(family / "model", family / "converted")
+        (family / "prompts.txt").write_text("one\ntwo\n")
         (family / "heldout.txt").write_text(text(150))
     if command == "dequantize":
         save_tiny(family / "tiny", "llama")

@@ -116,7 +116,7 @@ def test_stop_stops_one_column_or_all_and_leaves_nothing_at_work(context: Any, s
     page.wait_for_selector(".column:nth-child(2) .turn.assistant .text:not(:empty)")
     page.click(".column:first-child .stop")
     wait_for(lambda: engine.live == 1, 1)
-    page.wait_for_function("document.querySelector('.column .note').textContent.includes('stopped')")
+    page.wait_for_selector(".column .note:has-text('stopped')")
     page.click("#stop")
     wait_for(lambda: engine.live == 0, 1)
     done(page)
