@@ -21,6 +21,7 @@ def commands(heading: str) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^    weightops (.*)", part, re.MULTILINE)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_tigerbot_s_two_command_lines_run_on_a_small_bloom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

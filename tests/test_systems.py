@@ -54,7 +54,7 @@ def run(system: str, tmp_path: Path, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("system", "files"),
     [
-        ("plain", [*FOLDERS, *HOLDERS, *QUICK]),
+        pytest.param("plain", [*FOLDERS, *HOLDERS, *QUICK], marks=pytest.mark.slow),
         pytest.param("windows", [*FOLDERS, *HOLDERS, *KILLS], marks=pytest.mark.slow),
         pytest.param("folded", [*FOLDERS, *QUICK], marks=pytest.mark.slow),
         pytest.param("flat", [*FOLDERS, *QUICK], marks=pytest.mark.slow),

@@ -159,6 +159,7 @@ def test_every_command_prints_what_its_schema_says(
         hold(json.loads((folder / path).read_text()))
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_leaves_is_what_its_schema_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     code = "import os, sys; from {0} import {1}; {1}.{2} = lambda *_: os._exit(9); from weightops.cli.main import run; "

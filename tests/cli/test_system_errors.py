@@ -71,8 +71,8 @@ COMMANDS = [
     f"eval model --text {LONG}",
     "eval model --text loop",
     f"generate {LONG} --prompt x",
-    f"download http://127.0.0.1:9/x.bin --out {LONG}",
-    "download http://127.0.0.1:9/x.bin --out file/out",
+    f"download http://127.0.0.1:9/x.bin --deadline 1 --out {LONG}",
+    "download http://127.0.0.1:9/x.bin --deadline 1 --out file/out",
     "download file --out out",
     f"merge-lora --base model --adapter {LONG} --out out",
 ]

@@ -89,6 +89,7 @@ def peak_nbytes(*arguments: str) -> int:
     return peak_kib * 1024
 
 
+@pytest.mark.slow
 def test_a_grown_vocabulary_is_averaged_in_little_more_than_torch_takes(tmp_path: Path) -> None:
     """The mean is the one operation that imports torch, which takes 150 MB itself, and twice that built for CUDA."""
     name = "model.embed_tokens.weight"

@@ -100,6 +100,7 @@ def test_it_is_what_huggingface_hub_makes(hub: Hub, tmp_path: Path) -> None:
     assert hub.bytes_sent() == 0
 
 
+@pytest.mark.slow
 def test_transformers_loads_from_it(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -341,7 +342,7 @@ def test_of_two_at_once_one_fetches_each_file(hub: Hub, tmp_path: Path) -> None:
     assert not (folder(tmp_path) / STATE).exists()
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_change_to_the_disk_the_cache_is_sound_and_the_same_command_continues(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

@@ -98,6 +98,7 @@ def kill_again_and_again(server: Server, out: Path, kills: int, longest_s: float
             assert server.sent_nbytes() - sent_before - nbytes <= killed * 64 * MIB
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_download_ends_right_and_fetches_little_twice(tmp_path: Path) -> None:
     sizes = {"config.json": 500, "tokenizer/merges.txt": 100_000, "a.safetensors": 9 * MIB + 3}
     sizes |= {"b.safetensors": 60 * MIB, "c.safetensors": 21 * MIB - 1}
