@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import write_section
+from bench import ratio, write_section
+from family import SHAPES, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
@@ -79,38 +81,78 @@ def second_turn(folder: Path, length: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def in_turn(folder: Path, tokens: int, runs: int) -> str:
+    """Tokens in a second of four models that are asked at once, to those of one alone; by turns."""
+    from weightops.inference.pool import Request
+    from weightops.inference.settings import Settings
+
+    rates: tuple[list[float], list[float]] = ([], [])
+    names = [f"m{i}" for i in range(4)]
+    with api.open_pool(dict.fromkeys(names, folder), device="cpu") as pool:
+        for run in range(runs + 1):
+            for side, asked in enumerate((names, names[:1])):
+                start = time.perf_counter()
+                events = pool.submit([Request(name, PROMPT, Settings(tokens)) for name in asked])
+                said = sum(event.new_tokens for event in events if isinstance(event, Finished))
+                if run:  # the first loads the weights
+                    rates[side].append(said / (time.perf_counter() - start))
+    return ratio(*rates)
+
+
+def measure(folder: Path, tokens: int, runs: int) -> list[str]:
+    """Rows of one model: ours, transformers', and how many times as fast."""
+    rows: dict[str, list[tuple[float, float]]] = {"weightops": [], "transformers": []}
+    for _ in range(runs + 1):
+        mine, other = ours(folder, tokens), theirs(folder, tokens)
+        assert mine[2] == other[2]
+        rows["weightops"].append(mine[:2])
+        rows["transformers"].append(other[:2])
+    columns = {name: [list(each) for each in zip(*found[1:], strict=True)] for name, found in rows.items()}
+    medians = {name: [statistics.median(each) for each in found] for name, found in columns.items()}
+    times = [ratio(b, a) for a, b in zip(columns["weightops"], columns["transformers"], strict=True)]
+    return [
+        *(f"| {folder.name}: {name} | {whole:.3f} | {step * 1000:.2f} |" for name, (whole, step) in medians.items()),
+        f"| {folder.name}: times as fast | {times[0]} | {times[1]} |",
+    ]
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A model of the 1.1B shape, with the small model's tokenizer, whose numbers it has rows for."""
+    if not (folder / "raw/config.json").exists():
+        make(SHAPES["1b"], folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder / "raw")
+    return folder / "raw"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--large", type=Path, help="a folder for a model of the 1.1B shape, which is measured too")
     parser.add_argument("--report", type=Path, default=REPORT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures: dict[str, list[tuple[float, float]]] = {"weightops": [], "transformers": []}
-    for _ in range(options.runs + 1):
-        mine, other = ours(TINY, options.tokens), theirs(TINY, options.tokens)
-        assert mine[2] == other[2]
-        figures["weightops"].append(mine[:2])
-        figures["transformers"].append(other[:2])
-    medians = {
-        name: [statistics.median(each) for each in zip(*rows[1:], strict=True)] for name, rows in figures.items()
-    }
-    mine, other = medians["weightops"], medians["transformers"]
+    rows = measure(TINY, options.tokens, options.runs)
+    turns = in_turn(TINY, options.tokens, options.runs)
+    if options.large:
+        rows += measure(with_tokenizer(options.large), 16, 3)
     new, cached = second_turn(TINY, 400)
     lines = [
         "## Text beside transformers",
         "",
-        f"Written by `python benchmarks/talk.py`: medians of {options.runs} runs by turns in one process, tiny-llama, "
-        f"{options.tokens} tokens, {options.threads} threads; the tokens are the same.",
+        f"Written by `python benchmarks/talk.py`: medians of {options.runs} runs by turns in one process, "
+        f"{options.tokens} tokens, {options.threads} threads (of the 1.1B shape 3 runs of 16 tokens). The tokens are those "
+        "of transformers.",
         "",
         "| | open, load and say it all, s | a token, ms |",
         "|---|---|---|",
-        *(f"| {name} | {whole:.3f} | {step * 1000:.2f} |" for name, (whole, step) in medians.items()),
-        f"| times as fast | {other[0] / mine[0]:.2f} | {other[1] / mine[1]:.2f} |",
+        *rows,
         "",
         f"The first token after a prompt of 400 comes after {new * 1000:.0f} ms, as a second turn after "
-        f"{cached * 1000:.0f} ms.",
+        f"{cached * 1000:.0f} ms. Four models that answer in turn give so many times the tokens in a second that one "
+        f"gives alone: {turns}.",
     ]
     print("\n".join(lines))
     write_section(options.report, "talk", lines)
