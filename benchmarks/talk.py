@@ -143,8 +143,8 @@ def main() -> None:
         "## Text beside transformers",
         "",
         f"Written by `python benchmarks/talk.py`: medians of {options.runs} runs by turns in one process, "
-        f"{options.tokens} tokens, {options.threads} threads (of the 1.1B shape 3 runs of 16 tokens). The tokens are those "
-        "of transformers.",
+        f"{options.tokens} tokens, {options.threads} threads (of the 1.1B shape 3 runs of 16 tokens). The tokens are "
+        "transformers' own.",
         "",
         "| | open, load and say it all, s | a token, ms |",
         "|---|---|---|",
