@@ -245,7 +245,7 @@ def test_overwriting_with_and_without_an_exchange_of_names(
 
 
 @needs_itself("fork")
-@pytest.mark.parametrize("asks_first", [True, False])
+@pytest.mark.parametrize("asks_first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_old_output_is_never_lost_where_names_cannot_be_exchanged(
     model: Path, monkeypatch: pytest.MonkeyPatch, asks_first: bool
 ) -> None:
