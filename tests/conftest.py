@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch: two processes with as many OpenMP threads as cores would wait for each other in loops.
