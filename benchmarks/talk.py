@@ -136,6 +136,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = measure(TINY, options.tokens, options.runs)
     turns = in_turn(TINY, options.tokens, options.runs)
+    large = " (of the 1.1B shape 3 runs of 16 tokens)" if options.large else ""
     if options.large:
         rows += measure(with_tokenizer(options.large), 16, 3)
     new, cached = second_turn(TINY, 400)
@@ -143,7 +144,7 @@ def main() -> None:
         "## Text beside transformers",
         "",
         f"Written by `python benchmarks/talk.py`: medians of {options.runs} runs by turns in one process, "
-        f"{options.tokens} tokens, {options.threads} threads (of the 1.1B shape 3 runs of 16 tokens). The tokens are "
+        f"{options.tokens} tokens, {options.threads} threads{large}. The tokens are "
         "transformers' own.",
         "",
         "| | open, load and say it all, s | a token, ms |",
