@@ -69,7 +69,7 @@ def kernels(device: str, out: Path) -> Iterator[Row]:
         try:
             check()
             found = "ok"
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other checks are still worth their time
             found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         yield {"check": name, "result": found, "elapsed_s": round(time.monotonic() - began, 1)}
 
@@ -198,7 +198,7 @@ def run_part(name: str, device: str, out: Path) -> None:
             for row in PARTS[name].rows(device, out):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-        except Exception:
+        except Exception:  # the rows so far are kept, and what ended them is one of them
             file.write(json.dumps({"failed": traceback.format_exc().splitlines()[-1]}) + "\n")
             raise
 

@@ -57,7 +57,7 @@ def best(x: Tensor, weight: layout.Repacked, *, few: bool = False) -> tuple[Conf
     for config in candidates(x.shape[0], weight.in_features, few=few):
         try:
             found.append((timing.time_us(lambda c=config: launch.matmul(x, weight, c, out=out), 7), config))  # type: ignore[misc]
-        except Exception as error:
+        except Exception as error:  # Triton and the driver refuse a config by errors of many kinds
             sys.stderr.write(f"left out {config}: {type(error).__name__}: {str(error).splitlines()[0]}\n")
     time, config = min(found, key=lambda pair: pair[0])
     return config, time

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import config_of, save_adapter, save_model
 from support import write_checkpoint
+from terminals import needs_terminals, run_in_terminal
 
 from weightops.cli.inspection import count, shortened
 from weightops.cli.main import run
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
-needs_terminals = pytest.mark.skipif(sys.platform == "win32", reason="no pty")
 
 TREE = """\
 module                               tensors              parameters      size    share
@@ -67,8 +66,6 @@ def test_levels_below_the_last_are_counted(capsys: pytest.CaptureFixture[str]) -
 @needs_terminals
 @pytest.mark.parametrize(("columns", "tree"), [(80, NARROW), (160, TREE)])
 def test_a_terminal_of_any_width_gets_lines_that_fit(columns: int, tree: str) -> None:
-    from terminals import run_in_terminal
-
     shown = run_in_terminal(["inspect", str(TINY), "--tree", "--include", "model.*"], columns, 50)
     assert shown.code == 0
     assert tree in shown.text
@@ -78,8 +75,6 @@ def test_a_terminal_of_any_width_gets_lines_that_fit(columns: int, tree: str) ->
 @needs_terminals
 @pytest.mark.parametrize("option", ["--stats", "--tensors"])
 def test_so_do_the_other_tables(option: str) -> None:
-    from terminals import run_in_terminal
-
     shown = run_in_terminal(["inspect", str(TINY), option, "--progress", "none"], 80, 50)
     table = shown.text[shown.text.index("\ntensor ") :].split("\n\n")[0].splitlines()[1:]
     assert len(table) == 39

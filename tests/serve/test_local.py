@@ -151,6 +151,15 @@ def test_a_request_names_a_template_and_never_a_file(serve: Serve, pool: Pool, t
         connection.close()
 
 
+def test_tokens_that_a_model_does_not_have_are_the_client_s_fault(serve: Serve, pool: Pool) -> None:
+    port = serve(Local(pool)).port
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({"model": "m0", "prompt": [10**6]}), JSON)
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["type"]) == (400, "invalid_request_error")
+    connection.close()
+
+
 def test_too_long_a_history_is_refused_with_both_numbers(serve: Serve, pool: Pool) -> None:
     port = serve(Local(pool)).port
     for stream in (False, True):

@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from weightops.inference.events import Event, Failed, Finished, Started, Token
-from weightops.serve.errors import ApiError
+from weightops.inference.events import Event, Finished, Started, Token
 
 Kind = Literal["chat", "text"]
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
-_STATUS = {1: 500, 2: 400, 16: 503, 130: 503, 143: 503}
-"""HTTP's status by the exit code that the command line has for an error."""
 FINGERPRINT = "weightops"
 PRESENCE = b": still here\n\n"
 """A comment, which keeps proxies from taking a long silence for an end."""
@@ -25,13 +22,6 @@ def sse(document: dict[str, Any] | str) -> bytes:
     """One server-sent event: characters as they are, which are whole."""
     text = document if isinstance(document, str) else json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
-
-
-def refusal(event: Failed) -> ApiError:
-    """What stopped a text, as the server says it."""
-    text = event.message if event.hint is None else f"{event.message}; {event.hint}"
-    code = "context_length_exceeded" if event.error == "PromptTooLong" else None
-    return ApiError(_STATUS.get(event.code, 500), text, code=code)
 
 
 class Answer:
@@ -69,7 +59,7 @@ class Answer:
         return {**choice, "text": text or ""}
 
     def chunks(self, event: Event) -> Iterator[bytes]:
-        """What of a stream an event is; `Failed` is none, see `failed`."""
+        """What of a stream an event is; `Failed` is none."""
         match event:
             case Started() if self._kind == "chat":
                 choice = self._choice(event.column, "", None, None)

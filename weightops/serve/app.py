@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from weightops.errors import WeightopsError
 from weightops.inference.events import Failed, Finished, Token
 from weightops.inference.sampling import Sampling
-from weightops.serve.answers import PRESENCE, Answer, Kind, refusal, sse
+from weightops.serve.answers import PRESENCE, Answer, Kind, sse
 from weightops.serve.bodies import (
     MAX_COLUMNS,
     Ask,
@@ -139,9 +139,7 @@ async def _body(request: Request) -> bytes:
 
 
 async def _health(server: Server, request: Request) -> Response:
-    if server.engine is None:
-        raise ApiError(503, "models are being opened", code="loading", retry_after_s=2)
-    return JSONResponse({"status": "ok", "models": list(server.engine.cards)})
+    return JSONResponse({"status": "ok", "models": list(server.ready.cards)})
 
 
 def _card(server: Server, name: str) -> dict[str, Any]:
@@ -194,7 +192,7 @@ async def _whole(engine: Engine, request: Request, asks: Sequence[Ask]) -> list[
                 case Finished():
                     done[event.column] = event
                 case Failed():
-                    raise refusal(event)
+                    raise ApiError.of(event)
 
     async with texts_of(engine, asks) as texts:
         work, leaving = asyncio.ensure_future(collect(texts)), asyncio.ensure_future(gone(request))
@@ -218,7 +216,7 @@ async def _streamed(engine: Engine, asks: Sequence[Ask], answer: Answer) -> Resp
                 if event is None:
                     yield PRESENCE
                 elif isinstance(event, Failed):
-                    raise refusal(event)
+                    raise ApiError.of(event)
                 else:
                     for part in answer.chunks(event):
                         yield part

@@ -5,25 +5,12 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from weightops.errors import (
-    CorruptInput,
-    IncompatibleInputs,
-    Interrupted,
-    NoRoom,
-    SourceMissing,
-    UsageError,
-    WeightopsError,
-)
+from weightops.errors import IncompatibleInputs, WeightopsError
+from weightops.inference.events import Failed, failed
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
-_STATUS: tuple[tuple[type[WeightopsError], int], ...] = (
-    (UsageError, 400),
-    (IncompatibleInputs, 400),
-    (NoRoom, 503),
-    (Interrupted, 503),
-    (SourceMissing, 500),
-    (CorruptInput, 500),
-)
+_STATUS = {2: 400, 16: 503, 130: 503, 143: 503}
+"""HTTP's status by the exit code that the command line has for an error; 500 for the others."""
 
 
 class ApiError(Exception):
@@ -43,11 +30,15 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     @classmethod
-    def of(cls, error: WeightopsError, *, param: str | None = None) -> ApiError:
-        """The same of an error of ours: a wrong request is the client's fault, a bad checkpoint the server's."""
-        status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-        code = "context_length_exceeded" if type(error).__name__ == "PromptTooLong" else None
-        return cls(status, f"{error}; {error.hint}" if error.hint else str(error), param=param, code=code)
+    def of(cls, error: WeightopsError | Failed) -> ApiError:
+        """The same of an error of ours, raised or told as a text's last event.
+
+        A wrong request is the client's fault, a bad checkpoint the server's.
+        """
+        event = error if isinstance(error, Failed) else failed(error)
+        status = 400 if event.error == IncompatibleInputs.__name__ else _STATUS.get(event.code, 500)
+        code = "context_length_exceeded" if event.error == "PromptTooLong" else None
+        return cls(status, f"{event.message}; {event.hint}" if event.hint else event.message, code=code)
 
     @property
     def headers(self) -> dict[str, str]:

@@ -83,8 +83,7 @@ class Guard:
         except ApiError as error:
             await _refuse(answer, error)
             return
-        limited = _Body(receive, answer)
-        await self._app(scope, limited.receive, limited.send)
+        await self._app(scope, _limited(receive), answer)
 
     def _check(self, scope: Scope, headers: dict[str, list[str]], origin: str | None) -> None:
         self._check_host(headers)
@@ -129,22 +128,19 @@ class Guard:
         ]
 
 
-class _Body:
-    """The body of a request, of which no more is read than there may be."""
+def _limited(receive: Receive) -> Receive:
+    """Receives the body of a request, of which no more is read than there may be."""
+    nbytes = 0
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive, self._send, self._nbytes = receive, send, 0
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._nbytes += len(message.get("body", b""))
-            if self._nbytes > MAX_BODY_NBYTES:
-                raise too_large()
+    async def limited() -> Message:
+        nonlocal nbytes
+        message = await receive()
+        nbytes += len(message.get("body", b""))
+        if nbytes > MAX_BODY_NBYTES:
+            raise too_large()
         return message
 
-    async def send(self, message: Message) -> None:
-        await self._send(message)
+    return limited
 
 
 def too_large() -> ApiError:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import urllib3
 
 from weightops.errors import UsageError, WeightopsError
 from weightops.inference.events import Event, Failed, Finish, Finished, Started, Token
 from weightops.io.escape import escape
 from weightops.serve.bodies import Ask
-from weightops.serve.engine import ModelCard
+from weightops.serve.engine import Engine, ModelCard, Ticket
 
 _MAX_LINE_NBYTES = 1 << 20
 _CONNECT_S, _READ_S = 10.0, 300.0
@@ -208,7 +209,7 @@ def _documents(answer: urllib3.BaseHTTPResponse) -> Iterator[dict[str, Any]]:
 class Joined:
     """Several engines as one: each text is made by the one that has its model."""
 
-    def __init__(self, engines: Sequence[Any]) -> None:
+    def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = engines
         self.cards: Mapping[str, ModelCard] = {n: card for engine in engines for n, card in engine.cards.items()}
         if len(self.cards) < sum(len(engine.cards) for engine in engines):
@@ -216,9 +217,7 @@ class Joined:
 
     def submit(self, asks: Sequence[Ask], put: Callable[[Event], None]) -> _Tickets:
         """Begin texts; their numbers are those of `asks`."""
-        import msgspec
-
-        parts: list[tuple[Any, list[int]]] = []
+        parts: list[tuple[Ticket, list[int]]] = []
         tickets = _Tickets(parts)
         for engine in self._engines:
             numbers = [i for i, ask in enumerate(asks) if ask.model in engine.cards]
@@ -237,8 +236,7 @@ class Joined:
 
     def spell(self, model: str, token: int) -> tuple[str, bytes]:
         """A token's own text and its bytes."""
-        found: tuple[str, bytes] = next(e for e in self._engines if model in e.cards).spell(model, token)
-        return found
+        return next(engine for engine in self._engines if model in engine.cards).spell(model, token)
 
     def stop(self) -> None:
         """Stop all texts."""
@@ -252,7 +250,7 @@ class Joined:
 
 
 class _Tickets:
-    def __init__(self, parts: list[tuple[Any, list[int]]]) -> None:
+    def __init__(self, parts: list[tuple[Ticket, list[int]]]) -> None:
         self._parts = parts
 
     def cancel(self, column: int | None = None) -> None:

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminals import needs_terminals, run_in_terminal
 
 from weightops.cli.main import run
 
 pytest.importorskip("textual")
 TINY = Path(__file__).parents[2] / "data" / "tiny-llama"
-needs_terminals = pytest.mark.skipif(sys.platform == "win32", reason="no pty")
 LEFT = ("\x1b[?1049l", "\x1b[?25h", "\x1b[?1000l", "\x1b[?2004l")
 """The screen as before, a cursor, no mouse, and no brackets around what is pasted."""
 
@@ -23,8 +23,6 @@ LEFT = ("\x1b[?1049l", "\x1b[?25h", "\x1b[?1000l", "\x1b[?2004l")
     ("columns", "sent", "code"), [(80, "q", 0), (160, "\x03", 0), (80, signal.SIGINT, 130), (80, signal.SIGTERM, 143)]
 )
 def test_the_terminal_is_left_as_it_was(columns: int, sent: str | int, code: int) -> None:
-    from terminals import run_in_terminal
-
     shown = run_in_terminal(["browse", str(TINY)], columns, 24, steps=[("38 tensors", sent)])
     assert shown.code == code
     assert shown.echoes
@@ -35,8 +33,6 @@ def test_the_terminal_is_left_as_it_was(columns: int, sent: str | int, code: int
 
 @needs_terminals
 def test_no_colour_where_none_is_wanted() -> None:
-    from terminals import run_in_terminal
-
     def colours(env: dict[str, str]) -> set[str]:
         shown = run_in_terminal(["browse", str(TINY)], 80, 24, steps=[("38 tensors", "q")], env=env)
         return set(re.findall(r"[34]8;5;(\d+)|[34]8;2;[\d;]+", shown.raw))
@@ -65,8 +61,6 @@ def test_without_the_extra_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch, cap
 
 @needs_terminals
 def test_what_cannot_be_opened_never_takes_the_screen() -> None:
-    from terminals import run_in_terminal
-
     shown = run_in_terminal(["browse", "nowhere"], 80, 24)
     assert shown.code == 10
     assert "\x1b[?1049h" not in shown.raw

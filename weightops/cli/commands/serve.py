@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from weightops.inference.pool import Pool
 
 _KEY = "WEIGHTOPS_API_KEY"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command("serve", cls=Command, epilog=epilog((*READ_CODES[:-1], 16)))
@@ -93,15 +92,16 @@ def command(
     completions, completions and models, streamed or not. Without --temperature in a request, the most probable token is
     always taken. Only this machine can reach the server, unless --host and --api-key say otherwise.
     """
+    from weightops.serve.guard import LOOPBACK, Rules
+
     key = api_key if api_key is not None else os.environ.get(_KEY) or None
-    if host not in _LOOPBACK and key is None:
+    if host not in LOOPBACK and key is None:
         raise UsageError(
             f"--host {escape(host)} lets other machines in, and there is no key to keep strangers out",
             hint=f"give --api-key KEY, or set {_KEY}",
         )
     names = named_models((*models, *model))
     try:
-        from weightops.serve.guard import Rules
         from weightops.serve.run import bind
     except ImportError as error:
         raise UsageError(
@@ -139,7 +139,7 @@ def command(
         address = f"http://{shown}:{sock.getsockname()[1]}/"
 
         def open_engine() -> Texts:
-            local = [Local(open_local(), _template(template))] if names else []
+            local = [Local(open_local(), template)] if names else []
             return Joined([*local, *([Remotes(remotes)] if remotes else [])])
 
         def ready(engine: Texts) -> None:
@@ -176,10 +176,6 @@ def _last_part(source: str) -> str:
     if source.startswith("hf://"):
         return source.removeprefix("hf://").partition("@")[0]
     return "+".join(Path(part).resolve().name or part for part in source.split("+")) if source else ""
-
-
-def _template(template: str | None) -> str | Path | None:
-    return Path(template) if template is not None and Path(template).is_file() else template
 
 
 def _show_plan(pool: Pool) -> None:

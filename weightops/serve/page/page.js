@@ -10,7 +10,7 @@ const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u20
 let data = null; // what the server has
 let columns = []; // {id, model, settings, turns: [{role, text, finish, note, error}]}
 let votes = []; // {time, prompt, models, best: model | "tie" | "bad"}
-let running = null; // {abort, stream, ids}
+let running = null; // {stream, ids}
 let blind = false;
 let order = []; // while blind: the letters' columns
 const views = new Map(); // id -> elements
@@ -24,8 +24,8 @@ function shown(column) {
   return blind ? `Model ${letter(order.indexOf(column.id))}` : column.model;
 }
 
-async function ask(path, body, signal) {
-  const answer = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+async function ask(path, body) {
+  const answer = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body) });
   if (!answer.ok) throw new Error(await sentence(answer));
   return answer;
 }
@@ -142,7 +142,7 @@ function drawTurn(column, turn, i) {
 }
 
 function ending(turn) {
-  if (turn.finish === undefined) return turn.waiting ?? "";
+  if (turn.finish === undefined) return "";
   const why = { eos: "", stop: "", length: "cut at its longest", cancelled: "stopped" }[turn.finish] ?? turn.finish;
   const first = turn.first_token_s == null ? "" : `first token ${turn.first_token_s.toFixed(2)} s`;
   const rate = turn.tokens_per_s == null ? "" : `${turn.tokens_per_s.toFixed(1)} tokens/s`;
@@ -208,18 +208,17 @@ function wire(column) {
 
 async function run(list) {
   if (running || !list.length) return;
-  const abort = new AbortController();
-  running = { abort, stream: null, ids: new Set(list.map((c) => c.id)) };
+  running = { stream: null, ids: new Set(list.map((c) => c.id)) };
   for (const column of list) { column.turns.push({ role: "assistant", text: "" }); drawTurns(column); }
   busy();
   state(`Asking ${list.length === 1 ? "one model" : `${list.length} models`}…`);
   try {
-    const { stream } = await (await ask("compare", { columns: list.map(wire) }, abort.signal)).json();
+    const { stream } = await (await ask("compare", { columns: list.map(wire) })).json();
     running.stream = stream;
     if (running.stopped) stop();
     for (let closed = false, after = 0; !closed; ) {
       // A second of events at a time, so that many tabs share the few connections that a browser opens.
-      const answer = await ask("events", { stream, after }, abort.signal);
+      const answer = await ask("events", { stream, after });
       for await (const event of events(answer.body)) {
         after = event.number;
         if (event.event === "closed") closed = true;
@@ -228,12 +227,11 @@ async function run(list) {
     }
     state("Ready");
   } catch (error) {
-    const stopped = error.name === "AbortError";
     for (const column of list) {
       const turn = column.turns.at(-1);
-      if (turn.finish === undefined && !turn.error) stopped ? (turn.finish = "cancelled") : (turn.error = error.message);
+      if (turn.finish === undefined && !turn.error) turn.error = error.message;
     }
-    state(stopped ? "Stopped" : error.message, !stopped);
+    state(error.message, true);
   }
   running = null;
   for (const column of list) {
