@@ -104,6 +104,7 @@ def _measure(made: Any, weights: int, num_warps: int) -> Compiled:
         cubin.write_bytes(made.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
         loop = main_loop(_tool("nvdisasm", "-c", str(cubin)))
+    # a format that is not cuobjdump's is an error all the same
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))  # type: ignore[union-attr]
     tensor = sum("MMA" in line for line in loop)
     per_weight = len(loop) * num_warps * 32 / weights

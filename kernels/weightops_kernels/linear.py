@@ -154,6 +154,7 @@ class QuantLinear(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
+        # torch has no types here
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -30,6 +30,7 @@ def copy_bandwidth(nbytes: int = 1 << 30) -> float:
 
 
 def _graph(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    # torch has no types here
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,6 +46,7 @@ def _graph(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def _median_us(graph: torch.cuda.CUDAGraph, runs: int) -> float:
     times = []
     for _ in range(runs):
+        # torch has no types here
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()

@@ -56,6 +56,7 @@ def best(x: Tensor, weight: layout.Repacked, *, few: bool = False) -> tuple[Conf
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     for config in candidates(x.shape[0], weight.in_features, few=few):
         try:
+            # mypy infers no lambda with defaults
             found.append((timing.time_us(lambda c=config: launch.matmul(x, weight, c, out=out), 7), config))  # type: ignore[misc]
         except Exception as error:  # Triton and the driver refuse a config by errors of many kinds
             sys.stderr.write(f"left out {config}: {type(error).__name__}: {str(error).splitlines()[0]}\n")
@@ -123,6 +124,7 @@ def main() -> None:
         for m in (int(rows) for rows in options.rows.split(",")):
             x = torch.randn(m, k, dtype=torch.float16, device="cuda")
             config, time = best(x, weight)
+            # mypy infers no lambda with defaults
             time = timing.time_us(lambda c=config, x=x, w=weight: launch.matmul(x, w, c))  # type: ignore[misc]
             key = Key(device, configs.bucket(m), n, k, weight.group_size)
             table[str(key)] = config

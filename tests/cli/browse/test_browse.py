@@ -77,13 +77,13 @@ async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
     """Wait for what comes of another thread."""
     end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, panel(pilot.app)  # type: ignore[arg-type]
+        assert time.monotonic() < end, panel(pilot.app)  # type: ignore[arg-type]  # App, for Browser
         await pilot.pause(0.02)
 
 
 async def search(browser: Browser, pilot: Pilot[None], text: str) -> None:
     await pilot.press("slash")
-    browser.query_one("#search").value = text  # type: ignore[attr-defined]
+    browser.query_one("#search").value = text  # type: ignore[attr-defined]  # an Input
     await pilot.pause()
     await pilot.press("enter")
     await pilot.pause()
