@@ -1,8 +1,8 @@
-"""YAML with places: every value of a recipe knows its line, so that an error can name it."""
+"""YAML with places: every value of a recipe or merge file knows its line, so that an error can name it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -14,15 +14,21 @@ from weightops.io.escape import escape
 Place = tuple[str, ...]
 _MAX_CHARACTERS = 1 << 20
 _MAX_DEPTH = 20
+_MAX_VALUES = 100_000
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping as it was written, called `shown` in messages, with the line of each field."""
+    """A mapping as it was written, called `shown` in messages, with the line of each field.
+
+    `anchored` are the places of values that others repeat by an alias.
+    """
 
     data: Mapping[str, Any]
     shown: str
     lines: Mapping[Place, int] = field(default_factory=dict)
+    anchored: frozenset[Place] = frozenset()
 
     def fail(self, place: Place, message: str, hint: str | None = None) -> NoReturn:
         """Raise `UsageError`, with file, line and field."""
@@ -42,13 +48,13 @@ class Document:
     def mapping(self, place: Place, value: Any) -> Mapping[str, Any]:
         """`value`, which must be a mapping."""
         if not isinstance(value, Mapping):
-            self.fail(place, f"expected a mapping, found {_described(value)}")
+            self.fail(place, f"expected a mapping, found {described(value)}")
         return value
 
     def text(self, place: Place, value: Any) -> str:
         """`value`, which must be text."""
         if not isinstance(value, str) or not value:
-            self.fail(place, f"expected text, found {_described(value)}")
+            self.fail(place, f"expected text, found {described(value)}")
         return value
 
     def names(self, place: Place, value: Any) -> tuple[str, ...]:
@@ -62,55 +68,104 @@ def read_document(text: str, shown: str) -> Document:
 
     Anchors are refused, for a few lines of them make a document of any size; so are fields that are given twice.
     """
+    return _read(text, shown, aliases=False, several=False)[0]
+
+
+def read_documents(text: str, shown: str) -> list[Document]:
+    """The mappings in a YAML text of one or more documents, which may have anchors, aliases and merge keys.
+
+    Raises `UsageError` naming the line; for aliases that make a document much larger than it was written too.
+    """
+    return _read(text, shown, aliases=True, several=True)
+
+
+def _read(text: str, shown: str, *, aliases: bool, several: bool) -> list[Document]:
     if len(text) > _MAX_CHARACTERS:
-        raise UsageError(f"{shown}: too long for a recipe ({len(text)} characters)")
-    lines: dict[Place, int] = {}
+        raise UsageError(f"{shown}: too long ({len(text)} characters)")
     try:
-        _refuse_alarming(text, shown)
-        root = yaml.compose(text, yaml.SafeLoader)
-        document = Document({}, shown, lines)
-        data = _plain(root, (), document, lines) if root is not None else {}
+        _refuse_alarming(text, shown, aliases)
+        roots = list(yaml.compose_all(text, yaml.SafeLoader)) if several else [yaml.compose(text, yaml.SafeLoader)]
+        return [_Reader(shown).read(root) for root in roots or [None]]
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{shown}{line}: not YAML ({escape(str(error.problem))})") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{shown}: not YAML ({escape(' '.join(str(error).split()))})") from None
-    return Document(document.mapping((), data), shown, lines)
 
 
-def _refuse_alarming(text: str, shown: str) -> None:
-    """Raise `UsageError` for aliases and for depths that no recipe has."""
+def _refuse_alarming(text: str, shown: str, aliases: bool) -> None:
+    """Raise `UsageError` for depths that no document has, and for aliases where there may be none."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         line = f":{event.start_mark.line + 1}" if event.start_mark else ""
         if depth > _MAX_DEPTH:
             raise UsageError(f"{shown}{line}: nested too deep")
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent) and not aliases:
             raise UsageError(f"{shown}{line}: holds an alias (*name)", hint="write out what it stands for")
 
 
-def _plain(node: yaml.Node, place: Place, document: Document, lines: dict[Place, int]) -> Any:
-    lines.setdefault(place, node.start_mark.line + 1)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, (*place, str(i)), document, lines) for i, child in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return _scalar(node, document, place)
-    found: dict[str, Any] = {}
-    for name, key, value in _fields(node):
-        below = (*place, name)
-        lines[below] = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            document.fail(place, "a field's name must be text")
-        if name in found:
-            document.fail(below, "is given twice")
-        found[name] = _plain(value, below, document, lines)
-    return found
+class _Reader:
+    """Makes plain values of one document's nodes. An alias is the very node that it repeats."""
 
+    def __init__(self, shown: str) -> None:
+        self.lines: dict[Place, int] = {}
+        self.document = Document({}, shown, self.lines)
+        self.first: dict[yaml.Node, Place] = {}
+        self.anchored: set[Place] = set()
+        self.count = 0
 
-def _fields(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    for key, value in node.value:
-        yield str(key.value) if isinstance(key, yaml.ScalarNode) else "", key, value
+    def read(self, root: yaml.Node | None) -> Document:
+        data = self.plain(root, ()) if root is not None else {}
+        mapping = self.document.mapping((), data)
+        return Document(mapping, self.document.shown, self.lines, frozenset(self.anchored))
+
+    def plain(self, node: yaml.Node, place: Place) -> Any:
+        self.lines.setdefault(place, node.start_mark.line + 1)
+        self.visit(node, place)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(child, (*place, str(i))) for i, child in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return _scalar(node, self.document, place)
+        found: dict[str, Any] = {}
+        for name, key, value in self.fields(node, place):
+            below = (*place, name)
+            self.lines[below] = key.start_mark.line + 1
+            found[name] = self.plain(value, below)
+        return found
+
+    def visit(self, node: yaml.Node, place: Place) -> None:
+        """Count a value, and note what is there once more."""
+        self.count += 1
+        if self.count > _MAX_VALUES or len(place) > _MAX_DEPTH:
+            self.document.fail(place, "aliases make this too large", hint="write out what is meant")
+        if node in self.first:
+            self.anchored.add(self.first[node])
+        else:
+            self.first[node] = place
+
+    def fields(self, node: yaml.MappingNode, place: Place) -> list[tuple[str, yaml.Node, yaml.Node]]:
+        """A mapping's own fields, then those of the mappings that `<<` names and that it does not have itself."""
+        own: dict[str, tuple[str, yaml.Node, yaml.Node]] = {}
+        merged: list[yaml.Node] = []
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self.document.fail(place, "a field's name must be text")
+            name = str(key.value)
+            if key.tag == _MERGE:
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+                continue
+            if name in own:
+                self.lines[(*place, name)] = key.start_mark.line + 1
+                self.document.fail((*place, name), "is given twice")
+            own[name] = (name, key, value)
+        for other in merged:
+            if not isinstance(other, yaml.MappingNode):
+                self.document.fail((*place, "<<"), "expected a mapping, or a list of mappings")
+            self.visit(other, (*place, "<<"))
+            for field_ in self.fields(other, (*place, "<<")):
+                own.setdefault(field_[0], field_)
+        return list(own.values())
 
 
 def _scalar(node: yaml.Node, document: Document, place: Place) -> Any:
@@ -124,6 +179,6 @@ def _scalar(node: yaml.Node, document: Document, place: Place) -> Any:
         document.fail(place, f"{escape(repr(node.value))[:60]} is no {kind}", hint="put text into quotes")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing", bool: "a truth value"}
     return kinds.get(type(value), escape(repr(value))[:60])
