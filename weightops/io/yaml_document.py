@@ -180,5 +180,6 @@ def _scalar(node: yaml.Node, document: Document, place: Place) -> Any:
 
 
 def described(value: Any) -> str:
+    """What kind of value it is, in words; numbers and texts as they are."""
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing", bool: "a truth value"}
     return kinds.get(type(value), escape(repr(value))[:60])

@@ -17,6 +17,8 @@ from weightops.ops.elementwise import Reinterpret
 
 NUMBERED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.]+)\.(?P<number>0|[1-9]\d{0,5})\.(?P<rest>.+)")
 """The outermost number in a name, with what stands before and after it."""
+PACKED_LAYERS = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
+"""Modules whose weight holds a part for each layer, side by side along this axis (Gemma 3n and 4)."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ def values(
 def _find(rules: Iterable[Rule], name: str, position: float) -> Scalar | None:
     """The value of the first rule that fits the name; None if none does."""
     rule = next((rule for rule in rules if rule.filter is None or rule.filter in name), None)
-    if rule is None or not isinstance(rule.value, tuple):
-        return None if rule is None else rule.value
-    return _between(rule.value, position)
+    if rule is None:
+        return None
+    return _between(rule.value, position) if isinstance(rule.value, tuple) else rule.value
 
 
 def _between(points: tuple[Scalar, ...], position: float) -> Scalar:

@@ -13,14 +13,12 @@ from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.layer_config import MAX_LAYERS, edit_config, renumbered
-from weightops.layouts.layers import NUMBERED, Stack, find_stack, with_names
+from weightops.layouts.layers import NUMBERED, PACKED_LAYERS, Stack, find_stack, with_names
 from weightops.layouts.modules import last_part
 from weightops.operations.shard.held import hold
 from weightops.ops.arrange import concat, cut
 
 _MAX_COPIES = 100
-_PACKED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
-"""Modules whose weight holds a part for each layer, side by side along this axis (Gemma 3n and 4)."""
 
 
 def parse_layers(text: str, count: int) -> list[int]:
@@ -88,7 +86,7 @@ def _with_parts(checkpoint: Checkpoint, count: int, chosen: Sequence[int]) -> Ch
     tensors = dict(checkpoint.tensors)
     for name, tensor in checkpoint.items():
         module, _, leaf = name.rpartition(".")
-        axis, shape = _PACKED.get(last_part(module)), tensor.spec.shape
+        axis, shape = PACKED_LAYERS.get(last_part(module)), tensor.spec.shape
         if axis is None:
             continue
         if leaf != "weight" or len(shape) != 2 or shape[axis] % count:
