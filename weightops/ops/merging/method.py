@@ -32,6 +32,17 @@ class Blockwise(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Tallied:
+    """A function of a block that depends on what there is before it.
+
+    `tally` counts in a block, `compute` gets the sum of that over all blocks before it.
+    """
+
+    tally: Callable[[Sequence[torch.Tensor], int], Any]
+    compute: Callable[[Sequence[torch.Tensor], int, Any], torch.Tensor]
+
+
 Value = float | int | bool | None
 
 
@@ -62,9 +73,10 @@ class Method:
     there must be besides (of an `input`, in all), least and most. `by_rows`: its blocks are whole rows. `is_wide`: its
     result is float32 where its inputs have 16 bits. `is_random`: it draws masks. `check` gets the shared parameters and
     those of each model, and says what is wrong with them. `source` is the paper, or where there is none the program.
+    `plugin` is the SHA-256 of the file that brought it, if one did.
     """
 
-    function: Callable[..., Blockwise]
+    function: Callable[..., Blockwise | Tallied]
     source: str
     base: Literal["needed", "optional", "input"]
     others: tuple[int, int | None] = (1, None)
@@ -72,6 +84,7 @@ class Method:
     is_wide: bool = False
     is_random: bool = False
     check: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], str | None] | None = None
+    plugin: str | None = None
 
     @property
     def name(self) -> str:
@@ -109,7 +122,9 @@ class Method:
         """The type of the result, from that of the inputs."""
         return DType.F32 if self.is_wide and inputs.bits < 32 else inputs
 
-    def start(self, inputs: Any, shared: Mapping[str, Value], of_each: Sequence[Mapping[str, Value]]) -> Blockwise:
+    def start(
+        self, inputs: Any, shared: Mapping[str, Value], of_each: Sequence[Mapping[str, Value]]
+    ) -> Blockwise | Tallied:
         """Do what needs whole tensors; `of_each` has an entry for every input, an empty one for a needed base."""
         own = {name: [values.get(name) for values in of_each] for name in self.of_each}
         arguments = {self._argument(name): value for name, value in {**shared, **own}.items()}

@@ -1,0 +1,112 @@
+"""Methods that choose elements by how much the models differ there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightops.ops.merging.bits import add, magnitudes, ordered
+from weightops.ops.merging.inputs import Inputs
+from weightops.ops.merging.method import Blockwise, Tallied
+from weightops.ops.merging.ranks import find_between, find_ranks
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
+    """What varies most between the models, `select_topk` of it, in the direction of the most, by energy (2408.07990).
+
+    A model's weight is the mean square of what is chosen of its changes.
+    """
+    import torch
+
+    assert inputs.base is not None
+    base, dtype = inputs.base, inputs.dtype
+
+    def spread(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.var(torch.stack(inputs.changes(blocks)), dim=0, unbiased=False)
+
+    chosen = None
+    if select_topk < 1:
+        nonzero = sum(inputs.over_blocks(lambda blocks, first: int(torch.count_nonzero(spread(blocks)))))
+        n, count = inputs.numel, int(nonzero * select_topk)
+        (chosen,) = find_between(inputs, lambda blocks: [magnitudes(spread(blocks))], [(n - count, n)])
+
+    def selected(blocks: Sequence[torch.Tensor], before: Any) -> list[torch.Tensor]:
+        changes = inputs.changes(blocks)
+        if chosen is None:
+            return changes
+        mask = torch.from_numpy(chosen.mask(magnitudes(spread(blocks)), (0, 0) if before is None else before))
+        return [change * mask for change in changes]
+
+    def squares(blocks: Sequence[torch.Tensor], before: Any) -> Array:
+        import numpy as np
+
+        # mergekit squares in the tensors' own dtype
+        return np.array([float(c.square().sum(dtype=torch.float64)) for c in selected(blocks, before)])
+
+    def tally(blocks: Sequence[torch.Tensor], first: int) -> Array:
+        import numpy as np
+
+        return np.array(chosen.tally(magnitudes(spread(blocks))) if chosen else [0, 0])
+
+    is_tallied = chosen is not None and chosen.has_ties
+    before = inputs.before(tally, 0, inputs.numel)[0] if is_tallied else {}
+    energies = sum(inputs.over_blocks(lambda blocks, first: squares(blocks, before.get(first))))
+    energy = torch.tensor(energies / max(1, inputs.numel)).to(dtype)
+    total = energy.sum().item()
+    weights = torch.ones_like(energy) / len(energy) if abs(total) < 1e-6 else energy / total
+
+    def compute(blocks: Sequence[torch.Tensor], first: int, before: Any) -> torch.Tensor:
+        changes = selected(blocks, before)
+        goes_up = (add(changes) >= 0).to(dtype) * 2 - 1
+        shares = [w * (c.sign() == goes_up) for w, c in zip(weights, changes, strict=True)]
+        change = add([c * w for c, w in zip(changes, shares, strict=True)])
+        return blocks[base] + change / add(shares).clamp(min=1e-6)
+
+    if not is_tallied:
+        return lambda blocks, first: compute(blocks, first, None)
+    return Tallied(tally, compute)
+
+
+def arcee_fusion(inputs: Inputs) -> Blockwise:
+    """What matters most of the other model's changes, in the base: by size, and how far the rows' softmaxes part.
+
+    An element is taken where its score is at least the median plus 1.5 times the distance of the quartiles, which are
+    exact here; mergekit draws a million elements of larger tensors for them. The result is float32 at least.
+    """
+    import torch
+
+    assert inputs.base is not None
+    base, other = inputs.base, 1 - inputs.base
+
+    def scores(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        b, x = blocks[base], blocks[other]
+        p, q = torch.softmax(x, dim=-1) + 1e-8, torch.softmax(b, dim=-1) + 1e-8
+        return (x - b).abs() * (p * torch.log(p / q)).sum(dim=-1, keepdim=True)
+
+    n = inputs.numel
+    wanted = [int(share * (n - 1)) for share in (0.25, 0.5, 0.75)]
+    (found,) = find_ranks(inputs, lambda blocks: [ordered(scores(blocks).float())], [wanted])
+    low, middle, high = (_number(rank.key) for rank in found)
+    # in the scores' own dtype, as mergekit has it
+    limits = torch.tensor([low, middle, high], dtype=torch.float64).to(inputs.dtype)
+    limit = limits[1] + 1.5 * (limits[2] - limits[0])
+
+    def compute(blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+        mask = (scores(blocks) >= limit).float()
+        return blocks[base] + (blocks[other] - blocks[base]) * mask
+
+    return compute
+
+
+def _number(key: int) -> float:
+    """The float32 whose place in the order of all is `key`."""
+    import numpy as np
+
+    bits = key ^ (1 << 31) if key >> 31 else ~key & 0xFFFFFFFF
+    return float(np.array(bits, np.uint32).view(np.float32))
