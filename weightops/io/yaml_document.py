@@ -15,6 +15,7 @@ Place = tuple[str, ...]
 _MAX_CHARACTERS = 1 << 20
 _MAX_DEPTH = 20
 _MAX_VALUES = 100_000
+_NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -85,6 +86,7 @@ def _read(text: str, shown: str, *, aliases: bool, several: bool) -> list[Docume
     try:
         _refuse_alarming(text, shown, aliases)
         roots = list(yaml.compose_all(text, yaml.SafeLoader)) if several else [yaml.compose(text, yaml.SafeLoader)]
+        roots = [None if several and root is not None and root.tag == _NULL else root for root in roots]
         return [_Reader(shown).read(root) for root in roots or [None]]
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""

@@ -47,7 +47,7 @@ def merge(
     ready = _Ready.of(stage, models, names, evaluate)
     made = make(ready.arrangement.jobs, stage.out_dtype, seed=seed, allow_nonfinite=allow_nonfinite)
     result = finished(
-        ready.models[stage.donor.model],
+        ready.donor,
         ready.models,
         made.tensors,
         ready.arrangement.chosen,
@@ -109,6 +109,7 @@ def read_stage(config: Mapping[str, Any], text: str = "", file: str = "") -> Sta
 class _Ready:
     """Models that are fit to be merged, and what is made of them."""
 
+    donor: Checkpoint
     models: Mapping[str, Checkpoint]
     arrangement: Arrangement
     vocabulary: Vocabulary | None
@@ -133,6 +134,7 @@ class _Ready:
         is_whole = len(stage.modules) == 1
         notes = refuse_strangers(merging, same_layers=not stage.modules[0].is_sliced) if is_whole else []
         ready = {name: plain(given[name], stage.dtype, evaluate) for name in named}
+        donor = ready[stage.donor.model]
         vocabulary = aligned(stage, ready, evaluate)
         if vocabulary is not None:
             for name, tensors in vocabulary.tensors.items():
@@ -140,4 +142,4 @@ class _Ready:
             notes += vocabulary.notes
         headed, said = with_heads({name: ready[name] for name in ready if name in sources})
         ready |= headed
-        return cls(ready, arrange(stage, ready), vocabulary, [*notes, *said])
+        return cls(donor, ready, arrange(stage, ready), vocabulary, [*notes, *said])

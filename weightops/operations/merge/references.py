@@ -76,9 +76,7 @@ class References:
         """The model that is meant by a text or by `{model: {path, revision}, lora: {path, revision}}`."""
         if not isinstance(value, Mapping):
             text = document.text(place, value)
-            if text in self.stages:
-                return Reference(text)
-            return _blaming(document, place, lambda: reference(text, self.exists))
+            return _blaming(document, place, lambda: reference(text, self._is_there))
         _refuse_fields(document, place, value, ("model", "lora", "override_architecture"))
         model = self._part(document, (*place, "model"), value.get("model"))
         lora = value.get("lora")
@@ -88,10 +86,11 @@ class References:
         fields = value if isinstance(value, Mapping) else {"path": value}
         _refuse_fields(document, place, fields, ("path", "revision"))
         path, revision = document.text((*place, "path"), fields.get("path")), fields.get("revision")
-        if path in self.stages:
-            return path
         said = None if revision is None else document.text((*place, "revision"), revision)
-        return _blaming(document, place, lambda: _place(path, said, self.exists))
+        return _blaming(document, place, lambda: _place(path, said, self._is_there))
+
+    def _is_there(self, path: str) -> bool:
+        return path in self.stages or self.exists(path)
 
 
 def _blaming(document: Document, place: Place, read: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from weightops.formats.sidecars import Kind, is_tokenizer_file, kind_of
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.embeddings import embeddings_and_heads, vocabulary_rows
-from weightops.layouts.layer_config import TEXT_CONFIGS, edit_config, layer_settings
+from weightops.layouts.layer_config import TEXT_CONFIGS, count_layers, edit_config, layer_settings
 from weightops.lazy import LazyTensor
 from weightops.operations.merge.arrangement import Chosen
 from weightops.operations.merge.inputs import TIE
@@ -32,17 +32,17 @@ def finished(
     vocabulary: Vocabulary | None,
     text: str,
 ) -> Checkpoint:
-    """A checkpoint of merged tensors, with the files of `donor` and the merge file's `text`.
+    """A checkpoint of merged tensors, with the files of `donor`, as it was before anything was made of it.
 
     config.json is the donor's, with the number of layers, the types, the rows of embeddings and the tie that the
-    tensors have. The donor's card stays behind, for it tells of another model. Raises `IncompatibleInputs` and
-    `UsageError` for layers that config.json cannot describe.
+    tensors have. Its card stays behind, for it tells of another model; `text` is the merge file. Raises
+    `IncompatibleInputs` and `UsageError` for layers that config.json cannot describe.
     """
     result = replace(
         donor,
         tensors=tensors,
         sidecars=_sidecars(donor, vocabulary, text),
-        shards={name: donor.shards[name] for name in tensors if name in donor.shards},
+        shards=dict.fromkeys(tensors, next(reversed(list(donor.shards.values())), "")) | _known(donor.shards, tensors),
         total_size=None,
         content_id=None,
         digests={},
@@ -51,6 +51,10 @@ def finished(
     )
     result = result.with_config(lambda config: _edited(config, donor, result))
     return _with_layers(donor, models, result, chosen) if chosen is not None and donor.config() else result
+
+
+def _known(shards: Mapping[str, str], tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    return {name: shards[name] for name in tensors if name in shards}
 
 
 def _sidecars(donor: Checkpoint, vocabulary: Vocabulary | None, text: str) -> dict[str, Sidecar]:
@@ -71,7 +75,7 @@ def _edited(config: dict[str, Any], donor: Checkpoint, result: Checkpoint) -> di
         edited = dict(document)
         named = [key for key in ("dtype", "torch_dtype") if key in edited] or (["dtype"] if is_top else [])
         edited |= dict.fromkeys(named if dtype is not None else [], dtype)
-        if is_resized and (is_top or "vocab_size" in edited) and (not nested or "vocab_size" in edited):
+        if is_resized and "vocab_size" in edited:
             edited["vocab_size"] = rows
         if any(head in result for head in heads) and edited.get(TIE, None if is_top else False) is not False:
             edited[TIE] = False
@@ -95,7 +99,7 @@ def _with_layers(donor: Checkpoint, models: Mapping[str, Checkpoint], result: Ch
     """With the settings of single layers in the order in which they were chosen."""
     config, where = donor.config(), f"{escape(donor.name)}/config.json"
     order = [number for _, number in chosen.layers]
-    count = chosen.stack.count - chosen.stack.n_mtp
+    count, _ = count_layers(config, escape(donor.name))
     if order == list(range(count)):
         return result
     settings = {name: layer_settings(models[name].config()) for name, _ in chosen.layers}
