@@ -21,8 +21,8 @@ from weightops.api import Output
 from weightops.cli.main import COMMANDS, cli, run
 from weightops.errors import UsageError
 from weightops.inference.asked import Asked
+from weightops.io.yaml_document import Document
 from weightops.operations.check import CheckOptions
-from weightops.recipes.document import Document
 from weightops.recipes.execute import Running
 from weightops.recipes.names import OLD_NAMES, OUTPUT
 from weightops.recipes.recipe import FILE_FIELDS, Recipe, parse_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from weightops.errors import SourceMissing, UsageError
-from weightops.recipes.document import Document, read_document
+from weightops.io.yaml_document import Document, read_document
 from weightops.recipes.recipe import Location, Step, parse_recipe, read_recipe
 
 GOOD = """\

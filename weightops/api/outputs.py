@@ -11,7 +11,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.formats.places import is_remote
 from weightops.io.escape import escape
-from weightops.recipes.document import Document
+from weightops.io.yaml_document import Document
 from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, execute, write_all
 from weightops.recipes.recipe import FILE_FIELDS, Location, Recipe, one_step, parse_recipe, read_recipe
 

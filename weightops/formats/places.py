@@ -30,6 +30,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return is_location(os.fspath(path))
 
 
+def is_repository_name(text: str) -> bool:
+    """Whether a text has the form of a repository on a hub, `org/name` or `org/name@revision`."""
+    return _REPOSITORY.fullmatch(text) is not None
+
+
 def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFile:
     """The folder or weight file that is meant; raises `SourceMissing`."""
     if is_remote(path):
@@ -48,7 +53,7 @@ def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFi
 
 def repository_hint(path: Path) -> str | None:
     """What to ask about a path at which nothing is, if it could be the name of a repository."""
-    is_name = _REPOSITORY.fullmatch(str(path)) and not is_weights(path.name) and not path.parent.exists()
+    is_name = is_repository_name(str(path)) and not is_weights(path.name) and not path.parent.exists()
     return f"did you mean hf://{path}?" if is_name else None
 
 

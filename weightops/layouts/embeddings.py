@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from weightops.checkpoint import Checkpoint
 from weightops.layouts.names import EMBEDDING, HEAD
 
@@ -15,6 +17,25 @@ _VOCABULARY = (
 )
 _OUTPUTS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("tok_embeddings.weight", "token_embd.weight")
+
+_PAIRS = (
+    ("model.language_model.embed_tokens", ("lm_head",)),
+    ("model.text_model.embed_tokens", ("lm_head",)),
+    ("model.decoder.embed_tokens", ("lm_head",)),
+    ("model.embed_tokens", ("lm_head",)),
+    ("model.tok_embeddings", ("output",)),
+    ("transformer.wte", ("lm_head",)),
+    ("transformer.embd.wte", ("lm_head.linear",)),
+    ("transformer.embedding.word_embeddings", ("transformer.output_layer",)),
+    ("transformer.word_embeddings", ("lm_head",)),
+    ("gpt_neox.embed_in", ("embed_out", "lm_head")),
+    ("backbone.embeddings", ("lm_head",)),
+    ("backbone.embedding", ("lm_head",)),
+)
+"""Input embeddings, and what models call the output embedding that belongs to each; both lack `.weight`.
+
+A prefix is the same before both, as in `language_model.model.embed_tokens` and `language_model.lm_head`.
+"""
 
 
 def is_vocabulary(name: str) -> bool:
@@ -39,3 +60,13 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
     inputs = [n for n in names if not n.endswith(_OUTPUTS)] or names
     same_part = {n.rpartition("/")[0] for n in inputs}
     return checkpoint[inputs[0]].spec.shape[0] if inputs and len(same_part) == 1 else None
+
+
+def embeddings_and_heads(names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Input embeddings, each with what its output embedding may be called."""
+    for name in names:
+        for inner, outputs in _PAIRS:
+            prefix = name.removesuffix(f"{inner}.weight")
+            if prefix != name and (not prefix or prefix.endswith(".")):
+                yield name, tuple(f"{prefix}{output}.weight" for output in outputs)
+                break

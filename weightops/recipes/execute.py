@@ -162,12 +162,14 @@ def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate) -> Ch
     for role, names in step.inputs.items():
         inputs[role] = [made[name] for name in names] if verb.roles[role] else made[names[0]]
     options = {name: verb.option(name, value) for name, value in step.options.items()}
-    supplied = {"evaluate": evaluate} if "evaluate" in verb.supplied else {}
+    sources = [name for names in step.inputs.values() for name in names]
+    known = {"evaluate": evaluate, "names": sources}
+    supplied = {name: known[name] for name in verb.supplied}
     result = verb.function(**inputs, **options, **supplied)
-    of = ", ".join(escape(name) for names in step.inputs.values() for name in names)
+    of = ", ".join(map(escape, sources))
     by = "".join(f", {escape(name)} {escape(str(value))}" for name, value in step.said.items())
     _LOG.info("%s of %s%s: %d tensors", step.verb, of, by, len(result))
-    said = [w for names in step.inputs.values() for name in names for w in made[name].warnings]
+    said = [warning for name in sources for warning in made[name].warnings]
     # What lay beside a source says nothing of what was made of it.
     return replace(result, warnings=tuple(dict.fromkeys((*said, *result.warnings))), folder=None)
 

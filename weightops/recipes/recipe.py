@@ -12,8 +12,8 @@ from weightops.errors import SourceMissing, UsageError, WeightopsError
 from weightops.formats.places import is_remote
 from weightops.io.brief import brief
 from weightops.io.escape import escape
+from weightops.io.yaml_document import Document, Place, read_document
 from weightops.plan import parse_size
-from weightops.recipes.document import Document, Place, read_document
 from weightops.recipes.names import FILE_FIELDS as FILE_FIELDS
 from weightops.recipes.names import OUTPUT, field_of, parameter_of
 from weightops.recipes.verbs import Verb, find_verb

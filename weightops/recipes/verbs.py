@@ -1,7 +1,7 @@
 """The operations by name. An operation's signature is its schema: what it takes from, and what may be said of it.
 
 Parameters that take a `Checkpoint`, or a sequence of them, are its sources; keyword-only ones are its options;
-`evaluate` is handed in by whoever runs it.
+`evaluate` is handed in by whoever runs it, and so are `names`, those of its sources in their order.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from weightops.errors import UsageError
 from weightops.recipes.names import spelled
 from weightops.spec import DType, parse_dtype
 
-VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack")
-_SUPPLIED = ("evaluate",)
+VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "merge")
+_SUPPLIED = ("evaluate", "names")
 
 
 @dataclass(frozen=True)

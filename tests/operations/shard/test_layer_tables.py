@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from weightops.operations.shard.layer_config import _OWN_PERIODS, _PERIODS
+from weightops.layouts.layer_config import _OWN_PERIODS, _PERIODS
 
 
 def period(values: Sequence[object]) -> int | None:

@@ -18,7 +18,7 @@ from tiny_models import GEMMA_3N, GEMMA_4
 import weightops
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import IncompatibleInputs, UsageError, WeightopsError
-from weightops.operations.shard.layer_config import _OWN_PERIODS, edit_config
+from weightops.layouts.layer_config import _OWN_PERIODS, edit_config
 from weightops.operations.shard.layers import keep_layers, parse_layers
 
 Config = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightops.operations.shard.held import hold
 from weightops.operations.shard.operation import shard
 
-__all__ = ["shard"]
+__all__ = ["hold", "shard"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,30 +13,14 @@ from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
+from weightops.layouts.embeddings import embeddings_and_heads
+from weightops.layouts.layer_config import TEXT_CONFIGS
+from weightops.layouts.layers import with_names
 from weightops.lazy import LazyTensor
-from weightops.operations.shard.layer_config import TEXT_CONFIGS
-from weightops.operations.shard.layers import keep_layers, with_names
+from weightops.operations.shard.layers import keep_layers
 from weightops.ops.arrange import Agreed
 
 _TIE = "tie_word_embeddings"
-_EMBEDDINGS = (
-    ("model.language_model.embed_tokens", ("lm_head",)),
-    ("model.text_model.embed_tokens", ("lm_head",)),
-    ("model.decoder.embed_tokens", ("lm_head",)),
-    ("model.embed_tokens", ("lm_head",)),
-    ("model.tok_embeddings", ("output",)),
-    ("transformer.wte", ("lm_head",)),
-    ("transformer.embd.wte", ("lm_head.linear",)),
-    ("transformer.embedding.word_embeddings", ("transformer.output_layer",)),
-    ("transformer.word_embeddings", ("lm_head",)),
-    ("gpt_neox.embed_in", ("embed_out", "lm_head")),
-    ("backbone.embeddings", ("lm_head",)),
-    ("backbone.embedding", ("lm_head",)),
-)
-"""Input embeddings, and what models call the output embedding that belongs to each; both lack `.weight`.
-
-A prefix is the same before both, as in `language_model.model.embed_tokens` and `language_model.lm_head`.
-"""
 _MAX_LISTED = 50
 
 
@@ -179,7 +163,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _tied(source: Checkpoint) -> Checkpoint:
     _check_can_tie(source)
-    pairs = [(i, o) for i, outputs in _embeddings(source) for o in outputs if o in source]
+    pairs = [(i, o) for i, outputs in embeddings_and_heads(source) for o in outputs if o in source]
     embedding, head = _only(source, pairs, "no output embedding beside an input embedding, known by their names")
     if source[embedding].spec != source[head].spec:
         raise IncompatibleInputs(
@@ -197,7 +181,7 @@ def _tied(source: Checkpoint) -> Checkpoint:
 
 def _untied(source: Checkpoint) -> Checkpoint:
     _check_can_tie(source)
-    found = [(i, outputs) for i, outputs in _embeddings(source)]
+    found = [(i, outputs) for i, outputs in embeddings_and_heads(source)]
     embedding, heads = _only(source, found, "no input embedding that is known by its name")
     present = next((head for head in heads if head in source), None)
     if present is not None:
@@ -214,16 +198,6 @@ def _check_can_tie(source: Checkpoint) -> None:
         )
     if config.get("is_encoder_decoder") is True:
         raise UsageError(f"{escape(source.name)}: encoder-decoders tie more than two embeddings, and are not edited")
-
-
-def _embeddings(names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Input embeddings, each with what its output embedding may be called."""
-    for name in names:
-        for inner, outputs in _EMBEDDINGS:
-            prefix = name.removesuffix(f"{inner}.weight")
-            if prefix != name and (not prefix or prefix.endswith(".")):
-                yield name, tuple(f"{prefix}{output}.weight" for output in outputs)
-                break
 
 
 def _only(source: Checkpoint, found: Sequence[tuple[str, Any]], nothing: str) -> tuple[str, Any]:

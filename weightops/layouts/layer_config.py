@@ -158,6 +158,17 @@ def edit_config(
     return result, notes
 
 
+def layer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of single layers in lists, by the key of its part and its own."""
+    known = {*_LISTS, *_NUMBERS, "per_layer_config", "attention_types"}
+    found = {}
+    for level in _levels(config):
+        for key, value in (config[level] if level else config).items():
+            if key in known and isinstance(value, list | str | dict) and value:
+                found[f"{level}.{key}" if level else key] = value
+    return found
+
+
 @dataclass(frozen=True)
 class _Editor:
     """One part of config.json, and the old numbers of the layers that are to be in it."""
