@@ -113,9 +113,11 @@ class Inputs:
             count = count + own
         return found, count
 
-    def run(self, function: Callable[[list[torch.Tensor], int], T], start: int, stop: int) -> Iterator[T]:
-        """The same for elements from `start` to `stop`, block by block from `start`."""
-        step = self.step
+    def run(
+        self, function: Callable[[list[torch.Tensor], int], T], start: int, stop: int, step: int | None = None
+    ) -> Iterator[T]:
+        """The same for elements from `start` to `stop`, block by block from `start`, `step` elements at a time."""
+        step = step or self.step
         pending: deque[tuple[Future[T], tuple[bytearray, ...]]] = deque()
         for first in range(start, stop, step):
             if len(pending) > max(1, self._read.threads):
@@ -133,10 +135,10 @@ class Inputs:
 
     def _load(self, first: int, count: int) -> tuple[tuple[bytearray, ...], list[torch.Tensor]]:
         itemsize = self.spec.dtype.itemsize
-        if self._buffers:
-            memory = self._buffers.popleft()
-        else:
-            memory = tuple(bytearray(min(self.step, self.numel) * itemsize) for _ in self.tensors)
+        memory = self._buffers.popleft() if self._buffers else ()
+        if not memory or len(memory[0]) < count * itemsize:
+            size = max(count, min(self.step, self.numel)) * itemsize
+            memory = tuple(bytearray(size) for _ in self.tensors)
         blocks = []
         for tensor, buffer in zip(self.tensors, memory, strict=True):
             view = memoryview(buffer)[: count * itemsize]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     Blocks = Sequence[torch.Tensor]
 
 _RUN = 1024
+_CHUNK = 1 << 20
+_NEARLY_OPPOSITE = -0.9
+"""The cosine below which slerp multiplies errors of adding up, so that the result depends on their order."""
 _STRAIGHT = 0.9995
 """The cosine from which on slerp goes straight."""
 
@@ -65,12 +68,37 @@ def slerp(inputs: Inputs, *, t: float) -> Blockwise:
     norms = [math.sqrt(square) if square > 1e-16 else 1.0 for square in (xx, yy)]
     share = torch.tensor(t, dtype=torch.float32).to(wide)
     cosine = torch.tensor(xy / norms[0] / norms[1], dtype=wide).clamp(-1, 1)
+    if -_STRAIGHT <= cosine.item() < _NEARLY_OPPOSITE:
+        cosine = _cosine_as_added_up(inputs, base, other)
     if abs(cosine.item()) > _STRAIGHT:
         a, b = 1 - share, share
     else:
         angle = torch.acos(cosine)
         a, b = torch.sin((1 - share) * angle) / torch.sin(angle), torch.sin(share * angle) / torch.sin(angle)
     return lambda blocks, first: (a * blocks[base].to(wide) + b * blocks[other].to(wide)).to(inputs.dtype)
+
+
+def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
+    """The cosine with mergekit's own errors of adding up, in the wide type: over 2^20 elements at a time."""
+    import torch
+
+    wide = inputs.wide
+
+    def pair(blocks: Blocks) -> list[torch.Tensor]:
+        return [blocks[i].to(wide).reshape(1, -1) for i in (base, other)]
+
+    def lengths(blocks: Blocks, first: int) -> torch.Tensor:
+        return torch.stack([torch.linalg.vector_norm(vector, dim=1, keepdim=True) for vector in pair(blocks)])
+
+    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=_CHUNK)))
+    norms = torch.linalg.vector_norm(parts, dim=0)
+    norms = torch.where(norms > 1e-8, norms, 1)
+
+    def dot(blocks: Blocks, first: int) -> torch.Tensor:
+        x, y = pair(blocks)
+        return ((x / norms[0]) * (y / norms[1])).sum(dim=1, keepdim=True)
+
+    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=_CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
 
 
 def nuslerp(
@@ -94,9 +122,10 @@ def nuslerp(
         cosine = cosine_of(pair, first).to(dtype).clamp(-1, 1)
         straight = (1 - cosine.square()) <= 1e-16
         angle = torch.acos(torch.where(straight, 0, cosine))
-        a = torch.where(straight, 1 - t, torch.sin((1 - t) * angle))
-        b = torch.where(straight, t, torch.sin(t * angle))
-        result = (a * x + b * y) / torch.where(straight, 1, torch.sin(angle))
+        result = (1 - t) * x + t * y
+        if not straight.all():
+            a, b = torch.sin((1 - t) * angle), torch.sin(t * angle)
+            result = torch.where(straight, result, (a * x + b * y) / torch.sin(angle))
         return result if base is None else blocks[base] + result
 
     return compute
