@@ -52,7 +52,9 @@ def test_published_files_are_read_and_are_the_same_as_data(name: str) -> None:
 
 
 def test_what_is_known_and_not_used_is_listed() -> None:
-    unused = {name: parse_stages(path.read_text(), name, bool)[-1].unused for name, path in PUBLISHED.items()}
+    unused = {
+        name: parse_stages(path.read_text(), name, lambda path: False)[-1].unused for name, path in PUBLISHED.items()
+    }
     assert {name: fields for name, fields in unused.items() if fields} == {
         "ties": ("parameters.int8_mask",),
         "dare-ties-anchors": ("common (holds an anchor)", "parameters.int8_mask"),
