@@ -115,8 +115,12 @@ def _named(inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON, which does not keep the order of a mapping's fields: several become a list of pairs."""
-    if isinstance(value, Mapping) and len(value) > 1:
+    """A value as JSON, which does not keep the order of a mapping's fields: several become a list of pairs.
+
+    A document, of which some fields are lists or mappings, stays as it is.
+    """
+    is_document = isinstance(value, Mapping) and any(isinstance(each, Mapping | list) for each in value.values())
+    if isinstance(value, Mapping) and len(value) > 1 and not is_document:
         return [list(pair) for pair in value.items()]
     return list(value) if isinstance(value, tuple) else value
 
