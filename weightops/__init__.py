@@ -20,11 +20,13 @@ __all__ = [
     "diff",
     "download",
     "evaluate",
+    "explain_merge",
     "extract_lora",
     "generate",
     "generate_all",
     "inspect",
     "manifest",
+    "merge",
     "merge_lora",
     "open_checkpoint",
     "open_pool",
@@ -36,6 +38,7 @@ __all__ = [
     "save_all",
     "shard",
     "verify",
+    "verify_merge",
 ]
 
 if TYPE_CHECKING:
@@ -49,11 +52,13 @@ if TYPE_CHECKING:
         diff,
         download,
         evaluate,
+        explain_merge,
         extract_lora,
         generate,
         generate_all,
         inspect,
         manifest,
+        merge,
         merge_lora,
         open_checkpoint,
         open_pool,
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
         save_all,
         shard,
         verify,
+        verify_merge,
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from weightops.errors import SourceMissing, UsageError
 from weightops.io.yaml_document import Document, read_document
-from weightops.recipes.recipe import Location, Step, parse_recipe, read_recipe
+from weightops.recipes.recipe import parse_recipe, read_recipe
+from weightops.recipes.steps import Location, Step
 
 GOOD = """\
 sources: {raw: ./raw, diff: "hf://org/diff", old: {path: /old, weights: "*.pth"}}

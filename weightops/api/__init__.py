@@ -21,6 +21,7 @@ from weightops.api.change import (
     shard,
 )
 from weightops.api.comparison import Comparisons, compare
+from weightops.api.merging import explain_merge, merge, verify_merge
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
@@ -41,11 +42,13 @@ __all__ = [
     "diff",
     "download",
     "evaluate",
+    "explain_merge",
     "extract_lora",
     "generate",
     "generate_all",
     "inspect",
     "manifest",
+    "merge",
     "merge_lora",
     "open_checkpoint",
     "open_pool",
@@ -57,4 +60,5 @@ __all__ = [
     "save_all",
     "shard",
     "verify",
+    "verify_merge",
 ]

@@ -13,7 +13,8 @@ from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document
 from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, execute, write_all
-from weightops.recipes.recipe import FILE_FIELDS, Location, Recipe, one_step, parse_recipe, read_recipe
+from weightops.recipes.recipe import FILE_FIELDS, Recipe, one_step, parse_recipe, read_recipe
+from weightops.recipes.steps import Location
 
 
 class Output(Files, Running, total=False):

@@ -32,6 +32,7 @@ GROUPS = {
         "recover": "Recover a tuned model from the original and a difference.",
         "convert": "Convert between transformers, Meta, TencentPretrain and GGUF.",
         "diff": "Make the difference from which a tuned model is recovered.",
+        "merge": "Merge models by mergekit's methods, from its files.",
         "merge-lora": "Merge LoRA adapters into the model they were trained on.",
         "extract-lora": "Make a LoRA adapter of the difference between two models.",
         "cast": "Convert weights to another number type; count what is lost.",

@@ -139,7 +139,8 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 own = "Options" if "--help" not in parameter.opts else _HOW
-                sections.setdefault(_SECTIONS.get(parameter.name or "", own), []).append(record)
+                title = getattr(parameter, "section", None) or _SECTIONS.get(parameter.name or "", own)
+                sections.setdefault(title, []).append(record)
         return sections
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

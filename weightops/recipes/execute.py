@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -32,7 +33,8 @@ from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.stored import without_shared_checks
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size, sources_of
 from weightops.recipes.observe import observe
-from weightops.recipes.recipe import Location, Recipe, Step
+from weightops.recipes.recipe import Recipe
+from weightops.recipes.steps import Location, Step
 from weightops.recipes.verbs import find_verb
 
 _LOG = logging.getLogger(__name__)
@@ -128,28 +130,44 @@ class Wanted:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
-def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
-    """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
-    control = running.get("control") or Control()
-    running = {**running, "control": control}
+@dataclass(frozen=True)
+class Derived:
+    """What a recipe's sources and steps are, by name; `sources` are those that were opened."""
+
+    checkpoints: Mapping[str, Checkpoint]
+    sources: Mapping[str, Checkpoint]
+    evaluate: Evaluate
+
+
+@contextmanager
+def derive(recipe: Recipe, control: Control, without: str | None = None) -> Iterator[Derived]:
+    """Open the sources and apply the steps, but for the step `without`; places are open for the length of a block."""
     with control.stores.connected() as stores:
         made = {}
         for name, place in recipe.sources.items():
             opener = open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint
             made[name] = opener(place.path, stores, place.weights)
             _log_opened(name, place, made[name])
-        sources = dict(made)
-        evaluate = _evaluate(control)
+        sources, evaluate = dict(made), _evaluate(control)
         for name in recipe.order():
-            made[name] = _apply(recipe.steps[name], made, evaluate)
+            if name != without:
+                made[name] = _apply(recipe.steps[name], made, evaluate)
+        yield Derived(made, sources, evaluate)
+
+
+def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
+    """Make all that the recipe says; results by folder. Raises any of `weightops.errors`."""
+    control = running.get("control") or Control()
+    running = {**running, "control": control}
+    with derive(recipe, control) as made:
         wanted = {}
         for folder, destination in recipe.outputs.items():
-            checkpoint = made[destination.name]
+            checkpoint = made.checkpoints[destination.name]
             if destination.cast:
                 cast = Step("cast", {"source": (destination.name,)}, destination.cast)
-                checkpoint = _apply(cast, made, evaluate)
+                checkpoint = _apply(cast, made.checkpoints, made.evaluate)
             behind = recipe.behind(destination.name)
-            origins = {role: source for role, source in sources.items() if role in behind}
+            origins = {role: source for role, source in made.sources.items() if role in behind}
             files: Files = {**destination.files}  # type: ignore[typeddict-item]  # checked when the recipe was read
             wanted[Path(folder)] = Wanted(checkpoint, files, recipe.to_json(folder), origins)
         return write_all(wanted, running)
@@ -163,8 +181,8 @@ def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate) -> Ch
         inputs[role] = [made[name] for name in names] if verb.roles[role] else made[names[0]]
     options = {name: verb.option(name, value) for name, value in step.options.items()}
     sources = [name for names in step.inputs.values() for name in names]
-    known = {"evaluate": evaluate, "names": sources}
-    supplied = {name: known[name] for name in verb.supplied}
+    known = {"evaluate": evaluate, "names": sources, **step.given}
+    supplied = {name: known[name] for name in verb.supplied if name in known}
     result = verb.function(**inputs, **options, **supplied)
     of = ", ".join(map(escape, sources))
     by = "".join(f", {escape(name)} {escape(str(value))}" for name, value in step.said.items())

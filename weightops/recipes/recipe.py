@@ -8,42 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightops.errors import SourceMissing, UsageError, WeightopsError
+from weightops.errors import UsageError, WeightopsError
 from weightops.formats.places import is_remote
 from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document, Place, read_document
 from weightops.plan import parse_size
+from weightops.recipes.merging import Expanded, expand_step, read_text
 from weightops.recipes.names import FILE_FIELDS as FILE_FIELDS
 from weightops.recipes.names import OUTPUT, field_of, parameter_of
+from weightops.recipes.steps import Location, Step, plain
 from weightops.recipes.verbs import Verb, find_verb
 
 CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy", "cast_all")
 """What an output may say of its tensors: they are cast last."""
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a source lies: a path, hub repository or URL; `weights` is a glob for the weight files to go by."""
-
-    path: str
-    weights: str | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """An operation on named checkpoints. `inputs` gives the names for each of its roles."""
-
-    verb: str
-    inputs: Mapping[str, tuple[str, ...]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """The options, as JSON, that are not what they would be anyway."""
-        defaults = find_verb(self.verb).defaults
-        chosen = {k: v for k, v in self.options.items() if v not in (None, (), [], {}) and v != defaults.get(k)}
-        return {field_of(k): _plain(v) for k, v in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -102,7 +80,7 @@ class Recipe:
             for name in self.order()
             if name in needed
         }
-        cast = {k: _plain(v) for k, v in destination.cast.items()}
+        cast = {k: plain(v) for k, v in destination.cast.items()}
         return {"tensors": steps, "output": {"from": destination.name, **cast}}
 
 
@@ -112,17 +90,6 @@ def _inputs(step: Step) -> Iterable[str]:
 
 def _named(inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     return {role: names[0] if len(names) == 1 else list(names) for role, names in inputs.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON, which does not keep the order of a mapping's fields: several become a list of pairs.
-
-    A document, of which some fields are lists or mappings, stays as it is.
-    """
-    is_document = isinstance(value, Mapping) and any(isinstance(each, Mapping | list) for each in value.values())
-    if isinstance(value, Mapping) and len(value) > 1 and not is_document:
-        return [list(pair) for pair in value.items()]
-    return list(value) if isinstance(value, tuple) else value
 
 
 def one_step(
@@ -146,12 +113,7 @@ def one_step(
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a file; paths in it count from its folder. Raises `SourceMissing`, and as `parse_recipe` does."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SourceMissing(f"{escape(str(path))}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{escape(str(path))}: cannot be read ({escape(str(error))})") from None
+    text = read_text(path)
     return parse_recipe(read_document(text, escape(str(path))), path.parent)
 
 
@@ -173,7 +135,11 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
     if twice is not None:
         document.fail(("tensors", twice), "is the name of a source already")
     known = {*sources, *parts["tensors"]}
-    steps = {name: _step(document, name, value, known) for name, value in parts["tensors"].items()}
+    steps: dict[str, Step] = {}
+    for name, value in parts["tensors"].items():
+        made = _step(document, name, value, known, folder)
+        sources |= made.sources
+        steps |= made.steps
     outputs = {}
     for name, value in parts["outputs"].items():
         outputs[_path(name, folder)] = _destination(document, name, value, known, folder)
@@ -203,12 +169,20 @@ def _path(text: str, folder: Path) -> str:
     return text if is_remote(text) else str(folder / os.path.expanduser(text))
 
 
-def _step(document: Document, name: str, value: Any, known: set[str]) -> Step:
+def _step(document: Document, name: str, value: Any, known: set[str], folder: Path) -> Expanded:
+    """What a field under `tensors` comes to: one step, or as many as a merge file takes."""
     place: Place = ("tensors", name)
     fields = document.mapping(place, value)
     if len(fields) != 1:
         document.fail(place, f"expected one operation, found {len(fields)}", hint="for example {cast: {source: base}}")
     ((verb_name, arguments),) = fields.items()
+    if verb_name == "merge":
+        given = document.mapping((*place, verb_name), arguments)
+        return expand_step(document, (*place, verb_name), name, given, known, folder, lambda text: _path(text, folder))
+    return Expanded(steps={name: _plain_step(document, place, verb_name, arguments, known)})
+
+
+def _plain_step(document: Document, place: Place, verb_name: str, arguments: Any, known: set[str]) -> Step:
     try:
         verb = find_verb(verb_name)
     except WeightopsError as error:

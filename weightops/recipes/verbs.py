@@ -1,7 +1,8 @@
 """The operations by name. An operation's signature is its schema: what it takes from, and what may be said of it.
 
 Parameters that take a `Checkpoint`, or a sequence of them, are its sources; keyword-only ones are its options;
-`evaluate` is handed in by whoever runs it, and so are `names`, those of its sources in their order.
+`evaluate` is handed in by whoever runs it, and so are `names`, those of its sources in their order, and what a step is
+given besides.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from weightops.recipes.names import spelled
 from weightops.spec import DType, parse_dtype
 
 VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "merge")
-_SUPPLIED = ("evaluate", "names")
+_SUPPLIED = ("evaluate", "names", "text", "file")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from merging import PUBLISHED, stage
 
 from weightops.errors import UsageError
 from weightops.io.yaml_document import Document, read_documents
-from weightops.operations.merge import Reference, parse_stages, reference
+from weightops.operations.merge import Reference, parse_stages
 from weightops.operations.merge.document import parse_stage
-from weightops.operations.merge.references import References
+from weightops.operations.merge.references import References, reference
 from weightops.operations.merge.settings import Rule
 from weightops.spec import DType
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from weightops.operations.merge.document import parse_stages
-from weightops.operations.merge.operation import explain, merge
-from weightops.operations.merge.references import Reference, reference
+from weightops.operations.merge.document import parse_stage, parse_stages
+from weightops.operations.merge.operation import Made, MergePlan, explain, merge
+from weightops.operations.merge.proof import MergeProof, prove
+from weightops.operations.merge.references import Reference, References
 from weightops.operations.merge.stage import Stage
 
-__all__ = ["Reference", "Stage", "explain", "merge", "parse_stages", "reference"]
+__all__ = [
+    "Made",
+    "MergePlan",
+    "MergeProof",
+    "Reference",
+    "References",
+    "Stage",
+    "explain",
+    "merge",
+    "parse_stage",
+    "parse_stages",
+    "prove",
+]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import yaml
 
 from weightops.checkpoint import Checkpoint
@@ -21,6 +22,9 @@ from weightops.operations.merge.references import References
 from weightops.operations.merge.result import finished
 from weightops.operations.merge.stage import Stage
 from weightops.operations.merge.vocabulary import Vocabulary, aligned
+from weightops.ops.merging.method import Value
+
+SCHEMA = "weightops-merge-plan/1"
 
 
 def merge(
@@ -31,6 +35,7 @@ def merge(
     file: str = "",
     seed: int = 0,
     allow_nonfinite: bool = False,
+    plugin: str | None = None,
     names: Sequence[str],
     evaluate: Evaluate,
 ) -> Checkpoint:
@@ -38,7 +43,8 @@ def merge(
 
     `config` is one document in mergekit's language, in which each model is one of the names (see `Stage.plain`).
     `text` is the merge file as it was given, to lie beside the result, and `file` its name for messages. `seed` is that
-    of random masks. NaN and infinities are refused where they are met, unless `allow_nonfinite`.
+    of random masks. NaN and infinities are refused where they are met, unless `allow_nonfinite`. `plugin` is the
+    SHA-256 of the file that brought further methods.
 
     Raises `UsageError` for what the file cannot mean, with line and field where `text` has them, `IncompatibleInputs`
     for models that do not belong together. Everything that does not depend on values is refused here.
@@ -68,6 +74,31 @@ def merge(
     )
 
 
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor of a model that goes into a merge, with the parameters of that model for it."""
+
+    model: str
+    tensor: str
+    is_base: bool
+    parameters: dict[str, Value]
+
+
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """How a tensor of the result is made: `method` is `copy` for what goes out as it came in."""
+
+    tensor: str
+    method: str
+    inputs: tuple[Input, ...]
+    parameters: dict[str, Value]
+
+
+class MergePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How each tensor of a merge is made, in the order in which they are written."""
+
+    schema: str = SCHEMA
+    tensors: tuple[Made, ...]
+
+
 def explain(
     models: Sequence[Checkpoint],
     *,
@@ -76,23 +107,20 @@ def explain(
     file: str = "",
     names: Sequence[str],
     evaluate: Evaluate,
-) -> list[dict[str, Any]]:
-    """For each tensor of the result, in order, how it is made: `tensor`, `method`, `inputs` and `parameters`.
-
-    `method` is `copy` for what goes out as it came in; each of the inputs has `model`, `tensor`, `parameters` and
-    whether it `is_base`. Raises as `merge` does.
-    """
+) -> MergePlan:
+    """For each tensor of the result, in order, how it is made. Raises as `merge` does."""
     stage = read_stage(config, text, file)
-    return [_explained(job) for job in _Ready.of(stage, models, names, evaluate).arrangement.jobs]
+    jobs = _Ready.of(stage, models, names, evaluate).arrangement.jobs
+    return MergePlan(tensors=tuple(_explained(job) for job in jobs))
 
 
-def _explained(job: Job) -> dict[str, Any]:
-    inputs = [
-        {"model": found.model, "tensor": found.name, "is_base": i == job.base, "parameters": dict(own)}
+def _explained(job: Job) -> Made:
+    inputs = tuple(
+        Input(model=found.model, tensor=found.name, is_base=i == job.base, parameters=dict(own))
         for i, (found, own) in enumerate(zip(job.inputs, job.of_each, strict=True))
-    ]
+    )
     method = "copy" if is_copied(job) else job.method.name
-    return {"tensor": job.name, "method": method, "inputs": inputs, "parameters": dict(job.shared)}
+    return Made(tensor=job.name, method=method, inputs=inputs, parameters=dict(job.shared))
 
 
 def read_stage(config: Mapping[str, Any], text: str = "", file: str = "") -> Stage:

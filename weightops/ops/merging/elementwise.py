@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from weightops.ops.merging.bits import add, keep, magnitudes
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise
 
@@ -76,9 +77,9 @@ def ramplus_tl(inputs: Inputs, *, r: float = 0.1, alpha: float = 0.2, epsilon: f
     import numpy as np
 
     def count(blocks: Sequence[torch.Tensor], first: int) -> Any:
-        moved = [change.abs() > epsilon for change in inputs.changes(blocks)]
-        times = sum(each.int() for each in moved)
-        return np.array([[int((m & (times > 1)).sum()), int((m & (times == 1)).sum())] for m in moved])
+        moved = _moved(inputs, blocks, epsilon)
+        times = sum(each.view(np.int8) for each in moved)
+        return np.array([[np.count_nonzero(m & (times > 1)), np.count_nonzero(m & (times == 1))] for m in moved])
 
     found = sum(inputs.over_blocks(count))
     rho = [np.float32(shared) / np.float32(max(alone, epsilon)) for shared, alone in found]
@@ -91,17 +92,28 @@ def _ram(inputs: Inputs, epsilon: float, factors: Sequence[Any] | None) -> Block
     base = inputs.base
 
     def compute(blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+        import numpy as np
         import torch
 
-        changes = inputs.changes(blocks)
-        moved = [change.abs() > epsilon for change in changes]
-        times = torch.stack(moved).sum(dim=0)
-        alone, shared, divisor = times == 1, times > 1, times.clamp(min=1)
+        changes, moved = inputs.changes(blocks), _moved(inputs, blocks, epsilon)
+        times = sum(each.view(np.int8) for each in moved)
+        alone, shared = times == 1, times > 1
+        divisor = torch.from_numpy(np.maximum(times, 1)).to(inputs.dtype)
         parts = []
         for i, (change, own) in enumerate(zip(changes, moved, strict=True)):
-            mine = change * own * alone
+            mine = keep(change, own & alone)
             mine = mine if factors is None else mine * torch.tensor([factors[i]])  # a vector, which makes it float32
-            parts.append(mine + change * own * shared / divisor)
-        return blocks[base] + torch.stack(parts).sum(dim=0)
+            parts.append(mine + keep(change, own & shared) / divisor)
+        return blocks[base] + add(parts)
 
     return compute
+
+
+def _moved(inputs: Inputs, blocks: Sequence[torch.Tensor], epsilon: float) -> list[Any]:
+    """Where each model changed more than `epsilon`, rounded to the tensors' dtype: arrays of bools."""
+    import torch
+
+    limit = magnitudes(torch.tensor([epsilon], dtype=inputs.dtype))
+    largest = magnitudes(torch.tensor([torch.inf], dtype=inputs.dtype))  # NaN is no larger than anything
+    sizes = [magnitudes(change) for change in inputs.changes(blocks)]
+    return [(size > limit) & (size <= largest) for size in sizes]

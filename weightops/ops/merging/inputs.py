@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from weightops.io.platform.machine import cores
+from weightops.io.platform.machine import cores, reuse_freed
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.libtorch import OneThread, as_torch, open_library
 from weightops.spec import TensorSpec
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PIECE = 1 << 17
-"""Elements that are computed at once: few enough for a core's cache, and enough to hide what a call costs."""
+PIECE = 1 << 18
+"""Elements that are computed at once: few enough for a cache, and enough to hide what calls cost."""
 
 
 class Inputs:
@@ -174,6 +174,7 @@ def _without_grad(function: Callable[[list[torch.Tensor], int], T], blocks: list
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Threads that compute for all tensors that are in work, as many as cores."""
+    reuse_freed(16 * PIECE)
     return ThreadPoolExecutor(cores(), "merge", _prepare)
 
 

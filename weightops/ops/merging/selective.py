@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightops.ops.merging.bits import add, magnitudes, ordered
+from weightops.ops.merging.bits import keep, magnitudes, ordered
+from weightops.ops.merging.election import elected
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise, Tallied
 from weightops.ops.merging.ranks import find_between, find_ranks
@@ -26,9 +27,14 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
 
     assert inputs.base is not None
     base, dtype = inputs.base, inputs.dtype
+    wider = torch.float32 if torch.finfo(dtype).bits == 16 else torch.float64
 
     def spread(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.var(torch.stack(inputs.changes(blocks)), dim=0, unbiased=False)
+        """The variance over the models, biased."""
+        changes = [change.to(wider) for change in inputs.changes(blocks)]
+        mean = sum(changes, start=torch.zeros((), dtype=wider)) / len(changes)
+        squares = [(change - mean).square() for change in changes]
+        return (sum(squares, start=torch.zeros((), dtype=wider)) / len(changes)).to(dtype)
 
     chosen = None
     if select_topk < 1:
@@ -40,8 +46,8 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
         changes = inputs.changes(blocks)
         if chosen is None:
             return changes
-        mask = torch.from_numpy(chosen.mask(magnitudes(spread(blocks)), (0, 0) if before is None else before))
-        return [change * mask for change in changes]
+        mask = chosen.mask(magnitudes(spread(blocks)), (0, 0) if before is None else before)
+        return [keep(change, mask) for change in changes]
 
     def squares(blocks: Sequence[torch.Tensor], before: Any) -> Array:
         import numpy as np
@@ -63,10 +69,8 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
 
     def compute(blocks: Sequence[torch.Tensor], first: int, before: Any) -> torch.Tensor:
         changes = selected(blocks, before)
-        goes_up = (add(changes) >= 0).to(dtype) * 2 - 1
-        shares = [w * (c.sign() == goes_up) for w, c in zip(weights, changes, strict=True)]
-        change = add([c * w for c, w in zip(changes, shares, strict=True)])
-        return blocks[base] + change / add(shares).clamp(min=1e-6)
+        change, divisor = elected(changes, weights, weighted=True)
+        return blocks[base] + change / divisor.clamp(min=1e-6)
 
     if not is_tallied:
         return lambda blocks, first: compute(blocks, first, None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightops.ops.merging.bits import add, all_or_none, bits_of
+from weightops.ops.merging.bits import add
+from weightops.ops.merging.election import elected, ones_for_zeros
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise, Tallied
 from weightops.ops.merging.sparsify import AtRandom, ByRank, ByRows, Sparsifier
@@ -161,7 +162,11 @@ def _combine(
         if sparsifier is not None:
             changes = sparsifier.thin(changes, first, before)
         changes = [c if w == 1 else c * w for c, w in zip(changes, weights, strict=True)]
-        change, divisor = _elected(changes, weights) if elect else (add(changes), together)
+        if elect:
+            change, divisor = elected(changes, weights)
+            divisor = ones_for_zeros(divisor)
+        else:
+            change, divisor = add(changes), together
         if normalize:
             change = change / divisor
         if scale != 1:
@@ -172,35 +177,3 @@ def _combine(
         return lambda blocks, first: compute(blocks, first, None)
     tally = sparsifier.tally
     return Tallied(lambda blocks, first: tally(inputs.changes(blocks)), compute)
-
-
-def _elected(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the changes that go in the direction of the sum of all, and the sum of their weights (0 becomes 1).
-
-    A sum of zero counts as going up. A change of zero goes nowhere.
-    """
-    import numpy as np
-    import torch
-
-    dtype = changes[0].dtype
-    whole = add(changes)
-    if not torch.isfinite(whole.sum()):
-        goes_up = (whole >= 0).to(dtype) * 2 - 1
-        agree = [change.sign() == goes_up for change in changes]
-        divisor = add([w * a for w, a in zip(weights, agree, strict=True)])
-        return add([c * a for c, a in zip(changes, agree, strict=True)]), torch.where(divisor == 0, 1, divisor)
-    total = bits_of(whole)
-    lowest = np.iinfo(total.dtype).min
-    goes_down = (total < 0) & (total != lowest)
-    flips = all_or_none(goes_down, total.dtype) & lowest
-    kept, counted = [], []
-    for change, weight in zip(changes, weights, strict=True):
-        bits = bits_of(change)
-        mask = all_or_none((bits ^ flips) > 0, total.dtype)
-        kept.append(torch.from_numpy(bits & (mask | lowest)).view(dtype))
-        counted.append(torch.from_numpy(mask & bits_of(weight.reshape(1))).view(dtype))
-    divisor = add(counted)
-    none = bits_of(divisor)
-    one = bits_of(torch.ones(1, dtype=dtype))
-    divisor = torch.from_numpy(none | (all_or_none(none & ~lowest == 0, none.dtype) & one)).view(dtype)
-    return add(kept), divisor

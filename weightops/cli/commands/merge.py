@@ -1,0 +1,218 @@
+"""weightops merge"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+import weightops
+from weightops.cli.colour import say, styled
+from weightops.cli.options import refuse_unused, write, write_options
+from weightops.cli.output import print_json, running, table
+from weightops.cli.params import FILE, FOLDER, SEED, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
+from weightops.errors import UsageError
+from weightops.io.escape import escape
+
+if TYPE_CHECKING:
+    from weightops.operations.merge import MergePlan, MergeProof
+
+_EACH = "Once for all models, or once for each."
+PARAMETERS: Mapping[str, str] = {
+    "weight": f"How much a model counts. {_EACH}",
+    "t": "How far from the base (0) to the other model (1): slerp; nearswap: how close numbers must be.",
+    "density": f"The share of changes that is kept: ties, dare, della, breadcrumbs. {_EACH}",
+    "lambda": "What the sum of all changes is multiplied by.",
+    "normalize": "Divide by the sum of the weights: true or false.",
+    "rescale": "Make up for the changes that were dropped: true or false.",
+    "gamma": f"The share of the largest changes that is dropped: breadcrumbs. {_EACH}",
+    "epsilon": "della: how far probabilities go from the density; ram: the smallest change that counts.",
+    "select_topk": "The share of elements that is merged, those that vary most: sce.",
+    "filter_wise": "Go by the rows of each tensor: model_stock; true or false.",
+    "nuslerp_flatten": "Go by whole tensors: nuslerp; true or false.",
+    "nuslerp_row_wise": "Go by columns where it does not go by whole tensors: nuslerp; true or false.",
+    "normalize_weights": "Divide weights by their sum: multislerp; true or false.",
+    "eps": "The length below which a direction counts for nothing: multislerp.",
+    "max_iter": "Steps at most: karcher.",
+    "tol": "The length of a step that is the last: karcher.",
+    "r": "How much is added to what one model alone changed: ramplus_tl.",
+    "alpha": "How much of that at most: ramplus_tl.",
+    "scale": "What the model is multiplied by: passthrough.",
+}
+"""The parameters of all methods, as mergekit calls them."""
+
+
+class _Parameter(click.Option):
+    section = "Parameters of methods (a number, or numbers along the layers: 0,0.5,1)"
+
+
+def _parameters(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, line in reversed(list(PARAMETERS.items())):
+        option = click.option(f"--{name.replace('_', '-')}", f"p_{name}", cls=_Parameter, multiple=True, help=line)
+        command = option(command)
+    return command
+
+
+@click.command("merge", cls=Command, epilog=epilog(WRITE_CODES))
+@click.argument("models", nargs=-1, required=True, type=SOURCE, metavar="CONFIG.yml | MODEL...")
+@click.option("-o", "--out", type=FOLDER, help="Folder to write. It appears when it is complete.")
+@click.option(
+    "--method", type=OneOf(named("ops.merging.methods", "METHODS")), help="How to merge the models that are named."
+)
+@click.option("--base", type=SOURCE, help="The model that the others are changes of.")
+@_parameters
+@click.option(
+    "--dtype", type=NumberType(["float32", "float16", "bfloat16"]), help="Convert to this number type before merging."
+)
+@click.option("--out-dtype", type=NumberType(["float32", "float16", "bfloat16"]), help="Write this number type.")
+@click.option(
+    "--tokenizer-source",
+    metavar="union|base|MODEL",
+    help="Whose tokens the result has, where models have others; default: those of the base or first model.",
+)
+@click.option("--chat-template", metavar="TEXT", help="The template: auto, a name such as chatml, or a text in Jinja.")
+@click.option("--seed", type=int, default=0, show_default=True, help=SEED)
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Merge NaN and infinities as they are; they are refused otherwise."
+)
+@click.option("--plugin", type=FILE, help="A Python file with further methods. It is run: use only what you have read.")
+@click.option("--explain", is_flag=True, help="Show what would be done for each tensor, and write nothing.")
+@click.option(
+    "--verify", type=SOURCE, metavar="MODEL", help="Say whether this folder is what the merge makes; write nothing."
+)
+@write_options
+def command(models: tuple[Path | str, ...], out: Path | None, **options: Any) -> None:
+    """Merge models into one, by mergekit's methods.
+
+    CONFIG.yml is a merge file as mergekit reads it; such a file lies beside thousands of published models, as
+    mergekit_config.yml. Without a file, name the models and a --method. Nothing is held in memory but a few blocks of
+    each model; if it is interrupted, the same command continues.
+
+    \b
+    Example:
+      weightops merge ./merge.yml --out ./merged
+      weightops merge ./a ./b --method slerp --base ./a --t 0.5 --out ./merged
+      weightops merge ./chat ./code --base ./base --method ties --density 0.5 --weight 0.6 --weight 0.4 \\
+          --out ./merged
+      weightops merge ./merge.yml --explain
+      weightops merge ./merge.yml --verify ./merged
+
+    A model is a folder, hf://org/name[@revision], or either with an adapter: ./model+./lora. GPTQ models are merged as
+    the numbers that they stand for. Random masks (dare, della) depend on --seed, the tensor's name and the model's
+    place in the file alone, so that every machine draws the same ones. Shapes, tokenizers and settings are compared
+    before anything is read.
+    """
+    explained, verified = options.pop("explain"), options.pop("verify")
+    given = {name: options.pop(f"p_{name}") for name in PARAMETERS}
+    merging = {name: options.pop(name) for name in _MERGING}
+    target = _models(models, given, merging)
+    if (out is not None) + explained + (verified is not None) != 1:
+        raise UsageError(
+            "expected one of --out, --explain and --verify", hint="--out DIR writes the merged model there"
+        )
+    if explained:
+        _explain(target, merging, options)
+    elif verified is not None:
+        _verify(target, merging, verified, options)
+    else:
+        write(weightops.merge, target, out, **merging, **options)
+
+
+_MERGING = (
+    *("method", "base", "dtype", "out_dtype", "tokenizer_source", "chat_template"),
+    *("seed", "allow_nonfinite", "plugin"),
+)
+
+
+def _models(
+    models: Sequence[Path | str], given: Mapping[str, Sequence[str]], merging: dict[str, Any]
+) -> Path | str | list[Any]:
+    """The merge file, or the models with what was said of each; what was said for all goes into `merging`."""
+    said = {name: values for name, values in given.items() if values}
+    is_file = len(models) == 1 and str(models[0]).endswith((".yml", ".yaml"))
+    if is_file:
+        if said:
+            raise UsageError(
+                f"--{min(said).replace('_', '-')} has no use with a merge file, which says all",
+                hint="write it into the file, or name the models instead",
+            )
+        return models[0]
+    merging["parameters"] = {name: _value(name, values[0]) for name, values in said.items() if len(values) == 1}
+    several = {name: values for name, values in said.items() if len(values) > 1}
+    for name, values in several.items():
+        if len(values) != len(models):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is given {len(values)} times for {len(models)} models",
+                hint="give it once for all, or once for each",
+            )
+    if not several:
+        return list(models)
+    return [
+        {"model": str(model), "parameters": {name: _value(name, values[i]) for name, values in several.items()}}
+        for i, model in enumerate(models)
+    ]
+
+
+def _value(name: str, text: str) -> Any:
+    """A number, true or false; several of them, between commas, are a list."""
+    words = {"true": True, "false": False}
+    try:
+        found = [words[part.strip()] if part.strip() in words else float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--{name.replace('_', '-')}: cannot read {escape(text)}", hint="a number, or several as in 0,0.5,1"
+        ) from None
+    return found if len(found) > 1 else found[0]
+
+
+def _explain(target: Any, merging: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    refuse_unused("with --explain, which writes nothing", *_WRITING)
+    with running(options["quiet"]) as control:
+        plan = weightops.explain_merge(target, control=control, **merging)
+    if options["as_json"]:
+        print_json(msgspec.to_builtins(plan))
+    else:
+        say(_plan_text(plan))
+
+
+def _verify(target: Any, merging: Mapping[str, Any], folder: Path | str, options: Mapping[str, Any]) -> None:
+    refuse_unused("with --verify, which writes nothing", *_WRITING)
+    with running(options["quiet"]) as control:
+        proof = weightops.verify_merge(target, folder, workers=options["workers"], control=control, **merging)
+    if options["as_json"]:
+        print_json(msgspec.to_builtins(proof))
+    elif not options["quiet"] or not proof.is_same:
+        say(_proof_text(proof))
+    click.get_current_context().exit(0 if proof.is_same else 3)
+
+
+_WRITING = ("format", "max_shard_size", "expect", "digest", "card", "reflink", "overwrite", "restart", "dry_run")
+
+
+def _plan_text(plan: MergePlan) -> str:
+    lines = [("tensor", "method", "made of", "parameters")]
+    for made in plan.tensors:
+        inputs = []
+        for each in made.inputs:
+            tensor = "" if each.tensor == made.tensor else f": {escape(each.tensor)}"
+            role = " (base)" if each.is_base else f" [{_named(each.parameters)}]" if each.parameters else ""
+            inputs.append(f"{escape(each.model)}{tensor}{role}")
+        lines.append((escape(made.tensor), made.method, ", ".join(inputs), _named(made.parameters)))
+    return table(lines)
+
+
+def _named(parameters: Mapping[str, Any]) -> str:
+    said = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in parameters.items())
+    return ", ".join(f"{name} {value}" for name, value in said)
+
+
+def _proof_text(proof: MergeProof) -> str:
+    lines = [f"tensor {escape(name)} differs" for name in proof.differ]
+    lines += [f"tensor {escape(name)} is missing" for name in proof.missing]
+    lines += [f"tensor {escape(name)} is not of this merge" for name in proof.extra]
+    lines += [f"{escape(name)} differs" for name in proof.files]
+    verdict = styled("is", "good") if proof.is_same else styled("is NOT", "bad")
+    return "\n".join([*lines, f"{escape(proof.folder)}: {verdict} what this merge makes ({proof.n_tensors} tensors)"])
