@@ -173,6 +173,17 @@ def test_a_token_takes_its_row_from_exactly_one_place() -> None:
     assert [str(each) for each in found.references] == ["./a", "./b", "./c"]
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("base", "base"), ("union", "union"), ("./b", Reference("./b")), ("model:./b", Reference("./b"))],
+)
+def test_a_tokenizer_is_that_of_all_of_the_base_or_of_a_model(said: str, expected: object) -> None:
+    for text in (f"tokenizer_source: {said}\n", f"tokenizer: {{source: '{said}'}}\n"):
+        choice = stage(SLICES + text).tokenizer
+        assert choice is not None
+        assert choice.source == expected
+
+
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )

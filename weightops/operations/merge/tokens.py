@@ -52,7 +52,8 @@ def _fields(document: Document, place: Place, value: Any, known: tuple[str, ...]
 def _source(place: Place, value: Any, model: ReadModel) -> Reference | Literal["union", "base"]:
     if value == "union" or value == "base":
         return "union" if value == "union" else "base"
-    return model(place, value)
+    # `model:PATH` is how mergekit had it until 2024.
+    return model(place, value.removeprefix("model:") if isinstance(value, str) else value)
 
 
 def _rule(document: Document, place: Place, value: Any, model: ReadModel) -> TokenRule:
