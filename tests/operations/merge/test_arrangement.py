@@ -134,6 +134,24 @@ def test_slices_may_take_layers_of_models_that_have_more_and_fewer() -> None:
     assert "slices" in str(caught.value.hint)
 
 
+def test_layers_for_further_tokens_come_after_the_others_from_the_last_slice() -> None:
+    a, b = (model(name, 4, num_hidden_layers=3, num_nextn_predict_layers=1) for name in "ab")
+    found = merged(FRANKEN.replace("[1, 4]", "[1, 3]"), a, b)
+    assert found["model.layers.4.mlp.up_proj.weight"] == b["model.layers.3.mlp.up_proj.weight"]
+    assert found.config()["num_hidden_layers"] == 4
+    assert len(found) == len(model("any", 5))
+
+
+def test_a_tensor_that_holds_a_part_for_each_layer_is_not_taken_apart() -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens_per_layer.weight"] = torch.ones(6, 8)
+
+    a, b = (model(name, edit=edit) for name in "ab")
+    with pytest.raises(UsageError, match=r"model\.embed_tokens_per_layer\.weight of a holds a part for each layer"):
+        merged(FRANKEN, a, b)
+    assert len(merged(FRANKEN.replace("[1, 4]", "[2, 4]"), a, b)) == len(a)
+
+
 # ---- towers and modules
 
 
@@ -314,7 +332,12 @@ def test_an_adapter_alone_is_no_model() -> None:
 
 def test_settings_that_change_what_weights_mean_are_named() -> None:
     found = merged(LINEAR, model("a", rope_theta=1e4), model("b", rope_theta=5e5))
-    assert "config.json says rope_theta 10000.0 for a, and 500000.0 for b" in found.warnings
+    said = "config.json says rope_theta 10000.0 for a, and 500000.0 for b: the result has that of a"
+    assert said in found.warnings
+    said = "config.json says rope_theta 500000.0 for b, and 10000.0 for a: the result has that of b"
+    found = merged(f"{LINEAR}base_model: b\n", model("a", rope_theta=1e4), model("b", rope_theta=5e5))
+    assert said in found.warnings
+    assert found.config()["rope_theta"] == 5e5
 
 
 def test_a_model_without_config_is_told_by_its_tensors() -> None:
