@@ -94,6 +94,8 @@ def test_values_have_the_types_that_the_method_wants() -> None:
         ("  - model: ./b\n", "  - model: [./b]\n", r":8: models\.1\.model: expected text, found a list", None),
         ("  - model: ./a\n    p", "  - p", r":4: models\.0: lacks model", None),
         ("weight: 1\n", "wieght: 1\n", r":6: models\.0\.parameters\.wieght: unknown parameter", "is weight meant"),
+        ("weight: 1\n", "dtype: float16\n", r":6: .*dtype: unknown parameter", "it belongs at the top of the file"),
+        ("  - model: ./b\n", "  - model: ./b\n    revision: v2\n", r":9: .*revision: unknown", "model: NAME@REVISION"),
         ("weight: 1\n", "normalize: true\n", r":6: .*normalize is one value for all", "at the top of the file"),
         ("weight: 1\n", "weight: .nan\n", r":6: .*weight: expected a finite number, found nan", None),
         ("weight: 1\n", "weight: [1, -.inf]\n", r":6: .*weight\.1: expected a finite number, found -inf", None),
