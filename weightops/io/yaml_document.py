@@ -140,7 +140,7 @@ class _Reader:
         """Count a value, and note what is there once more."""
         self.count += 1
         if self.count > _MAX_VALUES or len(place) > _MAX_DEPTH:
-            self.document.fail(place, "aliases make this too large", hint="write out what is meant")
+            self.document.fail(place, "too large or nested too deep, aliases being what they repeat")
         if node in self.first:
             self.anchored.add(self.first[node])
         else:

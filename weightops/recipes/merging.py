@@ -49,7 +49,7 @@ def expand(
     for stage in stages:
         called = {model: names.of(model) for model in stage.references}
         name = result if stage is stages[-1] else names.stage(stage)
-        document = {key: value for key, value in stage.plain(called).items() if key != "name"}
+        document = stage.plain(called)
         models = tuple(dict.fromkeys(called.values()))
         # The text is no part of what made the result: it says where the models lie.
         given = {"text": text, "file": stage.document.shown}

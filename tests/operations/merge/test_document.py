@@ -9,9 +9,9 @@ from merging import PUBLISHED, stage
 
 from weightops.errors import UsageError
 from weightops.io.yaml_document import Document, read_documents
-from weightops.operations.merge import Reference, parse_stages, reference
+from weightops.operations.merge import Reference, parse_stages
 from weightops.operations.merge.document import parse_stage
-from weightops.operations.merge.references import References
+from weightops.operations.merge.references import References, reference
 from weightops.operations.merge.settings import Rule
 from weightops.spec import DType
 
@@ -52,7 +52,9 @@ def test_published_files_are_read_and_are_the_same_as_data(name: str) -> None:
 
 
 def test_what_is_known_and_not_used_is_listed() -> None:
-    unused = {name: parse_stages(path.read_text(), name, bool)[-1].unused for name, path in PUBLISHED.items()}
+    unused = {
+        name: parse_stages(path.read_text(), name, lambda path: False)[-1].unused for name, path in PUBLISHED.items()
+    }
     assert {name: fields for name, fields in unused.items() if fields} == {
         "ties": ("parameters.int8_mask",),
         "dare-ties-anchors": ("common (holds an anchor)", "parameters.int8_mask"),
@@ -92,6 +94,8 @@ def test_values_have_the_types_that_the_method_wants() -> None:
         ("  - model: ./b\n", "  - model: [./b]\n", r":8: models\.1\.model: expected text, found a list", None),
         ("  - model: ./a\n    p", "  - p", r":4: models\.0: lacks model", None),
         ("weight: 1\n", "wieght: 1\n", r":6: models\.0\.parameters\.wieght: unknown parameter", "is weight meant"),
+        ("weight: 1\n", "dtype: float16\n", r":6: .*dtype: unknown parameter", "it belongs at the top of the file"),
+        ("  - model: ./b\n", "  - model: ./b\n    revision: v2\n", r":9: .*revision: unknown", "model: NAME@REVISION"),
         ("weight: 1\n", "normalize: true\n", r":6: .*normalize is one value for all", "at the top of the file"),
         ("weight: 1\n", "weight: .nan\n", r":6: .*weight: expected a finite number, found nan", None),
         ("weight: 1\n", "weight: [1, -.inf]\n", r":6: .*weight\.1: expected a finite number, found -inf", None),
@@ -171,6 +175,17 @@ def test_a_token_takes_its_row_from_exactly_one_place() -> None:
     assert [str(each) for each in found.references] == ["./a", "./b", "./c"]
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("base", "base"), ("union", "union"), ("./b", Reference("./b")), ("model:./b", Reference("./b"))],
+)
+def test_a_tokenizer_is_that_of_all_of_the_base_or_of_a_model(said: str, expected: object) -> None:
+    for text in (f"tokenizer_source: {said}\n", f"tokenizer: {{source: '{said}'}}\n"):
+        choice = stage(SLICES + text).tokenizer
+        assert choice is not None
+        assert choice.source == expected
+
+
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
@@ -178,7 +193,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 
 @pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "a: &a {b: *a}", "a: &a\n  <<: *a\n"])
 def test_aliases_that_make_a_document_of_any_size_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="aliases make this too large"):
+    with pytest.raises(UsageError, match="too large or nested too deep, aliases being what they repeat"):
         read_documents(text, "m.yml")
 
 

@@ -216,12 +216,23 @@ class _Arranger:
             more = f" (and so with {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise IncompatibleInputs(
                 f"{escape(name)} is in {listed(owners)}, and not in {listed(others)}{more}",
-                hint=_remedy(name, owners[0], [n for model in others for n in self.models[model]]),
+                hint=self._remedy(name, owners[0], others),
             )
         self.dropped |= dict.fromkeys(
             (every[key] for key in lacking), "follows from the configuration, and not all models have it"
         )
         return [key for key in every if key not in lacking]
+
+    def _remedy(self, name: str, owner: str, others: Sequence[str]) -> str:
+        """What to do about a tensor that `owner` has and the others lack: a tower of its own, or a damaged model?"""
+        parts = name.split(".")
+        for part in (".".join(parts[:n]) for n in range(1, len(parts))):
+            if not any(other.startswith(f"{part}.") for model in others for other in self.models[model]):
+                is_tower = sum(own.startswith(f"{part}.") for own in self.models[owner]) > 1
+                if is_tower and not any(map(str.isdigit, part.split("."))):
+                    return f"to take {escape(part)} from one model, {_copied(part, owner)}"
+                break
+        return "is the model downloaded in full? Tensors are merged that all models have"
 
     # ---- one tensor
 
@@ -292,16 +303,6 @@ def _whose(key: str) -> str:
 
 def _themselves(names: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
     return {model: {name: name for name in own} for model, own in names.items()}
-
-
-def _remedy(name: str, owner: str, others: Sequence[str]) -> str:
-    """What to do about a tensor that only `owner` has, the other models having `others`."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[:n]) for n in range(1, len(parts))]
-    own = next((prefix for prefix in prefixes if not any(other.startswith(f"{prefix}.") for other in others)), name)
-    if own == name or any(part.isdigit() for part in own.split(".")):
-        return "is the model downloaded in full? Tensors are merged that all models have"
-    return f"to take {escape(own)} from one model, {_copied(own, owner)}"
 
 
 def _copied(module: str, model: str) -> str:

@@ -13,30 +13,15 @@ from typing import Any
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document, Place, described, read_documents
+from weightops.operations.merge.fields import FORMS, MODEL, MODULE, OF_MIXTURES, SLICE, SOURCE, TOP, belongs
 from weightops.operations.merge.references import Exists, Reference, References
-from weightops.operations.merge.settings import Settings, known_parameters, nearest, read_settings
+from weightops.operations.merge.settings import Settings, read_settings
 from weightops.operations.merge.stage import Module, Slice, Source, Stage
 from weightops.operations.merge.tokens import read_tokenizer
 from weightops.ops.merging.method import Method
 from weightops.ops.merging.methods import find_method
 from weightops.spec import DType
 
-_FORMS = ("models", "slices", "modules")
-_TOP = (
-    *("merge_method", *_FORMS, "base_model", "parameters", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "chat_template", "name"),
-)
-_MODULE = ("models", "slices", "parameters", "merge_method")
-_SLICE = ("sources", "base_model", "parameters", "residual_weight")
-_INPUT = ("model", "parameters")
-_SOURCE = ("model", "layer_range", "parameters")
-_PLACES = (
-    (_TOP, "at the top of the file"),
-    (_SLICE, "beside the sources of a slice"),
-    (_SOURCE, "beside the model of a source"),
-    (("source", "pad_to_multiple_of", "tokens"), "under tokenizer:"),
-)
-_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 _DTYPES = {dtype.value: dtype for dtype in (DType.F16, DType.BF16, DType.F32, DType.F64)}
 
 
@@ -101,11 +86,11 @@ class _Parser:
 
     def stage(self) -> Stage:
         data, document = self.document.data, self.document
-        moe = next((key for key in _MOE if key in data), None)
+        moe = next((key for key in OF_MIXTURES if key in data), None)
         if moe is not None:
             document.fail((moe,), "is of mergekit-moe, whose files make mixtures of experts and are not read here")
-        holders = tuple(key for key in data if key not in _TOP and any(p[:1] == (key,) for p in document.anchored))
-        self._fields((), {key: value for key, value in data.items() if key not in holders}, _TOP)
+        holders = tuple(key for key in data if key not in TOP and any(p[:1] == (key,) for p in document.anchored))
+        self._fields((), {key: value for key, value in data.items() if key not in holders}, TOP)
         if data.get("merge_method") is None:
             document.fail((), "lacks merge_method", hint="for example merge_method: slerp")
         self.unused += [f"{key} (holds an anchor)" for key in holders]
@@ -136,7 +121,7 @@ class _Parser:
         fields = self.document.mapping(place, value)
         for key in fields:
             if key not in known:
-                self.document.fail((*place, key), "unknown field", hint=_belongs(key, known))
+                self.document.fail((*place, key), "unknown field", hint=belongs(key, known))
         return fields
 
     def _method(self, place: Place, value: Any) -> Method:
@@ -161,7 +146,7 @@ class _Parser:
         return found
 
     def _modules(self, data: Mapping[str, Any], method: Method, base: Reference | None) -> tuple[Module, ...]:
-        form = self._form((), data, _FORMS)
+        form = self._form((), data, FORMS)
         fields = {"": data}
         if form == "modules":
             fields = dict(self.document.mapping(("modules",), data["modules"]))
@@ -171,7 +156,7 @@ class _Parser:
             place: Place = ("modules", name) if form == "modules" else ()
             own = method
             if form == "modules":
-                self._fields(place, each, _MODULE)
+                self._fields(place, each, MODULE)
                 if each.get("merge_method") is not None:
                     own = self._method((*place, "merge_method"), each["merge_method"])
             if own.name not in general:
@@ -208,7 +193,7 @@ class _Parser:
         form = self._form(place, fields, ("models", "slices"))
         listed = self._list((*place, form), fields[form])
         if form == "models":
-            sources = [self._source((*place, form, str(i)), each, method, _INPUT) for i, each in enumerate(listed)]
+            sources = [self._source((*place, form, str(i)), each, method, MODEL) for i, each in enumerate(listed)]
             joins = not (place and fields.get("merge_method") is not None and method.base == "input")
             if base is not None and joins and base not in [source.model for source in sources]:
                 sources.append(Source(base, ("base_model",)))
@@ -229,11 +214,11 @@ class _Parser:
         return value
 
     def _slice(self, place: Place, value: Any, method: Method, base: Reference | None) -> Slice:
-        fields = self._fields(place, value, _SLICE)
+        fields = self._fields(place, value, SLICE)
         if fields.get("sources") is None:
             self.document.fail(place, "lacks sources", hint="a slice has sources, each with model and layer_range")
         listed = self._list((*place, "sources"), fields["sources"])
-        sources = [self._source((*place, "sources", str(i)), each, method, _SOURCE) for i, each in enumerate(listed)]
+        sources = [self._source((*place, "sources", str(i)), each, method, SOURCE) for i, each in enumerate(listed)]
         if fields.get("residual_weight") is not None:
             self.unused.append(".".join((*place, "residual_weight")))
         if fields.get("base_model") is not None:
@@ -300,13 +285,3 @@ class _Parser:
 
 def _layers(count: int) -> str:
     return "1 layer" if count == 1 else f"{count} layers"
-
-
-def _belongs(key: str, known: Sequence[str]) -> str:
-    """Where a field belongs, or which one could be meant."""
-    if key in known_parameters():
-        return f"{key} is a parameter: write it under parameters:"
-    elsewhere = next((where for keys, where in _PLACES if key in keys), None)
-    if elsewhere is not None:
-        return f"it belongs {elsewhere}"
-    return nearest(key, {*known, *known_parameters()}, f"there are {', '.join(known)}")

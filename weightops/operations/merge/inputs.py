@@ -69,8 +69,9 @@ def refuse_what_is_no_model(name: str, checkpoint: Checkpoint) -> None:
 def refuse_strangers(models: Mapping[str, Checkpoint], *, same_layers: bool) -> list[str]:
     """Raise `IncompatibleInputs` for models of different architectures, by what config.json says.
 
-    Returns notes on settings in which models differ that have the same shapes. With `same_layers` they must have the
-    same number of layers. Models without config.json are told apart by their tensors alone.
+    All are held against the first, whose config.json the result has. Returns notes on settings in which models differ
+    that have the same shapes. With `same_layers` they must have the same number of layers. Models without config.json
+    are told apart by their tensors alone.
     """
     configs = {name: config for name, model in models.items() if (config := model.config())}
     notes = []
@@ -80,7 +81,7 @@ def refuse_strangers(models: Mapping[str, Checkpoint], *, same_layers: bool) -> 
         for key, (ours, theirs) in differ.items():
             said = f"config.json says {key} {_shown(ours)} for {escape(first)}, and {_shown(theirs)} for {escape(name)}"
             if key in _NUMBERS:
-                notes.append(said)
+                notes.append(f"{said}: the result has that of {escape(first)}")
             elif key not in _COUNTS:
                 raise IncompatibleInputs(said, hint="only models of one architecture and size are merged")
             elif same_layers:

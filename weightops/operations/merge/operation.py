@@ -157,7 +157,7 @@ class _Ready:
         for name in named:
             refuse_what_is_no_model(name, given[name])
         sources = {s.model.model for module in stage.modules for piece in module.slices for s in piece.sources}
-        merging = {name: given[name] for name in named if name in {*sources, stage.donor.model}}
+        merging = {name: given[name] for name in (stage.donor.model, *named) if name in {*sources, stage.donor.model}}
         # Parts of models may be merged that have other parts besides, and are of another kind for that.
         is_whole = len(stage.modules) == 1
         notes = refuse_strangers(merging, same_layers=not stage.modules[0].is_sliced) if is_whole else []

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document, Place, described
+from weightops.operations.merge.fields import belongs, known_parameters
 from weightops.ops.merging.method import Method, Parameter
-from weightops.ops.merging.methods import METHODS
 
 Scalar = float | int | bool
-_WITHOUT_EFFECT = ("int8_mask",)
-"""Parameters of mergekit that change its memory, not its results."""
 _TEXTS = {"true": True, "false": False}
 
 
@@ -29,11 +26,6 @@ class Rule:
 
 Settings = Mapping[str, tuple[Rule, ...]]
 """By parameter the rules of which the first that fits a tensor's name counts."""
-
-
-def known_parameters() -> set[str]:
-    """The parameters that some method has, or that mergekit reads."""
-    return {*_WITHOUT_EFFECT, *(name for method in METHODS.values() for name in method.parameters)}
 
 
 def read_settings(
@@ -50,7 +42,7 @@ def read_settings(
         parameter = method.parameters.get(name)
         if parameter is None:
             if name not in known_parameters():
-                document.fail(own, "unknown parameter", hint=nearest(name, known_parameters(), _of(method)))
+                document.fail(own, "unknown parameter", hint=belongs(name, (), _of(method)))
             unused.append(".".join(own))
         elif of_source and not parameter.of_each:
             document.fail(
@@ -65,12 +57,6 @@ def read_settings(
 
 def _of(method: Method) -> str:
     return f"{method.name} has {', '.join(method.parameters) or 'none'}"
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Which of the known names could be meant; else what `otherwise` says."""
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), 1, 0.6)
-    return f"is {near[0]} meant? {otherwise}" if near else otherwise
 
 
 def _rules(document: Document, place: Place, given: Any, parameter: Parameter) -> Iterator[Rule]:

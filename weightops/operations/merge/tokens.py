@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from weightops.io.yaml_document import Document, Place, described
+from weightops.operations.merge.fields import TOKENIZER, nearest
 from weightops.operations.merge.references import Reference
-from weightops.operations.merge.settings import nearest
 from weightops.operations.merge.stage import TokenizerChoice, TokenRule
 
 ReadModel = Callable[[Place, Any], Reference]
-_FIELDS = ("source", "pad_to_multiple_of", "tokens")
 
 
 def read_tokenizer(document: Document, model: ReadModel) -> TokenizerChoice | None:
@@ -28,7 +27,7 @@ def read_tokenizer(document: Document, model: ReadModel) -> TokenizerChoice | No
         return TokenizerChoice(_source(("tokenizer_source",), short, model))
     if given is None:
         return None
-    fields = _fields(document, ("tokenizer",), given, _FIELDS)
+    fields = _fields(document, ("tokenizer",), given, TOKENIZER)
     source = _source(("tokenizer", "source"), fields.get("source", "union"), model)
     multiple = fields.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or multiple < 1):
@@ -52,7 +51,8 @@ def _fields(document: Document, place: Place, value: Any, known: tuple[str, ...]
 def _source(place: Place, value: Any, model: ReadModel) -> Reference | Literal["union", "base"]:
     if value == "union" or value == "base":
         return "union" if value == "union" else "base"
-    return model(place, value)
+    # `model:PATH` is how mergekit had it until 2024.
+    return model(place, value.removeprefix("model:") if isinstance(value, str) else value)
 
 
 def _rule(document: Document, place: Place, value: Any, model: ReadModel) -> TokenRule:
