@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,15 +111,13 @@ def command(models: tuple[Path | str, ...], out: Path | None, **options: Any) ->
     merging = {name: options.pop(name) for name in _MERGING}
     target = _models(models, given, merging)
     if (out is not None) + explained + (verified is not None) != 1:
-        raise UsageError(
-            "expected one of --out, --explain and --verify", hint="--out DIR writes the merged model there"
-        )
-    if explained:
-        _explain(target, merging, options)
+        raise UsageError("expected one of --out, --explain and --verify", hint="--out DIR writes the result there")
+    if out is not None:
+        write(partial(weightops.merge, target), out, **merging, **options)
     elif verified is not None:
         _verify(target, merging, verified, options)
     else:
-        write(weightops.merge, target, out, **merging, **options)
+        _explain(target, merging, options)
 
 
 _MERGING = (

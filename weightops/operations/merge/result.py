@@ -49,7 +49,8 @@ def finished(
         prefix=None,
         left={},
     )
-    result = result.with_config(lambda config: _edited(config, donor, result))
+    own = vocabulary.settings if vocabulary is not None else {}
+    result = result.with_config(lambda config: {**_edited(config, donor, result), **own})
     return _with_layers(donor, models, result, chosen) if chosen is not None and donor.config() else result
 
 
