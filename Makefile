@@ -68,7 +68,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 $(VENV)/.mutants: $(READY)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray coverage

@@ -23,6 +23,7 @@ from weightops.lazy import Evaluate
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+PeftModel.create_or_update_model_card = lambda *_: None  # no test reads it, and filling in its template takes long
 
 State = dict[str, torch.Tensor]
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 
 # Before torch: two processes with as many OpenMP threads as cores would wait for each other in loops.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores: more threads only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import systems
@@ -19,6 +22,12 @@ systems.install(os.environ.get(systems.VARIABLE, ""))  # no test has imported we
 settings.register_profile("quick", deadline=None, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=200)
 settings.load_profile("thorough" if "slow or not slow" in sys.argv else "quick")
+
+
+def pytest_collection_finish() -> None:
+    """Whoever collects garbage from now on need not go through all modules and tests, which takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

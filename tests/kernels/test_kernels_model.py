@@ -17,18 +17,22 @@ from weightops.formats.folder import open_checkpoint
 from weightops.inference.model import BlockModel
 
 DATA = Path(__file__).parents[1] / "data/tiny-llama"
+CALIBRATION = {"calibration": [DATA / "calibration.txt"], "samples": 8, "seq_len": 128}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_triton = pytest.mark.skipif(launch.available() is not None, reason=str(launch.available()))
 
 
-@pytest.fixture(scope="module", params=[{}, {"bits": 3, "act_order": True}], ids=["4 bits", "3 bits, act-order"])
+@pytest.fixture(
+    scope="module",
+    params=[{"method": "rtn"}, {"bits": 3, "act_order": True, **CALIBRATION}],
+    ids=["4 bits", "3 bits, act-order"],
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A folder with the trained model `quantised`, and dequantised `plain`; and its bits."""
     folder = tmp_path_factory.mktemp("trained")
     options: dict[str, Any] = request.param
-    text = {"calibration": [DATA / "calibration.txt"], "samples": 8, "seq_len": 128}
-    weightops.quantize(DATA, folder / "quantised", **text, **options)
+    weightops.quantize(DATA, folder / "quantised", **options)
     weightops.dequantize(folder / "quantised", folder / "plain", dtype="float32")
     return folder, options.get("bits", 4)
 

@@ -84,7 +84,9 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-ROUNDS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROUNDS = settings(
+    max_examples=settings.default.max_examples // 2, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 WAYS = [("hf",), ("tencentpretrain",), ("llama_inference",), ("hf", "tencentpretrain", "hf"), ("tencentpretrain", "hf")]
 
 

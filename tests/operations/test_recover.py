@@ -71,7 +71,7 @@ def test_knowlm_files_come_out_with_the_md5_of_the_original_script(tmp_path: Pat
 # --- exact deltas -------------------------------------------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
 def test_exact_recovers_every_bit(tmp_path: Path, data: st.DataObject) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)

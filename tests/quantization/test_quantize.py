@@ -133,17 +133,24 @@ class _DiesIn(Control):
             raise _Stop
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model: Models, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a model whose quantising nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    quantize(model("llama"), out, calibration=[text], **SMALL)
+    return files(out)
+
+
 @pytest.mark.parametrize("checks", [3, 20, 33, 46])
 def test_a_run_that_died_continues_at_its_block_and_ends_with_the_same_bytes(
-    model: Models, text: Path, tmp_path: Path, checks: int
+    model: Models, undisturbed: dict[str, bytes], text: Path, tmp_path: Path, checks: int
 ) -> None:
     source = model("llama")
-    quantize(source, tmp_path / "whole", calibration=[text], **SMALL)
     with pytest.raises(_Stop):
         quantize(source, tmp_path / "out", calibration=[text], control=_DiesIn(checks), **SMALL)
     assert not (tmp_path / "out").exists()
     quantize(source, tmp_path / "out", calibration=[text], **SMALL)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == undisturbed
     assert not (tmp_path / "out.blocks").exists()
 
 

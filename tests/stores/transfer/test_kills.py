@@ -119,7 +119,7 @@ NEW = {"config.json": b"[]", WEIGHTS: content(5 * MIB, seed=1), "sub/same.txt": 
 
 @needs_itself("fork")
 @pytest.mark.parametrize("before", [False, True], ids=["new", "update"])
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_change_to_the_disk_it_ends_as_if_nothing_had_happened(
     tmp_path: Path, before: bool, step: int
 ) -> None:

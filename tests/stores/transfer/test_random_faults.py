@@ -193,7 +193,7 @@ LIMITS: dict[str, Any] = {
 
 
 @given(script=scripts())
-@settings(max_examples=60, **LIMITS)
+@settings(max_examples=30, **LIMITS)
 def test_whatever_happens_no_wrong_byte_gets_a_name(
     hub: Hub, tmp_path_factory: pytest.TempPathFactory, script: Script
 ) -> None:
