@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+import yaml
+
+from weightops.api.comparison import Comparisons, compare
 from weightops.api.outputs import Output, local, split_output
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
@@ -99,6 +102,21 @@ def verify_merge(
         return prove(expected, found, lambda tensors: digest_tensors(tensors, workers, control), plugin)
 
 
+def compare_merge(
+    models: Models,
+    folder: StrPath,
+    *,
+    workers: int | None = None,
+    control: Control | None = None,
+    **merging: Unpack[Merging],
+) -> Comparisons:
+    """How far the merged model in `folder` is from each of the models that it was made of; see `weightops.compare`."""
+    recipe = _recipe(models, merging)
+    with derive(recipe, control or Control(), without=_RESULT) as made:
+        others = [made.checkpoints[name] for name in recipe.steps[_RESULT].inputs["models"]]
+        return compare(folder, others, workers=workers, control=control)
+
+
 def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
     """The recipe that a merge is, without an output."""
     from weightops.operations.merge import parse_stages
@@ -118,8 +136,9 @@ def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
     else:
         if "method" not in said:
             raise UsageError("there is no method to merge by", hint="for example --method slerp, or a merge file")
-        text = _as_text(as_document({**said, "models": [_plain(model) for model in models]}))
-        stages = parse_stages(text, "merge", os.path.exists)
+        document = _ordered(as_document({**said, "models": [_plain(model) for model in models]}))
+        stages = [parse_stage(Document(document, "merge"), References(os.path.exists))]
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     options = {name: merging[name] for name in ("seed", "allow_nonfinite") if merging.get(name)}
     options |= {"plugin": digest} if digest else {}
     found = expand(stages, text, _RESULT, options, locate=Location)
@@ -134,11 +153,8 @@ def _plain(model: StrPath | Mapping[str, Any]) -> Any:
     return dict(model) if isinstance(model, Mapping) else os.fspath(model)
 
 
-def _as_text(document: Mapping[str, Any]) -> str:
-    """The document as YAML, in mergekit's usual order."""
-    import yaml
-
+def _ordered(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with texts for paths, in mergekit's usual order."""
     data = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in document.items()}
     order = ("merge_method", "base_model", "models", "parameters")
-    data = {**{name: data[name] for name in order if name in data}, **data}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return {**{name: data[name] for name in order if name in data}, **data}

@@ -13,7 +13,7 @@ import msgspec
 import weightops
 from weightops.cli.colour import say, styled
 from weightops.cli.options import refuse_unused, write, write_options
-from weightops.cli.output import print_json, running, table
+from weightops.cli.output import print_json, running, save_report, table
 from weightops.cli.params import FILE, FOLDER, SEED, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 from weightops.errors import UsageError
 from weightops.io.escape import escape
@@ -80,6 +80,7 @@ def _parameters(command: Callable[..., Any]) -> Callable[..., Any]:
     "--allow-nonfinite", is_flag=True, help="Merge NaN and infinities as they are; they are refused otherwise."
 )
 @click.option("--plugin", type=FILE, help="A Python file with further methods. It is run: use only what you have read.")
+@click.option("--html", type=FILE, help="Write a page for a browser: how far the result is from each model, and where.")
 @click.option("--explain", is_flag=True, help="Show what would be done for each tensor, and write nothing.")
 @click.option(
     "--verify", type=SOURCE, metavar="MODEL", help="Say whether this folder is what the merge makes; write nothing."
@@ -106,14 +107,14 @@ def command(models: tuple[Path | str, ...], out: Path | None, **options: Any) ->
     place in the file alone, so that every machine draws the same ones. Shapes, tokenizers and settings are compared
     before anything is read.
     """
-    explained, verified = options.pop("explain"), options.pop("verify")
+    explained, verified, html = options.pop("explain"), options.pop("verify"), options.pop("html")
     given = {name: options.pop(f"p_{name}") for name in PARAMETERS}
     merging = {name: options.pop(name) for name in _MERGING}
     target = _models(models, given, merging)
     if (out is not None) + explained + (verified is not None) != 1:
         raise UsageError("expected one of --out, --explain and --verify", hint="--out DIR writes the result there")
     if out is not None:
-        write(partial(weightops.merge, target), out, **merging, **options)
+        _write(target, merging, out, html, options)
     elif verified is not None:
         _verify(target, merging, verified, options)
     else:
@@ -167,8 +168,24 @@ def _value(name: str, text: str) -> Any:
     return found if len(found) > 1 else found[0]
 
 
+def _write(target: Any, merging: Mapping[str, Any], out: Path, html: Path | None, options: dict[str, Any]) -> None:
+    """Write the merged model, and if it is wanted the page that compares it with what it was made of."""
+    from weightops.io.atomic import check_target
+
+    if html is not None:
+        check_target(html)
+    workers, quiet, is_dry = options["workers"], options["quiet"], options["dry_run"]
+    write(partial(weightops.merge, target), out, **merging, **options)
+    if html is not None and not is_dry:
+        from weightops.cli.pages.compare import page
+
+        with running(quiet) as control:
+            found = weightops.compare_merge(target, out, workers=workers, control=control, **merging)
+        click.get_current_context().exit(save_report(html, page(found)))
+
+
 def _explain(target: Any, merging: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    refuse_unused("with --explain, which writes nothing", *_WRITING)
+    refuse_unused("with --explain, which writes nothing", "html", *_WRITING)
     with running(options["quiet"]) as control:
         plan = weightops.explain_merge(target, control=control, **merging)
     if options["as_json"]:
@@ -178,7 +195,7 @@ def _explain(target: Any, merging: Mapping[str, Any], options: Mapping[str, Any]
 
 
 def _verify(target: Any, merging: Mapping[str, Any], folder: Path | str, options: Mapping[str, Any]) -> None:
-    refuse_unused("with --verify, which writes nothing", *_WRITING)
+    refuse_unused("with --verify, which writes nothing", "html", *_WRITING)
     with running(options["quiet"]) as control:
         proof = weightops.verify_merge(target, folder, workers=options["workers"], control=control, **merging)
     if options["as_json"]:
