@@ -119,7 +119,7 @@ def compare_merge(
 
 def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
     """The recipe that a merge is, without an output."""
-    from weightops.operations.merge import parse_stages
+    from weightops.operations.merge import References, parse_stage, parse_stages
     from weightops.ops.merging.plugin import load_plugin
 
     plugin = merging.get("plugin")
