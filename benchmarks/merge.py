@@ -56,7 +56,8 @@ CASES = {
     "ram": f"base_model: BASE\n{TWO}",
     "ramplus_tl": f"base_model: BASE\n{TWO}",
     "passthrough": (
-        "slices: [{sources: [{model: FIRST, layer_range: [0, 16]}]}, {sources: [{model: SECOND, layer_range: [8, 22]}]}]"
+        "slices: [{sources: [{model: FIRST, layer_range: [0, 16]}]}, "
+        "{sources: [{model: SECOND, layer_range: [8, 22]}]}]"
     ),
 }
 """What mergekit's files say besides merge_method and dtype; BASE, FIRST and SECOND are the models."""
