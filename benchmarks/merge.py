@@ -31,7 +31,7 @@ _POOL = 1 << 24
 MODELS = ("base", "a", "b")
 TWO = "models: [{model: FIRST}, {model: SECOND}]"
 WEIGHTED = "models: [{model: FIRST, parameters: {weight: 0.6}}, {model: SECOND, parameters: {weight: 0.4}}]"
-THINNED = "models: [{model: FIRST, parameters: {weight: 0.6, density: 0.5}}, {model: SECOND, parameters: {weight: 0.4, density: 0.5}}]"
+THINNED = f"parameters: {{density: 0.5}}\n{WEIGHTED}"
 CASES = {
     "linear": f"base_model: BASE\nparameters: {{weight: 0.3}}\n{WEIGHTED}",
     "slerp": (
