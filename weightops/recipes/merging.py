@@ -88,7 +88,7 @@ def expand_step(
     else:
         data = as_document(fields)
         lines = {at[len(place) :]: line for at, line in document.lines.items() if at[: len(place)] == place}
-        stages = [parse_stage(Document(data, document.shown, lines), References(exists))]
+        stages = [parse_stage(Document(data, document.shown, lines, inside=place), References(exists))]
         text = ""
     return expand(stages, text, name, options, locate=lambda text: Location(locate(text)), known=known)
 
