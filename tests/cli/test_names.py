@@ -49,9 +49,7 @@ of Python do (`explain_merge`, `verify_merge`). A cache is a flag there, and a f
 MAPPINGS = {"merge": {"parameters": set(PARAMETERS)}}
 """What is a mapping for Python, and options by its keys on the command line."""
 DOCUMENTS = {
-    "merge": {
-        "config": {*("method", "base", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template")}
-    }
+    "merge": {"config": {*("method", "base", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template")}}
 }
 """Parameters that are documents in a language of their own, and the keywords of Python that stand in them."""
 OF_PYTHON = {"control", "web", "cache"}
