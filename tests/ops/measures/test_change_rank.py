@@ -35,7 +35,7 @@ def test_a_rank_is_certain_where_the_rest_makes_no_difference() -> None:
     squares = np.array([50.0, 30.0, 15.0])
     assert certain_rank(squares, 95.5) == 3
     assert certain_rank(squares, 95.0) == 3
-    assert certain_rank(np.array([50.0, 48.8, 0.5]), 99.5) is None  # two and all of the rest may hold 99 %
+    assert certain_rank(np.array([98.0, 1.0]), 99.6) is None  # one and all of the rest may hold 99 %
     assert certain_rank(squares, 97.0) is None  # three do not
     assert certain_rank(np.array([]), 1.0) is None
     assert certain_rank(squares, float("inf")) is None
