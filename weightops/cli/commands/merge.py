@@ -13,7 +13,7 @@ import weightops
 from weightops.cli.colour import say, styled
 from weightops.cli.options import refuse_unused, write, write_options
 from weightops.cli.output import print_json, running, save_report, table
-from weightops.cli.params import FILE, FOLDER, SEED, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
+from weightops.cli.params import FILE, FOLDER, SEED, SOURCE, WRITE_CODES, Command, NameOf, NumberType, epilog, named
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.io.strict_json import as_json
@@ -63,7 +63,7 @@ def _parameters(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-o", "--out", type=FOLDER, help="Folder to write. It appears when it is complete.")
 @click.option(
     "--method",
-    type=OneOf(named("ops.merging.methods", "METHODS")),
+    type=NameOf(named("ops.merging.methods", "METHODS")),
     metavar="NAME",
     help="How to merge the models that are named: linear, slerp, nuslerp, multislerp, karcher, task_arithmetic, ties, "
     "dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, sce, model_stock, nearswap, "
@@ -110,7 +110,7 @@ def command(models: tuple[Path | str, ...], out: Path | None, **options: Any) ->
 
     A model is a folder, hf://org/name[@revision], or either with an adapter: ./model+./lora. GPTQ models are merged as
     the numbers that they stand for. Random masks (dare, della) depend on --seed, the tensor's name and the model's
-    place among the others alone, so that every machine draws the same ones. Shapes, tokenizers and settings are
+    place in the list alone, so that every machine draws the same ones. Shapes, tokenizers and settings are
     compared before any weights are read.
     """
     explained, verified, html = options.pop("explain"), options.pop("verify"), options.pop("html")
@@ -227,8 +227,12 @@ def _plan_text(plan: MergePlan) -> str:
 
 
 def _named(parameters: Mapping[str, Any]) -> str:
-    said = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in parameters.items())
-    return ", ".join(f"{name} {value}" for name, value in said)
+    return ", ".join(f"{name} {_plain(value)}" for name, value in parameters.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    """A parameter's value as merge files have it."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _proof_text(proof: MergeProof) -> str:

@@ -60,16 +60,8 @@ def slerp(inputs: Inputs, *, t: float) -> Blockwise:
     assert inputs.base is not None
     base, other, wide = inputs.base, 1 - inputs.base, inputs.wide
 
-    def terms(blocks: Blocks) -> list[torch.Tensor]:
-        x, y = blocks[base].to(wide), blocks[other].to(wide)
-        return [x * x, y * y, x * y]
-
-    xx, yy, xy = sums(inputs, terms).tolist()
-    norms = [math.sqrt(square) if square > 1e-16 else 1.0 for square in (xx, yy)]
     share = torch.tensor(t, dtype=torch.float32).to(wide)
-    cosine = torch.tensor(xy / norms[0] / norms[1], dtype=wide).clamp(-1, 1)
-    if -_STRAIGHT <= cosine.item() < _NEARLY_OPPOSITE:
-        cosine = _cosine_as_added_up(inputs, base, other)
+    cosine = _cosine(inputs, base, other)
     if abs(cosine.item()) > _STRAIGHT:
         a, b = 1 - share, share
     else:
@@ -78,8 +70,31 @@ def slerp(inputs: Inputs, *, t: float) -> Blockwise:
     return lambda blocks, first: (a * blocks[base].to(wide) + b * blocks[other].to(wide)).to(inputs.dtype)
 
 
+def _cosine(inputs: Inputs, base: int, other: int) -> torch.Tensor:
+    """The cosine of the angle between two models, in the wide type.
+
+    In one pass; but of tensors of one piece as mergekit adds it up, and also where its errors decide on the result.
+    """
+    import torch
+
+    wide = inputs.wide
+    if inputs.numel <= _CHUNK:
+        return _cosine_as_added_up(inputs, base, other)
+
+    def terms(blocks: Blocks) -> list[torch.Tensor]:
+        x, y = blocks[base].to(wide), blocks[other].to(wide)
+        return [x * x, y * y, x * y]
+
+    xx, yy, xy = sums(inputs, terms).tolist()
+    norms = [math.sqrt(square) if square > 1e-16 else 1.0 for square in (xx, yy)]
+    cosine = torch.tensor(xy / norms[0] / norms[1], dtype=wide).clamp(-1, 1)
+    if -_STRAIGHT <= cosine.item() < _NEARLY_OPPOSITE:
+        return _cosine_as_added_up(inputs, base, other)
+    return cosine
+
+
 def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
-    """The cosine with mergekit's own errors of adding up, in the wide type: over 2^20 elements at a time."""
+    """The same with mergekit's own errors of adding up: norms first, then products of what was divided by them."""
     import torch
 
     wide = inputs.wide
