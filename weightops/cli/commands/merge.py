@@ -220,7 +220,8 @@ def _plan_text(plan: MergePlan) -> str:
         inputs = []
         for each in made.inputs:
             tensor = "" if each.tensor == made.tensor else f": {escape(each.tensor)}"
-            role = " (base)" if each.is_base else f" [{_named(each.parameters)}]" if each.parameters else ""
+            said = _named(each.parameters)
+            role = " (base)" if each.is_base else f" [{said}]" if said else ""
             inputs.append(f"{escape(each.model)}{tensor}{role}")
         lines.append((escape(made.tensor), made.method, ", ".join(inputs), _named(made.parameters)))
     return table(lines)
