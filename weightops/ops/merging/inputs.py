@@ -86,6 +86,13 @@ class Inputs:
         """Of values for each model those for all but the base."""
         return [values[i] for i in self.others]
 
+    def whole(self) -> list[torch.Tensor]:
+        """All tensors, flat; for small ones."""
+        memory = [bytearray(self.spec.nbytes) for _ in self.tensors]
+        for tensor, buffer in zip(self.tensors, memory, strict=True):
+            self._read(tensor, 0, memoryview(buffer))
+        return [as_torch(memoryview(buffer), self.spec.dtype) for buffer in memory]
+
     def over_blocks(self, function: Callable[[list[torch.Tensor], int], T]) -> Iterator[T]:
         """One pass: what `function` makes of each block and the number of its first element, in their order.
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     Blocks = Sequence[torch.Tensor]
 
 _RUN = 1024
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Elements that mergekit adds up at once, and tensors of up to as many are merged in its steps."""
 _NEARLY_OPPOSITE = -0.9
 """The cosine below which slerp multiplies errors of adding up, so that the result depends on their order."""
 _STRAIGHT = 0.9995
@@ -78,7 +79,7 @@ def _cosine(inputs: Inputs, base: int, other: int) -> torch.Tensor:
     import torch
 
     wide = inputs.wide
-    if inputs.numel <= _CHUNK:
+    if inputs.numel <= CHUNK:
         return _cosine_as_added_up(inputs, base, other)
 
     def terms(blocks: Blocks) -> list[torch.Tensor]:
@@ -105,7 +106,7 @@ def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
     def lengths(blocks: Blocks, first: int) -> torch.Tensor:
         return torch.stack([torch.linalg.vector_norm(vector, dim=1, keepdim=True) for vector in pair(blocks)])
 
-    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=_CHUNK)))
+    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=CHUNK)))
     norms = torch.linalg.vector_norm(parts, dim=0)
     norms = torch.where(norms > 1e-8, norms, 1)
 
@@ -113,7 +114,7 @@ def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
         x, y = pair(blocks)
         return ((x / norms[0]) * (y / norms[1])).sum(dim=1, keepdim=True)
 
-    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=_CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
+    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
 
 
 def nuslerp(
