@@ -58,9 +58,12 @@ def multislerp(
         (only,) = inputs.others
         return lambda blocks, first: blocks[only].clone()
     norms = sums(inputs, lambda blocks: squares(inputs.changes(blocks), inputs.wide)).sqrt().to(dtype)
+    if not norms.any():  # where nobody changed anything there is no direction, and nothing to add
+        return lambda blocks, first: blocks[base or 0].clone()
+    divisors = torch.where(norms + eps > 0, norms + eps, 1)  # eps is 0 in float16
 
     def units(blocks: Blocks) -> list[torch.Tensor]:
-        return [change / (norm + eps) for change, norm in zip(inputs.changes(blocks), norms, strict=True)]
+        return [change / divisor for change, divisor in zip(inputs.changes(blocks), divisors, strict=True)]
 
     def whole(blocks: Blocks) -> torch.Tensor:
         return add(_times(units(blocks), weights))
@@ -79,11 +82,12 @@ def multislerp(
         return mean, add(_times(tangents, weights))
 
     angle = sums(inputs, lambda blocks: squares([directions(blocks)[1]], inputs.wide))[0].sqrt().to(dtype) + eps
+    turn = torch.where(angle > 0, torch.sin(angle) / angle, 1)
     size = (norms * weights).sum()
 
     def compute(blocks: Blocks, first: int) -> torch.Tensor:
         mean, tangent = directions(blocks)
-        return _from(base, blocks, (mean * torch.cos(angle) + tangent * (torch.sin(angle) / angle)) * size)
+        return _from(base, blocks, (mean * torch.cos(angle) + tangent * turn) * size)
 
     return compute
 
