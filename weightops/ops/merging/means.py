@@ -69,7 +69,9 @@ def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: floa
     import torch
 
     norms = torch.norm(vectors, dim=-1, keepdim=True)
-    units = vectors / (norms + eps)
+    if not norms.any():  # where nobody changed anything there is no direction, and nothing to add
+        return vectors[0]
+    units = vectors / torch.where(norms + eps > 0, norms + eps, 1)  # eps is 0 in float16
     factors = weights.view(-1, 1)
     mean = (units * factors).sum(dim=0)
     length = torch.norm(mean)
@@ -80,7 +82,8 @@ def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: floa
     tangents = units - (units * mean).sum(dim=-1, keepdim=True) * mean
     tangent = (tangents * factors).sum(dim=0)
     angle = torch.norm(tangent) + eps
-    direction = mean * torch.cos(angle) + tangent * (torch.sin(angle) / angle)
+    turn = torch.where(angle > 0, torch.sin(angle) / angle, 1)
+    direction = mean * torch.cos(angle) + tangent * turn
     result: torch.Tensor = direction * (norms.squeeze(-1) * weights).sum()
     return result
 
@@ -90,7 +93,9 @@ def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float) -> to
     import torch
 
     norms = products.diagonal().sqrt()
-    lengths = norms + eps
+    if not norms.any():
+        return torch.zeros_like(norms)
+    lengths = torch.where(norms + eps > 0, norms + eps, 1)
     units = products / lengths.outer(lengths)
     length = _norm(weights, units)
     if length < eps:
@@ -100,7 +105,8 @@ def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float) -> to
     tangent = weights - (weights * (units @ mean)).sum() * mean
     angle = _norm(tangent, units) + eps
     size = (norms * weights).sum()
-    return (mean * torch.cos(angle) + tangent * (torch.sin(angle) / angle)) * size / lengths
+    turn = torch.where(angle > 0, torch.sin(angle) / angle, 1)
+    return (mean * torch.cos(angle) + tangent * turn) * size / lengths
 
 
 def _refuse_no_direction(n: int) -> None:
