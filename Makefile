@@ -37,7 +37,7 @@ help:
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make bench-merge     and the part about merge, every method beside mergekit (an hour)"
-	@echo "make mergekit        mergekit likewise, which these two measure beside ours"
+	@echo "make mergekit        mergekit likewise, to which test-all holds merges, and which two benchmarks time"
 	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
 	@echo "make bench-inference  tokens per second and memory of quantised models, dequantised and packed"
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
@@ -97,7 +97,7 @@ $(REFERENCE)/.ready:
 
 reference: $(REFERENCE)/.ready
 
-test-all: lint reference gptqmodel autogptq llamacpp
+test-all: lint reference mergekit gptqmodel autogptq llamacpp
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 $(MERGEKIT)/.ready:

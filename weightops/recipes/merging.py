@@ -103,7 +103,7 @@ def expand_step(
         data = as_document(fields)
         below = {at[len(place) :]: line for at, line in document.lines.items() if at[: len(place)] == place}
         lines = {(*(_SHORT.get(key, key) for key in at[:1]), *at[1:]): line for at, line in below.items()}
-        stages = [parse_stage(Document(data, document.shown, lines), References(exists))]
+        stages = [parse_stage(Document(data, document.shown, lines, inside=place), References(exists))]
         text = ""
     return expand(stages, text, name, options, locate=lambda text: Location(locate(text)), known=known, there=there)
 

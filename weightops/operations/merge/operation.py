@@ -24,8 +24,6 @@ from weightops.operations.merge.stage import Stage
 from weightops.operations.merge.vocabulary import Vocabulary, aligned
 from weightops.ops.merging.method import Value
 
-SCHEMA = "weightops-merge-plan/1"
-
 
 def merge(
     models: Sequence[Checkpoint],
@@ -93,10 +91,9 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, Value]
 
 
-class MergePlan(msgspec.Struct, frozen=True, kw_only=True):
+class MergePlan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-merge-plan/1"):
     """How each tensor of a merge is made, in the order in which they are written."""
 
-    schema: str = SCHEMA
     tensors: tuple[Made, ...]
 
 
