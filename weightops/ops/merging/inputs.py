@@ -37,7 +37,8 @@ class Inputs:
         self, tensors: Sequence[LazyTensor], base: int | None, key: str, read: Evaluator, *, by_rows: bool = False
     ) -> None:
         self.tensors, self.base, self.key, self.by_rows = tuple(tensors), base, key, by_rows
-        self._read, self._buffers = read, deque[tuple[bytearray, ...]]()
+        self._read = read
+        self._spare: list[bytearray] = read.running.setdefault("memory of merges", [])
         sources = (node.op.source for tensor in self.tensors for node in tensor.walk())
         is_far = any(source is not None and source.is_remote for source in sources)
         self._is_held = is_far and sum(tensor.nbytes for tensor in self.tensors) <= _MAX_HELD_NBYTES
@@ -146,19 +147,23 @@ class Inputs:
 
     def _done(self, future: Future[T], memory: tuple[bytearray, ...]) -> T:
         result = future.result()
-        if memory:
-            self._buffers.append(memory)
+        self._spare.extend(memory)
         return result
+
+    def _memory(self, nbytes: int) -> bytearray:
+        """Memory for a block, of an earlier one if there is some: fresh pages cost more than most passes over them."""
+        while self._spare:
+            buffer = self._spare.pop()
+            if len(buffer) >= nbytes:
+                return buffer
+        return bytearray(max(nbytes, PIECE * self.spec.dtype.itemsize))
 
     def _load(self, first: int, count: int) -> tuple[tuple[bytearray, ...], list[torch.Tensor]]:
         itemsize = self.spec.dtype.itemsize
         if self._is_held:
             part = slice(first * itemsize, (first + count) * itemsize)
             return (), [self._block(memoryview(buffer)[part]) for buffer in self._all]
-        memory = self._buffers.popleft() if self._buffers else ()
-        if not memory or len(memory[0]) < count * itemsize:
-            size = max(count, min(self.step, self.numel)) * itemsize
-            memory = tuple(bytearray(size) for _ in self.tensors)
+        memory = tuple(self._memory(count * itemsize) for _ in self.tensors)
         blocks = []
         for tensor, buffer in zip(self.tensors, memory, strict=True):
             view = memoryview(buffer)[: count * itemsize]
