@@ -38,6 +38,7 @@ def expand(
     *,
     locate: Callable[[str], Location],
     known: Collection[str] = (),
+    there: Expanded | None = None,
 ) -> Expanded:
     """Sources and steps for the stages of a merge file, of which the last becomes the step `result`.
 
@@ -49,7 +50,7 @@ def expand(
     from weightops.ops.merging.methods import find_method
 
     found = Expanded()
-    names = _Names(found, locate, {*known, result}, {stage.name for stage in stages if stage.name is not None})
+    names = _Names(found, locate, {*known, result}, [stage.name for stage in stages if stage.name], there or Expanded())
     for stage in stages:
         called = {model: names.of(model) for model in stage.references}
         name = result if stage is stages[-1] else names.stage(stage)
@@ -70,10 +71,13 @@ def expand_step(
     name: str,
     given: Mapping[str, Any],
     known: Collection[str],
+    there: Expanded,
     folder: Path,
     locate: Callable[[str], str],
 ) -> Expanded:
     """Sources and steps for what a recipe has under `merge`; its models are names in the recipe, or places.
+
+    `there` are those of the steps before.
 
     That is a document in mergekit's language, in which `method` and `base` may stand for merge_method and base_model
     and names for models; or `config`, the path of a merge file. Raises `UsageError` naming line and field.
@@ -93,11 +97,15 @@ def expand_step(
         text = read_text(path)
         stages: Sequence[Stage] = parse_stages(text, escape(str(path)), exists)
     else:
+        twice = next((key for key, full in _SHORT.items() if key in fields and full in fields), None)
+        if twice is not None:
+            document.fail((*place, twice), f"is {_SHORT[twice]} once more")
         data = as_document(fields)
-        lines = {at[len(place) :]: line for at, line in document.lines.items() if at[: len(place)] == place}
+        below = {at[len(place) :]: line for at, line in document.lines.items() if at[: len(place)] == place}
+        lines = {(*(_SHORT.get(key, key) for key in at[:1]), *at[1:]): line for at, line in below.items()}
         stages = [parse_stage(Document(data, document.shown, lines, inside=place), References(exists))]
         text = ""
-    return expand(stages, text, name, options, locate=lambda text: Location(locate(text)), known=known)
+    return expand(stages, text, name, options, locate=lambda text: Location(locate(text)), known=known, there=there)
 
 
 def as_document(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,10 +148,15 @@ class _Names:
     """Names for models, each the same for the same model."""
 
     def __init__(
-        self, found: Expanded, locate: Callable[[str], Location], taken: Collection[str], stages: Collection[str]
+        self,
+        found: Expanded,
+        locate: Callable[[str], Location],
+        known: Collection[str],
+        stages: Collection[str],
+        there: Expanded,
     ) -> None:
-        self._found, self._locate, self._taken = found, locate, set(taken)
-        self._known = set(taken)
+        self._found, self._locate, self._known, self._there = found, locate, set(known), there.sources
+        self._taken = {*known, *there.sources, *there.steps}
         self._stages = {name: self._free(name) for name in stages}
         self._sources: dict[str, str] = {}
 
@@ -167,10 +180,14 @@ class _Names:
             return self._stages[place]
         if place in self._known:
             return place
+        location = self._locate(place)
+        same = next((name for name, own in self._there.items() if own == location), None)
+        if same is not None:
+            return same
         if place not in self._sources:
             last = place.partition("?")[0].rstrip("/").rpartition("/")[2].partition("@")[0]
             name = self._sources[place] = self._free(last or "model")
-            self._found.sources[name] = self._locate(place)
+            self._found.sources[name] = location
         return self._sources[place]
 
     def _free(self, name: str) -> str:

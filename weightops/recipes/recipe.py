@@ -137,7 +137,7 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
     known = {*sources, *parts["tensors"]}
     steps: dict[str, Step] = {}
     for name, value in parts["tensors"].items():
-        made = _step(document, name, value, known, folder)
+        made = _step(document, name, value, known, Expanded(sources, steps), folder)
         sources |= made.sources
         steps |= made.steps
     outputs = {}
@@ -169,8 +169,8 @@ def _path(text: str, folder: Path) -> str:
     return text if is_remote(text) else str(folder / os.path.expanduser(text))
 
 
-def _step(document: Document, name: str, value: Any, known: set[str], folder: Path) -> Expanded:
-    """What a field under `tensors` comes to: one step, or as many as a merge file takes."""
+def _step(document: Document, name: str, value: Any, known: set[str], there: Expanded, folder: Path) -> Expanded:
+    """What a field under `tensors` comes to: one step, or as many as a merge file takes; `there` are those before."""
     place: Place = ("tensors", name)
     fields = document.mapping(place, value)
     if len(fields) != 1:
@@ -178,7 +178,8 @@ def _step(document: Document, name: str, value: Any, known: set[str], folder: Pa
     ((verb_name, arguments),) = fields.items()
     if verb_name == "merge":
         given = document.mapping((*place, verb_name), arguments)
-        return expand_step(document, (*place, verb_name), name, given, known, folder, lambda text: _path(text, folder))
+        place = (*place, verb_name)
+        return expand_step(document, place, name, given, known, there, folder, lambda text: _path(text, folder))
     return Expanded(steps={name: _plain_step(document, place, verb_name, arguments, known)})
 
 

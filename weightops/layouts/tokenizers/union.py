@@ -19,6 +19,8 @@ from weightops.layouts.tokenizers.files import ADDED, PIECES, SPECIAL_MAP, TOKEN
 from weightops.layouts.tokenizers.hf import hf_files
 from weightops.layouts.tokenizers.read import read_tokenizer
 
+_MOST = 1 << 24
+"""No tokenizer has so many tokens; a number above it would only fill memory."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -34,22 +36,28 @@ class TokenizerDocument:
         """Added tokens by text, in the order of their ids."""
         entries = self.document.get("added_tokens") or []
         try:
-            return {entry["content"]: entry for entry in sorted(entries, key=lambda entry: entry["id"])}
+            found = {entry["content"]: entry for entry in sorted(entries, key=lambda entry: entry["id"])}
         except (TypeError, KeyError):
-            raise CorruptInput(f"{self.where}/{TOKENIZER}: added_tokens: expected tokens with content and id") from None
+            found = {None: {}}
+        if not all(_is_token(text, entry.get("id")) for text, entry in found.items()):
+            raise CorruptInput(f"{self.where}/{TOKENIZER}: added_tokens: expected tokens with content and id")
+        return found
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
         """The ids of all tokens, by text."""
         model = self.document.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocabulary, list):  # Unigram's: pairs of a text and a score
-            found = {entry[0]: i for i, entry in enumerate(vocabulary)}
+        if isinstance(vocabulary, list) and all(isinstance(pair, list) and pair for pair in vocabulary):
+            found = [(pair[0], i) for i, pair in enumerate(vocabulary)]  # Unigram's: pairs of a text and a score
         elif isinstance(vocabulary, dict):
-            found = dict(vocabulary)
+            found = list(vocabulary.items())
         else:
             raise CorruptInput(f"{self.where}/{TOKENIZER}: has no vocabulary")
-        return found | {text: entry["id"] for text, entry in self.added.items()}
+        odd = next((pair for pair in found if not _is_token(*pair)), None)
+        if odd is not None:
+            raise CorruptInput(f"{self.where}/{TOKENIZER}: expected texts with their numbers, found {escape(str(odd))}")
+        return dict(found) | {text: entry["id"] for text, entry in self.added.items()}
 
     def below(self, rows: int) -> TokenizerDocument:
         """Without the tokens whose ids are `rows` or more, and the merges that make or use them.
@@ -67,8 +75,11 @@ class TokenizerDocument:
                 hint="take the tokenizer of another model: tokenizer: {source: MODEL}",
             )
         vocabulary = {text: number for text, number in model["vocab"].items() if text not in unused}
-        merges = [merge for merge in model["merges"] if not unused & _parts(merge)]
-        added = [entry for entry in self.document["added_tokens"] if entry["content"] not in unused]
+        try:
+            merges = [merge for merge in model["merges"] if not unused & _parts(merge)]
+        except (KeyError, TypeError):
+            raise CorruptInput(f"{self.where}/{TOKENIZER}: expected merges, each of two texts") from None
+        added = [entry for text, entry in self.added.items() if text not in unused]
         edited = {**self.document, "model": {**model, "vocab": vocabulary, "merges": merges}, "added_tokens": added}
         return TokenizerDocument(edited, self.where)
 
@@ -86,6 +97,10 @@ class TokenizerDocument:
             raise CorruptInput(f"{self.where}/{TOKENIZER}: {escape(str(error))}") from None
         backend.add_tokens(wanted)
         return TokenizerDocument(json.loads(backend.to_str()), self.where)
+
+
+def _is_token(text: Any, number: Any) -> bool:
+    return isinstance(text, str) and type(number) is int and 0 <= number < _MOST
 
 
 def _parts(merge: Any) -> set[str]:

@@ -61,13 +61,14 @@ def all_or_none(mask: Bits, dtype: Any) -> Bits:
 def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """`torch.stack(parts).sum(dim=0)` to the bit, of blocks of whole tensors that begin at a multiple of 32 elements.
 
-    16-bit types are added in float32 and rounded once; torch's own sum over few large tensors is slow.
+    16-bit types are added in float32 and rounded once; torch's own sum over few large tensors is slow. Of more than
+    four it adds the last elements, fewer than 32, in another order; rows, which begin anywhere, are all added in one.
     """
     import torch
 
     dtype = parts[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if len(parts) > 4:
+    if len(parts) > 4 and parts[0].dim() < 2:
         return torch.stack(list(parts)).sum(dim=0)
     total = torch.zeros((), dtype=wide) + parts[0].to(wide)
     for part in parts[1:]:
@@ -76,9 +77,7 @@ def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def l1_norm(x: torch.Tensor) -> float:
-    """The sum of sizes: in float32 over 1024 elements at a time, and in float64 over those."""
+    """The sum of sizes, in float64: whatever order a processor adds in, it is the same once it is rounded."""
     import torch
 
-    sizes = x.reshape(-1).abs().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    whole = sizes.numel() // 1024 * 1024
-    return float(sizes[:whole].view(-1, 1024).sum(dim=1).to(torch.float64).sum() + sizes[whole:].sum().double())
+    return float(x.abs().sum(dtype=torch.float64))

@@ -10,6 +10,7 @@ from weightops.ops.merging.election import elected
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise, Tallied
 from weightops.ops.merging.ranks import find_between, find_ranks
+from weightops.ops.merging.spherical import total
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +30,28 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
     base, dtype = inputs.base, inputs.dtype
     wider = torch.float32 if torch.finfo(dtype).bits == 16 else torch.float64
 
+    def largest(zeros: Sequence[int]) -> list[tuple[int, int]]:
+        """The ranks of so many of those that are not zero."""
+        n = inputs.numel
+        return [(n - int((n - count) * select_topk), n) for count in zeros]
+
     def spread(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         """The variance over the models, biased."""
-        changes = [change.to(wider) for change in inputs.changes(blocks)]
-        mean = sum(changes, start=torch.zeros((), dtype=wider)) / len(changes)
-        squares = [(change - mean).square() for change in changes]
-        return (sum(squares, start=torch.zeros((), dtype=wider)) / len(changes)).to(dtype)
+        changes = [change.to(wider, copy=True) for change in inputs.changes(blocks)]
+        mean = changes[0].clone()
+        for change in changes[1:]:
+            mean += change
+        mean /= len(changes)
+        squares = torch.zeros_like(mean)
+        for change in changes:
+            change -= mean
+            squares.addcmul_(change, change)
+        squares /= len(changes)
+        return squares.to(dtype)
 
     chosen = None
     if select_topk < 1:
-        nonzero = sum(inputs.over_blocks(lambda blocks, first: int(torch.count_nonzero(spread(blocks)))))
-        n, count = inputs.numel, int(nonzero * select_topk)
-        (chosen,) = find_between(inputs, lambda blocks: [magnitudes(spread(blocks))], [(n - count, n)])
+        (chosen,) = find_between(inputs, lambda blocks: [magnitudes(spread(blocks))], largest)
 
     def selected(blocks: Sequence[torch.Tensor], before: Any) -> list[torch.Tensor]:
         changes = inputs.changes(blocks)
@@ -49,12 +60,6 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
         mask = chosen.mask(magnitudes(spread(blocks)), (0, 0) if before is None else before)
         return [keep(change, mask) for change in changes]
 
-    def squares(blocks: Sequence[torch.Tensor], before: Any) -> Array:
-        import numpy as np
-
-        # mergekit squares in the tensors' own dtype
-        return np.array([float(c.square().sum(dtype=torch.float64)) for c in selected(blocks, before)])
-
     def tally(blocks: Sequence[torch.Tensor], first: int) -> Array:
         import numpy as np
 
@@ -62,10 +67,15 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
 
     is_tallied = chosen is not None and chosen.has_ties
     before = inputs.before(tally, 0, inputs.numel)[0] if is_tallied else {}
-    energies = sum(inputs.over_blocks(lambda blocks, first: squares(blocks, before.get(first))))
-    energy = torch.tensor(energies / max(1, inputs.numel)).to(dtype)
-    total = energy.sum().item()
-    weights = torch.ones_like(energy) / len(energy) if abs(total) < 1e-6 else energy / total
+
+    def squares(blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+        """In the tensors' own dtype, as mergekit squares, but added up in a wider one."""
+        return torch.stack([total(c.square(), inputs.wide) for c in selected(blocks, before.get(first))])
+
+    energies = sum(inputs.over_blocks(squares), start=torch.zeros((), dtype=torch.float64))
+    energy = (energies / max(1, inputs.numel)).to(dtype)
+    whole = energy.sum().item()
+    weights = torch.ones_like(energy) / len(energy) if abs(whole) < 1e-6 else energy / whole
 
     def compute(blocks: Sequence[torch.Tensor], first: int, before: Any) -> torch.Tensor:
         changes = selected(blocks, before)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from weightops.ops.merging.bits import add
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     Blocks = Sequence[torch.Tensor]
 
 _RUN = 1024
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Elements that mergekit adds up at once, and tensors of up to as many are merged in its steps."""
 _NEARLY_OPPOSITE = -0.9
 """The cosine below which slerp multiplies errors of adding up, so that the result depends on their order."""
 _STRAIGHT = 0.9995
@@ -45,9 +47,21 @@ def total(term: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     return flat[:whole].view(-1, _RUN).sum(dim=1).to(torch.float64).sum() + flat[whole:].sum().to(torch.float64)
 
 
+def sums_of_rows(term: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """The sum of each row of a block, which keeps its dimension; in `wide`.
+
+    A row's sum does not depend on how many rows there are, as torch's norms do.
+    """
+    return term.to(wide).sum(dim=-1, keepdim=True)
+
+
 def squares(vectors: Blocks, wide: torch.dtype) -> list[torch.Tensor]:
     """The elements' squares, in a wider type."""
     return [vector.to(wide).square() for vector in vectors]
+
+
+def _lengths_of_rows(inputs: Inputs, vectors: Blocks) -> list[torch.Tensor]:
+    return [sums_of_rows(square, inputs.wide).sqrt().to(inputs.dtype) for square in squares(vectors, inputs.wide)]
 
 
 def slerp(inputs: Inputs, *, t: float) -> Blockwise:
@@ -78,7 +92,7 @@ def _cosine(inputs: Inputs, base: int, other: int) -> torch.Tensor:
     import torch
 
     wide = inputs.wide
-    if inputs.numel <= _CHUNK:
+    if inputs.numel <= CHUNK:
         return _cosine_as_added_up(inputs, base, other)
 
     def terms(blocks: Blocks) -> list[torch.Tensor]:
@@ -105,7 +119,7 @@ def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
     def lengths(blocks: Blocks, first: int) -> torch.Tensor:
         return torch.stack([torch.linalg.vector_norm(vector, dim=1, keepdim=True) for vector in pair(blocks)])
 
-    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=_CHUNK)))
+    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=CHUNK)))
     norms = torch.linalg.vector_norm(parts, dim=0)
     norms = torch.where(norms > 1e-8, norms, 1)
 
@@ -113,7 +127,7 @@ def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
         x, y = pair(blocks)
         return ((x / norms[0]) * (y / norms[1])).sum(dim=1, keepdim=True)
 
-    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=_CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
+    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
 
 
 def nuslerp(
@@ -130,7 +144,7 @@ def nuslerp(
     t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
     dtype, base = inputs.dtype, inputs.base
     axis = "rows" if not nuslerp_row_wise else "columns"
-    cosine_of = _CosineOf(inputs, "all" if nuslerp_flatten or inputs.columns == inputs.numel else axis)
+    cosine_of = _CosineOf(inputs, "all" if nuslerp_flatten or len(inputs.spec.shape) < 2 else axis)
 
     def compute(blocks: Blocks, first: int) -> torch.Tensor:
         x, y = pair = inputs.changes(blocks)
@@ -163,13 +177,12 @@ class _CosineOf:
         if self._axis == "columns":
             return self._cosines[self._places(first, len(pair[0]))]
         x, y = self._units(pair, first)
-        return (x * y).sum(dim=-1, keepdim=True)
+        return sums_of_rows(x * y, self._inputs.wide)
 
     def _units(self, pair: Blocks, first: int) -> list[torch.Tensor]:
-        import torch
 
         if self._axis == "rows":
-            norms = [torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in pair]
+            norms = _lengths_of_rows(self._inputs, pair)
         elif self._axis == "columns":
             norms = list(self._norms[:, self._places(first, len(pair[0]))])
         else:
@@ -216,7 +229,7 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Blockwise:
     def share(norms: Sequence[torch.Tensor], dots: Sequence[torch.Tensor]) -> torch.Tensor:
         sizes = [(norms[i] * norms[j]).clamp(min=1e-6) for i, j in pairs]
         cosines = [(dot / size).clamp(-1, 1) for dot, size in zip(dots, sizes, strict=True)]
-        cosine = torch.stack(cosines).mean(dim=0).unsqueeze(-1)
+        cosine = (add([cosine.to(inputs.wide) for cosine in cosines]) / len(cosines)).to(dtype)
         divisor = 1 + (n - 1) * cosine
         is_flat = divisor.abs() < 1e-6
         return torch.where(is_flat, 0, n * cosine / torch.where(is_flat, 1, divisor))
@@ -226,8 +239,8 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Blockwise:
         return [*squares(changes, inputs.wide), *(changes[i] * changes[j] for i, j in pairs)]
 
     def of_rows(changes: Blocks) -> torch.Tensor:
-        norms = [torch.linalg.vector_norm(change, dim=-1) for change in changes]
-        return share(norms, [(changes[i] * changes[j]).sum(dim=-1) for i, j in pairs])
+        dots = [sums_of_rows(changes[i] * changes[j], inputs.wide).to(dtype) for i, j in pairs]
+        return share(_lengths_of_rows(inputs, changes), dots)
 
     whole = None
     if not filter_wise:
