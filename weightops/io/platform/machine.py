@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def reuse_freed(nbytes: int) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, nbytes)
         mallopt(_M_TRIM_THRESHOLD, 4 * nbytes)
+
+
+def forget_when_forked(forget: Callable[[], None]) -> None:
+    """Call `forget` in every process that is forked from this one: what waits for threads would wait there for ever."""
+    register = getattr(os, "register_at_fork", None)
+    if register is not None:
+        register(after_in_child=forget)
 
 
 def c_function(name: str) -> Any:

@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightops.errors import IncompatibleInputs
-from weightops.io.platform.machine import cores
+from weightops.io.platform.machine import cores, forget_when_forked
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import computes_here, convert
 from weightops.ops.lora.product import (
@@ -141,6 +141,9 @@ class Lora(Op, frozen=True):
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(cores(), MAX_THREADS), "merge")
+
+
+forget_when_forked(_pool.cache_clear)
 
 
 class LoraBias(Op, frozen=True):

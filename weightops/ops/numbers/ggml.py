@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import CorruptInput, IncompatibleInputs
-from weightops.io.platform.machine import cores
+from weightops.io.platform.machine import cores, forget_when_forked
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import convert
 from weightops.spec import DType, TensorSpec
@@ -106,6 +106,9 @@ def _finish(pending: Iterable[Future[None]]) -> None:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), "quantize")
+
+
+forget_when_forked(_pool.cache_clear)
 
 
 @cache
