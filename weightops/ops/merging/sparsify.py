@@ -95,7 +95,7 @@ class ByRank(Sparsifier):
         super().__init__(inputs, densities, rescale=rescale)
         wanted = [ranges[place] for place in self.thinned]
 
-        def keys(blocks: Sequence[torch.Tensor]) -> list[Array]:
+        def keys(blocks: Sequence[torch.Tensor], first: int) -> list[Array]:
             changes = inputs.changes(blocks)
             return [magnitudes(changes[place]) for place in self.thinned]
 
