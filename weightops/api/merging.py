@@ -130,15 +130,22 @@ def _to(recipe: Recipe, out: str, files: Mapping[str, Any]) -> Recipe:
     return Recipe(recipe.sources, recipe.steps, {out: Destination(_RESULT, {}, files)}, recipe.document)
 
 
-def _plain(model: StrPath | Mapping[str, Any]) -> Any:
-    return dict(model) if isinstance(model, Mapping) else os.fspath(model)
+def _plain(value: Any) -> Any:
+    """With texts for paths."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _as_text(document: Mapping[str, Any]) -> str:
     """The document as YAML, in mergekit's usual order."""
     import yaml
 
-    data = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in document.items()}
+    data = _plain(document)
     order = ("merge_method", "base_model", "models", "parameters")
     data = {**{name: data[name] for name in order if name in data}, **data}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    try:
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError as error:
+        odd = escape(repr(error.args[-1]))
+        raise UsageError(f"expected numbers, texts and lists of them, found {odd}") from None
