@@ -104,7 +104,9 @@ def test_its_python_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     exec(block, {})
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [f"slerp {{'t': {1 - 1 / 3 * 4 % 1 * 0.3}}} ['chat', 'code']", "True"] or said[1] == "True"
+    assert said[0].startswith("slerp {'t': 0.")
+    assert said[0].endswith("['chat', 'code']")
+    assert said[1] == "True"
     assert len(said) == 4
 
 

@@ -113,6 +113,13 @@ def test_every_parameter_of_a_method_of_merging_is_an_option() -> None:
     assert {*PARAMETERS} == {name for method in METHODS.values() if not method.plugin for name in method.parameters}
 
 
+def test_every_method_of_merging_is_in_the_help() -> None:
+    (said,) = (option.help for option in command_of("merge").params if option.name == "method")
+    assert re.findall(r"\b[a-z_]+\b", said.partition(": ")[2].replace(" or ", " ")) == [
+        name for name, method in METHODS.items() if not method.plugin
+    ]
+
+
 def documented() -> dict[str, tuple[str, str]]:
     """The table of docs/python.md: command line and signature by command."""
     rows = re.findall(r"^\| `((\S+)[^`]*)` \| `(\w+\(.*?\))`", PAGE.read_text(), re.MULTILINE)
