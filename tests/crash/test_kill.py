@@ -92,6 +92,13 @@ def test_a_recipe_killed_anywhere_ends_with_the_same_bytes_in_all_outputs(
     kill_everywhere([family / name for name in ("one", "two")], step, ["run", str(family / "recipe.yaml"), *options])
 
 
+@pytest.mark.parametrize("step", [15, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_merge_killed_anywhere_draws_the_same_masks_again(family: Path, step: int) -> None:
+    options = ["--method", "dare_ties", "--base", str(family / "raw"), "--weight", "0.5", "--density", "0.4"]
+    files = ["--dtype", "float32", "--max-shard-size", "9KB", "--out", str(family / "out")]
+    kill_everywhere([family / "out"], step, ["merge", str(family / "published"), *options, *files])
+
+
 @pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_model_that_is_quantised_ends_with_the_same_bytes_too(tmp_path: Path, step: int) -> None:
     save_tiny(tmp_path / "model", "llama", num_hidden_layers=3)

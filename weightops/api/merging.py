@@ -138,7 +138,7 @@ def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
             raise UsageError("there is no method to merge by", hint="for example --method slerp, or a merge file")
         document = _ordered(as_document({**said, "models": [_plain(model) for model in models]}))
         stages = [parse_stage(Document(document, "merge"), References(os.path.exists))]
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        text = _as_text(document)
     options = {name: merging[name] for name in ("seed", "allow_nonfinite") if merging.get(name)}
     options |= {"plugin": digest} if digest else {}
     found = expand(stages, text, _RESULT, options, locate=Location)
@@ -149,12 +149,24 @@ def _to(recipe: Recipe, out: str, files: Mapping[str, Any]) -> Recipe:
     return Recipe(recipe.sources, recipe.steps, {out: Destination(_RESULT, {}, files)}, recipe.document)
 
 
-def _plain(model: StrPath | Mapping[str, Any]) -> Any:
-    return dict(model) if isinstance(model, Mapping) else os.fspath(model)
+def _plain(value: Any) -> Any:
+    """With texts for paths."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _ordered(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with texts for paths, in mergekit's usual order."""
-    data = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in document.items()}
+    data = _plain(document)
     order = ("merge_method", "base_model", "models", "parameters")
     return {**{name: data[name] for name in order if name in data}, **data}
+
+
+def _as_text(document: Mapping[str, Any]) -> str:
+    """The document as YAML; raises `UsageError` for what YAML has no words for."""
+    try:
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError as error:
+        odd = escape(repr(error.args[-1]))
+        raise UsageError(f"expected numbers, texts and lists of them, found {odd}") from None

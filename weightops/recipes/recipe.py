@@ -127,9 +127,8 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
         if name not in fields:
             document.fail((name,), "unknown field", hint=f"a recipe has {', '.join(fields)}")
     parts = {name: document.mapping((name,), document.data.get(name, {})) for name in fields}
-    for name in ("sources", "outputs"):
-        if not parts[name]:
-            document.fail((), f"has no {name}")
+    if not parts["outputs"]:
+        document.fail((), "has no outputs")
     sources = {name: _location(document, name, value, folder) for name, value in parts["sources"].items()}
     twice = next((name for name in parts["tensors"] if name in sources), None)
     if twice is not None:
@@ -140,6 +139,8 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
         made = _step(document, name, value, known, Expanded(sources, steps), folder)
         sources |= made.sources
         steps |= made.steps
+    if not sources:
+        document.fail((), "has no sources")
     outputs = {}
     for name, value in parts["outputs"].items():
         outputs[_path(name, folder)] = _destination(document, name, value, known, folder)

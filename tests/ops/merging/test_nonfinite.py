@@ -81,3 +81,10 @@ def test_infinity_times_zero_is_nan() -> None:
     tensors = [torch.tensor([math.inf, 1.0]), torch.tensor([1.0, 2.0])]
     found = merge("linear", tensors, None, None, [{"weight": 0.0}, {"weight": 1.0}], allow_nonfinite=True)
     assert found.nan_to_num(77).tolist() == [77.0, 2.0]
+
+
+def test_a_draw_counts_as_up_beside_numbers_that_are_none_too() -> None:
+    models = [torch.tensor([math.nan, 1.0, -2.0]), torch.tensor([1.0, -1.0, 2.0])]
+    own = [{}, *([{"weight": 1.0}] * 2)]
+    found = merge("ties", [torch.zeros(3), *models], 0, None, own, allow_nonfinite=True)
+    assert found.nan_to_num(77).tolist() == [77.0, 1.0, 2.0]

@@ -9,10 +9,13 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weightops.io.platform.optional import module
+
+T = TypeVar("T")
 
 PROC = Path("/proc")
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -29,6 +32,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count() or 1
+
+
+def once_per_process(make: Callable[[], T]) -> Callable[[], T]:
+    """As `functools.cache`, for what a fork does not take along: threads, of which the child would wait for work."""
+    found = cache(lambda process: make())
+    return wraps(make)(lambda: found(os.getpid()))
 
 
 def page_memory(nbytes: int) -> mmap.mmap:
@@ -86,13 +95,6 @@ def reuse_freed(nbytes: int) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, nbytes)
         mallopt(_M_TRIM_THRESHOLD, 4 * nbytes)
-
-
-def forget_when_forked(forget: Callable[[], None]) -> None:
-    """Call `forget` in every process that is forked from this one: what waits for threads would wait there for ever."""
-    register = getattr(os, "register_at_fork", None)
-    if register is not None:
-        register(after_in_child=forget)
 
 
 def c_function(name: str) -> Any:

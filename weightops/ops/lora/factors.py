@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightops.errors import IncompatibleInputs
-from weightops.io.platform.machine import cores, forget_when_forked
+from weightops.io.platform.machine import cores, once_per_process
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import computes_here, convert
 from weightops.ops.lora.product import (
@@ -138,12 +138,9 @@ class Lora(Op, frozen=True):
         work.memory.give(*lent)
 
 
-@cache
+@once_per_process
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(cores(), MAX_THREADS), "merge")
-
-
-forget_when_forked(_pool.cache_clear)
 
 
 class LoraBias(Op, frozen=True):

@@ -31,11 +31,23 @@ def magnitudes(x: torch.Tensor) -> Bits:
 
 
 def ordered(x: torch.Tensor) -> Bits:
-    """Unsigned integers in the order of the numbers of a float32 tensor, with their signs."""
+    """Unsigned integers in the order of the numbers of a tensor of 16 or 32 bits, with their signs."""
     import numpy as np
 
     bits = bits_of(x)
-    return np.where(bits < 0, ~bits, bits ^ np.int32(-(1 << 31))).view(np.uint32)
+    lowest = np.iinfo(bits.dtype).min
+    return np.where(bits < 0, ~bits, bits ^ lowest).view(f"u{bits.itemsize}")
+
+
+def number_of(key: int, dtype: torch.dtype) -> float:
+    """The number of a type of 16 or 32 bits whose place in the order of all is `key`."""
+    import torch
+
+    bits = torch.finfo(dtype).bits
+    top = 1 << (bits - 1)
+    word = key ^ top if key & top else ~key & (2 * top - 1)
+    kind = torch.int16 if bits == 16 else torch.int32
+    return float(torch.tensor(word - 2 * top if word & top else word, dtype=kind).view(dtype))
 
 
 def keep(x: torch.Tensor, mask: Bits) -> torch.Tensor:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from weightops.io.platform.machine import cores, forget_when_forked, reuse_freed
+from weightops.io.platform.machine import cores, once_per_process, reuse_freed
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.libtorch import OneThread, as_torch, open_library
 from weightops.spec import TensorSpec
@@ -201,14 +201,11 @@ def _without_grad(function: Callable[[list[torch.Tensor], int], T], blocks: list
         return function(blocks, first)
 
 
-@cache
+@once_per_process
 def _pool() -> ThreadPoolExecutor:
     """Threads that compute for all tensors that are in work, as many as cores."""
     reuse_freed(16 * PIECE)
     return ThreadPoolExecutor(cores(), "merge", _prepare)
-
-
-forget_when_forked(_pool.cache_clear)
 
 
 def _prepare() -> None:

@@ -33,11 +33,13 @@ class Rank:
 
 
 Ranks = Sequence[Sequence[int]]
+KeysOf = Callable[["Sequence[torch.Tensor]", int], Sequence["Keys"]]
+"""Makes arrays of keys of a block, and of the number of its first element."""
 
 
 def find_ranks(
     inputs: Inputs,
-    keys: Callable[[Sequence[torch.Tensor]], Sequence[Keys]],
+    keys: KeysOf,
     ranks: Ranks | Callable[[Sequence[int]], Ranks],
 ) -> list[list[Rank]]:
     """Of each array of keys that `keys` makes of blocks, unsigned of 16 or 32 bits, those of these ranks, from 0.
@@ -46,9 +48,9 @@ def find_ranks(
     """
     is_short = False
 
-    def tops(blocks: Sequence[torch.Tensor]) -> Sequence[Keys]:
+    def tops(blocks: Sequence[torch.Tensor], first: int) -> Sequence[Keys]:
         nonlocal is_short
-        found = keys(blocks)
+        found = keys(blocks, first)
         is_short = found[0].itemsize == 2
         return found if is_short else [*(each >> 16 for each in found), *((each != 0).view("u1") for each in found)]
 
@@ -60,8 +62,8 @@ def find_ranks(
         return bins
     chosen = sorted({(i, found.key) for i, own in enumerate(bins) for found in own})
 
-    def rests(blocks: Sequence[torch.Tensor]) -> list[Keys]:
-        found = keys(blocks)
+    def rests(blocks: Sequence[torch.Tensor], first: int) -> list[Keys]:
+        found = keys(blocks, first)
         return [found[i][found[i] >> 16 == top] & 0xFFFF for i, top in chosen]
 
     lows = dict(zip(chosen, _histograms(inputs, rests) if chosen else [], strict=True))
@@ -82,14 +84,14 @@ def _find(counts: Keys, rank: int) -> Rank:
     return Rank(key, int(ends[key] - counts[key]), int(counts[key]))
 
 
-def _histograms(inputs: Inputs, keys: Callable[[Sequence[torch.Tensor]], Sequence[Keys]]) -> list[Keys]:
+def _histograms(inputs: Inputs, keys: KeysOf) -> list[Keys]:
     """How often each key occurs in each of the arrays."""
     import numpy as np
     import torch
 
     def count(blocks: Sequence[torch.Tensor], first: int) -> list[Keys]:
         found = []
-        for each in keys(blocks):
+        for each in keys(blocks, first):
             words = torch.from_numpy(each.reshape(-1).astype(np.int32))
             found.append(torch.bincount(words, minlength=1).numpy())
         return found
@@ -149,7 +151,7 @@ class Between:
 
 def find_between(
     inputs: Inputs,
-    keys: Callable[[Sequence[torch.Tensor]], Sequence[Keys]],
+    keys: KeysOf,
     ranges: Sequence[tuple[int, int]] | Callable[[Sequence[int]], Sequence[tuple[int, int]]],
 ) -> list[Between]:
     """Of each array of keys the elements with these ranks, from and to, which may depend on how many keys are zero."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightops.ops.merging.bits import keep, magnitudes, ordered
+from weightops.ops.merging.bits import keep, magnitudes, number_of, ordered
 from weightops.ops.merging.election import elected
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise, Tallied
@@ -51,7 +51,7 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
 
     chosen = None
     if select_topk < 1:
-        (chosen,) = find_between(inputs, lambda blocks: [magnitudes(spread(blocks))], largest)
+        (chosen,) = find_between(inputs, lambda blocks, first: [magnitudes(spread(blocks))], largest)
 
     def selected(blocks: Sequence[torch.Tensor], before: Any) -> list[torch.Tensor]:
         changes = inputs.changes(blocks)
@@ -97,30 +97,37 @@ def arcee_fusion(inputs: Inputs) -> Blockwise:
 
     assert inputs.base is not None
     base, other = inputs.base, 1 - inputs.base
+    dtype = inputs.dtype if torch.finfo(inputs.dtype).bits < 64 else torch.float32
+    n, columns = inputs.numel, max(1, inputs.columns)
+    divergences = torch.zeros(n // columns, 1, dtype=inputs.dtype)
+    noted: set[int] = set()
 
-    def scores(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-        b, x = blocks[base], blocks[other]
-        p, q = torch.softmax(x, dim=-1) + 1e-8, torch.softmax(b, dim=-1) + 1e-8
-        return (x - b).abs() * (p * torch.log(p / q)).sum(dim=-1, keepdim=True)
+    def sizes(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        return (blocks[other] - blocks[base]).abs()
 
-    n = inputs.numel
+    def scores(blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+        return sizes(blocks) * divergences[first // columns :][: len(blocks[0])]
+
+    def note(blocks: Sequence[torch.Tensor], first: int) -> None:
+        p, q = (torch.softmax(blocks[i], dim=-1) + 1e-8 for i in (other, base))
+        divergences[first // columns :][: len(p)] = (p * torch.log(p / q)).sum(dim=-1, keepdim=True)
+
+    def keys(blocks: Sequence[torch.Tensor], first: int) -> list[Array]:
+        if first not in noted:
+            note(blocks, first)
+            noted.add(first)
+        return [ordered(scores(blocks, first).to(dtype))]
+
     wanted = [int(share * (n - 1)) for share in (0.25, 0.5, 0.75)]
-    (found,) = find_ranks(inputs, lambda blocks: [ordered(scores(blocks).float())], [wanted])
-    low, middle, high = (_number(rank.key) for rank in found)
+    (found,) = find_ranks(inputs, keys, [wanted])
     # in the scores' own dtype, as mergekit has it
-    limits = torch.tensor([low, middle, high], dtype=torch.float64).to(inputs.dtype)
-    limit = limits[1] + 1.5 * (limits[2] - limits[0])
+    numbers = [number_of(rank.key, dtype) for rank in found]
+    low, middle, high = torch.tensor(numbers, dtype=torch.float64).to(inputs.dtype)
+    limit = middle + 1.5 * (high - low)
 
     def compute(blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
-        mask = (scores(blocks) >= limit).float()
-        return blocks[base] + (blocks[other] - blocks[base]) * mask
+        mask = (scores(blocks, first) >= limit).float()
+        result: torch.Tensor = blocks[base] + (blocks[other] - blocks[base]) * mask
+        return result
 
     return compute
-
-
-def _number(key: int) -> float:
-    """The float32 whose place in the order of all is `key`."""
-    import numpy as np
-
-    bits = key ^ (1 << 31) if key >> 31 else ~key & 0xFFFFFFFF
-    return float(np.array(bits, np.uint32).view(np.float32))

@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import CorruptInput, IncompatibleInputs
-from weightops.io.platform.machine import cores, forget_when_forked
+from weightops.io.platform.machine import cores, once_per_process
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import convert
 from weightops.spec import DType, TensorSpec
@@ -103,12 +103,9 @@ def _finish(pending: Iterable[Future[None]]) -> None:
         future.result()
 
 
-@cache
+@once_per_process
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), "quantize")
-
-
-forget_when_forked(_pool.cache_clear)
 
 
 @cache
