@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from weightops.errors import IncompatibleInputs
+from weightops.io.escape import escape
 from weightops.ops.merging.bits import add
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise
@@ -71,7 +72,10 @@ def multislerp(
     length = sums(inputs, lambda blocks: squares([whole(blocks)], inputs.wide))[0].sqrt().to(dtype)
     if length < eps:
         if len(weights) > 2:
-            raise IncompatibleInputs("multislerp: the weighted sum of directions is zero, and has no direction")
+            raise IncompatibleInputs(
+                f"{escape(inputs.name)}: the weighted sum of the models' directions is zero, and has no direction",
+                hint="merge this tensor with other weights, or by another method than multislerp",
+            )
         return lambda blocks, first: _from(base, blocks, add(_times(inputs.changes(blocks), weights)))
     cosines = sums(inputs, lambda blocks: [unit * (whole(blocks) / length) for unit in units(blocks)]).to(dtype)
 
