@@ -64,6 +64,6 @@ def test_so_it_is_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[
 
 
 def test_names_that_the_package_does_not_have_are_no_attributes() -> None:
-    with pytest.raises(AttributeError, match="module 'weightops' has no attribute 'melt'"):
-        weightops.melt  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'weightops' has no attribute 'blend'"):
+        weightops.blend  # noqa: B018
     assert {"merge_lora", "evaluate", "run"} <= {*dir(weightops)}
