@@ -386,12 +386,9 @@ def task_vectors(thin: Thin, *, elect: bool, added: Callable[[Tensors], torch.Te
     return combine
 
 
-NAIVE: dict[str, Naive] = {
-    "linear": linear,
-    "slerp": slerp,
-    "nuslerp": nuslerp,
-    "multislerp": multislerp,
-    "karcher": karcher,
+_BY_NAME = (linear, slerp, nuslerp, multislerp, karcher, model_stock, sce, nearswap, arcee_fusion, ram, passthrough)
+NAIVE: dict[str, Naive] = {function.__name__: function for function in _BY_NAME} | {
+    "ramplus_tl": ram,
     "task_arithmetic": task_vectors(all_of_it, elect=False),
     "ties": task_vectors(_between(_largest), elect=True),
     "breadcrumbs": task_vectors(_between(_middle), elect=False),
@@ -400,11 +397,4 @@ NAIVE: dict[str, Naive] = {
     "dare_ties": task_vectors(_by_chance, elect=True),
     "della_linear": task_vectors(_by_chance, elect=False, added=added_in_order),
     "della": task_vectors(_by_chance, elect=True, added=added_in_order),
-    "model_stock": model_stock,
-    "sce": sce,
-    "nearswap": nearswap,
-    "arcee_fusion": arcee_fusion,
-    "ram": ram,
-    "ramplus_tl": ram,
-    "passthrough": passthrough,
 }

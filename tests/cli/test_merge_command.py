@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,61 +12,19 @@ import msgspec
 import pytest
 import torch
 import yaml
-from merging import CONFIG, values
+from merge_command import LAYERS, Say, state, written
 from naive_merging import naively
 from safetensors.torch import load_file, save_file
-from support import digests, same_bits, to_bytes, write_checkpoint
+from support import digests, same_bits, to_bytes
 
 import weightops
 from weightops.api.merging import Models
 from weightops.cli.commands.merge import PARAMETERS
-from weightops.cli.main import run
 from weightops.errors import UsageError
 from weightops.operations.merge import MergePlan, MergeProof
 from weightops.ops.merging.methods import METHODS
 
 UP = "model.layers.1.mlp.up_proj.weight"
-LAYERS = 3
-Say = Callable[[str], tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and two models that were tuned from it, in float32."""
-    found = tmp_path_factory.mktemp("models")
-    base = values(LAYERS, 0)
-    sizes = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 4}
-    config = {**CONFIG, **sizes, "num_hidden_layers": LAYERS, "torch_dtype": "float32"}
-    for seed, name in enumerate(("base", "a", "b")):
-        change = values(LAYERS, seed)
-        tensors = {n: t + 0.01 * change[n] if seed else t for n, t in base.items()}
-        write_checkpoint(found / name, tensors, config, shards=1 + (name == "a"))
-    return found
-
-
-@pytest.fixture
-def say(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run a command line in a folder with the models: exit code, stdout, stderr."""
-    for name in ("base", "a", "b"):
-        (tmp_path / name).symlink_to(folder / name)
-    monkeypatch.chdir(tmp_path)
-
-    def call(line: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(line.split())
-        found = capsys.readouterr()
-        return code, found.out, found.err
-
-    return call
-
-
-def state(folder: str | Path) -> dict[str, torch.Tensor]:
-    return {n: t for path in sorted(Path(folder).glob("*.safetensors")) for n, t in load_file(path).items()}
-
-
-def written(name: str, document: dict[str, Any]) -> str:
-    Path(name).write_text(yaml.safe_dump(document))
-    return name
 
 
 def ties(**more: Any) -> dict[str, Any]:
@@ -364,93 +321,6 @@ def test_stages_and_adapters_are_made_in_one_run_as_one_after_the_other(say: Say
     code, _, err = say("run r.yaml")
     assert code == 0, err
     assert same_bits(state("two"), state("expected"))
-
-
-# ---- plugins
-
-PLUGIN = """\
-from weightops.ops.merging.method import Method
-
-def {name}(inputs, *, share: float = 0.5, weight: "Sequence[float]" = (1.0,)):
-    return lambda blocks, first: blocks[0] + share * (blocks[1] - blocks[0])
-
-from collections.abc import Sequence
-METHODS = [Method({name}, "mine", "input", (2, 2))]
-"""
-
-
-@pytest.fixture
-def _methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a plugin adds is gone afterwards."""
-    for name in list(METHODS):
-        monkeypatch.setitem(METHODS, name, METHODS[name])
-    for name in ("halfway", "other"):
-        monkeypatch.setitem(METHODS, name, METHODS["linear"])
-        monkeypatch.delitem(METHODS, name)
-
-
-@pytest.mark.usefixtures("_methods")
-def test_a_plugin_brings_a_method_and_its_digest_is_recorded(say: Say) -> None:
-    Path("mine.py").write_text(PLUGIN.format(name="halfway"))
-    document = {
-        "merge_method": "halfway",
-        "models": [{"model": "./a"}, {"model": "./b"}],
-        "parameters": {"share": 0.25},
-    }
-    line = f"merge {written('m.yml', document)}"
-    code, _, err = say(f"{line} --out out")
-    assert (code, "there is no method halfway" in err) == (2, True)
-    assert say(f"{line} --plugin mine.py --out out --json")[0] == 0
-    a, b = state("a"), state("b")
-    assert same_bits(state("out"), {name: a[name] + 0.25 * (b[name] - a[name]) for name in a})
-    digest = hashlib.sha256(Path("mine.py").read_bytes()).hexdigest()
-    manifest = json.loads(Path("out/weightops-manifest.json").read_text())
-    assert manifest["recipe"]["tensors"]["result"]["merge"]["plugin"] == digest
-    proof = json.loads(say(f"{line} --plugin mine.py --verify out --json")[1])
-    assert (proof["is_same"], proof["plugin"]) == (True, digest)
-
-
-@pytest.mark.usefixtures("_methods")
-def test_another_text_of_a_plugin_is_another_plan(say: Say) -> None:
-    fingerprints = []
-    for text in (PLUGIN, f"{PLUGIN}# a comment\n"):
-        METHODS.pop("halfway", None)
-        Path("mine.py").write_text(text.format(name="halfway"))
-        line = "merge ./a ./b --plugin mine.py --out out --dry-run --json"
-        document = {"merge_method": "halfway", "models": [{"model": "./a"}, {"model": "./b"}]}
-        code, out, err = say(line.replace("./a ./b", written("m.yml", document)))
-        assert code == 0, err
-        fingerprints.append(json.loads(out)["fingerprint"])
-    assert fingerprints[0] != fingerprints[1]
-
-
-@pytest.mark.usefixtures("_methods")
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (PLUGIN.format(name="ties"), "mine.py: there is a method ties already"),
-        ("METHODS = []", "mine.py: has no METHODS, a list"),
-        ("METHODS = [3]", "mine.py: has no METHODS, a list"),
-        ("x = 1", "mine.py: has no METHODS, a list"),
-        ("1 / 0", "mine.py: ZeroDivisionError"),
-        ("def", "mine.py: SyntaxError"),
-        (None, "mine.py: no such file"),
-    ],
-)
-def test_plugins_that_are_none_are_refused(say: Say, text: str | None, problem: str) -> None:
-    if text is not None:
-        Path("mine.py").write_text(text)
-    code, _, err = say(f"{TIES} --plugin mine.py --out out")
-    assert code == (10 if text is None else 2)
-    assert problem in err
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("document", [ties(plugin="mine.py"), ties(parameters={"density": 0.5, "plugin": "mine.py"})])
-def test_a_merge_file_runs_no_code(say: Say, document: dict[str, Any]) -> None:
-    Path("mine.py").write_text("open('was-run', 'w')")
-    code, _, err = say(f"merge {written('m.yml', document)} --out out")
-    assert (code, "plugin: unknown" in err, Path("was-run").exists()) == (2, True, False)
 
 
 # ---- from Python

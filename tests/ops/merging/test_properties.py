@@ -12,7 +12,7 @@ from merging_cases import drawn
 from naive_merging import merge, naively
 from support import from_bytes, random_tensor, to_bytes
 
-from weightops.errors import UsageError
+from weightops.errors import IncompatibleInputs, UsageError
 from weightops.ops.merging import inputs
 from weightops.ops.merging.methods import METHODS, find_method
 from weightops.spec import DType
@@ -64,6 +64,17 @@ def test_multislerp_of_tensors_that_nobody_or_not_everybody_changed(dtype: torch
     found = merge("multislerp", [base, one, *([base] * (n - 1))], 0, None, own)
     size, whole = (found - base).float().norm(), (one - base).float().norm()
     assert float(size) == pytest.approx(float(whole) / n, rel=0.05)
+
+
+def test_multislerp_of_opposite_directions_adds_two_up_and_refuses_more() -> None:
+    (x,) = drawn((20, 30), torch.float32, 0)
+    two = merge("multislerp", [x, -2 * x], None, None, [{"weight": 1.0}] * 2)
+    assert torch.allclose(two, -0.5 * x)
+    own = [{"weight": 1.0}, {"weight": 1.0}, {"weight": 2.0}]
+    with pytest.raises(
+        IncompatibleInputs, match=r"mlp\.up_proj\.weight: the weighted sum of the models' directions is zero"
+    ):
+        merge("multislerp", [x, x, -x], None, None, own)
 
 
 @settings(max_examples=20)

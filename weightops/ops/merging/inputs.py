@@ -48,6 +48,11 @@ class Inputs:
         return self.tensors[0].spec
 
     @property
+    def name(self) -> str:
+        """The tensor's name, which ends the key."""
+        return self.key.rpartition("\0")[2]
+
+    @property
     def numel(self) -> int:
         return self.spec.numel
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from weightops.errors import IncompatibleInputs
+from weightops.io.escape import escape
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise
 from weightops.ops.merging.spherical import CHUNK, sums
@@ -57,14 +58,14 @@ def multislerp(
         (only,) = inputs.others
         return lambda blocks, first: blocks[only].clone()
     if inputs.numel > CHUNK:
-        return _combination(inputs, _multislerp(gram(inputs, inputs.changes), weights.double(), eps))
+        return _combination(inputs, _multislerp(gram(inputs, inputs.changes), weights.double(), eps, inputs.name))
     whole = inputs.whole()
-    result = _multislerp_in_steps(torch.stack(inputs.changes(whole)), weights, eps)
+    result = _multislerp_in_steps(torch.stack(inputs.changes(whole)), weights, eps, inputs.name)
     result = result if base is None else result + whole[base]
     return lambda blocks, first: result[first : first + blocks[0].numel()]
 
 
-def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: float, name: str) -> torch.Tensor:
     """As mergekit computes it on whole tensors, `[models, elements]`, each step rounded to their dtype."""
     import torch
 
@@ -76,7 +77,7 @@ def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: floa
     mean = (units * factors).sum(dim=0)
     length = torch.norm(mean)
     if length < eps:
-        _refuse_no_direction(len(weights))
+        _refuse_no_direction(name, len(weights))
         return (vectors * factors).sum(dim=0)
     mean = mean / length
     tangents = units - (units * mean).sum(dim=-1, keepdim=True) * mean
@@ -88,7 +89,7 @@ def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: floa
     return result
 
 
-def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float, name: str) -> torch.Tensor:
     """The factors of vectors with these products whose combination is their mean."""
     import torch
 
@@ -99,7 +100,7 @@ def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float) -> to
     units = products / lengths.outer(lengths)
     length = _norm(weights, units)
     if length < eps:
-        _refuse_no_direction(len(weights))
+        _refuse_no_direction(name, len(weights))
         return weights
     mean = weights / length
     tangent = weights - (weights * (units @ mean)).sum() * mean
@@ -109,9 +110,12 @@ def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float) -> to
     return (mean * torch.cos(angle) + tangent * turn) * size / lengths
 
 
-def _refuse_no_direction(n: int) -> None:
+def _refuse_no_direction(name: str, n: int) -> None:
     if n > 2:
-        raise IncompatibleInputs("multislerp: the weighted sum of directions is zero, and has no direction")
+        raise IncompatibleInputs(
+            f"{escape(name)}: the weighted sum of the models' directions is zero, and has no direction",
+            hint="merge this tensor with other weights, or by another method than multislerp",
+        )
 
 
 def _norm(vector: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
