@@ -24,7 +24,7 @@ FLOATS = (DType.BF16, DType.F16, DType.F32, DType.F64)
 @given(st.sampled_from(FLOATS), st.integers(0, 2**32), st.floats(0.1, 3), st.booleans())
 def test_linear_of_one_model_is_that_model_to_the_bit(dtype: DType, seed: int, weight: float, normalize: bool) -> None:
     tensor = torch.nan_to_num(random_tensor(dtype, (11, 7), seed), 1.0, 2.0, -2.0)
-    weight = 1.0 if not normalize or dtype in (DType.F32, DType.F64) else weight
+    weight = weight if normalize and dtype is DType.F16 else 1.0  # of others the largest times 2 has no room in float32
     found = merge("linear", [tensor], None, {"normalize": normalize}, [{"weight": weight}])
     # zeros lose their sign, as they are added to zero
     assert to_bytes(found) == to_bytes(tensor + 0)
