@@ -21,7 +21,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-compare bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp mutants gpu clean
 
 help:
@@ -36,7 +36,8 @@ help:
 	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
-	@echo "make mergekit        mergekit likewise, which bench-release measures beside ours"
+	@echo "make bench-merge     and the part about merge, every method beside mergekit (an hour)"
+	@echo "make mergekit        mergekit likewise, to which test-all holds merges, and which two benchmarks time"
 	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
 	@echo "make bench-inference  tokens per second and memory of quantised models, dequantised and packed"
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
@@ -96,7 +97,7 @@ $(REFERENCE)/.ready:
 
 reference: $(REFERENCE)/.ready
 
-test-all: lint reference gptqmodel autogptq llamacpp
+test-all: lint reference mergekit gptqmodel autogptq llamacpp
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 $(MERGEKIT)/.ready:
@@ -156,6 +157,9 @@ bench-release: $(READY) mergekit
 
 bench-compare: $(READY)
 	$(BIN)/python benchmarks/compare.py --sizes $(or $(SIZES),1b,3b)
+
+bench-merge: $(READY) mergekit
+	$(BIN)/python benchmarks/merge.py
 
 bench-quantize: $(READY) gptqmodel autogptq
 	$(BIN)/python benchmarks/quantize.py

@@ -105,12 +105,12 @@ def split(shape: Shape, max_nbytes: int) -> list[list[tuple[str, tuple[int, ...]
     return shards
 
 
-def header(tensors: list[tuple[str, tuple[int, ...]]]) -> bytes:
+def header(tensors: list[tuple[str, tuple[int, ...]]], dtype: str = "F16") -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, size in tensors:
         end = position + int(np.prod(size)) * 2
-        entries[name] = {"dtype": "F16", "shape": size, "data_offsets": [position, end]}
+        entries[name] = {"dtype": dtype, "shape": size, "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

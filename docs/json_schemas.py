@@ -28,6 +28,7 @@ from weightops.inference.generate import GenerateDocument
 from weightops.operations.check import CheckDocument
 from weightops.operations.download import DownloadDocument
 from weightops.operations.inspect import InspectDocument
+from weightops.operations.merge import MergePlan, MergeProof
 from weightops.operations.verify import VerifyDocument
 from weightops.quantization.report import QuantizeReport
 from weightops.quantization.work import BlocksRun
@@ -43,6 +44,8 @@ DOCUMENTS: tuple[Any, ...] = (
     VerifyDocument,
     InspectDocument,
     CompareDocument,
+    MergePlan,
+    MergeProof,
     EvalDocument,
     GenerateDocument,
     TextEvent,

@@ -66,4 +66,4 @@ def test_so_it_is_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[
 def test_names_that_the_package_does_not_have_are_no_attributes() -> None:
     with pytest.raises(AttributeError, match="module 'weightops' has no attribute 'blend'"):
         weightops.blend  # noqa: B018
-    assert {"merge_lora", "evaluate", "run"} <= {*dir(weightops)}
+    assert {"merge_lora", "verify_merge", "evaluate", "run"} <= {*dir(weightops)}

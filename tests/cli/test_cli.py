@@ -80,6 +80,23 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         save_model(family / "llama-7b", llama())
         for seed, name in enumerate(("lora", "style", "facts")):
             save_adapter(family / name, family / "llama-7b", seed)
+    if command == "merge":
+        for seed, name in enumerate(("base", "a", "b", "chat", "code")):
+            save_model(family / name, llama(), seed=seed)
+        models = [{"model": f"./{name}", "parameters": {"weight": 0.5}} for name in ("a", "b")]
+        (family / "merge.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+        assert (
+            run(
+                [
+                    "merge",
+                    str(family / "a"),
+                    str(family / "b"),
+                    *["--method", "linear", "--weight", "0.5", "--out"],
+                    str(family / "merged"),
+                ]
+            )
+            == 0
+        )
     if command == "inspect":
         shutil.rmtree(family / "model")
         save_adapter(family / "adapter", save_model(family / "model", llama()))

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, save_tokenizer, text
 
 import weightops
+from weightops.checkpoint import Checkpoint
 from weightops.cli.main import run
+from weightops.formats.folder import open_checkpoint
 
 HOSTILE = 'x\x1b[31m"><script>alert(1)</script>\u202e'
 
@@ -106,6 +108,26 @@ def test_other_tokenizers_are_refused_for_text_with_a_hint(tmp_path: Path, capsy
     said = capsys.readouterr().err
     assert "its tokenizer cuts the text into other tokens" in said
     assert "leave out --text" in said
+
+
+def test_weights_texts_and_answers_come_of_models_that_are_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Weight files by themselves too, which are described by what lies beside them."""
+    prompts, opened = tmp_path / "prompts.txt", []
+    prompts.write_text("the licence")
+
+    def once(place: Path, *rest: object) -> Checkpoint:
+        opened.append(place)
+        return open_checkpoint(place, *rest)  # type: ignore[arg-type]
+
+    for module in ("comparison", "models"):
+        monkeypatch.setattr(f"weightops.api.{module}.open_checkpoint", once)
+    files = [Path(name) / "model.safetensors" for name in ("base", "head")]
+    found = weightops.compare(*files, text="text.txt", seq_len=32, prompts=prompts, max_new_tokens=2)
+    assert opened == files
+    assert found.outputs is not None
+    assert found.answers is not None
 
 
 def test_answers_are_shown_from_where_they_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,10 @@ OWN_WORDS = {
     "--overwrite": {"download"},
     "--dry-run": {"download", "serve"},
     "--manifest": set(),
-    "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize"},
+    "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize", "merge"},
     "--drop": {"recover", "shard"},
-    "--method": {"diff", "quantize"},
-    "--base": {"merge-lora", "extract-lora", "inspect"},
+    "--method": {"diff", "quantize", "merge"},
+    "--base": {"merge-lora", "extract-lora", "inspect", "merge"},
     "--include": {"download", "inspect"},
     "--tuned": {"diff", "extract-lora"},
     "--strict": {"compare"},
@@ -31,7 +31,8 @@ OWN_WORDS = {
     "--seq-len": {"quantize", "eval"},
     "--max-memory": {"quantize"},
     "--checkpoint-format": {"dequantize"},
-    "--html": {"check", "quantize"},
+    "--html": {"check", "quantize", "merge"},
+    "--weight": {"merge-lora", "merge"},
 }
 """Options whose words differ from those of the same name elsewhere, by the commands that have words of their own."""
 AMERICAN = re.compile(r"\b(quantiz(ed|ing|ation)|colors?|licenses?|normaliz\w+|optimiz\w+|behaviors?)\b", re.IGNORECASE)

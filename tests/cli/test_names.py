@@ -18,11 +18,14 @@ from support import write_checkpoint
 
 import weightops
 from weightops.api import Output
+from weightops.api.merging import MergeOptions
+from weightops.cli.commands.merge import PARAMETERS
 from weightops.cli.main import COMMANDS, cli, run
 from weightops.errors import UsageError
 from weightops.inference.asked import Asked
 from weightops.io.yaml_document import Document
 from weightops.operations.check import CheckOptions
+from weightops.ops.merging.methods import METHODS
 from weightops.recipes.execute import Running
 from weightops.recipes.names import OLD_NAMES, OUTPUT
 from weightops.recipes.recipe import FILE_FIELDS, Recipe, parse_recipe
@@ -38,12 +41,21 @@ OF_THE_COMMAND = {
     "generate": {"prompts", "out"},
     "chat": {"jsonl"},
     "compare": {"html"},
+    "merge": {"html", "explain", "verify"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
-"""What only the command line has: reports in files, exit codes, and what Python gives to a `Web`. A cache
-is a flag there, and a folder for Python."""
+"""What only the command line has: reports in files, exit codes, what Python gives to a `Web`, and what other functions
+of Python do (`explain_merge`, `verify_merge`). A cache is a flag there, and a folder for Python."""
+MAPPINGS = {"merge": {"parameters": set(PARAMETERS)}}
+"""What is a mapping for Python, and options by its keys on the command line."""
+DOCUMENTS = {
+    "merge": {"config": {*("method", "base", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template")}}
+}
+"""Parameters that are documents in a language of their own, and the keywords of Python that stand in them."""
 OF_PYTHON = {"control", "web", "cache"}
-OPEN = {f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions, Asked)}
+OPEN = {
+    f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions, Asked, MergeOptions)
+}
 SHOWN = {"as_json", "quiet", "verbose", "progress"}
 DERIVED = {"convert": {"as_in_2023"}}
 """What follows from an option of another name: from `--format torch-1.12`."""
@@ -71,6 +83,9 @@ def keywords(name: str) -> set[str]:
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"env", "completion", "browse", "serve"}))
 def test_options_are_called_as_keywords_of_python(name: str) -> None:
     names, known = {p.name for p in command_of(name).params if p.name}, keywords(name)
+    for mapping, keys in MAPPINGS.get(name, {}).items():
+        assert keys <= names
+        names = names - keys | {mapping}
     options = {each if each in known else each.removeprefix("no_") for each in names}
     assert options - SHOWN - OF_THE_COMMAND.get(name, set()) == known
 
@@ -87,7 +102,22 @@ def test_an_option_is_spelled_as_its_name(name: str) -> None:
 def test_parameters_of_an_operation_are_keywords_of_python(name: str) -> None:
     verb = find_verb(name)
     writing = {*FILE_FIELDS, *Running.__annotations__, "out", "check"}
-    assert {*verb.roles, *verb.options} - DERIVED.get(name, set()) == keywords(name) - writing
+    parameters = {*verb.roles, *verb.options} - DERIVED.get(name, set())
+    for document, keys in DOCUMENTS.get(name, {}).items():
+        assert document in parameters
+        parameters = parameters - {document} | keys
+    assert parameters == keywords(name) - writing
+
+
+def test_every_parameter_of_a_method_of_merging_is_an_option() -> None:
+    assert {*PARAMETERS} == {name for method in METHODS.values() if not method.plugin for name in method.parameters}
+
+
+def test_every_method_of_merging_is_in_the_help() -> None:
+    (said,) = (option.help for option in command_of("merge").params if option.name == "method")
+    assert re.findall(r"\b[a-z_]+\b", said.partition(": ")[2].replace(" or ", " ")) == [
+        name for name, method in METHODS.items() if not method.plugin
+    ]
 
 
 def documented() -> dict[str, tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Every option of every command that is a recipe of one line reaches its operation: from argv, from Python, from YAML.
 
 The rows are held against the commands' own options and the operations' own signatures, so that a new option needs one.
+Those of `merge`, most of which stand in a document, have a file of their own: test_wiring_merge.py.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ def argv(verb: str, option: str) -> list[str]:
     given = [
         word for flag, value in REQUIRED.get(verb, {}).items() if flag not in option.split() for word in (flag, value)
     ]
+    if verb == "merge":
+        return [verb, "raw", "tuned", "--method", "linear", *option.split(), "--out", "out", "--quiet"]
     names = sources(verb)
     places = list(names) if names.keys() == {"source"} else [word for r in names for word in (f"--{r}", r)]
     return [verb, *places, *given, *option.split(), "--out", "out", "--quiet"]
@@ -134,6 +137,9 @@ def argv(verb: str, option: str) -> list[str]:
 
 def call(verb: str, option: Row) -> None:
     """The same from Python."""
+    if verb == "merge":
+        weightops.merge(["raw", "tuned"], "out", method="linear", **{option.keyword: option.given})
+        return
     required = {flag[2:].replace("-", "_"): value for flag, value in REQUIRED.get(verb, {}).items()}
     required = {name: int(value) if value.isdigit() else value for name, value in required.items()}
     given = option.given[0] if isinstance(option.given, tuple) and len(option.given) == 1 else option.given
@@ -237,7 +243,11 @@ def test_an_option_of_running_reaches_a_recipe(seen: dict[str, Any], tmp_path: P
     held_in(seen["running"], option.arrives)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+def test_every_operation_has_rows() -> None:
+    assert [*ROWS, "merge"] == [*VERBS]
+
+
+@pytest.mark.parametrize("verb", ROWS)
 def test_the_rows_are_all_that_there_is(verb: str) -> None:
     command = importlib.import_module(f"weightops.cli.commands.{verb.replace('-', '_')}").command
     flags = {flag for option in command.params if option.param_type_name == "option" for flag in option.opts}

@@ -37,6 +37,7 @@ COMMANDS = [
     "diff --raw raw --tuned tuned",
     "convert meta --to hf --set context_length=8 --dtype float16",
     "merge-lora --base raw --adapter adapter",
+    "merge tuned tuned-2 --base raw --method ties --weight 1 --density 0.5",
     "extract-lora --base raw --tuned tuned --rank 2",
     "cast raw --dtype bfloat16",
     "shard raw",
@@ -58,6 +59,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = {f"{name}.weight": torch.randn(40, 50).half() for name in "abc"}
     write_checkpoint(folder / "raw", raw, shards=2)
     write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()}, shards=2)
+    write_checkpoint(folder / "tuned-2", {n: t + torch.randn(40, 50).half() / 4 for n, t in raw.items()}, shards=2)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
     factors = {"lora_A": (2, 50), "lora_B": (40, 2)}
     adapter = {f"base_model.model.{m}.{f}.weight": torch.randn(size) for m in "ac" for f, size in factors.items()}

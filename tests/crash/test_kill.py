@@ -59,6 +59,7 @@ COMMANDS = [
     "recover --raw raw --diff published --format torch-1.12",
     "convert meta --to hf --set context_length=8 --dtype float16",
     "convert meta --model-parallel 4 --to=meta",
+    "merge raw published --base raw --method dare_linear --weight 1 --density 0.5 --dtype float32",
 ]
 """All of them write by the same code, which one killed at every change has proven: here each seventh will do."""
 

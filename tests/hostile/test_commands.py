@@ -71,6 +71,7 @@ COMMANDS = [
     "recover --raw good --diff hostile --out out",
     "diff --raw good --tuned hostile --out out",
     "shard hostile --out out",
+    "merge hostile --method linear --weight 1 --out out",
     "manifest hostile",
 ]
 

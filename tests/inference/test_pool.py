@@ -99,12 +99,22 @@ def test_four_models_say_what_they_say_alone_and_the_bound_holds(
 
 
 def test_texts_of_models_in_memory_come_by_turns(folders: list[Path]) -> None:
-    with Pool(opened(folders), 1 << 32) as pool:
+    tokens = columns_of_five(folders, turn_s=0)
+    assert [set(tokens[i : i + 5]) for i in range(0, 5 * COUNT, 5)] == COUNT * [set(range(5))]
+
+
+def test_a_turn_lasts_several_tokens_but_none_waits_for_a_first_one(folders: list[Path]) -> None:
+    tokens = columns_of_five(folders, turn_s=1e9)
+    assert set(tokens[:5]) == set(range(5))
+    assert [len(set(tokens[i : i + COUNT - 1])) for i in range(5, 5 * COUNT, COUNT - 1)] == 5 * [1]
+
+
+def columns_of_five(folders: list[Path], turn_s: float) -> list[int]:
+    """Whose the tokens are, one after the other, of five texts of four models that are asked for at once."""
+    with Pool(opened(folders), 1 << 32, turn_s=turn_s) as pool:
         list(pool.submit(asked(*((name, PROMPTS[0]) for name in pool.names))))  # now all are loaded
         events = list(pool.submit(asked(*((name, PROMPTS[1]) for name in pool.names), ("0", PROMPTS[2]))))
-    tokens = [event.column for event in events if isinstance(event, Token)]
-    assert set(tokens[:5]) == set(range(5))
-    assert set(tokens[-5:]) == set(range(5))
+    return [event.column for event in events if isinstance(event, Token)]
 
 
 def test_one_that_does_not_fit_alone_runs_packed_or_from_disk(tmp_path: Path) -> None:

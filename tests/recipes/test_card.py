@@ -64,7 +64,8 @@ def test_the_hub_reads_base_model_relation_and_library() -> None:
 def test_several_base_models_are_a_list() -> None:
     found = metadata(rendered(base_models=["a/x", "hf://b/y@main"], relation="merge"))
     assert (found["base_model"], found["base_model_relation"]) == (["a/x", "b/y"], "merge")
-    assert found["tags"] == ["weightops", "merge"]
+    assert found["tags"] == ["weightops", "mergekit", "merge"]
+    assert metadata(rendered(base_models=["a/x", "b/y"], relation="finetune"))["tags"] == ["weightops"]
 
 
 def test_a_folder_is_named_in_a_comment_and_not_as_a_base_model() -> None:

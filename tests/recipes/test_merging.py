@@ -162,7 +162,7 @@ def test_two_merges_do_not_take_each_others_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("method: ties", "method: sleep", "r.yaml:6: merge_method: there is no method sleep"),
+        ("method: ties", "method: sleep", "r.yaml:6: tensors.both.merge.merge_method: there is no method sleep"),
         (
             "method: ties",
             "merge_method: ties\n      method: linear",
@@ -173,14 +173,18 @@ def test_two_merges_do_not_take_each_others_models(tmp_path: Path) -> None:
             "base: one\n      base_model: tuned",
             "r.yaml:7: tensors.both.merge.base: is base_model once more",
         ),
-        ("base: one\n", "base: 3\n", "r.yaml:7: base_model: expected text, found 3"),
-        ("weight: 0.5", "wieght: 0.5", "r.yaml:9: parameters.wieght: unknown parameter"),
-        ("weight: 0.5", "weight: much", "r.yaml:9: parameters.weight: expected a number, found 'much'"),
+        ("base: one\n", "base: 3\n", "r.yaml:7: tensors.both.merge.base_model: expected text, found 3"),
+        ("weight: 0.5", "wieght: 0.5", "r.yaml:9: tensors.both.merge.parameters.wieght: unknown parameter"),
+        (
+            "weight: 0.5",
+            "weight: much",
+            "r.yaml:9: tensors.both.merge.parameters.weight: expected a number, found 'much'",
+        ),
         ("seed: 7", "seed: much", "r.yaml:10: tensors.both.merge.seed: "),
-        ("seed: 7", "plugin: x.py", "r.yaml:10: plugin: unknown field"),
+        ("seed: 7", "plugin: x.py", "r.yaml:10: tensors.both.merge.plugin: unknown field"),
         ("seed: 7", "config: m.yml", "r.yaml:6: tensors.both.merge.method: has no place beside config"),
-        ("[tuned, ./three]", "3", "r.yaml:8: models: expected a list, found 3"),
-        ("[tuned, ./three]", "[tuned, 3]", "r.yaml:8: models.1: expected a mapping, found 3"),
+        ("[tuned, ./three]", "3", "r.yaml:8: tensors.both.merge.models: expected a list, found 3"),
+        ("[tuned, ./three]", "[tuned, 3]", "r.yaml:8: tensors.both.merge.models.1: expected a mapping, found 3"),
     ],
 )
 def test_what_makes_no_sense_is_told_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:

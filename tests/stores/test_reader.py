@@ -79,3 +79,15 @@ def test_a_hundred_shards_need_few_descriptors(tmp_path: Path) -> None:
             out = weightops.shard(many, tmp_path / f"out{workers}", max_shard_size="source", workers=workers).out
             assert len(list(out.glob("*.safetensors"))) == 100
     assert opened_below(tmp_path) == []
+
+
+def test_what_will_be_read_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty range would mean the rest of the file."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("weightops.stores.reader.advise_soon", lambda fd, start, nbytes: asked.append((start, nbytes)))
+    (tmp_path / "large").write_bytes(bytes(8 << 20))
+    file, block = SourceFile.at(tmp_path / "large"), memoryview(bytearray(1 << 20))
+    with FileReader() as read:
+        for offset in (0, 1 << 20, 1 << 20, 2 << 20, 0):
+            read.read_into(file, offset, block)
+    assert asked == [(1 << 20, 16 << 20), (17 << 20, 1 << 20), (18 << 20, 1 << 20), (1 << 20, 16 << 20)]

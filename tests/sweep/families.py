@@ -157,6 +157,7 @@ VERBS = {
     "cast": "to float16 and bfloat16; the files that transformers saves after loading in that type",
     "fp8": "`cast --scheme fp8`; loads with nothing missing or unexpected, every weight within 4 %",
     "diff": "exact, and recovered to the bit",
+    "merge": "with another model, one part to three; loads, every weight the mean of those that transformers loads",
     "merge-lora": "an adapter of all linear layers and experts; the files that peft's merge saves",
     "extract-lora": "of that merge; peft loads it, and gets every difference within 1 %",
     "quantize": "8 bits, rounded; dequantised it loads, every weight within 1 %, the packed one has its greedy tokens",

@@ -179,6 +179,27 @@ def test_diff(family: Family) -> None:
 
 
 @pytest.mark.slow
+def test_merge(family: Family) -> None:
+    with family.through("merge"):
+        other = family.out.with_name("other")
+        changed = loaded(family.folder)
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        changed.save_pretrained(other)
+        save_tokenizer(other)
+        places = ((family.folder, 0.25), (other, 0.75))
+        models = [{"model": str(place), "parameters": {"weight": weight}} for place, weight in places]
+        weightops.merge(models, family.out, method="linear")
+        one, two = (loaded(place).state_dict() for place, _ in places)
+        found = loaded(family.out).state_dict()
+        assert found.keys() == one.keys()
+        for name, tensor in found.items():
+            mean = one[name] * 0.25 + two[name] * 0.75 if tensor.is_floating_point() else one[name]
+            assert torch.allclose(tensor, mean, rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.slow
 def test_merge_lora(family: Family) -> None:
     with family.through("merge-lora"):
         _adapt(family)

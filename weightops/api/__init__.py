@@ -21,7 +21,7 @@ from weightops.api.change import (
     shard,
 )
 from weightops.api.comparison import Comparisons, compare
-from weightops.api.merging import explain_merge, merge, verify_merge
+from weightops.api.merging import compare_merge, explain_merge, merge, verify_merge
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
@@ -37,6 +37,7 @@ __all__ = [
     "chat",
     "check",
     "compare",
+    "compare_merge",
     "convert",
     "dequantize",
     "diff",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from weightops.api.models import ComputeDType, evaluate
+from weightops.api.models import ComputeDType, described, evaluate
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.errors import IncompatibleInputs, UsageError
@@ -108,14 +108,18 @@ def compare(
         wanted = read_prompts(Path(prompts), settings, system=system, template=by_template)
     with control.stores.connected() as stores:
         opened = [each if isinstance(each, Checkpoint) else open_checkpoint(each, stores) for each in (a, *given)]
+        first, *others = models = [
+            each if isinstance(each, Checkpoint) else described(found)
+            for each, found in zip((a, *given), opened, strict=True)
+        ]
         outputs = None
         if text is not None:
             try:
                 outputs = evaluate(
-                    given,
+                    others,
                     text,
                     seq_len=seq_len,
-                    reference=a,
+                    reference=first,
                     dtype=dtype,
                     device=device,
                     engine=engine,
@@ -130,7 +134,7 @@ def compare(
             from weightops.api.talk import open_pool
             from weightops.inference.side_by_side import answer_side_by_side
 
-            sources = {str(number): each for number, each in enumerate((a, *given))}
+            sources = {str(number): each for number, each in enumerate(models)}
             with open_pool(
                 sources, dtype=dtype, device=device, engine=engine, max_memory=max_memory, control=control
             ) as pool:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+import yaml
+
+from weightops.api.comparison import Comparisons, compare
 from weightops.api.outputs import Output, local, split_output
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
@@ -99,9 +102,24 @@ def verify_merge(
         return prove(expected, found, lambda tensors: digest_tensors(tensors, workers, control), plugin)
 
 
+def compare_merge(
+    models: Models,
+    folder: StrPath,
+    *,
+    workers: int | None = None,
+    control: Control | None = None,
+    **merging: Unpack[Merging],
+) -> Comparisons:
+    """How far the merged model in `folder` is from each of the models that it was made of; see `weightops.compare`."""
+    recipe = _recipe(models, merging)
+    with derive(recipe, control or Control(), without=_RESULT) as made:
+        others = [made.checkpoints[name] for name in recipe.steps[_RESULT].inputs["models"]]
+        return compare(folder, others, workers=workers, control=control)
+
+
 def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
     """The recipe that a merge is, without an output."""
-    from weightops.operations.merge import parse_stages
+    from weightops.operations.merge import References, parse_stage, parse_stages
     from weightops.ops.merging.plugin import load_plugin
 
     plugin = merging.get("plugin")
@@ -118,8 +136,9 @@ def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
     else:
         if "method" not in said:
             raise UsageError("there is no method to merge by", hint="for example --method slerp, or a merge file")
-        text = _as_text(as_document({**said, "models": [_plain(model) for model in models]}))
-        stages = parse_stages(text, "merge", os.path.exists)
+        document = _ordered(as_document({**said, "models": [_plain(model) for model in models]}))
+        stages = [parse_stage(Document(document, "merge"), References(os.path.exists))]
+        text = _as_text(document)
     options = {name: merging[name] for name in ("seed", "allow_nonfinite") if merging.get(name)}
     options |= {"plugin": digest} if digest else {}
     found = expand(stages, text, _RESULT, options, locate=Location)
@@ -137,15 +156,17 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _as_text(document: Mapping[str, Any]) -> str:
-    """The document as YAML, in mergekit's usual order."""
-    import yaml
-
+def _ordered(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with texts for paths, in mergekit's usual order."""
     data = _plain(document)
     order = ("merge_method", "base_model", "models", "parameters")
-    data = {**{name: data[name] for name in order if name in data}, **data}
+    return {**{name: data[name] for name in order if name in data}, **data}
+
+
+def _as_text(document: Mapping[str, Any]) -> str:
+    """The document as YAML; raises `UsageError` for what YAML has no words for."""
     try:
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     except yaml.representer.RepresenterError as error:
         odd = escape(repr(error.args[-1]))
         raise UsageError(f"expected numbers, texts and lists of them, found {odd}") from None

@@ -265,12 +265,16 @@ def opened(source: StrPath | Checkpoint, control: Control) -> Checkpoint:
     """A checkpoint at a path, on a hub or server, or one that is opened already."""
     if isinstance(source, Checkpoint):
         return source
-    found = open_checkpoint(source, control.stores)
-    if found.sidecars or found.folder is None:
-        return found
-    # A weight file by itself: what lies beside it says what it is.
-    beside = [name for name in found.folder.names() if kind_of(name) in _DESCRIBING and found.folder.has(name)]
-    return replace(found, sidecars={name: Copied(found.folder.identity(name)) for name in beside})
+    return described(open_checkpoint(source, control.stores))
+
+
+def described(checkpoint: Checkpoint) -> Checkpoint:
+    """The same; a weight file by itself with what lies beside it, which says what it is."""
+    if checkpoint.sidecars or checkpoint.folder is None:
+        return checkpoint
+    folder = checkpoint.folder
+    beside = [name for name in folder.names() if kind_of(name) in _DESCRIBING and folder.has(name)]
+    return replace(checkpoint, sidecars={name: Copied(folder.identity(name)) for name in beside})
 
 
 def opened_merged(source: StrPath | Checkpoint, control: Control) -> Checkpoint:

@@ -80,6 +80,13 @@ class OneOf(click.Choice[str]):
         return super().convert(spelled(value, self.choices), param, ctx)
 
 
+class NameOf(OneOf):
+    """One of several names, or one that is known only when more has been read, as those in plugins are."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return spelled(str(value), self.choices)
+
+
 class NumberType(OneOf):
     """A number type: the usual ones are shown, and others that torch has a name for are taken."""
 

@@ -39,6 +39,8 @@ class Job:
     """What its cache and computing take."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     events: Iterator[Event] | None = None
+    has_spoken: bool = False
+    """Whether its first token has come."""
     said: str | None = None
     """Why it waits, as was said last."""
 

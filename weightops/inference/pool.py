@@ -1,14 +1,15 @@
 """Several models in so much memory: one thread that runs them, a queue of what is asked, and events for whoever asked.
 
 Weights, caches and what computing takes are counted before a text begins. Models that fit together stay in memory, and
-their texts come by turns, a token of each. Where they do not, the one that was used longest ago gives way; texts that
-wait for memory begin in the order in which they were asked for.
+their texts come by turns: a token of each, or as many as a moment is enough for. Where they do not, the one that was
+used longest ago gives way; texts that wait for memory begin in the order in which they were asked for.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from weightops.engine.control import Control
 from weightops.errors import Interrupted, UsageError
-from weightops.inference.events import Event, Finished, failed
+from weightops.inference.events import Event, Finished, Token, failed
 from weightops.inference.jobs import Deliver as Deliver
 from weightops.inference.jobs import Job
 from weightops.inference.jobs import Request as Request
@@ -30,6 +31,13 @@ from weightops.io.platform.machine import release_freed
 
 _KEPT_PROMPTS = 4
 """Texts of each model whose keys and values are kept, if there is memory."""
+
+
+TURN_S = 0.02
+"""How long a text goes on before the next has its turn: shorter than anybody sees.
+
+A small model makes several tokens in that time, with weights that stay in the processor's cache between them.
+"""
 
 
 class Stoppable(Control):
@@ -60,13 +68,14 @@ class Pool:
     """Models by name, opened already, in `max_nbytes` of memory beside the program itself (by default what is free).
 
     Everything that computes is done by one thread; `submit` and `close` may be called from any. The models must have
-    been opened with a control of kind `Stoppable`, if loading is to end when a text is cancelled.
+    been opened with a control of kind `Stoppable`, if loading is to end when a text is cancelled. A text gives way to
+    the next after each piece of its prompt, after its first token, and then once its turn has lasted `turn_s`.
     """
 
-    def __init__(self, models: Mapping[str, Opened], max_nbytes: int | None = None) -> None:
+    def __init__(self, models: Mapping[str, Opened], max_nbytes: int | None = None, *, turn_s: float = TURN_S) -> None:
         if not models:
             raise UsageError("there is no model")
-        self._models = dict(models)
+        self._models, self._turn_s = dict(models), turn_s
         self.max_nbytes = max_nbytes if max_nbytes is not None else _room(models.values())
         self._loaded: dict[str, Loaded] = {}
         """By name; the one used last comes last."""
@@ -269,19 +278,23 @@ class Pool:
         release_freed()
 
     def _step(self, job: Job) -> None:
-        """The next event of a text."""
+        """The turn of a text."""
         self._listen(self._models[job.request.model], job)
-        assert job.events is not None
-        try:
-            event = next(job.events)
-        except Exception as error:
-            self._live.remove(job)
-            self._end(job, error)
-            return
-        if isinstance(event, Finished):
-            self._live.remove(job)
-            job.events = None
-        job.deliver(event)
+        events, end_s, goes_on = job.events, time.monotonic() + self._turn_s, True
+        assert events is not None
+        while goes_on:
+            try:
+                event = next(events)
+            except Exception as error:
+                self._live.remove(job)
+                self._end(job, error)
+                return
+            goes_on = isinstance(event, Token) and job.has_spoken and time.monotonic() < end_s
+            job.has_spoken |= isinstance(event, Token)
+            if isinstance(event, Finished):
+                self._live.remove(job)
+                job.events = None
+            job.deliver(event)
 
     def _listen(self, opened: Opened, job: Job) -> None:
         """While this text is at work, it is its being cancelled that stops reading."""

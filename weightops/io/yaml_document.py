@@ -23,13 +23,15 @@ _MERGE = "tag:yaml.org,2002:merge"
 class Document:
     """A mapping as it was written, called `shown` in messages, with the line of each field.
 
-    `anchored` are the places of values that others repeat by an alias.
+    `anchored` are the places of values that others repeat by an alias; `inside` is where the mapping itself stands in
+    what is called `shown`, if that holds more.
     """
 
     data: Mapping[str, Any]
     shown: str
     lines: Mapping[Place, int] = field(default_factory=dict)
     anchored: frozenset[Place] = frozenset()
+    inside: Place = ()
 
     def fail(self, place: Place, message: str, hint: str | None = None) -> NoReturn:
         """Raise `UsageError`, with file, line and field."""
@@ -43,7 +45,7 @@ class Document:
 
     def _at(self, place: Place) -> str:
         line = next((self.lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.lines), None)
-        name = ".".join(map(escape, place))
+        name = ".".join(map(escape, (*self.inside, *place)))
         return f"{self.shown}{f':{line}' if line else ''}: {f'{name}: ' if name else ''}"
 
     def mapping(self, place: Place, value: Any) -> Mapping[str, Any]:

@@ -36,6 +36,7 @@ class ModelCard(Document, frozen=True):
     files: dict[str, int]
     warnings: tuple[str, ...] = ()
     quantization: str = ""
+    configurations: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,6 +63,7 @@ class ModelCard(Document, frozen=True):
             content_id=content_id(tensors),
             dtypes=_parameters(spec for spec, _ in tensors.values()),
             quantization=self.quantization,
+            configurations=self.configurations,
         )
 
 
@@ -87,16 +89,42 @@ def card(
     relation = next((found for step in path for found in [_relation(*step)] if found), None)
     is_for_others = any(operation == "convert" and arguments.get("to") != "hf" for operation, arguments in path)
     is_delta = any(operation == "diff" for operation, _ in path)
+    if path and path[-1][0] == "merge":
+        relation, bases = "merge", tuple(sources[name] for name in _behind(everything, path[-1][1]) if name in sources)
+    else:
+        bases = (sources[base],) if base in sources and not is_delta else ()
     return ModelCard(
         title,
-        (sources[base],) if base in sources and not is_delta else (),
+        bases,
         None if is_delta else relation,
         "peft" if relation == "adapter" else None if is_for_others or is_delta else "transformers",
         tuple(_sentence(name, operation, arguments) for name, operation, arguments in _operations(everything)),
         dict(files),
         tuple(warnings),
         quantization,
+        tuple(_configuration(arguments) for _, operation, arguments in _operations(everything) if operation == "merge"),
     )
+
+
+def _behind(steps: Mapping[str, Mapping[str, Mapping[str, Any]]], arguments: Mapping[str, Any]) -> list[str]:
+    """The sources that a merge is made of, each once; of a model with an adapter the model."""
+    found: dict[str, None] = {}
+    names = arguments["models"]
+    for name in [names] if isinstance(names, str) else names:
+        path, source = _ancestry(steps, name)
+        if path and path[-1][0] == "merge":
+            found |= dict.fromkeys(_behind(steps, path[-1][1]))
+        else:
+            found[source] = None
+    return list(found)
+
+
+def _configuration(arguments: Mapping[str, Any]) -> str:
+    """The document of a merge in mergekit's language."""
+    import yaml  # imported here because few runs write a card
+
+    text: str = yaml.safe_dump(arguments["config"], sort_keys=False, allow_unicode=True)
+    return text
 
 
 def quantization_of(config: Mapping[str, Any]) -> str:
@@ -141,6 +169,9 @@ def _relation(operation: str, arguments: Mapping[str, Any]) -> str | None:
 
 def _sentence(name: str, operation: str, arguments: Mapping[str, Any]) -> str:
     """One step as text: `name: operation role=name option=value`."""
+    if operation == "merge":  # whose document has a place of its own
+        own = {key: value for key, value in arguments.items() if key != "config"}
+        arguments = {"method": arguments["config"].get("merge_method", ""), **own}
     said = " ".join(
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arguments.items()
     )
@@ -159,12 +190,14 @@ def render_card(
     content_id: str | None = None,
     dtypes: Mapping[str, int] | None = None,
     quantization: str = "",
+    configurations: Sequence[str] = (),
 ) -> bytes:
     """README.md: front matter for the hub, and what there is to know of how the folder was made.
 
     `base_models` are hub ids, also as `hf://org/name@revision`; what can be none is left out of the front matter, and
     named in a comment there. `relation` is one of `RELATIONS`, `library` transformers, peft or None. `files` gives
-    bytes by name, `dtypes` elements by type, `quantization` is what `quantization_of` says. Names from files can say
+    bytes by name, `dtypes` elements by type, `quantization` is what `quantization_of` says, `configurations` are
+    merge files. Names from files can say
     nothing in Markdown, HTML or YAML but themselves.
     """
     ids = {name: hub_id(name) for name in base_models}
@@ -179,6 +212,10 @@ def render_card(
     if steps:
         parts.append("## How it was made")
         parts.append("\n".join(f"{number}. {_code(step)}" for number, step in enumerate(steps, 1)))
+    if configurations:
+        parts.append("## Merge configuration")
+        parts.append("In the language of mergekit; mergekit_config.yml has it as it was given.")
+        parts += [_block(text, "yaml") for text in configurations]
     parts.append("## What it holds")
     parts.append("\n".join(_holdings(files, dtypes or {}, content_id)))
     parts.append("`weightops verify .` holds the folder against its `weightops-manifest.json`.")
@@ -206,7 +243,7 @@ def _front_matter(ids: Sequence[str], relation: str | None, library: str | None)
             metadata["base_model_relation"] = relation
     metadata["tags"] = [
         "weightops",
-        *(["merge"] if relation == "merge" else []),
+        *(["mergekit", "merge"] if relation == "merge" else []),
         *(["lora"] if library == "peft" else []),
     ]
     text: str = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
@@ -241,6 +278,13 @@ def _code(text: str) -> str:
     fence = "`" * (max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{space}{shown}{space}{fence}"
+
+
+def _block(text: str, language: str) -> str:
+    """A block of code, with a longer fence around it than is in it."""
+    shown = "\n".join(_shown(line) for line in text.rstrip("\n").split("\n"))
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def _shown(text: str) -> str:

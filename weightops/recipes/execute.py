@@ -30,6 +30,7 @@ from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.io.notebook import card, in_units
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.ops.merging.doubt import doubts
 from weightops.ops.stored import without_shared_checks
 from weightops.plan import DEFAULT_SHARD_NBYTES, Expectation, Plan, make_plan, parse_size, sources_of
 from weightops.recipes.observe import observe
@@ -232,7 +233,8 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
             beside={out: each.beside for out, each in wanted.items() if each.beside is not None},
         )
     for (out, plan), done in zip(missing.items(), outcomes, strict=True):
-        results[out] = Result(done.out, plan, done.manifest, done.resumed, (*said[out], *done.warnings))
+        warnings = (*said[out], *done.warnings, *doubts(done.manifest.notes))
+        results[out] = Result(done.out, plan, done.manifest, done.resumed, warnings)
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,9 @@ def expand(
     named after their folders and repositories, so that the names, which are recorded, do not depend on where those
     lie. `options` go to every stage; `text` is the merge file, which is written beside the result.
     """
+    # Imported here, as operations are where they are needed.
+    from weightops.ops.merging.methods import find_method
+
     found = Expanded()
     names = _Names(found, locate, {*known, result}, [stage.name for stage in stages if stage.name], there or Expanded())
     for stage in stages:
@@ -53,8 +57,11 @@ def expand(
         document = stage.plain(called)
         models = tuple(dict.fromkeys(called.values()))
         # The text is no part of what made the result: it says where the models lie.
-        given = {"text": text, "file": stage.document.shown}
-        found.steps[name] = Step("merge", {"models": models}, {"config": document, **options}, given)
+        given = {"text": text, "file": stage.document.shown, "said": _on_the_hub(stage)}
+        own = {"config": document, **options}
+        if any(find_method(method).is_random for method in stage.methods):
+            own.setdefault("seed", 0)
+        found.steps[name] = Step("merge", {"models": models}, own, given)
     return found
 
 
@@ -96,7 +103,7 @@ def expand_step(
         data = as_document(fields)
         below = {at[len(place) :]: line for at, line in document.lines.items() if at[: len(place)] == place}
         lines = {(*(_SHORT.get(key, key) for key in at[:1]), *at[1:]): line for at, line in below.items()}
-        stages = [parse_stage(Document(data, document.shown, lines), References(exists))]
+        stages = [parse_stage(Document(data, document.shown, lines, inside=place), References(exists))]
         text = ""
     return expand(stages, text, name, options, locate=lambda text: Location(locate(text)), known=known, there=there)
 
@@ -125,6 +132,16 @@ def read_text(path: Path) -> str:
         raise SourceMissing(f"{escape(str(path))}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{escape(str(path))}: cannot be read ({escape(str(error))})") from None
+
+
+def _on_the_hub(stage: Stage) -> tuple[str, ...]:
+    """What to say of names that are taken for repositories on a hub, because nothing here is called so."""
+    from weightops.operations.merge import HUB
+
+    meant = {place for model in stage.references for place in (model.model, model.adapter) if place is not None}
+    written = json.dumps(stage.document.data, default=str)
+    names = sorted(place for place in meant if place.startswith(HUB) and place not in written)
+    return tuple(f"{escape(name.removeprefix(HUB))} is no folder here: it is read as {escape(name)}" for name in names)
 
 
 class _Names:

@@ -22,7 +22,7 @@ from weightops.recipes.names import spelled
 from weightops.spec import DType, parse_dtype
 
 VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "merge")
-_SUPPLIED = ("evaluate", "names", "text", "file")
+_SUPPLIED = ("evaluate", "names", "text", "file", "said")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class FileReader:
         self._open: OrderedDict[str, int] = OrderedDict()
         self._max_open = max_open
         self._seen: dict[str, SourceFile] = {}
+        self._advised: dict[str, int] = {}
+        """Up to where the system was told that a file will be read."""
         self._stores = stores
 
     def _descriptor(self, file: SourceFile) -> int:
@@ -64,7 +66,15 @@ class FileReader:
         fd = self._descriptor(file)
         read_from(fd, file, offset, out)
         if len(out) >= 1 << 20:
-            advise_soon(fd, offset + len(out), _READ_AHEAD)
+            self._advise(file.path, fd, offset + len(out))
+
+    def _advise(self, path: str, fd: int, position: int) -> None:
+        """Have the next bytes read; those it was asked for already it would look for again, one page at a time."""
+        stop, known = position + _READ_AHEAD, self._advised.get(path, 0)
+        start = known if position <= known <= stop else position
+        self._advised[path] = stop
+        if start < stop:
+            advise_soon(fd, start, stop - start)
 
     def read(self, file: SourceFile, offset: int, nbytes: int) -> bytes:
         """The `nbytes` at `offset`; for headers, whose size the caller has checked against the file's."""

@@ -18,8 +18,8 @@ from weightops.lazy import Evaluator, LazyTensor
 from weightops.operations.compare.pairing import Pair
 from weightops.ops.elementwise import cast
 from weightops.ops.lora.lowrank import OVERSAMPLE, SingularValues
+from weightops.ops.measures.change_rank import energy_rank
 from weightops.ops.measures.difference import Difference, TensorDifference
-from weightops.ops.measures.difference_sums import energy_rank
 from weightops.ops.measures.statistics import has_statistics
 from weightops.ops.measures.witness import witness
 from weightops.spec import DType
@@ -102,47 +102,52 @@ def _difference(pair: Pair, label: str) -> LazyTensor:
 
 
 def _with_ranks(found: Sequence[Measured], workers: int, control: Control) -> list[Measured]:
-    """The same with ranks, of those matrices whose sampled rows say that the change may be of low rank."""
-    chosen: dict[int, LazyTensor] = {}
+    """The same with ranks: from the first pass, or where that left a doubt and sampled rows say that it may be low."""
+    result, chosen = list(found), dict[int, LazyTensor]()
     for number, each in enumerate(found):
-        if (sketch := _sketch(each)) is not None:
+        if each.found is None or not _may_have_rank(each, each.found):
+            continue
+        if each.found.rank is not None and _is_usual(each.found):
+            result[number] = _ranked(each, each.found, each.found.rank, each.found.largest_square)
+        elif (sketch := _sketch(each.pair, each.found)) is not None:
             chosen[number] = sketch
-    if not chosen:
-        return list(found)
-    values = _evaluated(chosen, workers, control)
-    result = list(found)
-    for number, squares in values.items():
+    for number, squares in (_evaluated(chosen, workers, control) if chosen else {}).items():
         each = found[number]
         assert each.found is not None
         rank = energy_rank(squares, each.found.norm_d * each.found.norm_d)
-        if rank <= _most(each.pair.a.spec.shape) and squares[0] > 0:
-            result[number] = replace(
-                each, rank=rank, stable_rank=each.found.norm_d * each.found.norm_d / float(squares[0])
-            )
+        if rank <= len(squares):  # else the sampled rows had fewer directions than all have
+            result[number] = _ranked(each, each.found, rank, float(squares[0]))
     return result
+
+
+def _ranked(each: Measured, found: TensorDifference, rank: int, largest_square: float) -> Measured:
+    if rank > _most(each.pair.a.spec.shape) or not largest_square:
+        return each
+    return replace(each, rank=rank, stable_rank=found.norm_d * found.norm_d / largest_square)
 
 
 def _most(shape: tuple[int, ...]) -> int:
     return max(1, min(shape) // LOW)
 
 
-def _sketch(each: Measured) -> LazyTensor | None:
-    found, pair = each.found, each.pair
-    if (
-        found is None
-        or each.is_repeated
-        or not 0 < found.sample_rank <= found.sample_rows // 2
-        or pair.steps is not None
-    ):
-        return None
-    if found.is_cast or found.is_cast_of_b or found.odd or found.nan_a or found.infinite_a or found.norm_d > _ABSURD:
+def _may_have_rank(each: Measured, found: TensorDifference) -> bool:
+    """Whether it means something: not of rounding, not of what is not finite."""
+    if each.is_repeated or each.pair.steps is not None or found.is_cast or found.is_cast_of_b:
+        return False
+    return not (found.odd or found.nan_a or found.infinite_a or found.norm_d > _ABSURD)
+
+
+def _is_usual(found: TensorDifference) -> bool:
+    return _SMALLEST < found.norm_d < _LARGEST
+
+
+def _sketch(pair: Pair, found: TensorDifference) -> LazyTensor | None:
+    if not 0 < found.sample_rank <= min(found.sample_rows // 2, _most(pair.a.spec.shape)):
         return None
     rows, columns = pair.a.spec.shape
-    if found.sample_rank > _most((rows, columns)):
-        return None
     width = min(found.sample_rank + OVERSAMPLE, rows, columns)
-    is_usual = _SMALLEST < found.norm_d < _LARGEST and DType.F64 not in (pair.a.spec.dtype, pair.b.spec.dtype)
-    wide = DType.F32 if is_usual else DType.F64
+    is_narrow = _is_usual(found) and DType.F64 not in (pair.a.spec.dtype, pair.b.spec.dtype)
+    wide = DType.F32 if is_narrow else DType.F64
     op = SingularValues((rows, columns), width, 1, _SEED, pair.first.name)
     return LazyTensor.make(op, cast(pair.a, wide), cast(pair.b, wide))
 

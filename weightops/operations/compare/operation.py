@@ -36,10 +36,10 @@ def compare(
 ) -> Comparison:
     """How `b` differs from `a`: every tensor, the configuration, the tokenizer.
 
-    Each tensor of both is read once, by one thread per core unless `workers` says otherwise; those whose change may be
-    of low rank twice more. With a `tolerance` the result says whether the two differ beyond it: by ||B - A|| / ||A|| of
-    any tensor, by a NaN or an infinity that one of them has alone, by rows that one has more, or by a tensor without a
-    partner; with `strict` also by configuration that changes results, or the tokenizer.
+    Each tensor of both is read once, by one thread per core unless `workers` says otherwise; twice more where that
+    leaves a doubt about a low rank. With a `tolerance` the result says whether the two differ beyond it: by
+    ||B - A|| / ||A|| of any tensor, by a NaN or an infinity that one of them has alone, by rows that one has more, or
+    by a tensor without a partner; with `strict` also by configuration that changes results, or the tokenizer.
 
     Raises `UsageError` for a tolerance that is none and for adapters and deltas, `CorruptInput` for tensors that cannot
     be read, `Differs` for files on servers or in a cache whose digest is wrong.

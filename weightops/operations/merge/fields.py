@@ -25,6 +25,7 @@ _PLACES = (
     (SOURCE, "beside the model of a source, under slices:"),
     (TOKENIZER, "under tokenizer:"),
     (("revision",), "behind the model's name: model: NAME@REVISION"),
+    (("plugin",), "on the command line alone, for it names a program: --plugin FILE"),
 )
 _WITHOUT_EFFECT = ("int8_mask",)
 """Parameters of mergekit that change its memory, not its results."""

@@ -24,8 +24,6 @@ from weightops.operations.merge.stage import Stage
 from weightops.operations.merge.vocabulary import Vocabulary, aligned
 from weightops.ops.merging.method import Value
 
-SCHEMA = "weightops-merge-plan/1"
-
 
 def merge(
     models: Sequence[Checkpoint],
@@ -33,7 +31,8 @@ def merge(
     config: Mapping[str, Any],
     text: str = "",
     file: str = "",
-    seed: int = 0,
+    said: Sequence[str] = (),
+    seed: int | None = None,
     allow_nonfinite: bool = False,
     plugin: str | None = None,
     names: Sequence[str],
@@ -42,16 +41,16 @@ def merge(
     """What a stage of a merge file makes of `models`, which it calls by `names`, in their order.
 
     `config` is one document in mergekit's language, in which each model is one of the names (see `Stage.plain`).
-    `text` is the merge file as it was given, to lie beside the result, and `file` its name for messages. `seed` is that
-    of random masks. NaN and infinities are refused where they are met, unless `allow_nonfinite`. `plugin` is the
-    SHA-256 of the file that brought further methods.
+    `text` is the merge file as it was given, to lie beside the result, and `file` its name for messages; `said` are
+    further notes. `seed` is that of random masks, 0 by default. NaN and infinities are refused where they are met,
+    unless `allow_nonfinite`. `plugin` is the SHA-256 of the file that brought further methods.
 
     Raises `UsageError` for what the file cannot mean, with line and field where `text` has them, `IncompatibleInputs`
     for models that do not belong together. Everything that does not depend on values is refused here.
     """
     stage = read_stage(config, text, file)
     ready = _Ready.of(stage, models, names, evaluate)
-    made = make(ready.arrangement.jobs, stage.out_dtype, seed=seed, allow_nonfinite=allow_nonfinite)
+    made = make(ready.arrangement.jobs, stage.out_dtype, seed=seed or 0, allow_nonfinite=allow_nonfinite)
     result = finished(
         ready.donor,
         ready.models,
@@ -70,7 +69,7 @@ def merge(
         watch=watch,
         documents=(),
         dropped=dropped | dict(ready.arrangement.dropped),
-        warnings=tuple(dict.fromkeys((*result.warnings, *unused, *ready.notes))),
+        warnings=tuple(dict.fromkeys((*said, *result.warnings, *unused, *ready.notes))),
     )
 
 
@@ -92,10 +91,9 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, Value]
 
 
-class MergePlan(msgspec.Struct, frozen=True, kw_only=True):
+class MergePlan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-merge-plan/1"):
     """How each tensor of a merge is made, in the order in which they are written."""
 
-    schema: str = SCHEMA
     tensors: tuple[Made, ...]
 
 
@@ -105,6 +103,7 @@ def explain(
     config: Mapping[str, Any],
     text: str = "",
     file: str = "",
+    said: Sequence[str] = (),
     names: Sequence[str],
     evaluate: Evaluate,
 ) -> MergePlan:

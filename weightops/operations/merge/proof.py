@@ -12,17 +12,15 @@ from weightops.operations.merge.result import MERGE_FILE
 from weightops.spec import TensorSpec
 
 Digest = Callable[[Mapping[str, LazyTensor]], Mapping[str, tuple[TensorSpec, str]]]
-SCHEMA = "weightops-merge-proof/1"
 
 
-class MergeProof(msgspec.Struct, frozen=True, kw_only=True):
+class MergeProof(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-merge-proof/1"):
     """What of a folder is as a merge makes it: tensors by bits, and the small files that are made with them.
 
     Names of tensors that `differ`, that are `missing` from the folder, and `extra` ones; `files` that differ or are
     missing, such as config.json. `plugin` is the SHA-256 of the file that brought a method, if one did.
     """
 
-    schema: str = SCHEMA
     folder: str
     is_same: bool
     n_tensors: int

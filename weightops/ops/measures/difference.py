@@ -61,7 +61,8 @@ class TensorDifference(msgspec.Struct, frozen=True, kw_only=True):
     is the root of the mean squared distance in steps.
     `changed_rows` of `rows` hold a change (a row is along the last dimension); `listed_rows` are those that changed
     most, by number. `heads` are all heads, where there are such. `sample_rank` is the least number of singular values
-    that hold 99 % of the change in `sample_rows` of the rows, spread evenly.
+    that hold 99 % of the change in `sample_rows` of the rows, spread evenly. `rank` is that number for all rows, and
+    `largest_square` the largest squared singular value, where one pass was enough to tell.
     """
 
     elements: int
@@ -92,6 +93,8 @@ class TensorDifference(msgspec.Struct, frozen=True, kw_only=True):
     heads: tuple[Part, ...] = ()
     sample_rank: int = 0
     sample_rows: int = 0
+    rank: int | None = None
+    largest_square: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -229,7 +232,8 @@ def _result(sums: Sums) -> TensorDifference:
     counts = {name: int(value) for name, value in sums.counts.items()}
     with np.errstate(all="ignore"):
         aa, ad, dd = (float(total.sum()) for total in sums.products)
-    rank, looked_at = sums.sample_rank()
+    sample_rank, sample_rows = sums.sample_rank()
+    rank, largest_square = sums.leading(dd) or (None, 0.0)
     changed_rows, listed = _changed_rows(*sums.products) if sums.layout.rows else (0, [])
     return TensorDifference(
         elements=sums.position,
@@ -250,8 +254,10 @@ def _result(sums: Sums) -> TensorDifference:
         changed_rows=changed_rows,
         listed_rows=tuple(listed),
         heads=tuple(_parts(*sums.of_heads())),
-        sample_rank=rank,
-        sample_rows=looked_at,
+        sample_rank=sample_rank,
+        sample_rows=sample_rows,
+        rank=rank,
+        largest_square=largest_square,
     )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from weightops.ops.libtorch import convert, matmul
+from weightops.ops.libtorch import convert
+from weightops.ops.lora.lowrank import OVERSAMPLE
 from weightops.ops.lora.product import memory_of
+from weightops.ops.measures.change_rank import Sketch, certain_rank, rank_of_rows
 from weightops.spec import DType
 
 if TYPE_CHECKING:
@@ -20,14 +22,15 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Axis = Literal["rows", "columns"]
-_PIECE = 1 << 17
-"""Elements that are worked on at once in float32; half as many in float64."""
+_PIECE = 1 << 19
+"""Elements that are worked on at once in float32; half as many in float64. Fewer cost more in calls than in memory."""
 _LEAST, _MOST = 1e-30, 1e30
 """Sums of squares between these have no terms that float32 cannot hold, and that matter."""
-_LOOK_NBYTES = 1 << 19
-"""Bytes that are compared at once."""
+_FIRST_LOOK_NBYTES, _LOOK_NBYTES = 1 << 12, 1 << 19
+"""Bytes that are compared at once: few at first, because what differs mostly does so at once."""
 _SAMPLE_NBYTES = 8 << 20
-_ENERGY = 0.99
+_FIRST_ROWS = 128
+"""Rows that say how wide a sketch of the change has to be, if one is worth making."""
 _HALF = 0.5 * (1 + 1e-3)
 """Half a step, and what rounding of the scale itself to 16 bits leaves."""
 
@@ -76,6 +79,9 @@ class Sums:
         count = min(layout.sample, _SAMPLE_NBYTES // (8 * layout.columns)) if layout.columns else 0
         self._sampled = np.linspace(0, layout.rows - 1, count).astype(np.int64) if count else np.zeros(0, np.int64)
         self._sample = np.zeros((count, layout.columns), np.float32)
+        self._sketch: Sketch | None = None
+        self._wants_sketch = count > 0 and not has_steps
+        """Until the first piece that changed says otherwise."""
 
     def add(self, a: memoryview, b: memoryview, steps: memoryview) -> None:
         """Take in the next elements."""
@@ -83,6 +89,7 @@ class Sums:
         for start in range(0, len(a) // sizes[0], self._step):
             stop = min(start + self._step, len(a) // sizes[0])
             parts = [data[start * size : stop * size] for data, size in zip((a, b), sizes, strict=True)]
+            self._following = a[start * sizes[0] :], b[start * sizes[1] :]
             self._add(parts[0], parts[1], steps[start * 4 : stop * 4] if self._has_steps else None)
             self.position += stop - start
 
@@ -127,6 +134,7 @@ class Sums:
             for total, (x, y) in zip(self._columns, ((old, old), (old, change), (change, change)), strict=False):
                 total += np.einsum("ij,ij->j", x.reshape(-1, columns), y.reshape(-1, columns))
             self._take_sample(rows, change)
+            self._take_sketch(change)
             self._count(a, b, old, new, change)
             if steps is not None:
                 self._measure_steps(np.frombuffer(steps, np.float32), change, new)
@@ -155,7 +163,7 @@ class Sums:
         elif out.dtype == np.float32:
             convert(memory_of(out), DType.F32, data, dtype)
         else:
-            narrow = self._narrow[: out.size]
+            narrow = self._narrow[: out.size] if out.size <= self._step else np.empty(out.size, np.float32)
             convert(memory_of(narrow), DType.F32, data, dtype)
             np.copyto(out, narrow)
 
@@ -216,7 +224,11 @@ class Sums:
             index = int(change.argmax() if high >= -low else change.argmin())
             values = float(old[index]), float(new[index])
             self.largest = (max(-low, high), self.position + index, *values)
-        turned = np.flatnonzero(np.not_equal(np.signbit(old), np.signbit(new)))
+        if all(dtype.is_float and dtype.bits == 16 for dtype in (one, other)):  # the sign is the first bit of a word
+            words = (np.frombuffer(data, np.int16) for data in (a, b))
+            turned = np.flatnonzero(np.bitwise_xor(*words) < 0)
+        else:
+            turned = np.flatnonzero(np.not_equal(np.signbit(old), np.signbit(new)))
         self.counts["flips"] += int(np.count_nonzero((old[turned] != 0) & (new[turned] != 0)))
 
     def _take_sample(self, rows: slice, change: Array) -> None:
@@ -226,6 +238,32 @@ class Sums:
         for i in range(int(low), int(high)):
             begin = (int(self._sampled[i]) - rows.start) * self.layout.columns
             self._sample[i] = change[begin : begin + self.layout.columns]
+
+    def _take_sketch(self, change: Array) -> None:
+        """Take a piece into the sketch, which begins with the first that changed: the ones before add nothing to it."""
+        import numpy as np
+
+        if self._wants_sketch:
+            self._sketch, self._wants_sketch = self._begin_sketch(), False
+        if self._sketch is not None:
+            self._sketch.add(change.reshape(-1, self.layout.columns).astype(np.float32, copy=False))
+
+    def _begin_sketch(self) -> Sketch | None:
+        """One of a few columns more than the rank of the change in the next rows; None where that is not low."""
+        import numpy as np
+
+        columns = self.layout.columns
+        found = []
+        for data, dtype in zip(self._following, self._types, strict=True):
+            rows = np.frombuffer(data, np.uint8).reshape(-1, columns * dtype.itemsize)
+            chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _FIRST_ROWS)).astype(np.int64)]
+            wide = np.empty(len(chosen) * columns, self._unit)
+            self._widen(memory_of(chosen), dtype, wide)
+            found.append(wide)
+        change = (found[1] - found[0]).astype(np.float32).reshape(-1, columns)
+        rank = rank_of_rows(change)
+        width = min(rank + OVERSAMPLE, self.layout.rows, columns)
+        return Sketch(columns, width) if rank <= len(change) // 2 and Sketch.fits(columns, width) else None
 
     def _measure_steps(self, steps: NDArray[np.float32], change: Array, spare: Array) -> None:
         """How far the two are apart in quantisation steps; where a step is 0 there is none."""
@@ -250,18 +288,20 @@ class Sums:
         aa, ad, dd = (each.reshape(self.layout.heads, -1).sum(axis=1) for each in sums)
         return aa, ad, dd
 
+    def leading(self, total: float) -> tuple[int, float] | None:
+        """The rank of a change whose square is `total`, and its largest squared singular value, where that is certain.
+
+        The rank is the least number of singular values that hold 99 % of the square.
+        """
+        if self._sketch is None:
+            return None
+        squares = self._sketch.squares()
+        rank = certain_rank(squares, total)
+        return None if rank is None else (rank, float(squares[0]))
+
     def sample_rank(self) -> tuple[int, int]:
         """How many singular values hold 99 % of the change in the sampled rows, and how many rows that were."""
-        import numpy as np
-
-        rows = self._sample
-        largest = float(np.abs(rows).max()) if len(rows) else 0.0
-        if not largest or not np.isfinite(largest):
-            return (len(rows) if largest else 0), len(rows)
-        rows /= largest
-        gram = np.empty((len(rows), len(rows)), np.float32)
-        matmul(gram, rows, rows.T)
-        return energy_rank(np.linalg.eigvalsh(gram.astype(np.float64))[::-1].clip(0.0)), len(rows)
+        return rank_of_rows(self._sample), len(self._sample)
 
 
 def _float64() -> np.dtype[Any]:
@@ -277,25 +317,13 @@ def _is_well(squares: Floats, changes: Floats) -> bool:
     return low > _LEAST and high < _MOST
 
 
-def energy_rank(squares: Floats, total: float | None = None) -> int:
-    """The least number of squared singular values, largest first, that hold 99 % of `total`, by default their sum.
-
-    One more than there are where all of them do not.
-    """
-    import numpy as np
-
-    wanted = _ENERGY * (float(squares.sum()) if total is None else total)
-    reached = np.flatnonzero(np.cumsum(squares) >= wanted * (1 - 1e-12))
-    return int(reached[0]) + 1 if reached.size else len(squares) + 1
-
-
 def is_same(a: memoryview, b: memoryview) -> bool:
     """Whether two buffers of one length hold the same bytes."""
     import numpy as np
 
-    whole = len(a) // 8 * 8
-    for start in range(0, whole, _LOOK_NBYTES):
-        stop = min(start + _LOOK_NBYTES, whole)
+    whole, stop = len(a) // 8 * 8, 0
+    while stop < whole:
+        start, stop = stop, min(stop + (_LOOK_NBYTES if stop else _FIRST_LOOK_NBYTES), whole)
         one, other = (np.frombuffer(data[start:stop], np.uint64) for data in (a, b))
         if not np.array_equal(one, other):
             return False

@@ -31,11 +31,23 @@ def magnitudes(x: torch.Tensor) -> Bits:
 
 
 def ordered(x: torch.Tensor) -> Bits:
-    """Unsigned integers in the order of the numbers of a float32 tensor, with their signs."""
+    """Unsigned integers in the order of the numbers of a tensor of 16 or 32 bits, with their signs."""
     import numpy as np
 
     bits = bits_of(x)
-    return np.where(bits < 0, ~bits, bits ^ np.int32(-(1 << 31))).view(np.uint32)
+    lowest = np.iinfo(bits.dtype).min
+    return np.where(bits < 0, ~bits, bits ^ lowest).view(f"u{bits.itemsize}")
+
+
+def number_of(key: int, dtype: torch.dtype) -> float:
+    """The number of a type of 16 or 32 bits whose place in the order of all is `key`."""
+    import torch
+
+    bits = torch.finfo(dtype).bits
+    top = 1 << (bits - 1)
+    word = key ^ top if key & top else ~key & (2 * top - 1)
+    kind = torch.int16 if bits == 16 else torch.int32
+    return float(torch.tensor(word - 2 * top if word & top else word, dtype=kind).view(dtype))
 
 
 def keep(x: torch.Tensor, mask: Bits) -> torch.Tensor:
@@ -77,9 +89,7 @@ def add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def l1_norm(x: torch.Tensor) -> float:
-    """The sum of sizes: in float32 over 1024 elements at a time, and in float64 over those."""
+    """The sum of sizes, in float64: whatever order a processor adds in, it is the same once it is rounded."""
     import torch
 
-    sizes = x.reshape(-1).abs().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    whole = sizes.numel() // 1024 * 1024
-    return float(sizes[:whole].view(-1, 1024).sum(dim=1).to(torch.float64).sum() + sizes[whole:].sum().double())
+    return float(x.abs().sum(dtype=torch.float64))

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 PIECE = 1 << 18
 """Elements that are computed at once: few enough for a cache, and enough to hide what calls cost."""
+_MAX_HELD_NBYTES = 48 << 20
+"""Tensors on servers that are asked for several times are kept in memory, unless they take more together."""
 
 
 class Inputs:
@@ -35,7 +37,11 @@ class Inputs:
         self, tensors: Sequence[LazyTensor], base: int | None, key: str, read: Evaluator, *, by_rows: bool = False
     ) -> None:
         self.tensors, self.base, self.key, self.by_rows = tuple(tensors), base, key, by_rows
-        self._read, self._buffers = read, deque[tuple[bytearray, ...]]()
+        self._read = read
+        self._spare: list[bytearray] = read.running.setdefault("memory of merges", [])
+        sources = (node.op.source for tensor in self.tensors for node in tensor.walk())
+        is_far = any(source is not None and source.is_remote for source in sources)
+        self._is_held = is_far and sum(tensor.nbytes for tensor in self.tensors) <= _MAX_HELD_NBYTES
 
     @property
     def spec(self) -> TensorSpec:
@@ -91,6 +97,17 @@ class Inputs:
         """Of values for each model those for all but the base."""
         return [values[i] for i in self.others]
 
+    def whole(self) -> list[torch.Tensor]:
+        """All tensors, flat; for small ones."""
+        return [as_torch(memoryview(buffer), self.spec.dtype) for buffer in self._all]
+
+    @cached_property
+    def _all(self) -> tuple[bytearray, ...]:
+        memory = tuple(bytearray(self.spec.nbytes) for _ in self.tensors)
+        for tensor, buffer in zip(self.tensors, memory, strict=True):
+            self._read(tensor, 0, memoryview(buffer))
+        return memory
+
     def over_blocks(self, function: Callable[[list[torch.Tensor], int], T]) -> Iterator[T]:
         """One pass: what `function` makes of each block and the number of its first element, in their order.
 
@@ -135,22 +152,33 @@ class Inputs:
 
     def _done(self, future: Future[T], memory: tuple[bytearray, ...]) -> T:
         result = future.result()
-        self._buffers.append(memory)
+        self._spare.extend(memory)
         return result
+
+    def _memory(self, nbytes: int) -> bytearray:
+        """Memory for a block, of an earlier one if there is some: fresh pages cost more than most passes over them."""
+        while self._spare:
+            buffer = self._spare.pop()
+            if len(buffer) >= nbytes:
+                return buffer
+        return bytearray(max(nbytes, PIECE * self.spec.dtype.itemsize))
 
     def _load(self, first: int, count: int) -> tuple[tuple[bytearray, ...], list[torch.Tensor]]:
         itemsize = self.spec.dtype.itemsize
-        memory = self._buffers.popleft() if self._buffers else ()
-        if not memory or len(memory[0]) < count * itemsize:
-            size = max(count, min(self.step, self.numel)) * itemsize
-            memory = tuple(bytearray(size) for _ in self.tensors)
+        if self._is_held:
+            part = slice(first * itemsize, (first + count) * itemsize)
+            return (), [self._block(memoryview(buffer)[part]) for buffer in self._all]
+        memory = tuple(self._memory(count * itemsize) for _ in self.tensors)
         blocks = []
         for tensor, buffer in zip(self.tensors, memory, strict=True):
             view = memoryview(buffer)[: count * itemsize]
             self._read(tensor, first * itemsize, view)
-            block = as_torch(view, self.spec.dtype)
-            blocks.append(block.reshape(-1, self.columns) if self.by_rows else block)
+            blocks.append(self._block(view))
         return memory, blocks
+
+    def _block(self, memory: memoryview) -> torch.Tensor:
+        block = as_torch(memory, self.spec.dtype)
+        return block.reshape(-1, self.columns) if self.by_rows else block
 
     def draws(self, model: int, first: int, count: int) -> NDArray[Any]:
         """Random numbers of 32 bits for the elements from `first` on, for the model at that place of the merge file.

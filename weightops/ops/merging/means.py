@@ -1,8 +1,9 @@
 """Means on the sphere: of directions, with lengths apart.
 
-Every step stays among combinations of the models, so that angles follow from the products of pairs (the Gram matrix),
-which take one pass. In 16 bits mergekit 0.1.5 rounds each step, and its angles with them: there the steps are made
-again in the tensors' dtype, element by element, with numbers that are rounded as its are.
+Every step stays among combinations of the models, so that all angles follow from the products of pairs (the Gram
+matrix), which take one pass, and the result is one combination of the models, rounded once. mergekit 0.1.5 rounds every
+step to the tensors' dtype, and the angles with it. Tensors of up to 2^20 elements are merged in its steps; of larger
+16-bit ones its rounding would cost more than it tells.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from weightops.errors import IncompatibleInputs
 from weightops.io.escape import escape
-from weightops.ops.merging.bits import add
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise
-from weightops.ops.merging.spherical import squares, sums, total
+from weightops.ops.merging.spherical import CHUNK, sums
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Blocks = Sequence[torch.Tensor]
 
 
-_MAX_KEPT_NBYTES = 32 << 20
 _LEAST = 1e-5
 """The length from which on a mean has a direction."""
 
@@ -58,50 +57,85 @@ def multislerp(
     if len(weights) == 1:
         (only,) = inputs.others
         return lambda blocks, first: blocks[only].clone()
-    norms = sums(inputs, lambda blocks: squares(inputs.changes(blocks), inputs.wide)).sqrt().to(dtype)
+    if inputs.numel > CHUNK:
+        return _combination(inputs, _multislerp(inputs.name, gram(inputs, inputs.changes), weights.double(), eps))
+    whole = inputs.whole()
+    result = _multislerp_in_steps(inputs.name, torch.stack(inputs.changes(whole)), weights, eps)
+    result = result if base is None else result + whole[base]
+    return lambda blocks, first: result[first : first + blocks[0].numel()]
+
+
+def _multislerp_in_steps(name: str, vectors: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    """As mergekit computes it on whole tensors, `[models, elements]`, each step rounded to their dtype."""
+    import torch
+
+    norms = torch.norm(vectors, dim=-1, keepdim=True)
     if not norms.any():  # where nobody changed anything there is no direction, and nothing to add
-        return lambda blocks, first: blocks[base or 0].clone()
-    divisors = torch.where(norms + eps > 0, norms + eps, 1)  # eps is 0 in float16
-
-    def units(blocks: Blocks) -> list[torch.Tensor]:
-        return [change / divisor for change, divisor in zip(inputs.changes(blocks), divisors, strict=True)]
-
-    def whole(blocks: Blocks) -> torch.Tensor:
-        return add(_times(units(blocks), weights))
-
-    length = sums(inputs, lambda blocks: squares([whole(blocks)], inputs.wide))[0].sqrt().to(dtype)
+        return vectors[0]
+    units = vectors / torch.where(norms + eps > 0, norms + eps, 1)  # eps is 0 in float16
+    factors = weights.view(-1, 1)
+    mean = (units * factors).sum(dim=0)
+    length = torch.norm(mean)
     if length < eps:
-        if len(weights) > 2:
-            raise IncompatibleInputs(
-                f"{escape(inputs.name)}: the weighted sum of the models' directions is zero, and has no direction",
-                hint="merge this tensor with other weights, or by another method than multislerp",
-            )
-        return lambda blocks, first: _from(base, blocks, add(_times(inputs.changes(blocks), weights)))
-    cosines = sums(inputs, lambda blocks: [unit * (whole(blocks) / length) for unit in units(blocks)]).to(dtype)
-
-    def directions(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean's direction, and the tangent at it."""
-        mean = whole(blocks) / length
-        tangents = [unit - cosine * mean for unit, cosine in zip(units(blocks), cosines, strict=True)]
-        return mean, add(_times(tangents, weights))
-
-    angle = sums(inputs, lambda blocks: squares([directions(blocks)[1]], inputs.wide))[0].sqrt().to(dtype) + eps
+        _refuse_no_direction(name, len(weights))
+        return (vectors * factors).sum(dim=0)
+    mean = mean / length
+    tangents = units - (units * mean).sum(dim=-1, keepdim=True) * mean
+    tangent = (tangents * factors).sum(dim=0)
+    angle = torch.norm(tangent) + eps
     turn = torch.where(angle > 0, torch.sin(angle) / angle, 1)
+    direction = mean * torch.cos(angle) + tangent * turn
+    result: torch.Tensor = direction * (norms.squeeze(-1) * weights).sum()
+    return result
+
+
+def _multislerp(name: str, products: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    """The factors of vectors with these products whose combination is their mean."""
+    import torch
+
+    norms = products.diagonal().sqrt()
+    if not norms.any():
+        return torch.zeros_like(norms)
+    lengths = torch.where(norms + eps > 0, norms + eps, 1)
+    units = products / lengths.outer(lengths)
+    length = _norm(weights, units)
+    if length < eps:
+        _refuse_no_direction(name, len(weights))
+        return weights
+    mean = weights / length
+    tangent = weights - (weights * (units @ mean)).sum() * mean
+    angle = _norm(tangent, units) + eps
     size = (norms * weights).sum()
+    turn = torch.where(angle > 0, torch.sin(angle) / angle, 1)
+    return (mean * torch.cos(angle) + tangent * turn) * size / lengths
+
+
+def _refuse_no_direction(name: str, n: int) -> None:
+    if n > 2:
+        raise IncompatibleInputs(
+            f"{escape(name)}: the weighted sum of the models' directions is zero, and has no direction",
+            hint="merge this tensor with other weights, or by another method than multislerp",
+        )
+
+
+def _norm(vector: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """The length of the combination with these coefficients, of vectors with these products."""
+    return (vector @ products @ vector).clamp(min=0).sqrt()
+
+
+def _combination(inputs: Inputs, factors: torch.Tensor) -> Blockwise:
+    """The sum of the models, or of their changes, times these factors, rounded once; then the base, if there is one."""
+    base, wide, numbers = inputs.base, inputs.wide, factors.tolist()
 
     def compute(blocks: Blocks, first: int) -> torch.Tensor:
-        mean, tangent = directions(blocks)
-        return _from(base, blocks, (mean * torch.cos(angle) + tangent * turn) * size)
+        changes = inputs.changes(blocks)
+        total = changes[0].to(wide) * numbers[0]
+        for change, factor in zip(changes[1:], numbers[1:], strict=True):
+            total.add_(change.to(wide), alpha=factor)
+        result: torch.Tensor = total.to(inputs.dtype)
+        return result if base is None else result + blocks[base]
 
     return compute
-
-
-def _times(vectors: Blocks, factors: torch.Tensor) -> list[torch.Tensor]:
-    return [vector * factor for vector, factor in zip(vectors, factors, strict=True)]
-
-
-def _from(base: int | None, blocks: Blocks, result: torch.Tensor) -> torch.Tensor:
-    return result if base is None else result + blocks[base]
 
 
 def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Blockwise:
@@ -110,134 +144,80 @@ def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Blockwi
 
     if len(inputs.tensors) == 1:
         return lambda blocks, first: blocks[0].clone()
+    if inputs.numel <= CHUNK:
+        mean = _karcher_in_steps(inputs.whole(), max_iter, tol, inputs.wide)
+        return lambda blocks, first: mean[first : first + blocks[0].numel()]
     products = gram(inputs, lambda blocks: blocks)
     norms = products.diagonal().sqrt()
     used = [i for i, norm in enumerate(norms) if norm > tol]
     if not used:
         return lambda blocks, first: blocks[0] * 0
-    size = (norms.sum() / len(norms)).to(inputs.wide)
-    if torch.finfo(inputs.dtype).bits > 16:
-        factors = _mean_factors((products / norms.outer(norms))[used][:, used], max_iter, tol) / norms[used] * size
-        return lambda blocks, first: add(_times([blocks[i] for i in used], factors.to(inputs.dtype)))
-    steps = _RoundedSteps(inputs, used, norms)
-    while len(steps.made) < max_iter and steps.go(tol):
-        pass
-    return lambda blocks, first: size * steps.mean(blocks, first)
+    factors = torch.zeros_like(norms)
+    factors[used] = _karcher((products / norms.outer(norms))[used][:, used], max_iter, tol) / norms[used] * norms.mean()
+    return _combination(inputs, factors)
 
 
-def _mean_factors(products: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:
+def _karcher(products: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:
     """Of unit vectors with these products those whose combination is their mean."""
     import torch
 
     n, share = len(products), 1 / len(products)
-
-    def norm(vector: torch.Tensor) -> torch.Tensor:
-        return (vector @ products @ vector).clamp(min=0).sqrt()
-
     mean = torch.full((n,), share, dtype=torch.float64)
-    mean = mean / norm(mean) if norm(mean) >= tol else torch.eye(n, dtype=torch.float64)[0]
+    length = _norm(mean, products)
+    mean = mean / length if length >= tol else torch.eye(n, dtype=torch.float64)[0]
     for _ in range(max_iter):
         cosines = (products @ mean).clamp(-1, 1)
         angles = torch.arccos(cosines)
         moves = angles >= tol
         factors = torch.where(moves, share * angles / torch.sin(torch.where(moves, angles, 1)), 0)
         tangent = factors - (factors * cosines).sum() * mean
-        step = norm(tangent)
+        step = _norm(tangent, products)
         if not step >= tol:
             break
         mean = torch.cos(step) * mean + torch.sin(step) * tangent / step
-        mean = mean / norm(mean) if norm(mean) > tol else mean
+        length = _norm(mean, products)
+        mean = mean / length if length > tol else mean
     return mean
 
 
-class _RoundedSteps:
-    """Steps towards the mean of unit vectors of 16 bits, each rounded to them, as are the angles that decide on it.
+def _karcher_in_steps(tensors: Sequence[torch.Tensor], max_iter: int, tol: float, wide: torch.dtype) -> torch.Tensor:
+    """As mergekit computes it on whole tensors: each step is rounded to their dtype, and so are the angles."""
+    import torch
 
-    The mean is kept in memory, or where that takes too much, made again from the first step on.
-    """
+    def length(vector: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.linalg.vector_norm(vector.to(wide))
+        return found
 
-    def __init__(self, inputs: Inputs, used: Sequence[int], norms: torch.Tensor) -> None:
-        import torch
+    dtype, norms = tensors[0].dtype, [length(tensor) for tensor in tensors]
+    pairs = zip(tensors, norms, strict=True)
+    units = [(tensor / norm).to(dtype) for tensor, norm in pairs if norm.item() > tol]
+    if not units:
+        return tensors[0] * 0
+    share = 1 / len(units)
+    mean = _added([share * unit for unit in units])
+    size = length(mean)
+    mean = units[0] if size.item() < tol else (mean / size).to(dtype)
+    for _ in range(max_iter):
+        parts = []
+        for unit in units:
+            cosine = torch.clamp(torch.dot(mean, unit), -1, 1)
+            angle = torch.arccos(cosine)
+            if not angle.item() < tol:
+                parts.append(share * (angle / torch.sin(angle)) * (unit - cosine * mean))
+        tangent = _added([torch.zeros_like(mean), *parts])
+        step = length(tangent)
+        if step.item() < tol:
+            break
+        mean = (torch.cos(step) * mean + torch.sin(step) * (tangent / step)).to(dtype)
+        size = length(mean)
+        if size.item() > tol:
+            mean = (mean / size).to(dtype)
+    return sum((norm / len(tensors) for norm in norms), start=torch.zeros((), dtype=wide)) * mean
 
-        self._inputs, self._used = inputs, used
-        self._norms = norms.to(inputs.wide)
-        self._share = 1 / len(used)
-        self.made: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        """Of each step the cosines, the factors of the vectors, the length of the step, and that of the mean then."""
-        nbytes = inputs.numel * inputs.spec.dtype.itemsize
-        self._kept = torch.empty(inputs.numel, dtype=inputs.dtype) if nbytes <= _MAX_KEPT_NBYTES else None
-        self._n_kept = -1
-        (square,) = sums(inputs, lambda blocks: squares([self._first(self._units(blocks))], inputs.wide))
-        self._length = square.sqrt().to(inputs.wide)
 
-    def mean(self, blocks: Blocks, first: int) -> torch.Tensor:
-        """A block of the mean after the steps that were made."""
-        units = self._units(blocks)
-        if self._kept is not None and self._n_kept >= 0:
-            begin = self._n_kept
-            mean = self._kept[first : first + blocks[0].numel()]
-        else:
-            begin = 0
-            mean = (self._first(units) / self._length).to(self._inputs.dtype) if self._length >= _LEAST else units[0]
-        for cosines, factors, step, length in self.made[begin:]:
-            mean = self._moved(mean, self._tangent(units, mean, cosines, factors), step)
-            mean = (mean / length).to(self._inputs.dtype)
-        return mean
-
-    def go(self, tol: float) -> bool:
-        """One step; whether there was one to be made."""
-        import torch
-
-        inputs, wide = self._inputs, self._inputs.wide
-
-        def products(blocks: Blocks, first: int) -> torch.Tensor:
-            mean = self.mean(blocks, first)
-            if self._kept is not None:
-                self._kept[first : first + mean.numel()] = mean
-            return torch.stack([total(mean.to(wide) * unit.to(wide), wide) for unit in self._units(blocks)])
-
-        none = torch.zeros((), dtype=torch.float64)
-        dots = sum(inputs.over_blocks(products), start=none)
-        self._n_kept = len(self.made) if self._kept is not None else -1
-        cosines = dots.to(inputs.dtype).clamp(-1, 1)
-        angles = torch.arccos(cosines)
-        moves = angles.double() >= tol
-        factors = torch.where(moves, self._share * (angles / torch.sin(torch.where(moves, angles, 1))), 0)
-
-        def tangents(blocks: Blocks, first: int) -> torch.Tensor:
-            tangent = self._tangent(self._units(blocks), self.mean(blocks, first), cosines, factors)
-            return total(tangent.to(wide).square(), wide)
-
-        step = sum(inputs.over_blocks(tangents), start=none).sqrt().to(wide)
-        if not step >= tol:
-            return False
-
-        def moved(blocks: Blocks, first: int) -> torch.Tensor:
-            mean = self.mean(blocks, first)
-            tangent = self._tangent(self._units(blocks), mean, cosines, factors)
-            return total(self._moved(mean, tangent, step).to(wide).square(), wide)
-
-        length = sum(inputs.over_blocks(moved), start=none).sqrt().to(wide)
-        self.made.append((cosines, factors, step, length if length > tol else torch.ones_like(length)))
-        return True
-
-    def _units(self, blocks: Blocks) -> list[torch.Tensor]:
-        return [(blocks[i] / self._norms[i]).to(self._inputs.dtype) for i in self._used]
-
-    def _first(self, units: Blocks) -> torch.Tensor:
-        mean = self._share * units[0]
-        for unit in units[1:]:
-            mean = mean + self._share * unit
-        return mean
-
-    def _tangent(self, units: Blocks, mean: torch.Tensor, cosines: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        tangent = mean * 0
-        for unit, cosine, factor in zip(units, cosines, factors, strict=True):
-            if factor != 0:
-                tangent = tangent + factor * (unit - cosine * mean)
-        return tangent
-
-    def _moved(self, mean: torch.Tensor, tangent: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return (torch.cos(step) * mean + torch.sin(step) * (tangent / step)).to(self._inputs.dtype)
+def _added(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum, each addition rounded."""
+    result = vectors[0]
+    for vector in vectors[1:]:
+        result = result + vector
+    return result

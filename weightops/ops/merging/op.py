@@ -11,6 +11,7 @@ from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.elementwise import has_arithmetic
 from weightops.ops.libtorch import as_torch
+from weightops.ops.merging.doubt import Sampler
 from weightops.ops.merging.inputs import PIECE, Inputs
 from weightops.ops.merging.method import Blockwise, Tallied, Value
 from weightops.ops.merging.methods import find_method
@@ -72,6 +73,8 @@ class Merged(Op, frozen=True):
         work.fill(start, out)
         if start + len(out) < tensor.nbytes:
             read.running[tensor] = work
+        elif work.note:
+            read.notes[tensor] = self.name, work.note
 
 
 class _Work:
@@ -83,6 +86,12 @@ class _Work:
         self._inputs = Inputs(tensor.inputs, op.base, f"{op.seed}\0{op.name}", read, by_rows=method.by_rows)
         self._merge = method.start(self._inputs, dict(op.shared), [dict(values) for values in op.of_each])
         self._tallied: tuple[int, Any] = (0, None)
+        self._sampler = Sampler(self._inputs, op.models) if op.base is not None and len(tensor.spec.shape) > 1 else None
+
+    @property
+    def note(self) -> dict[str, float]:
+        """What there is to say of the base, if all has been seen."""
+        return self._sampler.note(self._inputs.numel) if self._sampler is not None else {}
 
     def fill(self, start: int, out: memoryview) -> None:
         itemsize = self._dtype.itemsize
@@ -90,13 +99,15 @@ class _Work:
         target = as_torch(out, self._dtype)
         merge = self._before(self._merge, first, stop) if isinstance(self._merge, Tallied) else self._merge
 
-        def compute(blocks: list[torch.Tensor], position: int) -> None:
+        def compute(blocks: list[torch.Tensor], position: int) -> Any:
             result = merge(blocks, position).reshape(-1)
             self._check(result, blocks)
             target[position - first : position - first + result.numel()] = result
+            return self._sampler.squares(blocks) if self._sampler is not None else None
 
-        for _ in self._inputs.run(compute, first, stop):
-            pass
+        found = list(self._inputs.run(compute, first, stop))
+        if self._sampler is not None:
+            self._sampler.add(found, first, stop)
 
     def _before(self, merge: Tallied, first: int, stop: int) -> Blockwise:
         """The function of a block, which knows what the blocks before it have added up to."""

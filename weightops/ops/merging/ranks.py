@@ -32,34 +32,44 @@ class Rank:
     tied: int
 
 
+Ranks = Sequence[Sequence[int]]
+KeysOf = Callable[["Sequence[torch.Tensor]", int], Sequence["Keys"]]
+"""Makes arrays of keys of a block, and of the number of its first element."""
+
+
 def find_ranks(
     inputs: Inputs,
-    keys: Callable[[Sequence[torch.Tensor]], Sequence[Keys]],
-    ranks: Sequence[Sequence[int]],
+    keys: KeysOf,
+    ranks: Ranks | Callable[[Sequence[int]], Ranks],
 ) -> list[list[Rank]]:
-    """Of each array of keys that `keys` makes of blocks, unsigned of 16 or 32 bits, those of these ranks, from 0."""
+    """Of each array of keys that `keys` makes of blocks, unsigned of 16 or 32 bits, those of these ranks, from 0.
+
+    `ranks` may depend on how many keys of each array are zero.
+    """
     is_short = False
 
-    def tops(blocks: Sequence[torch.Tensor]) -> Sequence[Keys]:
+    def tops(blocks: Sequence[torch.Tensor], first: int) -> Sequence[Keys]:
         nonlocal is_short
-        found = keys(blocks)
+        found = keys(blocks, first)
         is_short = found[0].itemsize == 2
-        return found if is_short else [each >> 16 for each in found]
+        return found if is_short else [*(each >> 16 for each in found), *((each != 0).view("u1") for each in found)]
 
-    counts = _histograms(inputs, tops, len(ranks))
-    bins = [[_find(own, rank) for rank in wanted] for own, wanted in zip(counts, ranks, strict=True)]
+    counts = list(_histograms(inputs, tops))
+    zeros = [int(own[0]) for own in (counts if is_short else counts[len(counts) // 2 :])]
+    wanted = ranks(zeros) if callable(ranks) else ranks
+    bins = [[_find(own, rank) for rank in each] for own, each in zip(counts, wanted, strict=False)]
     if is_short:
         return bins
     chosen = sorted({(i, found.key) for i, own in enumerate(bins) for found in own})
 
-    def rests(blocks: Sequence[torch.Tensor]) -> list[Keys]:
-        found = keys(blocks)
+    def rests(blocks: Sequence[torch.Tensor], first: int) -> list[Keys]:
+        found = keys(blocks, first)
         return [found[i][found[i] >> 16 == top] & 0xFFFF for i, top in chosen]
 
-    lows = dict(zip(chosen, _histograms(inputs, rests, len(chosen)), strict=True))
+    lows = dict(zip(chosen, _histograms(inputs, rests) if chosen else [], strict=True))
     return [
-        [_refined(found, lows[i, found.key], rank) for found, rank in zip(own, wanted, strict=True)]
-        for i, (own, wanted) in enumerate(zip(bins, ranks, strict=True))
+        [_refined(found, lows[i, found.key], rank) for found, rank in zip(own, each, strict=True)]
+        for i, (own, each) in enumerate(zip(bins, wanted, strict=True))
     ]
 
 
@@ -74,19 +84,21 @@ def _find(counts: Keys, rank: int) -> Rank:
     return Rank(key, int(ends[key] - counts[key]), int(counts[key]))
 
 
-def _histograms(inputs: Inputs, keys: Callable[[Sequence[torch.Tensor]], Sequence[Keys]], n: int) -> list[Keys]:
+def _histograms(inputs: Inputs, keys: KeysOf) -> list[Keys]:
+    """How often each key occurs in each of the arrays."""
     import numpy as np
     import torch
 
     def count(blocks: Sequence[torch.Tensor], first: int) -> list[Keys]:
         found = []
-        for each in keys(blocks):
+        for each in keys(blocks, first):
             words = torch.from_numpy(each.reshape(-1).astype(np.int32))
             found.append(torch.bincount(words, minlength=1).numpy())
         return found
 
-    totals = [np.zeros(_BINS, np.int64) for _ in range(n)]
+    totals: list[Keys] = []
     for counts in inputs.over_blocks(count):
+        totals = totals or [np.zeros(_BINS, np.int64) for _ in counts]
         for whole, part in zip(totals, counts, strict=True):
             whole[: len(part)] += part
     return totals
@@ -139,10 +151,15 @@ class Between:
 
 def find_between(
     inputs: Inputs,
-    keys: Callable[[Sequence[torch.Tensor]], Sequence[Keys]],
-    ranges: Sequence[tuple[int, int]],
+    keys: KeysOf,
+    ranges: Sequence[tuple[int, int]] | Callable[[Sequence[int]], Sequence[tuple[int, int]]],
 ) -> list[Between]:
-    """Of each array of keys the elements with these ranks, from and to."""
-    wanted = [(low, high - 1) if low < high else () for low, high in ranges]
+    """Of each array of keys the elements with these ranks, from and to, which may depend on how many keys are zero."""
+    chosen: list[tuple[int, int]] = []
+
+    def wanted(zeros: Sequence[int]) -> Ranks:
+        chosen[:] = ranges(zeros) if callable(ranges) else ranges
+        return [(low, high - 1) if low < high else () for low, high in chosen]
+
     found = find_ranks(inputs, keys, wanted)
-    return [Between(low, high, tuple(dict.fromkeys(own))) for (low, high), own in zip(ranges, found, strict=True)]
+    return [Between(low, high, tuple(dict.fromkeys(own))) for (low, high), own in zip(chosen, found, strict=True)]

@@ -95,7 +95,7 @@ class ByRank(Sparsifier):
         super().__init__(inputs, densities, rescale=rescale)
         wanted = [ranges[place] for place in self.thinned]
 
-        def keys(blocks: Sequence[torch.Tensor]) -> list[Array]:
+        def keys(blocks: Sequence[torch.Tensor], first: int) -> list[Array]:
             changes = inputs.changes(blocks)
             return [magnitudes(changes[place]) for place in self.thinned]
 
@@ -209,15 +209,16 @@ def _mean_ranks(keys: Array) -> Array:
     """The rank of each key in its row, from 0; equal ones have the mean of theirs. float32."""
     import numpy as np
 
-    order = keys.argsort(axis=-1, kind="stable")
-    ordered = np.take_along_axis(keys, order, -1)
-    places = np.broadcast_to(np.arange(keys.shape[-1], dtype=np.int32), keys.shape)
-    differs = ordered[:, 1:] != ordered[:, :-1]
-    begins, ends = places.copy(), places.copy()
-    begins[:, 1:][~differs] = 0
-    np.maximum.accumulate(begins, axis=-1, out=begins)
-    ends[:, :-1][~differs] = keys.shape[-1]
-    ends = np.minimum.accumulate(ends[:, ::-1], axis=-1)[:, ::-1]
-    found = np.empty(keys.shape, np.float32)
-    np.put_along_axis(found, order, (begins + ends).astype(np.float32) / 2, -1)
-    return found
+    rows, columns = keys.shape
+    places = keys.argsort(axis=-1, kind="stable")
+    places += np.arange(0, keys.size, columns)[:, None]
+    flat = places.reshape(-1)
+    ordered = keys.reshape(-1)[flat]
+    begins_group = np.empty(keys.size, bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins_group[1:])
+    begins_group[::columns] = True
+    begins = np.flatnonzero(begins_group)
+    sizes = np.diff(begins, append=keys.size)
+    found = np.empty(keys.size, np.float32)
+    found[flat] = np.repeat((begins % columns + (sizes - 1) / 2).astype(np.float32), sizes)
+    return found.reshape(rows, columns)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     Blocks = Sequence[torch.Tensor]
 
 _RUN = 1024
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Elements that mergekit adds up at once, and tensors of up to as many are merged in its steps."""
 _NEARLY_OPPOSITE = -0.9
 """The cosine below which slerp multiplies errors of adding up, so that the result depends on their order."""
 _STRAIGHT = 0.9995
@@ -73,16 +74,8 @@ def slerp(inputs: Inputs, *, t: float) -> Blockwise:
     assert inputs.base is not None
     base, other, wide = inputs.base, 1 - inputs.base, inputs.wide
 
-    def terms(blocks: Blocks) -> list[torch.Tensor]:
-        x, y = blocks[base].to(wide), blocks[other].to(wide)
-        return [x * x, y * y, x * y]
-
-    xx, yy, xy = sums(inputs, terms).tolist()
-    norms = [math.sqrt(square) if square > 1e-16 else 1.0 for square in (xx, yy)]
     share = torch.tensor(t, dtype=torch.float32).to(wide)
-    cosine = torch.tensor(xy / norms[0] / norms[1], dtype=wide).clamp(-1, 1)
-    if -_STRAIGHT <= cosine.item() < _NEARLY_OPPOSITE:
-        cosine = _cosine_as_added_up(inputs, base, other)
+    cosine = _cosine(inputs, base, other)
     if abs(cosine.item()) > _STRAIGHT:
         a, b = 1 - share, share
     else:
@@ -91,8 +84,31 @@ def slerp(inputs: Inputs, *, t: float) -> Blockwise:
     return lambda blocks, first: (a * blocks[base].to(wide) + b * blocks[other].to(wide)).to(inputs.dtype)
 
 
+def _cosine(inputs: Inputs, base: int, other: int) -> torch.Tensor:
+    """The cosine of the angle between two models, in the wide type.
+
+    In one pass; but of tensors of one piece as mergekit adds it up, and also where its errors decide on the result.
+    """
+    import torch
+
+    wide = inputs.wide
+    if inputs.numel <= CHUNK:
+        return _cosine_as_added_up(inputs, base, other)
+
+    def terms(blocks: Blocks) -> list[torch.Tensor]:
+        x, y = blocks[base].to(wide), blocks[other].to(wide)
+        return [x * x, y * y, x * y]
+
+    xx, yy, xy = sums(inputs, terms).tolist()
+    norms = [math.sqrt(square) if square > 1e-16 else 1.0 for square in (xx, yy)]
+    cosine = torch.tensor(xy / norms[0] / norms[1], dtype=wide).clamp(-1, 1)
+    if -_STRAIGHT <= cosine.item() < _NEARLY_OPPOSITE:
+        return _cosine_as_added_up(inputs, base, other)
+    return cosine
+
+
 def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
-    """The cosine with mergekit's own errors of adding up, in the wide type: over 2^20 elements at a time."""
+    """The same with mergekit's own errors of adding up: norms first, then products of what was divided by them."""
     import torch
 
     wide = inputs.wide
@@ -103,7 +119,7 @@ def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
     def lengths(blocks: Blocks, first: int) -> torch.Tensor:
         return torch.stack([torch.linalg.vector_norm(vector, dim=1, keepdim=True) for vector in pair(blocks)])
 
-    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=_CHUNK)))
+    parts = torch.stack(list(inputs.run(lengths, 0, inputs.numel, step=CHUNK)))
     norms = torch.linalg.vector_norm(parts, dim=0)
     norms = torch.where(norms > 1e-8, norms, 1)
 
@@ -111,7 +127,7 @@ def _cosine_as_added_up(inputs: Inputs, base: int, other: int) -> torch.Tensor:
         x, y = pair(blocks)
         return ((x / norms[0]) * (y / norms[1])).sum(dim=1, keepdim=True)
 
-    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=_CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
+    return torch.stack(list(inputs.run(dot, 0, inputs.numel, step=CHUNK))).sum(dim=0).clamp(-1, 1).reshape(())
 
 
 def nuslerp(
