@@ -94,6 +94,9 @@ def test_the_page_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert {*NEW} <= tokenizer.get_vocab().keys()
         assert len(embedding) == -(-len(tokenizer) // (rows or 1)) * (rows or 1)
     assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    parted, code = (load_file(here / name / "model.safetensors") for name in ("parted", "code"))
+    assert torch.equal(parted["lm_head.weight"], code["lm_head.weight"])
+    assert not torch.equal(parted["model.norm.weight"], code["model.norm.weight"])
     arc, arced = (load_file(here / name / "model.safetensors") for name in ("arc", "arced"))
     assert all(torch.equal(arc[name], arced[name]) for name in arc)
 

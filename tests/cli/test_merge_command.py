@@ -158,11 +158,8 @@ def test_explain_shows_how_each_tensor_is_made(say: Say) -> None:
     assert code == 0
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
     assert len(lines) == 1 + len(state("a"))
-    inputs, parameters = (
-        "a [weight 0.5, density 0.5], b [weight 0.4, density 0.5], base (base)",
-        "normalize True, rescale",
-    )
-    assert lines[UP] == f"ties {inputs} {parameters} False, lambda 1"
+    inputs = "a [weight 0.5, density 0.5], b [weight 0.4, density 0.5], base (base)"
+    assert lines[UP] == f"ties {inputs} normalize true, rescale false, lambda 1"
     assert "a [weight 0.25, density 0.5]" in lines["lm_head.weight"]
 
 

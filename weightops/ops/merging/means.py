@@ -58,14 +58,14 @@ def multislerp(
         (only,) = inputs.others
         return lambda blocks, first: blocks[only].clone()
     if inputs.numel > CHUNK:
-        return _combination(inputs, _multislerp(inputs.name, gram(inputs, inputs.changes), weights.double(), eps))
+        return _combination(inputs, _multislerp(gram(inputs, inputs.changes), weights.double(), eps, inputs.name))
     whole = inputs.whole()
-    result = _multislerp_in_steps(inputs.name, torch.stack(inputs.changes(whole)), weights, eps)
+    result = _multislerp_in_steps(torch.stack(inputs.changes(whole)), weights, eps, inputs.name)
     result = result if base is None else result + whole[base]
     return lambda blocks, first: result[first : first + blocks[0].numel()]
 
 
-def _multislerp_in_steps(name: str, vectors: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+def _multislerp_in_steps(vectors: torch.Tensor, weights: torch.Tensor, eps: float, name: str) -> torch.Tensor:
     """As mergekit computes it on whole tensors, `[models, elements]`, each step rounded to their dtype."""
     import torch
 
@@ -89,7 +89,7 @@ def _multislerp_in_steps(name: str, vectors: torch.Tensor, weights: torch.Tensor
     return result
 
 
-def _multislerp(name: str, products: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+def _multislerp(products: torch.Tensor, weights: torch.Tensor, eps: float, name: str) -> torch.Tensor:
     """The factors of vectors with these products whose combination is their mean."""
     import torch
 
