@@ -158,11 +158,8 @@ def test_explain_shows_how_each_tensor_is_made(say: Say) -> None:
     assert code == 0
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
     assert len(lines) == 1 + len(state("a"))
-    inputs, parameters = (
-        "a [weight 0.5, density 0.5], b [weight 0.4, density 0.5], base (base)",
-        "normalize True, rescale",
-    )
-    assert lines[UP] == f"ties {inputs} {parameters} False, lambda 1"
+    inputs = "a [weight 0.5, density 0.5], b [weight 0.4, density 0.5], base (base)"
+    assert lines[UP] == f"ties {inputs} normalize true, rescale false, lambda 1"
     assert "a [weight 0.25, density 0.5]" in lines["lm_head.weight"]
 
 
@@ -213,7 +210,8 @@ def test_verify_says_whether_a_folder_is_what_the_merge_makes(say: Say) -> None:
     assert digests(Path()) == before
     code, out, _ = say(f"{TIES} --lambda 1.5 --verify out --json")
     proof = json.loads(out)
-    assert msgspec.convert(proof, MergeProof).schema == "weightops-merge-proof/1"
+    assert proof["schema"] == "weightops-merge-proof/1"
+    assert not msgspec.convert(proof, MergeProof).is_same
     assert (code, proof["is_same"], len(proof["differ"]), proof["files"]) == (3, False, len(state("a")), [])
 
 
@@ -343,5 +341,5 @@ def test_the_same_from_python(say: Say) -> None:
 
 
 def test_values_from_python_that_no_file_could_hold_are_refused(say: Say) -> None:
-    with pytest.raises(UsageError, match=r"expected numbers, texts and lists of them, found tensor"):
+    with pytest.raises(UsageError, match="weight: expected a number, found tensor"):
         weightops.merge(["a", "b"], "out", method="linear", parameters={"weight": torch.ones(1)})

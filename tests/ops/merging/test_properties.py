@@ -96,6 +96,15 @@ def test_ties_of_several_models_is_its_definition_in_float64(n: int, density: fl
     assert int((~torch.isclose(found, expected, rtol=1e-12, atol=1e-15)).sum()) <= 2
 
 
+def test_changes_too_small_to_have_energy_count_alike_in_sce() -> None:
+    base = torch.zeros(1000)
+    one, other = torch.full((1000,), 1e-4), torch.full((1000,), 3e-4)
+    found = merge("sce", [base, one, other], 0)
+    assert torch.allclose(found, torch.full((1000,), 2e-4))
+    large = merge("sce", [base, one * 1e3, other * 1e3], 0)
+    assert torch.allclose(large, torch.full((1000,), (0.1 * 0.1**2 + 0.3 * 0.3**2) / (0.1**2 + 0.3**2)))
+
+
 TIES = {
     "all equal": [1.0] * 1500,
     "all zero": [0.0] * 1500,
