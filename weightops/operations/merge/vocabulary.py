@@ -131,7 +131,8 @@ def _owners(
         beyond = [token for token, number in tokenizer.ids.items() if number >= rows]
         if beyond:
             shown = ", ".join(map(escape, beyond[:_SHOWN]))
-            what = f"{len(beyond)} tokens without rows, which do" if len(beyond) > 1 else "a token without a row, which does"
+            is_one = len(beyond) == 1
+            what = "a token without a row, which does" if is_one else f"{len(beyond)} tokens without rows, which do"
             notes.append(f"{escape(name)}: has {what} not count: {shown}")
     return found, notes
 
