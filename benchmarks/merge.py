@@ -172,7 +172,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--size", choices=SHAPES, default="1b")
     parser.add_argument("--folder", type=Path, default=Path("build/bench-merge"), help="takes 12 GB")
-    parser.add_argument("--method", action="append", choices=CASES, help="only these; nothing is written to the report")
+    parser.add_argument("--method", action="append", choices=CASES, help="only these")
+    parser.add_argument("--no-report", action="store_true", help="print the figures alone")
     parser.add_argument("--ours", action="store_true", help="leave mergekit out")
     parser.add_argument("--report", type=Path, default=Path("docs/benchmarks.md"))
     options = parser.parse_args()
@@ -198,7 +199,7 @@ def main() -> None:
         f"|{'---|' * len(columns)}",
         *rows,
     ]
-    if not options.method:
+    if not options.no_report:
         write_section(options.report, "merge", lines)
 
 

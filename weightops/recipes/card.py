@@ -90,7 +90,8 @@ def card(
     is_for_others = any(operation == "convert" and arguments.get("to") != "hf" for operation, arguments in path)
     is_delta = any(operation == "diff" for operation, _ in path)
     if path and path[-1][0] == "merge":
-        relation, bases = "merge", tuple(sources[name] for name in _behind(everything, path[-1][1]) if name in sources)
+        relation = relation or "merge"
+        bases = tuple(sources[name] for name in _behind(everything, path[-1][1]) if name in sources)
     else:
         bases = (sources[base],) if base in sources and not is_delta else ()
     return ModelCard(

@@ -142,7 +142,7 @@ def test_tokens_beyond_the_rows_of_a_model_do_not_count_and_are_named() -> None:
     assert rows(found, "p") == own("p", 107, 207)
     assert rows(found, "q") == own("q", 107, 207)
     assert found.notes == (
-        "p: has 1 tokens without rows, which do not count: <x>",
+        "p: has a token without a row, which does not count: <x>",
         "q: has 2 tokens without rows, which do not count: <y>, <x>",
     )
 

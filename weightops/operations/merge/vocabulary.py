@@ -131,7 +131,9 @@ def _owners(
         beyond = [token for token, number in tokenizer.ids.items() if number >= rows]
         if beyond:
             shown = ", ".join(map(escape, beyond[:_SHOWN]))
-            notes.append(f"{escape(name)}: has {len(beyond)} tokens without rows, which do not count: {shown}")
+            is_one = len(beyond) == 1
+            what = "a token without a row, which does" if is_one else f"{len(beyond)} tokens without rows, which do"
+            notes.append(f"{escape(name)}: has {what} not count: {shown}")
     return found, notes
 
 

@@ -32,7 +32,7 @@ def linear(inputs: Inputs, *, weight: Sequence[float], normalize: bool = True) -
             total.addcmul_(block.to(inputs.wide), factor)  # with one rounding where the processor can
         if normalize:
             total /= divisor
-        return total.to(inputs.dtype)
+        return total
 
     return compute
 

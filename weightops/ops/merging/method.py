@@ -28,7 +28,8 @@ class Blockwise(Protocol):
     def __call__(self, blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
         """From a block of each input, the element with number `first` of the tensor being the first in each.
 
-        Blocks are flat, or `[rows, columns]` for a method that works by rows.
+        Blocks are flat, or `[rows, columns]` for a method that works by rows. The result has the tensors' dtype, or a
+        wider one, and is rounded.
         """
 
 

@@ -38,7 +38,7 @@ def load_plugin(path: Path) -> str:
         )
     for method in found:
         known = METHODS.get(method.name)
-        if known is not None and known.plugin != digest:
+        if known is not None and known.plugin is None:
             raise UsageError(f"{shown}: there is a method {escape(method.name)} already", hint="give it another name")
         METHODS[method.name] = replace(method, plugin=digest)
     return digest

@@ -81,7 +81,7 @@ def slerp(inputs: Inputs, *, t: float) -> Blockwise:
     else:
         angle = torch.acos(cosine)
         a, b = torch.sin((1 - share) * angle) / torch.sin(angle), torch.sin(share * angle) / torch.sin(angle)
-    return lambda blocks, first: (a * blocks[base].to(wide) + b * blocks[other].to(wide)).to(inputs.dtype)
+    return lambda blocks, first: a * blocks[base].to(wide) + b * blocks[other].to(wide)
 
 
 def _cosine(inputs: Inputs, base: int, other: int) -> torch.Tensor:
