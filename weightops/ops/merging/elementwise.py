@@ -23,8 +23,8 @@ def linear(inputs: Inputs, *, weight: Sequence[float], normalize: bool = True) -
     """
     import torch
 
-    weights = torch.tensor(weight, dtype=inputs.wide)
-    divisor = weights.sum()
+    together = torch.tensor(weight, dtype=inputs.wide)
+    weights, divisor = list(together.unbind()), together.sum()
 
     def compute(blocks: Sequence[torch.Tensor], first: int) -> torch.Tensor:
         total = torch.zeros(blocks[0].shape, dtype=inputs.wide)
