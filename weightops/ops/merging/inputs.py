@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PIECE = 1 << 19
+PIECE = 1 << 18
 """Elements that are computed at once: few enough for a cache, and enough to hide what calls cost."""
 _MAX_HELD_NBYTES = 48 << 20
 """Tensors on servers that are asked for several times are kept in memory, unless they take more together."""
