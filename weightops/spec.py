@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable
 from functools import cached_property
 
 import msgspec
@@ -99,6 +100,19 @@ def parse_dtype(name: str | None) -> DType | None:
     if found is None:
         raise UsageError(f"unknown dtype {name!r}", hint="for example float16, bfloat16 or float32")
     return found
+
+
+def promoted(dtypes: Iterable[DType]) -> DType | None:
+    """The type that holds the values of all, as torch.promote_types has it: of float16 and bfloat16 float32.
+
+    None where there are several, and not all of them floating-point types of 16 to 64 bits.
+    """
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    if not distinct <= {DType.F16, DType.BF16, DType.F32, DType.F64}:
+        return None
+    return DType.F64 if DType.F64 in distinct else DType.F32
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

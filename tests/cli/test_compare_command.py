@@ -119,7 +119,7 @@ def test_weights_texts_and_answers_come_of_models_that_are_opened_once(
 
     def once(place: Path, *rest: object) -> Checkpoint:
         opened.append(place)
-        return open_checkpoint(place, *rest)  # type: ignore[arg-type]
+        return open_checkpoint(place, *rest)  # type: ignore[arg-type]  # whatever compare hands on
 
     for module in ("comparison", "models"):
         monkeypatch.setattr(f"weightops.api.{module}.open_checkpoint", once)

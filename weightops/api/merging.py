@@ -18,7 +18,7 @@ from weightops.formats.folder import open_checkpoint
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document
 from weightops.recipes.execute import Result, StrPath, derive, execute
-from weightops.recipes.merging import as_document, expand, read_text
+from weightops.recipes.merging import OPTIONS, as_document, expand, read_text
 from weightops.recipes.recipe import Destination, Recipe
 from weightops.recipes.steps import Location
 from weightops.recipes.verbs import find_verb
@@ -139,7 +139,7 @@ def _recipe(models: Models, merging: Mapping[str, Any]) -> Recipe:
         document = _ordered(as_document({**said, "models": [_plain(model) for model in models]}))
         stages = [parse_stage(Document(document, "merge"), References(os.path.exists))]
         text = _as_text(document)
-    options = {name: merging[name] for name in ("seed", "allow_nonfinite") if merging.get(name)}
+    options = {name: merging[name] for name in OPTIONS if merging.get(name)}
     options |= {"plugin": digest} if digest else {}
     found = expand(stages, text, _RESULT, options, locate=Location)
     return Recipe(found.sources, found.steps, {}, Document({}, "merge"))

@@ -17,7 +17,7 @@ from weightops.recipes.verbs import find_verb
 if TYPE_CHECKING:
     from weightops.operations.merge import Reference, Stage
 
-_OPTIONS = ("seed", "allow_nonfinite")
+OPTIONS = ("seed", "allow_nonfinite")
 """What may be said of a merge besides its document."""
 _SHORT = {"method": "merge_method", "base": "base_model"}
 
@@ -88,7 +88,7 @@ def expand_step(
         return path in known or (folder / path).exists()
 
     fields = dict(given)
-    options = {key: _option(document, (*place, key), key, fields.pop(key)) for key in _OPTIONS if key in fields}
+    options = {key: _option(document, (*place, key), key, fields.pop(key)) for key in OPTIONS if key in fields}
     if "config" in fields:
         other = next((key for key in fields if key != "config"), None)
         if other is not None:

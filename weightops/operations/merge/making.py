@@ -14,9 +14,7 @@ from weightops.operations.merge.arrangement import Input, Job
 from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import cast
 from weightops.ops.merging.op import merged
-from weightops.spec import DType
-
-_PROMOTED = (DType.F16, DType.BF16, DType.F32, DType.F64)
+from weightops.spec import DType, promoted
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def is_copied(job: Job) -> bool:
 def _merged(job: Job, seed: int, allow_nonfinite: bool) -> LazyTensor:
     if is_copied(job):
         return job.inputs[0].tensor
-    dtype = promoted(job.name, job.inputs)
+    dtype = _promoted(job.name, job.inputs)
     return merged(
         job.name,
         job.method.name,
@@ -71,19 +69,16 @@ def _merged(job: Job, seed: int, allow_nonfinite: bool) -> LazyTensor:
     )
 
 
-def promoted(name: str, inputs: Iterable[Input]) -> DType:
-    """The type that holds the values of all, as torch.promote_types has it: of float16 and bfloat16 float32."""
+def _promoted(name: str, inputs: Iterable[Input]) -> DType:
+    """The type that holds the values of all; raises `IncompatibleInputs` where there is none."""
     found = {each.tensor.spec.dtype: each.model for each in inputs}
-    if len(found) == 1:
-        return next(iter(found))
-    odd = next((dtype for dtype in found if dtype not in _PROMOTED), None)
-    if odd is not None:
+    dtype = promoted(found)
+    if dtype is None:
         shown = ", ".join(f"{dtype.value} in {escape(model)}" for dtype, model in found.items())
         raise IncompatibleInputs(
             f"{escape(name)} is {shown}", hint="dtype: bfloat16 in the merge file brings all to one type first"
         )
-    widest = max(dtype.bits for dtype in found)
-    return next((d for d in found if d.bits == widest), DType.F32) if widest > 16 else DType.F32
+    return dtype
 
 
 def _others(job: Job) -> list[Input]:

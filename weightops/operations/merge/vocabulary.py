@@ -34,7 +34,7 @@ from weightops.operations.merge.stage import Stage, TokenizerChoice, TokenRule
 from weightops.ops.elementwise import cast
 from weightops.ops.gather import ZEROS, Gather, MeanOfRows
 from weightops.ops.rows import extend_by_mean
-from weightops.spec import DType
+from weightops.spec import DType, promoted
 
 _TEMPLATES = (TEMPLATE, OLD_TEMPLATE)
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -304,13 +304,10 @@ def _pairs(places: Iterable[tuple[int, int]]) -> bytes:
 
 
 def _promoted(dtypes: Sequence[DType]) -> DType:
-    """As torch.promote_types has it; raises `UsageError` for types that have no rows to be mixed."""
-    distinct = set(dtypes)
-    if len(distinct) == 1:
-        return dtypes[0]
-    if not distinct <= {DType.F16, DType.BF16, DType.F32, DType.F64}:
+    """The type that holds the values of all; raises `UsageError` where there is none."""
+    found = promoted(dtypes)
+    if found is None:
         raise UsageError(
-            f"embeddings of {', '.join(sorted(d.value for d in distinct))} are not mixed", hint="dtype: bfloat16"
+            f"embeddings of {', '.join(sorted(d.value for d in set(dtypes)))} are not mixed", hint="dtype: bfloat16"
         )
-    widest = max(d.bits for d in distinct)
-    return next(d for d in distinct if d.bits == widest) if widest > 16 else DType.F32
+    return found

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightops.io.escape import escape
-from weightops.ops.merging.inputs import Inputs
 
 if TYPE_CHECKING:
     import torch
+
+    from weightops.ops.merging.inputs import Inputs
 
 _RUN, _ONE_IN = 1024, 16
 _BASE, _CHANGE = "base_norm", "change_norm."

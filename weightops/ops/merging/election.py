@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def elected(
     changes: Sequence[torch.Tensor], weights: torch.Tensor, *, weighted: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the changes that go in the direction of the sum of all, and the sum of their weights.
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sum of the changes that go in the direction of the sum of all; of each its weight, and 0 where it does not.
 
     A sum of zero counts as going up; a change of zero goes nowhere. If `weighted`, each change counts times its weight
     in the first sum.
@@ -26,7 +26,7 @@ def elected(
     kept, counted = choose(changes, weights, whole)
     if weighted:
         kept = [change * weight for change, weight in zip(kept, counted, strict=True)]
-    return add(kept), add(counted)
+    return add(kept), counted
 
 
 def ones_for_zeros(x: torch.Tensor) -> torch.Tensor:

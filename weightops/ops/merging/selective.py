@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightops.ops.merging.bits import keep, magnitudes, number_of, ordered
+from weightops.ops.merging.bits import add, keep, magnitudes, number_of, ordered
 from weightops.ops.merging.election import elected
 from weightops.ops.merging.inputs import Inputs
 from weightops.ops.merging.method import Blockwise, Tallied
@@ -79,8 +79,8 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Blockwise | Tallied:
 
     def compute(blocks: Sequence[torch.Tensor], first: int, before: Any) -> torch.Tensor:
         changes = selected(blocks, before)
-        change, divisor = elected(changes, weights, weighted=True)
-        return blocks[base] + change / divisor.clamp(min=1e-6)
+        change, counted = elected(changes, weights, weighted=True)
+        return blocks[base] + change / add(counted).clamp(min=1e-6)
 
     if not is_tallied:
         return lambda blocks, first: compute(blocks, first, None)

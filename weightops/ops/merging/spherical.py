@@ -180,7 +180,6 @@ class _CosineOf:
         return sums_of_rows(x * y, self._inputs.wide)
 
     def _units(self, pair: Blocks, first: int) -> list[torch.Tensor]:
-
         if self._axis == "rows":
             norms = _lengths_of_rows(self._inputs, pair)
         elif self._axis == "columns":

@@ -162,13 +162,9 @@ def _combine(
         if sparsifier is not None:
             changes = sparsifier.thin(changes, first, before)
         changes = [c if w == 1 else c * w for c, w in zip(changes, weights, strict=True)]
-        if elect:
-            change, divisor = elected(changes, weights)
-            divisor = ones_for_zeros(divisor)
-        else:
-            change, divisor = add(changes), together
+        change, counted = elected(changes, weights) if elect else (add(changes), [])
         if normalize:
-            change = change / divisor
+            change = change / (ones_for_zeros(add(counted)) if elect else together)
         if scale != 1:
             change = change * scale
         return blocks[base] + change
