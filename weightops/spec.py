@@ -16,8 +16,8 @@ class DType(enum.Enum):
     """An element type. The member's name is its safetensors code, its value the name torch uses.
 
     Members stand in the order in which the safetensors library sorts tensors (ascending alignment),
-    which its byte-identical writer needs. `C32` and `C128` exist in torch files only, `Q8_0` and `Q4_0` in GGUF files
-    only: their elements come in blocks that share a scale.
+    which its byte-identical writer needs. `C32` and `C128` exist in torch files only; those from `Q8_0` on in GGUF
+    files only, under the names that ggml gives them, and their elements come in blocks that share scales.
     """
 
     BOOL = "bool"
@@ -46,6 +46,31 @@ class DType(enum.Enum):
     C128 = "complex128"
     Q8_0 = "q8_0"
     Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+    Q5_0 = "q5_0"
+    Q5_1 = "q5_1"
+    Q8_1 = "q8_1"
+    Q2_K = "q2_k"
+    Q3_K = "q3_k"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
+    Q8_K = "q8_k"
+    IQ1_S = "iq1_s"
+    IQ1_M = "iq1_m"
+    IQ2_XXS = "iq2_xxs"
+    IQ2_XS = "iq2_xs"
+    IQ2_S = "iq2_s"
+    IQ3_XXS = "iq3_xxs"
+    IQ3_S = "iq3_s"
+    IQ4_NL = "iq4_nl"
+    IQ4_XS = "iq4_xs"
+    TQ1_0 = "tq1_0"
+    TQ2_0 = "tq2_0"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    Q1_0 = "q1_0"
+    Q2_0 = "q2_0"
 
     __hash__ = object.__hash__
     """By identity, which is what equality is: that of Enum is a call into Python."""
@@ -83,7 +108,36 @@ class DType(enum.Enum):
         return self not in (DType.C32, DType.C128, *_BLOCKS)
 
 
-_BLOCKS = {DType.Q8_0: (32, 34), DType.Q4_0: (32, 18)}
+_BLOCKS = {
+    DType.Q8_0: (32, 34),
+    DType.Q4_0: (32, 18),
+    DType.Q4_1: (32, 20),
+    DType.Q5_0: (32, 22),
+    DType.Q5_1: (32, 24),
+    DType.Q8_1: (32, 36),
+    DType.Q2_K: (256, 84),
+    DType.Q3_K: (256, 110),
+    DType.Q4_K: (256, 144),
+    DType.Q5_K: (256, 176),
+    DType.Q6_K: (256, 210),
+    DType.Q8_K: (256, 292),
+    DType.IQ1_S: (256, 50),
+    DType.IQ1_M: (256, 56),
+    DType.IQ2_XXS: (256, 66),
+    DType.IQ2_XS: (256, 74),
+    DType.IQ2_S: (256, 82),
+    DType.IQ3_XXS: (256, 98),
+    DType.IQ3_S: (256, 110),
+    DType.IQ4_NL: (32, 18),
+    DType.IQ4_XS: (256, 136),
+    DType.TQ1_0: (256, 54),
+    DType.TQ2_0: (256, 66),
+    DType.MXFP4: (32, 17),
+    DType.NVFP4: (64, 36),
+    DType.Q1_0: (128, 18),
+    DType.Q2_0: (64, 18),
+}
+"""Elements and bytes of a block of ggml's, as `ggml-common.h` lays them out."""
 _BITS = {DType.F4: 4, DType.F6_E2M3: 6, DType.F6_E3M2: 6, DType.BOOL: 8, DType.C64: 64}
 _BITS |= {DType.C32: 32, DType.C128: 128}
 for _dtype in DType:

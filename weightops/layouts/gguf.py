@@ -23,8 +23,8 @@ from weightops.layouts.tokenizers.hf import hf_files, special_ids
 from weightops.layouts.tokenizers.tokens import Kind
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
+from weightops.ops.ggml.quantize import Quantize
 from weightops.ops.measures.loss import counted_cast
-from weightops.ops.numbers.ggml import Quantize
 from weightops.ops.rows import Given
 from weightops.spec import DType
 

@@ -134,7 +134,7 @@ class GroupSteps(Op, frozen=True):
 
 
 class BlockValues(Op, frozen=True):
-    """What a tensor in ggml's Q8_0 or Q4_0 stands for, in float32, or its `steps`: see `weightops.ops.numbers.ggml`."""
+    """What a tensor in Q8_0 or Q4_0 stands for, in float32, or its `steps`: see `weightops.ops.ggml.quantize`."""
 
     steps: bool = False
 

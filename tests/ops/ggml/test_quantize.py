@@ -15,8 +15,8 @@ from support import evaluate
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.arrange import Slice
-from weightops.ops.numbers import ggml
-from weightops.ops.numbers.ggml import Quantize
+from weightops.ops.ggml import quantize as ggml
+from weightops.ops.ggml.quantize import Quantize
 from weightops.ops.rows import Given
 from weightops.spec import DType, TensorSpec
 

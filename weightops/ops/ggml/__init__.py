@@ -1,0 +1,1 @@
+"""The block types of ggml: what their bytes stand for, and how numbers become such blocks."""
