@@ -12,6 +12,7 @@ from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.quantized.gguf import is_gguf, plain_gguf
 from weightops.formats.quantized.gptq import (
     CONFIG_KEY,
     CONFIG_NAME,
@@ -40,7 +41,7 @@ _CONFIG = "config.json"
 def dequantize(
     source: Checkpoint,
     *,
-    dtype: DType = DType.F16,
+    dtype: DType | None = None,
     checkpoint_format: CheckpointFormat | None = None,
     zero_overflow: ZeroOverflow | None = None,
     config: str | None = None,
@@ -49,6 +50,8 @@ def dequantize(
     """`source` with a weight `[N, K]` in `dtype` for every quantised module; other tensors stay as they are.
 
     Of transformers' `Conv1D` (GPT-2) it is `[K, N]`, as its checkpoints have it.
+
+    Without `dtype` it is float16, and of GGUF files that of `weightops.formats.quantized.gguf.native_dtype`.
 
     Each weight is `scale * (q - zero)`, exact and then rounded once. config.json loses its quantization_config and
     names `dtype`. `checkpoint_format` is what to go by instead of the config, `zero_overflow` what stored zero points
@@ -61,11 +64,14 @@ def dequantize(
     refuse_adapter(source, "the source")
     refuse_parts(source)
     where = escape(source.name)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UsageError(
             f"weights are not dequantised to {dtype.value}",
             hint=f"choose one of {', '.join(known.value for known in DTYPES)}; `weightops cast` makes others of them",
         )
+    if is_gguf(source):
+        return plain_gguf(source, dtype)
+    dtype = dtype or DType.F16
     source = _with_config(source, config)
     settings = read_config(source)
     found = modules(source, settings)
