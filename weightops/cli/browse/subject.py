@@ -21,7 +21,7 @@ from weightops.engine.control import Control
 from weightops.errors import Interrupted, WeightopsError
 from weightops.formats.adapter.files import looks_like_adapter
 from weightops.formats.folder import open_adapter, read_place
-from weightops.formats.gguf.metadata import is_typed, plain
+from weightops.formats.gguf.metadata import is_typed
 from weightops.formats.places import find_place
 from weightops.io import strict_json
 from weightops.io.escape import escape
@@ -68,7 +68,7 @@ class Side:
         parts = (inspection.inventory(found), told, inspection.files(found), inspection.beside(found))
         text = "\n\n".join(click.unstyle(part) for part in parts if part)
         lines = [*_lines(text), *_lines("\n".join(f"Warning: {each}" for each in self.inspection.warnings))]
-        pairs = {k: plain(v) if is_typed(v) else v for k, v in self.checkpoint.metadata.items()}
+        pairs = {k: next(iter(v.values())) if is_typed(v) else v for k, v in self.checkpoint.metadata.items()}
         return [*lines, "", "metadata", *(f"  {escape(key)}: {_value(value)}" for key, value in pairs.items())]
 
 
@@ -88,10 +88,11 @@ def _lines(text: str) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    """A value of metadata in a line; of arrays, which GGUF files have, the first items."""
+    """A value of metadata in a line; of arrays, which GGUF has as type and items, the first items."""
     if isinstance(value, list):
-        more = f", … {len(value)} in all" if len(value) > _ITEMS else ""
-        return f"[{', '.join(escape(str(item)) for item in value[:_ITEMS])}{more}]"
+        kind, items = value
+        more = f", … {len(items)} in all" if len(items) > _ITEMS else ""
+        return f"{kind} [{', '.join(escape(str(item)) for item in items[:_ITEMS])}{more}]"
     return escape(str(value))
 
 

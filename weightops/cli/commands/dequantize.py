@@ -45,7 +45,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     Example:
       weightops dequantize ./model-4bit --out ./model
       weightops dequantize './tigerbot/tigerbot-4bit-128g-*.pt' --dtype bfloat16 --out ./tigerbot-bf16
-      weightops dequantize ./model-Q4_K_M.gguf --dtype float32 --out ./model-f32
+      weightops dequantize ./gguf/model-Q4_K_M.gguf --dtype float32 --out ./model-f32
 
     Integers of 2, 3, 4 and 8 bits are read, in both versions of the format. A pattern in quotes names torch files
     without an index, as TigerBot published them. A model whose zero points contradict its config.json is refused.
