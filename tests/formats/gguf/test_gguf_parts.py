@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hub import Hub
 from support import evaluate
 
 from weightops.checkpoint import Checkpoint
@@ -16,6 +17,9 @@ from weightops.errors import CorruptInput
 from weightops.formats.containers import metadata_in
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.gguf.metadata import Strings, kind_of, untyped
+from weightops.stores.stores import Stores
+from weightops.stores.web.policy import Policy
+from weightops.stores.web.web import Web
 
 TENSORS = {f"blk.{i}.weight": np.full((2, 32), i, np.float32) for i in range(5)}
 
@@ -52,6 +56,28 @@ def test_a_model_is_read_from_any_of_its_parts(tmp_path: Path, named: int | None
         "general.name": "tiny",
         "tokenizer.ggml.tokens": ["a", "\u4e2d", ""],
     }
+
+
+def test_parts_on_a_hub_and_at_a_url_are_found_by_their_names(tmp_path: Path) -> None:
+    parts = write(tmp_path / "tiny.gguf", per_file=2)
+    with Hub() as hub:
+        hub.add("org/name", {f"q4/{part.name}": part.read_bytes() for part in parts})
+        hub.static |= {part.name: part.read_bytes() for part in parts}
+        with Web(Policy(timeout_s=1, attempts=2), endpoint=hub.endpoint) as web, Stores(web).connected() as stores:
+            for place in (f"org/name/blob/main/q4/{parts[1].name}", f"static/files/{parts[2].name}"):
+                found = open_checkpoint(f"{hub.endpoint}/{place}", stores)
+                assert {name: bytes(tensor.read(stores)) for name, tensor in found.items()} == {
+                    name: values.tobytes() for name, values in TENSORS.items()
+                }
+
+
+def test_what_lies_beside_a_model_is_not_taken_for_a_part_of_it(tmp_path: Path) -> None:
+    (path,) = write(tmp_path / "tiny-imatrix-Q4_K.gguf")
+    for name in ("mmproj-F16.gguf", "tiny.mmproj.gguf", "imatrix.gguf"):
+        shutil.copy(path, tmp_path / name)
+    found = open_checkpoint(tmp_path)
+    assert set(found.shards.values()) == {path.name}
+    assert [said.partition(" ")[0] for said in found.warnings] == ["imatrix.gguf", "mmproj-F16.gguf", "tiny.mmproj.gguf"]
 
 
 def test_parts_that_are_missing_or_of_another_model_are_refused(tmp_path: Path) -> None:

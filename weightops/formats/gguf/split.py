@@ -16,7 +16,7 @@ from weightops.io.escape import escape
 
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
-_MAX_PARTS = 1 << 16
+_MAX_PARTS = 1000
 
 
 def part_names(name: str, metadata: Mapping[str, Any]) -> list[str]:
@@ -27,13 +27,22 @@ def part_names(name: str, metadata: Mapping[str, Any]) -> list[str]:
     count = number(metadata, _COUNT) or 0
     if count < 2:
         return [name]
-    matched = _NAME.fullmatch(name)
-    if matched is None or int(matched["count"]) != count or count > _MAX_PARTS:
+    names = named_parts(name)
+    if len(names) != count:
         part = (number(metadata, _NO) or 0) + 1
         raise CorruptInput(
             f"{escape(name)}: is part {part} of {count} of a model, and its name does not say so",
             hint=f"parts are found by their names: call it NAME-{part:05d}-of-{count:05d}.gguf, and the others alike",
         )
+    return names
+
+
+def named_parts(name: str) -> list[str]:
+    """The names of all parts where `name` is that of one; that name alone where it is not."""
+    matched = _NAME.fullmatch(name)
+    count = int(matched["count"]) if matched else 1
+    if matched is None or not 1 <= int(matched["number"]) <= count or count > _MAX_PARTS:
+        return [name]
     return [f"{matched['stem']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
