@@ -77,7 +77,11 @@ def test_what_lies_beside_a_model_is_not_taken_for_a_part_of_it(tmp_path: Path) 
         shutil.copy(path, tmp_path / name)
     found = open_checkpoint(tmp_path)
     assert set(found.shards.values()) == {path.name}
-    assert [said.partition(" ")[0] for said in found.warnings] == ["imatrix.gguf", "mmproj-F16.gguf", "tiny.mmproj.gguf"]
+    assert [said.partition(" ")[0] for said in found.warnings] == [
+        "imatrix.gguf",
+        "mmproj-F16.gguf",
+        "tiny.mmproj.gguf",
+    ]
 
 
 def test_parts_that_are_missing_or_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from support import to_bytes
@@ -31,6 +32,8 @@ def write(path: Path, metadata: dict[str, Any]) -> Path:
     specs = {f"types.{dtype.value}.weight": TensorSpec(dtype, (5, 512)) for dtype in GOLDEN}
     data = {name: GOLDEN[spec.dtype][0] for name, spec in specs.items()} | {"numbers": bytes(range(8))}
     specs["numbers"] = TensorSpec(DType.I8, (8,))
+    specs["blk.0.attn_q.weight"] = TensorSpec(DType.F16, (8, 2))
+    data["blk.0.attn_q.weight"] = np.arange(16, dtype=np.float16).tobytes()
     pieces = gguf_layout(list(specs.items()), {"general.architecture": {"string": "llama"}, **metadata}).pieces
     assert all(isinstance(piece, Data | Literal) for piece in pieces)
     path.parent.mkdir()
@@ -44,6 +47,7 @@ def test_every_type_becomes_the_numbers_that_it_stands_for(tmp_path: Path, asked
     with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
         found = {name: hashlib.sha256(to_bytes(file.get_tensor(name))).hexdigest() for name in sorted(file.keys())}
         assert file.metadata() == {"format": "pt"}
+    del found["blk.0.attn_q.weight"]
     assert found.pop("numbers") == hashlib.sha256(bytes(range(8))).hexdigest()
     assert found == {f"types.{kind.value}.weight": digests[dtype.value] for kind, (_, digests) in GOLDEN.items()}
 
@@ -79,3 +83,12 @@ def test_inspect_tells_types_and_parameters(tmp_path: Path) -> None:
     assert report.spec == TensorSpec(DType.Q6_K, (5, 512))
     assert report.statistics is not None
     assert report.statistics.elements == 2560
+
+
+def test_compare_finds_no_difference_to_what_it_was_made_of(tmp_path: Path) -> None:
+    """Rows of q and k included, whose order the GGUF file alone says."""
+    path = write(tmp_path / "in" / "m.gguf", {"llama.attention.head_count": {"uint32": 2}})
+    weightops.dequantize(path, tmp_path / "plain", dtype="float32")
+    (report,) = weightops.compare(path, tmp_path / "plain", tolerance=0).comparisons
+    assert report.differs is False
+    assert len(report.tensors) == len(GOLDEN) + 2

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _UNPACK = blocks.UNPACK | grids.UNPACK
 BLOCK_TYPES = tuple(dtype for dtype in DType if dtype in _UNPACK)
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 """Elements that are worked on at once: few enough for a core's own cache, and many enough for its calls."""
 _VECTORS = 1024
 """Elements that torch must convert together: see the design's grain of arithmetic."""
