@@ -10,7 +10,7 @@ from weightops.formats.gguf.metadata import is_typed, kind_of, number
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
-from weightops.ops.ggml.values import BLOCK_TYPES, BlockValues
+from weightops.ops.ggml.values import BlockValues
 from weightops.spec import DType
 
 _FILE_TYPE = "general.file_type"
@@ -25,7 +25,7 @@ _NO_MODELS = {
 def is_gguf(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint was read from GGUF files."""
     return any(map(is_typed, checkpoint.metadata.values())) or any(
-        tensor.spec.dtype in BLOCK_TYPES for tensor in checkpoint.values()
+        tensor.spec.dtype.is_block for tensor in checkpoint.values()
     )
 
 
@@ -59,6 +59,6 @@ def plain_gguf(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoint
 
 def plain_tensor(tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """A tensor of a GGUF file as numbers; integers stay as they are."""
-    if tensor.spec.dtype in BLOCK_TYPES:
+    if tensor.spec.dtype.is_block:
         return LazyTensor.make(BlockValues(dtype=dtype), tensor)
     return cast(tensor, dtype) if tensor.spec.dtype.is_float else tensor

@@ -13,7 +13,6 @@ from weightops.io.names import listed
 from weightops.layouts.names import is_derived
 from weightops.layouts.restored import ROTARY_SUFFIX
 from weightops.operations.check.report import Finding
-from weightops.ops.ggml.values import BLOCK_TYPES
 from weightops.ops.measures.statistics import TensorStatistics, has_statistics
 from weightops.spec import DType, TensorSpec
 
@@ -85,7 +84,7 @@ def unexamined_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Tensors whose elements are no numbers here."""
     by_dtype: dict[DType, list[str]] = {}
     for name, tensor in checkpoint.items():
-        if not has_statistics(tensor.spec.dtype) and tensor.spec.dtype not in BLOCK_TYPES:
+        if not has_statistics(tensor.spec.dtype) and not tensor.spec.dtype.is_block:
             by_dtype.setdefault(tensor.spec.dtype, []).append(name)
     for dtype, names in by_dtype.items():
         text = f"the values of {_tensors(len(names))} of {dtype.value} are digested, and not looked at: {listed(names)}"

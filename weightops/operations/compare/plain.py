@@ -15,7 +15,7 @@ from weightops.io.escape import escape
 from weightops.layouts.modules import is_conv1d
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.dequantize import dequantize
-from weightops.ops.ggml.values import BLOCK_TYPES, BlockValues, has_steps
+from weightops.ops.ggml.values import BlockValues, has_steps
 from weightops.ops.numbers.stored_scales import GroupSteps, Scaled
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
@@ -45,7 +45,7 @@ def as_plain(checkpoint: Checkpoint, evaluate: Evaluate) -> Plain:
     tensors, steps = dict(found.tensors), dict(found.steps)
     stored, taken, notes = dict(found.stored), dict(found.taken), list(found.notes)
     for name, tensor in found.tensors.items():
-        if tensor.spec.dtype in BLOCK_TYPES:
+        if tensor.spec.dtype.is_block:
             tensors[name], stored[name] = LazyTensor.make(BlockValues(), tensor), tensor.spec.dtype.value
             if has_steps(tensor.spec.dtype):
                 steps[name] = LazyTensor.make(BlockValues(steps=True), tensor)

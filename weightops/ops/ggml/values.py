@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _UNPACK = blocks.UNPACK | grids.UNPACK
-BLOCK_TYPES = tuple(dtype for dtype in DType if dtype in _UNPACK)
 _PIECE = 1 << 17
 """Elements that are worked on at once: few enough for a core's own cache, and many enough for its calls."""
 _VECTORS = 1024
