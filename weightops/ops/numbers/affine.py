@@ -241,7 +241,8 @@ def _numbers_of(table: Table, dtype: DType, steps: bool) -> Floats | None:
         mantissa, bias, width = _TABLES[table]
         numbers = small_floats(mantissa, bias, width).astype(np.float32)
     elif table or dtype.is_float:
-        numbers = values_of(DType.F8_E4M3 if table else dtype).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # some NaNs are signalling ones
+            numbers = values_of(DType.F8_E4M3 if table else dtype).astype(np.float32)
     else:
         return np.ones(256, np.float32) if steps else None
     return _gaps(numbers) if steps else numbers
