@@ -44,21 +44,25 @@ def q8_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Spa
 
 
 def q4_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """Codes from 0 to 15 that stand for -8 to 7, two to a byte, 16 elements apart."""
     codes, scales = _symmetric(x, weights, columns, 8, DType.Q4_0, space)
     out[:, :2], out[:, 2:] = scales, nibbles(codes, 16)
 
 
 def q5_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """Codes from 0 to 31 that stand for -16 to 15: the fifth bits of all, then four bits as in Q4_0."""
     codes, scales = _symmetric(x, weights, columns, 16, DType.Q5_0, space)
     out[:, :2], out[:, 2:6], out[:, 6:] = scales, fifth_bits(codes), nibbles(codes, 16)
 
 
 def q4_1(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """Codes from 0 to 15, in steps of the scale from the minimum on."""
     codes, scales = _with_minimum(x, weights, columns, 15, DType.Q4_1, space)
     out[:, :4], out[:, 4:] = scales, nibbles(codes, 16)
 
 
 def q5_1(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """Codes from 0 to 31, in steps of the scale from the minimum on."""
     codes, scales = _with_minimum(x, weights, columns, 31, DType.Q5_1, space)
     out[:, :4], out[:, 4:8], out[:, 8:] = scales, fifth_bits(codes), nibbles(codes, 16)
 

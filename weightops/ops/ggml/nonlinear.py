@@ -27,6 +27,7 @@ _TRIES = 7
 
 
 def iq4_nl(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """A float16 scale and 32 codes of the table."""
     import numpy as np
 
     groups = lanes(x, 32, "x", space)
@@ -37,6 +38,7 @@ def iq4_nl(x: Floats, importance: Floats | None, columns: int, out: Bytes, space
 
 
 def iq4_xs(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """8 groups of 32: scales of 6 bits, and codes of the table."""
     import numpy as np
 
     groups = lanes(x, 32, "x", space)
@@ -48,9 +50,8 @@ def iq4_xs(x: Floats, importance: Floats | None, columns: int, out: Bytes, space
     factors = np.where(d != 0, np.float32(1) / d, np.float32(0))
     stored = (rounded + 32).astype(np.uint16)
     out[:, :2] = as_bytes(halves(step, DType.IQ4_XS))
-    out[:, 2:4] = as_bytes(
-        np.bitwise_or.reduce((stored >> 4) << np.arange(0, 16, 2, dtype=np.uint16), axis=1, dtype="<u2")
-    )
+    high = np.bitwise_or.reduce((stored >> 4) << np.arange(0, 16, 2, dtype=np.uint16), axis=1)
+    out[:, 2:4] = as_bytes(high.astype("<u2"))
     out[:, 4:8] = nibbles(stored.astype(np.uint8), 1)
     out[:, 8:] = nibbles(by_block(_codes(groups, factors.reshape(-1), space), 256), 16)
 
@@ -120,8 +121,8 @@ def _tables() -> tuple[NDArray[np.uint8], Floats]:
     """The code for each half from -128 on, and its value.
 
     ggml compares the distances to the values below and above, and takes the upper one if they are equal. Every midpoint
-    is a multiple of a half, so that the half below a number says which value is nearest; and near a midpoint the distances
-    are exact.
+    is a multiple of a half, so that the half below a number says which value is nearest; and near a midpoint the
+    distances are exact.
     """
     import numpy as np
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from weightops.ops.ggml.space import Bytes, Floats, Space
 
+    Array = NDArray[Any]
+
 LARGEST = float(1 << 33)
 """Beyond what a block of any type can hold, and below what overflows on the way."""
 
@@ -29,7 +31,7 @@ def lanes(values: Floats, count: int, name: str, space: Space) -> Floats:
     return out
 
 
-def by_block(codes: NDArray[Any], elements: int) -> Bytes:
+def by_block(codes: Array, elements: int) -> Bytes:
     """Codes `[positions, lanes]` as `[blocks, elements]`."""
     import numpy as np
 
@@ -54,37 +56,37 @@ def refusal(dtype: DType) -> CorruptInput:
     )
 
 
-def as_bytes(values: NDArray[Any]) -> Bytes:
+def as_bytes(values: Array) -> Bytes:
     """Numbers `[blocks, ...]` as the bytes of each block."""
     import numpy as np
 
     return np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
 
 
-def join(parts: Bytes, bits: int) -> Bytes:
+def join(parts: Array, bits: int) -> Bytes:
     """Codes `[..., parts, bytes]` as `[..., bytes]`: the first part in the lowest bits of each byte."""
-    found = parts[..., 0, :].copy()
+    found: Bytes = parts[..., 0, :].copy()
     for number in range(1, parts.shape[-2]):
         found |= parts[..., number, :] << (bits * number)
     return found
 
 
-def nibbles(codes: Bytes, half: int) -> Bytes:
+def nibbles(codes: Array, half: int) -> Bytes:
     """Two codes to a byte, `half` elements apart; what is above 15 is left out."""
     return join((codes & 15).reshape(len(codes), -1, 2, half), 4).reshape(len(codes), -1)
 
 
-def pairs(codes: Bytes) -> Bytes:
+def pairs(codes: Array) -> Bytes:
     """Four codes from 0 to 3 to a byte, 32 elements apart; what is above is left out."""
     return join((codes & 3).reshape(len(codes), -1, 4, 32), 2).reshape(len(codes), -1)
 
 
-def single_bits(bits: Bytes) -> Bytes:
+def single_bits(bits: Array) -> Bytes:
     """Eight codes of one bit to a byte, 32 elements apart."""
     return join(bits.reshape(len(bits), 8, 32), 1)
 
 
-def fifth_bits(codes: Bytes) -> Bytes:
+def fifth_bits(codes: Array) -> Bytes:
     """The fifth bit of each of 32 codes, as 4 bytes."""
     import numpy as np
 
@@ -109,7 +111,7 @@ def from_six_bit_pairs(packed: Bytes) -> tuple[Bytes, Bytes]:
     return scales, np.concatenate([middle & 63, (last >> 4) | (middle >> 6) << 4], axis=1)
 
 
-def six_bit_scales(codes: Bytes) -> Bytes:
+def six_bit_scales(codes: Array) -> Bytes:
     """Sixteen scales of 6 bits in 12 bytes, as Q3_K has them."""
     import numpy as np
 

@@ -1,8 +1,8 @@
 """Quantisation to ggml's block types, to the bit as ggml's own library does it without fused multiply-add.
 
-How the elements of a block are coded is in `blocks`, `superblocks` and `nonlinear`; what is written, and by which of them,
-in `QUANTIZERS`. An importance matrix weighs the errors of columns. The types for which ggml searches grids of up to 2048
-points are not written.
+How the elements of a block are coded is in `blocks`, `superblocks` and `nonlinear`; which types are written, and by
+which of them, in `QUANTIZERS`. An importance matrix weighs the errors of columns. The types for which ggml searches
+grids of up to 2048 points are not written.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from weightops.ops.libtorch import convert
 from weightops.spec import DType, TensorSpec
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from weightops.ops.ggml.space import Bytes, Floats, Space
 
     Quantizer = Callable[[Floats, Floats | None, int, Bytes, Space], None]
@@ -72,8 +70,8 @@ _MAX_THREADS = 16
 class Quantize(Op, frozen=True):
     """Its input, which must be float32, float16 or bfloat16, as `dtype`, one of `QUANTIZERS`. The shape stays.
 
-    A second input is importance, float32: how much errors in each column weigh, `[columns]`, or `[experts, columns]` where
-    the first has three dimensions. Q8_0 takes no notice of it.
+    A second input is importance, float32: how much errors in each column weigh, `[columns]`, or `[experts, columns]`
+    where the first has three dimensions. Q8_0 takes no notice of it.
 
     Raises `IncompatibleInputs` for rows that are not whole blocks, types that are not written and importance of another
     shape, and `CorruptInput` when it meets a NaN, an infinity or a value whose scale is beyond float16 (such as above 8
@@ -134,7 +132,7 @@ class Quantize(Op, frozen=True):
                 for begin in range(0, numel, step):
                     one, other = other[: min(step, numel - begin) * old], one
                     read(source, (first + begin) * old, one)
-                    weights = importance and importance.of(first + begin, len(one) // old)
+                    weights = importance.of(first + begin, len(one) // old) if importance else None
                     _finish(pending)
                     pending = [
                         _pool().submit(
@@ -143,7 +141,7 @@ class Quantize(Op, frozen=True):
                             self.dtype,
                             one[at * old : (at + part) * old],
                             source.spec.dtype,
-                            weights and weights.part(at),
+                            weights.part(at) if weights else None,
                             tensor.spec.shape[-1],
                         )
                         for at in range(0, len(one) // old, part)
@@ -165,7 +163,7 @@ class _Importance:
 
         expert, stop = first // self.per_expert, -(-(first + count) // self.per_expert)
         rows = np.empty((stop - expert, self.columns), np.float32)
-        self.read(self.tensor, expert * self.columns * 4, memoryview(rows).cast("B"))
+        self.read(self.tensor, expert * self.columns * 4, rows.data.cast("B"))
         if not (rows >= 0).all() or not np.isfinite(rows).all():
             raise CorruptInput(
                 f"cannot quantise by importance {self.tensor.spec}: a value is negative, not a number or infinite",
@@ -234,7 +232,7 @@ def _work(
         convert(floats.data.cast("B"), DType.F32, source, old)
     if not -LARGEST < floats.min() <= floats.max() < LARGEST:
         raise refusal(dtype)
-    weights = importance and importance.spread(memory.floats("importance", floats.size))
+    weights = None if importance is None else importance.spread(memory.floats("importance", floats.size))
     target = np.frombuffer(out, np.uint8).reshape(-1, dtype.block[1])
     with np.errstate(all="ignore"):
         QUANTIZERS[dtype](floats, weights, columns, target, memory)

@@ -1,8 +1,8 @@
 """ggml's searches for the scale of a few numbers, for many groups of them at once, to the bit of its C.
 
-Arrays are `[positions, lanes]`: a lane is a group of 16 or 32 numbers that share a scale, or the scales of one block. All
-lanes take the same step at the same time, and a sum adds up one position after the other, as a loop in C does. That is
-float32 without fused multiply-add, in the order of ggml's source (`ggml-quants.c`), which each function names.
+Arrays are `[positions, lanes]`: a lane is a group of 16 or 32 numbers that share a scale, or the scales of one block.
+All lanes take the same step at the same time, and a sum adds up one position after the other, as a loop in C does. That
+is float32 without fused multiply-add, in the order of ggml's source (`ggml-quants.c`), whose functions are named here.
 
 A search tries factors, and keeps the best. The codes that go with it are worked out again by who wants them, which
 costs one try of twenty, where keeping them would cost as much in each.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,17 +36,18 @@ def nearest(values: Floats) -> Integers:
     import numpy as np
 
     values += np.float32(_TO_INTEGERS)
-    bits = values.view(np.int32)
+    bits: Integers = values.view(np.int32)
     bits &= np.int32(0x7FFFFF)
     bits -= np.int32(0x400000)
     return bits
 
 
-def total(values: Floats, out: Floats | None = None) -> Floats:
+def total(values: Floats) -> Floats:
     """The sum over positions, from the first to the last."""
     import numpy as np
 
-    return np.add.reduce(values, axis=0, out=out, initial=np.float32(0))
+    found: Floats = np.add.reduce(values, axis=0, initial=np.float32(0))
+    return found
 
 
 def extreme(x: Floats) -> Floats:
@@ -55,7 +55,8 @@ def extreme(x: Floats) -> Floats:
     import numpy as np
 
     top, bottom = np.maximum.reduce(x, axis=0), np.minimum.reduce(x, axis=0)
-    found = np.where(top > -bottom, top, bottom)
+    found: Floats = bottom.copy()
+    np.copyto(found, top, where=top > -bottom)
     tied = np.flatnonzero(top == -bottom)
     if tied.size:
         some = x[:, tied]
@@ -67,7 +68,7 @@ def smallest(x: Floats) -> Floats:
     """Of each lane the smallest number; of zeros that differ in sign the first."""
     import numpy as np
 
-    found = np.minimum.reduce(x, axis=0)
+    found: Floats = np.minimum.reduce(x, axis=0)
     zeros = np.flatnonzero(found == 0)
     if zeros.size:
         some = x[:, zeros]
@@ -114,7 +115,7 @@ def fit_symmetric(x: Floats, weights: Floats, limit: int, space: Space) -> tuple
         np.copyto(factors, tried, where=better)
 
     def codes(some: Any) -> NDArray[np.uint8]:
-        found = np.clip(np.rint(x[:, some] * factors[some]), np.float32(-limit), np.float32(limit - 1))
+        found: Floats = np.clip(np.rint(x[:, some] * factors[some]), np.float32(-limit), np.float32(limit - 1))
         found += np.float32(limit)
         found[:, zero[some]] = 0
         return found.astype(np.uint8)

@@ -1,14 +1,14 @@
 """Encoders of ggml's K types, blocks of 256 elements: Q2_K, Q3_K, Q4_K, Q5_K and Q6_K.
 
-A block has a float16 scale, in most types a second one for minima, and for each 16 or 32 of its elements a scale (and a
-minimum) of a few bits. First each group's scale is searched for by itself; then those are rounded; then every element is
-coded again by what they have become. A group whose scale has become zero keeps the codes of the search, which nothing
-reads; so does ggml. Sources: `quantize_row_*_K_ref` without importance and `quantize_row_*_K_impl` with it.
+A block has a float16 scale, in most types a second one for minima, and for each 16 or 32 of its elements a scale (and
+a minimum) of a few bits. First each group's scale is searched for by itself; then those are rounded; then every element
+is coded again by what they have become. A group whose scale has become zero keeps the codes of the search, which
+nothing reads; so does ggml. Sources: `quantize_row_*_K_ref` without importance and `quantize_row_*_K_impl` with it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightops.ops.ggml import packing
 from weightops.ops.ggml.blocks import weighed
@@ -37,6 +37,7 @@ _TRIES = (-0.9, 0.05, 36)
 
 
 def q2_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """16 groups of 16: scales and minima of 4 bits, codes from 0 to 3."""
     import numpy as np
 
     groups = lanes(x, 16, "x", space)
@@ -61,6 +62,7 @@ def q2_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: 
 
 
 def q3_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """16 groups of 16: scales of 6 bits, codes from 0 to 7 that stand for -4 to 3."""
     import numpy as np
 
     groups = lanes(x, 16, "x", space)
@@ -73,8 +75,10 @@ def q3_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: 
         of_scales = np.where(largest != 0, rounded, 0).astype(np.uint8)
         factor = np.where(largest != 0, np.float32(1) / factors, np.float32(0))
 
-        def codes(some: NDArray[np.intp]) -> NDArray[np.uint8]:
+        def of_turns(some: Any) -> NDArray[np.uint8]:
             return found[:, some].astype(np.uint8)
+
+        codes: Codes = of_turns
     else:
         weights = weighed(groups, importance, _mean_squares(x, 16, 2, space), space)
         sums = _of_blocks(total(weights), 16)
@@ -91,16 +95,19 @@ def q3_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: 
 
 
 def q4_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """8 groups of 32: scales and minima of 6 bits, codes from 0 to 15."""
     scales, codes = _four_or_five(x, importance, 15, (-1.0, 0.1, 20), DType.Q4_K, space)
     out[:, :16], out[:, 16:] = scales, packing.nibbles(codes, 32)
 
 
 def q5_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """8 groups of 32: scales and minima of 6 bits, codes from 0 to 31."""
     scales, codes = _four_or_five(x, importance, 31, (-0.5, 0.1, 15), DType.Q5_K, space)
     out[:, :16], out[:, 16:48], out[:, 48:] = scales, packing.single_bits(codes >> 4), packing.nibbles(codes, 32)
 
 
 def q6_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: Space) -> None:
+    """16 groups of 16: scales of 8 bits, codes from 0 to 63 that stand for -32 to 31."""
     import numpy as np
 
     groups = lanes(x, 16, "x", space)
@@ -112,7 +119,8 @@ def q6_k(x: Floats, importance: Floats | None, columns: int, out: Bytes, space: 
     by_group = _of_blocks(scales, 16)
     largest = extreme(by_group)
     zero = np.abs(largest) < np.float32(TINIEST)
-    factors = np.float32(-128) / np.where(zero, np.float32(1), largest)
+    largest[zero] = 1
+    factors = np.float32(-128) / largest
     rounded = np.minimum(nearest(factors * by_group), 127).astype(np.int8)
     half = halves(np.float32(1) / factors, DType.Q6_K)
     recoded = by_block(_recoded(groups, _times(half, rounded), -32, 31, codes, space), _SIZE)
