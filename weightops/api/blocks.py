@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.errors import UsageError
 from weightops.lazy import LazyTensor
-from weightops.ops.ggml.quantize import Quantize
+from weightops.ops.ggml.quantize import QUANTIZERS, Quantize
 from weightops.ops.rows import Given
-from weightops.spec import DType, parse_dtype
+from weightops.spec import DType
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,9 @@ def quantize_blocks(
     names the nearest), rows that are not whole blocks and importance of another shape. Reading raises `CorruptInput`
     for values that are not finite or too large for the type, and for importance that is negative or not finite.
     """
-    target = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    assert target is not None
+    target = dtype if isinstance(dtype, DType) else next((d for d in DType if d.value == dtype.lower()), None)
+    if target is None:
+        raise UsageError(f"there is no type {dtype!r}", hint=f"choose one of {', '.join(d.value for d in QUANTIZERS)}")
     inputs = [_lazy(values)]
     if importance is not None:
         inputs.append(importance if isinstance(importance, LazyTensor) else _lazy(_as_float32(importance)))
