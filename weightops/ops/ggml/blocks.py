@@ -30,23 +30,58 @@ def q8_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Spa
     """A block is `scale = max|x| / 127` and `round(x / scale)`, halves away from zero."""
     import numpy as np
 
+    target = out.view(np.dtype([("scale", "<f2"), ("codes", "V32")]))[:, 0]
     scaled, other = space.floats("work", x.size), space.floats("terms", x.size)
+    codes = space.floats("codes", -(-x.size // 4)).view(np.int8)[: x.size]
     np.abs(x, out=scaled)
     scales = _fold(scaled, np.maximum, other) / np.float32(127)
-    out[:, :2] = as_bytes(halves(scales, DType.Q8_0))
+    target["scale"] = halves(scales, DType.Q8_0)
     np.multiply(x.reshape(-1, _SIZE), _factors(scales)[:, None], out=scaled.reshape(-1, _SIZE))
     # Adding 0.5 rounds up what is just below a half. The next smaller number does not, and exact halves still reach
     # the next integer, so that cutting off the fraction rounds them away from zero.
     bump = np.bitwise_and(scaled.view(np.uint32), np.uint32(_SIGN), out=other.view(np.uint32))
     bump |= np.uint32(_BELOW_HALF)
     scaled += other
-    out[:, 2:] = scaled.astype(np.int8).view(np.uint8).reshape(-1, _SIZE)
+    np.copyto(codes, scaled, casting="unsafe")
+    target["codes"] = codes.view("V32")
 
 
 def q4_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
     """Codes from 0 to 15 that stand for -8 to 7, two to a byte, 16 elements apart."""
-    codes, scales = _symmetric(x, weights, columns, 8, DType.Q4_0, space)
-    out[:, :2], out[:, 2:] = scales, nibbles(codes, 16)
+    if weights is None:
+        _q4_0(x, out, space)
+    else:
+        codes, scales = _symmetric(x, weights, columns, 8, DType.Q4_0, space)
+        out[:, :2], out[:, 2:] = scales, nibbles(codes, 16)
+
+
+def _q4_0(x: Floats, out: Bytes, space: Space) -> None:
+    """Without importance, in a third of the time: `min(int(x / scale + 8.5), 15)`, without a turn to lanes."""
+    import numpy as np
+
+    target = out.view(np.dtype([("scale", "<f2"), ("codes", "V16")]))[:, 0]
+    scaled, other = space.floats("work", x.size), space.floats("terms", x.size)
+    codes = space.floats("codes", -(-x.size // 4)).view(np.uint8)[: x.size]
+    blocks, top, bottom = x.reshape(-1, _SIZE), _fold(x, np.maximum, scaled), _fold(x, np.minimum, other)
+    largest: Floats = np.where(top > -bottom, top, bottom)
+    tied = np.flatnonzero(top == -bottom)
+    largest[tied] = extreme(blocks[tied].T)
+    scales: Floats = largest / np.float32(-8)
+    target["scale"] = halves(scales, DType.Q4_0)
+    factors = _factors(scales)
+    np.multiply(blocks, factors[:, None], out=scaled.reshape(-1, _SIZE))
+    scaled += np.float32(8.5)
+    np.copyto(codes, scaled, casting="unsafe")
+    codes.reshape(-1, _SIZE)[(factors == 0) & (scales != 0)] = 0  # as ggml casts what is infinite or no number
+    # Eight codes to a word. 16 becomes 15, and is the only one above.
+    words, shifted = codes.view(np.uint64), other.view(np.uint64)[: x.size // 8]
+    np.right_shift(words, np.uint64(4), out=shifted)
+    shifted &= np.uint64(0x0101010101010101)
+    words -= shifted
+    # A block is two low words and two high ones: of the sums of words two apart, every other pair is wanted.
+    np.left_shift(words, np.uint64(4), out=shifted)
+    words[:-2] |= shifted[2:]
+    target["codes"] = words.view("V16")[::2]
 
 
 def q5_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
@@ -143,7 +178,7 @@ def _whole(scaled: Floats, scales: Floats, limit: int) -> NDArray[np.uint8]:
     import numpy as np
 
     codes = np.minimum(scaled.astype(np.uint8), np.uint8(limit))
-    codes[:, np.isinf(np.float32(1) / scales) & (scales != 0)] = 0
+    codes[:, (_factors(scales) == 0) & (scales != 0)] = 0
     return codes
 
 

@@ -63,6 +63,8 @@ NEAREST = {
 """Of the types that are not, the one nearest in size that is."""
 _WHOLE_ROWS = {DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1}
 """Types whose weights hang on a mean over a whole row, if importance is given."""
+_TOLD_BY_SCALES = {DType.Q8_0, *_WHOLE_ROWS}
+"""Types whose scales, without importance, are not finite where a value is not, or is too large."""
 _SOURCES = (DType.F32, DType.F16, DType.BF16)
 _MAX_THREADS = 16
 
@@ -230,7 +232,8 @@ def _work(
     else:
         floats = memory.floats("source", len(source) // old.itemsize)
         convert(floats.data.cast("B"), DType.F32, source, old)
-    if not -LARGEST < floats.min() <= floats.max() < LARGEST:
+    is_told_by_scales = importance is None and dtype in _TOLD_BY_SCALES
+    if not is_told_by_scales and not -LARGEST < floats.min() <= floats.max() < LARGEST:
         raise refusal(dtype)
     weights = None if importance is None else importance.spread(memory.floats("importance", floats.size))
     target = np.frombuffer(out, np.uint8).reshape(-1, dtype.block[1])

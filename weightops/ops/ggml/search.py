@@ -267,24 +267,28 @@ def _take_turns(
     weighted = weights * x
     products, squares = total(weighted * codes), total(weights * codes * codes)
     codes[:] = stored(codes)
+    some: Any = slice(None)
     for _ in range(5):
-        changed = False
-        for value, weight, both, code in zip(x, weights, weighted, codes, strict=True):
-            product, square = products - both * code, squares - weight * code * code
-            better = product > 0
+        # Whatever has not changed in one turn would not in the next.
+        now, product, square = codes[:, some], products[some], squares[some]
+        changed = np.zeros(product.size, bool)
+        positions = zip(x[:, some], weights[:, some], weighted[:, some], now, strict=True)
+        for value, weight, both, code in positions:
+            new_product, new_square = product - both * code, square - weight * code * code
+            better = new_product > 0
             if positive:
-                better &= square > 0
-            new = bounded(nearest(value * square / product))
+                better &= new_square > 0
+            new = bounded(nearest(value * new_square / new_product))
             better &= new != code
-            product += both * new
-            square += weight * new * new
-            better &= square > 0
-            better &= product * product * squares > products * products * square
-            if better.any():
-                changed = True
-                np.copyto(code, stored(new), where=better)
-                np.copyto(products, product, where=better)
-                np.copyto(squares, square, where=better)
-        if not changed:
+            new_product += both * new
+            new_square += weight * new * new
+            better &= new_square > 0
+            better &= new_product * new_product * square > product * product * new_square
+            changed |= better
+            for kept, found in ((code, stored(new)), (product, new_product), (square, new_square)):
+                np.copyto(kept, found, where=better)
+        codes[:, some], products[some], squares[some] = now, product, square
+        some = np.arange(products.size)[some][changed]
+        if not some.size:
             break
     return np.where(squares > 0, products / squares, np.float32(0))

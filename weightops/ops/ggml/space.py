@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 PART = 1 << 17
 """Elements that a thread quantises at once: few enough for its caches, and enough for calls to cost little beside what
 they do, and for threads to wait little for the interpreter's lock."""
-NBYTES = 10 * 4 * PART
-"""What a thread needs at once."""
+NBYTES = 16 * 4 * PART
+"""What a thread needs at once: arrays of a part, those that are kept and those of the moment."""
 
 
 class Space(threading.local):
