@@ -1,7 +1,8 @@
-"""Run by `.venv-llamacpp/bin/python`: the types that llama-quantize chooses, without quantising (its `--dry-run`).
+"""Run by `.venv-llamacpp/bin/python`: the types that llama-quantize chooses, or the files that it makes.
 
-Argument: JSON, a list of objects with `path`, `file_type`, `importance`, `pure`, `output`, `embedding` (numbers of
-types, or null) and `overrides` (expressions and numbers). Prints for each the names and types, in the output's order.
+Argument: JSON, a list of objects with `path`, `out` (null for none, as its `--dry-run`), `file_type`, `importance` (an
+.npz of vectors, or null), `pure`, `output`, `embedding` (numbers of types, or null) and `overrides` (expressions and
+numbers). Prints for each the names and types, in the output's order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[.*\], type = +(\w+), size = [^(\n]*(?:\((\w+)\))?")
 
@@ -25,22 +27,27 @@ def main(cases: list[dict[str, Any]]) -> list[list[tuple[str, str]]]:
     for case in cases:
         said.clear()
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.dry_run, params.pure, params.nthread = case["file_type"], True, case["pure"], 1
+        params.ftype, params.pure, params.nthread = case["file_type"], case["pure"], 1
+        params.dry_run = case["out"] is None
         if case["output"] is not None:
             params.output_tensor_type = case["output"]
         if case["embedding"] is not None:
             params.token_embedding_type = case["embedding"]
-        value = ctypes.c_float(1)
-        entries = (llama_cpp.llama_model_imatrix_data * 2)()
-        entries[0].name, entries[0].data, entries[0].size = b"none", ctypes.pointer(value), 1
-        if case["importance"]:
+        vectors = np.load(case["importance"]) if case["importance"] else {}
+        kept = {name: vectors[name] for name in vectors}
+        entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+        for entry, (name, vector) in zip(entries, kept.items(), strict=False):
+            data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.name, entry.data, entry.size = name.encode(), data, vector.size
+        if kept:
             params.imatrix = entries
         overrides = (llama_cpp.llama_model_tensor_override * (len(case["overrides"]) + 1))()
         for entry, (pattern, dtype) in zip(overrides, case["overrides"], strict=False):
             entry.pattern, entry.type = pattern.encode(), dtype
         if case["overrides"]:
             params.tt_overrides = overrides
-        status = llama_cpp.llama_model_quantize(case["path"].encode(), b"none", ctypes.byref(params))
+        out = (case["out"] or "none").encode()
+        status = llama_cpp.llama_model_quantize(case["path"].encode(), out, ctypes.byref(params))
         text = "".join(said)
         if status:
             raise RuntimeError(f"{case}: {text}")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from environments import environment, run_script
 from hard_rows import hard_importance, hard_rows
-from mixed_models import SMALL, MixedModel, random_models, write_header
+from mixed_models import SMALL, MixedModel, mixed_model, random_models, write_header
 
 from weightops import quantize_blocks
-from weightops.layouts.ggml_mix import FILE_TYPES, mix
+from weightops.layouts.ggml_mix import FILE_TYPES, MixModel, mix
 from weightops.ops.ggml.quantize import QUANTIZERS
 from weightops.spec import DType
 
@@ -24,10 +24,21 @@ NUMBERS = {dtype: int(gguf.GGMLQuantizationType[dtype.name]) for dtype in QUANTI
 NAMES = {"f16": DType.F16, "f32": DType.F32, "bf16": DType.BF16} | {dtype.value: dtype for dtype in QUANTIZERS}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+def ask(folder: Path, asked: list[dict[str, Any]]) -> list[list[tuple[str, str]]]:
+    """The types that llama-quantize chooses; what a case leaves out is nothing."""
+    nothing = {"out": None, "importance": None, "pure": False, "output": None, "embedding": None, "overrides": []}
+    (folder / "asked.json").write_text(json.dumps([{**nothing, **case} for case in asked]))
+    answers: list[list[tuple[str, str]]] = json.loads(run_script(LLAMACPP, "llamacpp_types.py", folder / "asked.json"))
+    return answers
+
+
+WITHOUT_FMA = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="compilers for this processor fuse multiply and add in ggml"
 )
+
+
+@pytest.mark.slow
+@WITHOUT_FMA
 def test_blocks_are_those_of_ggml(tmp_path: Path) -> None:
     random, cases = np.random.default_rng(7), {}
     for kind, rows in enumerate(hard_rows(random, 16, 512)):
@@ -63,8 +74,9 @@ def test_types_are_those_of_llama_quantize(tmp_path: Path) -> None:
             (SMALL, name, {**weighs, "overrides": [("ffn_(up|gate)", DType.Q5_0), ("_up", DType.Q3_K)]}),
             (SMALL, name, {**weighs, "overrides": [(r"blk\.[0-2]\.attn_v", DType.IQ4_XS), ("embd", DType.F16)]}),
         ]
-    asked = []
-    for number, (model, name, options) in enumerate(cases):
+    some, asked = tmp_path / "importance.npz", []
+    np.savez(some, none=np.ones(1, np.float32))
+    for model, name, options in cases:
         path = tmp_path / f"{id(model)}.gguf"
         if not path.exists():
             write_header(path, model)
@@ -76,18 +88,56 @@ def test_types_are_those_of_llama_quantize(tmp_path: Path) -> None:
             {
                 "path": str(path),
                 "file_type": FILE_TYPES[name].number,
-                "importance": options["has_importance"],
+                "importance": str(some) if options["has_importance"] else None,
                 "pure": options.get("pure", False),
-                "output": numbers.get("output"),
-                "embedding": numbers.get("embedding"),
+                **numbers,
                 "overrides": overrides,
             }
         )
-        assert number < 5000
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
-    answers = json.loads(run_script(LLAMACPP, "llamacpp_types.py", tmp_path / "asked.json"))
+    answers = ask(tmp_path, asked)
     for (model, name, options), answer in zip(cases, answers, strict=True):
         wanted = {tensor: NAMES[dtype.lower()] for tensor, dtype in answer}
         found = mix(name, model.tensors, model.facts, **options)
         assert list(found) == list(wanted), (model.facts, name)
         assert found == wanted, (model.facts, name, options)
+
+
+@pytest.mark.slow
+@WITHOUT_FMA
+def test_tensors_of_files_are_those_of_llama_quantize(tmp_path: Path) -> None:
+    """Whole files, with importance that some tensors lack, experts have apart, and two mixes of every size."""
+    random, facts = np.random.default_rng(9), MixModel(architecture="llama", layers=3, heads=8, kv_heads=2, experts=4)
+    model = mixed_model(facts)
+    values = {name: random.standard_normal(spec.shape).astype(spec.dtype.value) for name, spec in model.tensors.items()}
+    write_header(tmp_path / "source.gguf", model)
+    for tensor in gguf.GGUFReader(tmp_path / "source.gguf", "r+").tensors:
+        tensor.data[:] = values[tensor.name]
+    vectors = {
+        name: random.random((spec.shape[0] if len(spec.shape) == 3 else 1, spec.shape[-1]), np.float32)
+        for name, spec in model.tensors.items()
+        if "attn_k" not in name
+    }
+    np.savez(tmp_path / "importance.npz", **vectors)  # type: ignore[arg-type]
+    cases = [
+        (name, weighs) for name in ("Q2_K", "Q3_K_L", "Q4_K_M", "Q5_0", "Q5_K_S", "IQ4_XS") for weighs in (False, True)
+    ]
+    asked = [
+        {
+            "path": str(tmp_path / "source.gguf"),
+            "out": str(tmp_path / f"{name}.{weighs}.gguf"),
+            "file_type": FILE_TYPES[name].number,
+            "importance": str(tmp_path / "importance.npz") if weighs else None,
+        }
+        for name, weighs in cases
+    ]
+    ask(tmp_path, asked)
+    for (name, weighs), case in zip(cases, asked, strict=True):
+        types = mix(name, model.tensors, facts, has_importance=weighs)
+        tensors = gguf.GGUFReader(case["out"]).tensors
+        assert [tensor.name for tensor in tensors] == list(types)
+        for tensor in tensors:
+            source, dtype, importance = values[tensor.name], types[tensor.name], None
+            if dtype in QUANTIZERS and weighs and tensor.name in vectors:
+                importance = vectors[tensor.name] if source.ndim == 3 else vectors[tensor.name][0]
+            wanted = quantize_blocks(source, dtype, importance=importance).read() if dtype in QUANTIZERS else source
+            assert bytes(wanted) == tensor.data.tobytes(), (name, weighs, tensor.name)

@@ -116,7 +116,7 @@ class Quantize(Op, frozen=True):
     def _unit(self, tensor: LazyTensor) -> int:
         """The elements that are quantised together."""
         by_rows = self.dtype in _WHOLE_ROWS and len(tensor.inputs) > 1
-        return max(1, tensor.spec.shape[-1]) if by_rows else self.dtype.block[0]
+        return max(self.dtype.block[0], tensor.spec.shape[-1]) if by_rows else self.dtype.block[0]
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
         """Reads the next chunk while the pool works on the one before."""
