@@ -119,6 +119,16 @@ def test_bytes_are_those_of_ggml(dtype: DType, weighs: bool) -> None:
 
 @pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize("dtype", QUANTIZERS)
+def test_a_block_alone_is_as_among_others(dtype: DType, weighs: bool) -> None:
+    """numpy adds up in another order where there is one sum alone."""
+    golden, columns = load_file(GOLDEN / "source.safetensors"), dtype.block[0]
+    importance = golden["hard.imatrix"][:columns] if weighs else None
+    lazy = quantized(stored(golden["hard"][:, :columns])[0], dtype, importance)
+    assert evaluate(lazy, lazy.grain) == evaluate(lazy)
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("dtype", QUANTIZERS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_range_of_grains_is_that_of_the_whole(
     dtype: DType, source: DType, weighs: bool, monkeypatch: pytest.MonkeyPatch

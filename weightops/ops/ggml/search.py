@@ -42,11 +42,15 @@ def nearest(values: Floats) -> Integers:
     return bits
 
 
-def total(values: Floats) -> Floats:
-    """The sum over positions, from the first to the last."""
+def total(values: Floats, start: float = 0.0) -> Floats:
+    """The sum over positions, from `start` on and one after the other."""
     import numpy as np
 
-    found: Floats = np.add.reduce(values, axis=0, initial=np.float32(0))
+    found: Floats
+    if values[0].size > 1:
+        found = np.add.reduce(values, axis=0, initial=np.float32(start))
+    else:  # which `reduce` would add up by pairs
+        found = np.add.accumulate(values, axis=0)[-1] + np.float32(start)
     return found
 
 
@@ -138,9 +142,8 @@ def fit_with_minimum(
     start = np.where(lowest > 0, np.float32(0), lowest)
     flat = highest == start
     highest[flat] = 1
-    none = np.float32(-0.0)  # to which the first number is added without a trace
-    sum_w = np.add.reduce(weights, axis=0, initial=none)
-    sum_x = np.add.reduce(np.multiply(weights, x, out=work), axis=0, initial=none)
+    # These begin with the first number, which an addition to a negative zero leaves as it is.
+    sum_w, sum_x = total(weights, -0.0), total(np.multiply(weights, x, out=work), -0.0)
 
     def encode(factor: Floats, minimum: Floats, out: Floats, values: Floats, low: Floats, high: Floats) -> Floats:
         np.subtract(values, minimum, out=out)
