@@ -14,6 +14,7 @@ from weightops.errors import IncompatibleInputs, SourceMissing, UsageError, Weig
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.quantized.gguf import is_gguf, plain_gguf
 from weightops.formats.quantized.gptq import CheckpointFormat
 from weightops.formats.quantized.gptq_weights import GptqOptions
 from weightops.formats.quantized.gptq_zeros import ZeroOverflow
@@ -22,6 +23,8 @@ from weightops.formats.quantized.weights import CONFIG_KEY, without_quantization
 from weightops.formats.sidecars import QUANTISED
 from weightops.io import strict_json
 from weightops.io.escape import escape
+from weightops.io.names import listed
+from weightops.io.notebook import in_units
 from weightops.layouts import architecture
 from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.lazy import Evaluate, LazyTensor
@@ -47,6 +50,7 @@ def dequantize(
     What is quantised, and in which format, the tensors show; `formats.quantized.table` lists the formats. A weight has
     its native type, which is what the format's own library gives, or `dtype`: float32 holds the exact numbers, and any
     other type those rounded once. Of transformers' `Conv1D` (GPT-2) it is `[K, N]`, as its checkpoints have it.
+    Of GGUF files every tensor of numbers has one type, and the name that it has there.
 
     The configuration loses what it says of quantisation and names the type; scales of activations are dropped.
     `checkpoint_format` is what to go by instead of a GPTQ checkpoint's config, `zero_overflow` what stored zero points
@@ -64,6 +68,8 @@ def dequantize(
             f"weights are not dequantised to {dtype.value}",
             hint=f"choose one of {', '.join(known.value for known in DTYPES)}; `weightops cast` makes others of them",
         )
+    if is_gguf(source) and not (checkpoint_format or zero_overflow):
+        return plain_gguf(source, dtype)
     if zero_overflow is not None and checkpoint_format == "gptq_v2":
         raise UsageError("zero points of gptq_v2 do not overflow", hint="leave out --zero-overflow")
     source = _with_config(source, config)
@@ -83,7 +89,9 @@ def dequantize(
 
 
 def plain(source: Checkpoint, found: Quantized, dtype: DType | None = None, notes: Sequence[str] = ()) -> Checkpoint:
-    """`source` with the weights that were `found` in `dtype`, or each in its native type."""
+    """`source` with the weights that were `found` in `dtype`, or each in its native type; itself where none was."""
+    if not found:
+        return source
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in source.items():
@@ -114,7 +122,14 @@ def plain(source: Checkpoint, found: Quantized, dtype: DType | None = None, note
 def plain_if_quantised(source: Checkpoint, evaluate: Evaluate) -> Checkpoint:
     """`source` with its quantised weights in their native types, or as it is; raises as `dequantize`."""
     found = find_weights(source, evaluate, shape_of=shapes_of(source))
-    return plain(source, found) if found else source
+    if not found:
+        return source
+    made = {name: weight.in_dtype().spec for name, weight in found.weights.items()}
+    note = (
+        f"{escape(source.name)} is quantised ({listed(found.schemes, 3)}), and read as {_usual(found).value}: "
+        f"{in_units(sum(spec.nbytes for spec in made.values()))} of weights, computed as they are needed"
+    )
+    return plain(source, found, notes=[note])
 
 
 def shapes_of(source: Checkpoint) -> Callable[[str], tuple[int, ...] | None]:

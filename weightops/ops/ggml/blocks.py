@@ -1,192 +1,336 @@
-"""Encoders of ggml's blocks of 32 elements: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
+"""The blocks of ggml as whole numbers and their scales: `value = scale * code`, or less a minimum.
 
-A block has a float16 scale, and in Q4_1 and Q5_1 a float16 minimum, and a code for each element. Without importance the
-scale is that of the extreme of a block (`quantize_row_*_ref`); with it, the best of some tries (`quantize_row_*_impl`),
-which weigh errors by importance times the magnitude against that of the row. Q8_0 takes no notice of importance.
+Every type has a function that writes the codes of some blocks, one byte for each element, and returns the scales of
+their groups. The order of bits is that of `ggml-common.h` and of `dequantize_row_*` in `ggml-quants.c`; of gguf's
+numpy code (`gguf.quants`) it gives the same bits, whatever the scales are.
+
+Codes are unpacked eight at a time, as words of 64 bits.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightops.ops.ggml.packing import as_bytes, by_block, fifth_bits, halves, lanes, nibbles
-from weightops.ops.ggml.search import extreme, fit_symmetric, fit_with_minimum, smallest
 from weightops.spec import DType
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from weightops.ops.ggml.space import Bytes, Floats, Space
+    Bytes = NDArray[np.uint8]
+    Floats = NDArray[np.float32]
 
-_SIZE = 32
-_TRIES = (-0.9, 0.05, 36)
-_SIGN = 0x80000000
-_BELOW_HALF = 0x3EFFFFFF
-"""The bits of the largest float32 below 0.5."""
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the sixteen codes of IQ4_NL and IQ4_XS stand for."""
+_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice what the sixteen codes of E2M1 stand for; code 8 is 0 to ggml, not -0."""
 
 
-def q8_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
-    """A block is `scale = max|x| / 127` and `round(x / scale)`, halves away from zero."""
+class Scales(NamedTuple):
+    """Of each group of elements `[n, groups]`: what its codes are multiplied by, and what is taken off then."""
+
+    factors: Floats
+    minima: Floats | None = None
+    offsets: Floats | None = None
+    """What is added; not the same as taking off its negative where it is NaN."""
+
+
+Unpack = Callable[["Bytes", "Bytes"], Scales]
+"""From blocks `[n, nbytes]`, writes the codes `[n, elements]`."""
+
+
+def halves(blocks: Bytes, at: int) -> Floats:
+    """The float16 at byte `at` of every block, as float32 `[n, 1]`."""
     import numpy as np
 
-    target = out.view(np.dtype([("scale", "<f2"), ("codes", "V32")]))[:, 0]
-    scaled, other = space.floats("work", x.size), space.floats("terms", x.size)
-    codes = space.floats("codes", -(-x.size // 4)).view(np.int8)[: x.size]
-    np.abs(x, out=scaled)
-    scales = _fold(scaled, np.maximum, other) / np.float32(127)
-    target["scale"] = halves(scales, DType.Q8_0)
-    np.multiply(x.reshape(-1, _SIZE), _factors(scales)[:, None], out=scaled.reshape(-1, _SIZE))
-    # Adding 0.5 rounds up what is just below a half. The next smaller number does not, and exact halves still reach
-    # the next integer, so that cutting off the fraction rounds them away from zero.
-    bump = np.bitwise_and(scaled.view(np.uint32), np.uint32(_SIGN), out=other.view(np.uint32))
-    bump |= np.uint32(_BELOW_HALF)
-    scaled += other
-    np.copyto(codes, scaled, casting="unsafe")
-    target["codes"] = codes.view("V32")
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
-def q4_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
-    """Codes from 0 to 15 that stand for -8 to 7, two to a byte, 16 elements apart."""
-    if weights is None:
-        _q4_0(x, out, space)
-    else:
-        codes, scales = _symmetric(x, weights, columns, 8, DType.Q4_0, space)
-        out[:, :2], out[:, 2:] = scales, nibbles(codes, 16)
-
-
-def _q4_0(x: Floats, out: Bytes, space: Space) -> None:
-    """Without importance, in a third of the time: `min(int(x / scale + 8.5), 15)`, without a turn to lanes."""
+def field(blocks: Bytes, start: int, stop: int, dtype: Any = "u1") -> NDArray[Any]:
+    """Bytes `[start, stop)` of every block in memory of their own, as little-endian numbers of `dtype`."""
     import numpy as np
 
-    target = out.view(np.dtype([("scale", "<f2"), ("codes", "V16")]))[:, 0]
-    scaled, other = space.floats("work", x.size), space.floats("terms", x.size)
-    codes = space.floats("codes", -(-x.size // 4)).view(np.uint8)[: x.size]
-    blocks, top, bottom = x.reshape(-1, _SIZE), _fold(x, np.maximum, scaled), _fold(x, np.minimum, other)
-    largest: Floats = np.where(top > -bottom, top, bottom)
-    tied = np.flatnonzero(top == -bottom)
-    largest[tied] = extreme(blocks[tied].T)
-    scales: Floats = largest / np.float32(-8)
-    target["scale"] = halves(scales, DType.Q4_0)
-    factors = _factors(scales)
-    np.multiply(blocks, factors[:, None], out=scaled.reshape(-1, _SIZE))
-    scaled += np.float32(8.5)
-    np.copyto(codes, scaled, casting="unsafe")
-    codes.reshape(-1, _SIZE)[(factors == 0) & (scales != 0)] = 0  # as ggml casts what is infinite or no number
-    # Eight codes to a word. 16 becomes 15, and is the only one above.
-    words, shifted = codes.view(np.uint64), other.view(np.uint64)[: x.size // 8]
-    np.right_shift(words, np.uint64(4), out=shifted)
-    shifted &= np.uint64(0x0101010101010101)
-    words -= shifted
-    # A block is two low words and two high ones: of the sums of words two apart, every other pair is wanted.
-    np.left_shift(words, np.uint64(4), out=shifted)
-    words[:-2] |= shifted[2:]
-    target["codes"] = words.view("V16")[::2]
+    return np.ascontiguousarray(blocks[:, start:stop]).view(dtype)
 
 
-def q5_0(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
-    """Codes from 0 to 31 that stand for -16 to 15: the fifth bits of all, then four bits as in Q4_0."""
-    codes, scales = _symmetric(x, weights, columns, 16, DType.Q5_0, space)
-    out[:, :2], out[:, 2:6], out[:, 6:] = scales, fifth_bits(codes), nibbles(codes, 16)
+def spread(codes: Bytes, packed: Bytes, bits: int, run: int) -> None:
+    """Write the codes that are `bits` wide: of every `run` bytes first those in the lowest bits, then the next.
 
-
-def q4_1(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
-    """Codes from 0 to 15, in steps of the scale from the minimum on."""
-    codes, scales = _with_minimum(x, weights, columns, 15, DType.Q4_1, space)
-    out[:, :4], out[:, 4:] = scales, nibbles(codes, 16)
-
-
-def q5_1(x: Floats, weights: Floats | None, columns: int, out: Bytes, space: Space) -> None:
-    """Codes from 0 to 31, in steps of the scale from the minimum on."""
-    codes, scales = _with_minimum(x, weights, columns, 31, DType.Q5_1, space)
-    out[:, :4], out[:, 4:8], out[:, 8:] = scales, fifth_bits(codes), nibbles(codes, 16)
-
-
-def _symmetric(
-    x: Floats, weights: Floats | None, columns: int, limit: int, dtype: DType, space: Space
-) -> tuple[Bytes, Bytes]:
-    """Codes from 0 to `2 limit - 1`, which stand for `-limit` on, and the bytes of the scales.
-
-    Without importance the first x of the largest magnitude is exactly `-limit` times the scale.
+    `packed` is contiguous; `run` and the bytes of a block are multiples of eight.
     """
     import numpy as np
 
-    groups = lanes(x, _SIZE, "x", space)
-    if weights is not None:
-        scales, codes = fit_symmetric(groups, _weights(x, groups, weights, columns, space), limit, space)
-        return by_block(codes(slice(None)), _SIZE), as_bytes(halves(scales, dtype))
-    scales = extreme(groups) / np.float32(-limit)
-    scaled = np.multiply(groups, _factors(scales), out=space.floats("work", *groups.shape))
-    scaled += np.float32(limit + 0.5)
-    return by_block(_whole(scaled, scales, 2 * limit - 1), _SIZE), as_bytes(halves(scales, dtype))
+    words, step = packed.view(np.uint64), 8 // bits
+    mask = np.uint64(((1 << bits) - 1) * 0x0101010101010101)
+    out = codes.reshape(len(packed), -1, step, run)
+    plane = np.empty_like(words)
+    for part in range(step):
+        np.right_shift(words, np.uint64(bits * part), out=plane)
+        np.bitwise_and(plane, mask, out=plane)
+        np.copyto(out[:, :, part], plane.view(np.uint8).reshape(out.shape[0], -1, run))
 
 
-def _with_minimum(
-    x: Floats, weights: Floats | None, columns: int, limit: int, dtype: DType, space: Space
-) -> tuple[Bytes, Bytes]:
-    """Codes from 0 to `limit`, and the bytes of the scales and minima."""
+def _add_bits(codes: Bytes, packed: Bytes, bits: int, shift: int) -> None:
+    """Put higher bits, in runs of 32 bytes, upon codes."""
     import numpy as np
 
-    groups = lanes(x, _SIZE, "x", space)
-    if weights is not None:
-        weighed = _weights(x, groups, weights, columns, space)
-        scales, minima, best = fit_with_minimum(groups, weighed, limit, _TRIES, space)
-        codes = best(slice(None))
-    else:
-        minima, top = smallest(groups), np.maximum.reduce(groups, axis=0)
-        scales = np.where(top == minima, np.float32(0), (top - minima) / np.float32(limit))
-        scaled = np.subtract(groups, minima, out=space.floats("work", *groups.shape))
-        scaled *= _factors(scales)
-        scaled += np.float32(0.5)
-        codes = _whole(scaled, scales, limit)
-    both = np.stack([halves(scales, dtype), halves(minima, dtype)], axis=1)
-    return by_block(codes, _SIZE), as_bytes(both)
+    more = np.empty_like(codes)
+    spread(more, packed, bits, 32)
+    words = more.view(np.uint64)
+    np.left_shift(words, np.uint64(shift), out=words)
+    np.bitwise_or(codes.view(np.uint64), words, out=codes.view(np.uint64))
 
 
-def _weights(x: Floats, groups: Floats, importance: Floats, columns: int, space: Space) -> Floats:
-    """Importance times the root of the row's mean square and the element's square, for each lane."""
+def _lower(codes: Bytes, by: int) -> None:
+    """Take off `by`; the bytes are then signed."""
     import numpy as np
 
-    squares = np.multiply(x, x, out=space.floats("terms", x.size)).reshape(-1, columns)
-    # `accumulate` adds one after the other, where `sum` would add by pairs.
-    means = np.add.accumulate(squares, axis=1, out=squares)[:, -1] / np.float32(columns)
-    return weighed(groups, importance, np.repeat(means, columns // _SIZE), space)
+    np.subtract(codes, np.uint8(by), out=codes)
 
 
-def weighed(groups: Floats, importance: Floats, means: Floats, space: Space) -> Floats:
-    """`importance * sqrt(means + x * x)`, `means` by lane."""
+def _look_up(codes: Bytes, values: tuple[int, ...]) -> None:
+    """Put in the place of codes from 0 to 15 what they stand for, two at a time."""
     import numpy as np
 
-    factors = lanes(importance, len(groups), "importance of lanes", space)
-    out = np.multiply(groups, groups, out=space.floats("weights", *groups.shape))
-    out += means
-    np.sqrt(out, out=out)
-    return np.multiply(factors, out, out=out)
+    pairs = codes.view(np.uint16)
+    np.take(_pairs(values), pairs, out=pairs, mode="clip")
 
 
-def _factors(scales: Floats) -> Floats:
-    """From elements to codes; 0 for scales of zero, and for those so small that it would be infinite."""
+@cache
+def _pairs(values: tuple[int, ...]) -> NDArray[np.uint16]:
+    """By two codes in the bytes of a word, the two values in those of another."""
     import numpy as np
 
-    found = np.where(scales == 0, np.float32(0), np.float32(1) / scales)
-    found[np.isinf(found)] = 0
-    return found
+    table, words = np.array(values, np.int8).view(np.uint8).astype(np.uint16), np.arange(0x1000)
+    return np.asarray(table[words & 15] | table[words >> 8] << 8, np.uint16)
 
 
-def _whole(scaled: Floats, scales: Floats, limit: int) -> NDArray[np.uint8]:
-    """The codes, cut off to integers; `limit` at most. Where the factor from scales was infinite ggml has 0."""
+def nibbles(packed: Bytes) -> Bytes:
+    """The nibbles of bytes `[n, k]`, each byte's lower one first: `[n, 2 k]`."""
     import numpy as np
 
-    codes = np.minimum(scaled.astype(np.uint8), np.uint8(limit))
-    codes[:, (_factors(scales) == 0) & (scales != 0)] = 0
-    return codes
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
 
 
-def _fold(values: Floats, largest: Any, work: Floats) -> Floats:
-    """The largest (or smallest) of each block, NaN where it has one; a part of `work`."""
-    begin = 0
-    for _ in range(5):
-        end = begin + values.size // 2
-        values = largest(values[::2], values[1::2], out=work[begin:end])
-        begin = end
-    return values
+def _q8_0(blocks: Bytes, codes: Bytes) -> Scales:
+    codes[:] = blocks[:, 2:]
+    return Scales(halves(blocks, 0))
+
+
+def _q8_1(blocks: Bytes, codes: Bytes) -> Scales:
+    """The second float16 is a sum, for dot products."""
+    codes[:] = blocks[:, 4:]
+    return Scales(halves(blocks, 0))
+
+
+def _q8_k(blocks: Bytes, codes: Bytes) -> Scales:
+    codes[:] = blocks[:, 4:260]
+    return Scales(field(blocks, 0, 4, "<f4"))
+
+
+def _q4_0(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 2, 18), 4, 16)
+    _lower(codes, 8)
+    return Scales(halves(blocks, 0))
+
+
+def _q4_1(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 4, 20), 4, 16)
+    return Scales(halves(blocks, 0), offsets=halves(blocks, 2))
+
+
+def _fifth_bits(codes: Bytes, packed: Bytes) -> None:
+    """Put bit i of 32 upon code i."""
+    import numpy as np
+
+    more = np.unpackbits(packed, axis=1, bitorder="little")
+    np.left_shift(more, np.uint8(4), out=more)
+    np.bitwise_or(codes, more, out=codes)
+
+
+def _q5_0(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 6, 22), 4, 16)
+    _fifth_bits(codes, blocks[:, 2:6])
+    _lower(codes, 16)
+    return Scales(halves(blocks, 0))
+
+
+def _q5_1(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 8, 24), 4, 16)
+    _fifth_bits(codes, blocks[:, 4:8])
+    return Scales(halves(blocks, 0), offsets=halves(blocks, 2))
+
+
+def _q1_0(blocks: Bytes, codes: Bytes) -> Scales:
+    """1 for +d and -1 for -d."""
+    import numpy as np
+
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+    np.left_shift(bits, np.uint8(1), out=bits)
+    np.subtract(bits, np.uint8(1), out=codes)
+    return Scales(halves(blocks, 0))
+
+
+def _q2_0(blocks: Bytes, codes: Bytes) -> Scales:
+    import numpy as np
+
+    np.take(_four_codes(), field(blocks, 2, 18), out=codes.view(np.uint32), mode="clip")
+    return Scales(halves(blocks, 0))
+
+
+@cache
+def _four_codes() -> NDArray[np.uint32]:
+    """By a byte, its four codes of two bits, lowest first, each less 1."""
+    import numpy as np
+
+    every = np.arange(256)[:, None] >> np.array([0, 2, 4, 6]) & 3
+    return np.ascontiguousarray((every - 1).astype(np.int8)).view(np.uint32).reshape(-1)
+
+
+def _q2_k(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 16, 80), 2, 32)
+    scales = blocks[:, :16]
+    return Scales(halves(blocks, 80) * (scales & 15), halves(blocks, 82) * (scales >> 4))
+
+
+def _q3_k(blocks: Bytes, codes: Bytes) -> Scales:
+    """A third bit that is 0 takes off 4."""
+    import numpy as np
+
+    spread(codes, field(blocks, 32, 96), 2, 32)
+    _add_bits(codes, field(blocks, 0, 32), 1, 2)
+    _lower(codes, 4)
+    low, high = blocks[:, 96:104], blocks[:, 104:108]
+    four = np.concatenate([low & 15, low >> 4], axis=1)
+    two = np.concatenate([high & 3, high >> 2 & 3, high >> 4 & 3, high >> 6], axis=1)
+    scales = (four | two << 4).view(np.int8) - np.int8(32)
+    return Scales(halves(blocks, 108) * scales)
+
+
+def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """The eight scales and minima of 6 bits that Q4_K and Q5_K have in 12 bytes."""
+    import numpy as np
+
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([first & 63, third & 15 | first >> 2 & 48], axis=1)
+    return scales, np.concatenate([second & 63, third >> 4 | second >> 2 & 48], axis=1)
+
+
+def _q4_k(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 16, 144), 4, 32)
+    scales, minima = _six_bits(blocks[:, 4:16])
+    return Scales(halves(blocks, 0) * scales, halves(blocks, 2) * minima)
+
+
+def _q5_k(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 48, 176), 4, 32)
+    _add_bits(codes, field(blocks, 16, 48), 1, 4)
+    scales, minima = _six_bits(blocks[:, 4:16])
+    return Scales(halves(blocks, 0) * scales, halves(blocks, 2) * minima)
+
+
+def _q6_k(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 0, 128), 4, 64)
+    _add_bits(codes, field(blocks, 128, 192), 2, 4)
+    _lower(codes, 32)
+    return Scales(halves(blocks, 208) * field(blocks, 192, 208, "i1"))
+
+
+def _tq1_0(blocks: Bytes, codes: Bytes) -> Scales:
+    """Five digits to the base of 3 in a byte, as a fraction of 256 that each multiplication moves on by one digit."""
+    import numpy as np
+
+    end = 0
+    for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        width = (stop - start) * digits
+        part = codes[:, end : end + width].reshape(len(codes), digits, -1)
+        powers = np.array([3**i for i in range(digits)], np.uint8)
+        np.multiply(blocks[:, None, start:stop], powers[:, None], out=part)
+        end += width
+    above = codes >= 86  # of 256, a third
+    np.greater_equal(codes, 171, out=codes.view(np.bool_))
+    np.add(codes, above.view(np.uint8), out=codes)
+    _lower(codes, 1)
+    return Scales(halves(blocks, 52))
+
+
+def _tq2_0(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 0, 64), 2, 32)
+    _lower(codes, 1)
+    return Scales(halves(blocks, 64))
+
+
+def _iq4_nl(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 2, 18), 4, 16)
+    _look_up(codes, IQ4_VALUES)
+    return Scales(halves(blocks, 0))
+
+
+def _iq4_xs(blocks: Bytes, codes: Bytes) -> Scales:
+    import numpy as np
+
+    spread(codes, field(blocks, 8, 136), 4, 16)
+    _look_up(codes, IQ4_VALUES)
+    high = field(blocks, 2, 4, "<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    scales = (nibbles(blocks[:, 4:8]) | high.astype(np.uint8) << 4).view(np.int8) - np.int8(32)
+    return Scales(halves(blocks, 0) * scales)
+
+
+def _mxfp4(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 1, 17), 4, 16)
+    _look_up(codes, _FP4)
+    return Scales(_half_powers()[blocks[:, :1]])
+
+
+def _nvfp4(blocks: Bytes, codes: Bytes) -> Scales:
+    spread(codes, field(blocks, 4, 36), 4, 8)
+    _look_up(codes, _FP4)
+    return Scales(_half_e4m3()[blocks[:, :4]])
+
+
+@cache
+def _half_powers() -> Floats:
+    """Half of what E8M0 stands for, by its byte: 2^-128 for 0, and no NaN."""
+    import numpy as np
+
+    codes = np.arange(256, dtype=np.uint32)
+    return np.where(codes < 2, np.uint32(0x00200000) << codes, (codes - 1) << np.uint32(23)).view(np.float32)
+
+
+@cache
+def _half_e4m3() -> Floats:
+    """Half of what E4M3 without a sign stands for, by its byte: 0 for the NaN 0x7F; the highest bit says nothing."""
+    import numpy as np
+
+    codes = np.arange(256)
+    exponents, fractions = codes >> 3 & 15, codes & 7
+    found = np.where(exponents == 0, fractions * 2.0**-9, (8 + fractions) * 2.0 ** (exponents - 10))
+    return np.where(codes == 0x7F, 0, found / 2).astype(np.float32)
+
+
+UNPACK: dict[DType, Unpack] = {
+    DType.Q8_0: _q8_0,
+    DType.Q8_1: _q8_1,
+    DType.Q8_K: _q8_k,
+    DType.Q4_0: _q4_0,
+    DType.Q4_1: _q4_1,
+    DType.Q5_0: _q5_0,
+    DType.Q5_1: _q5_1,
+    DType.Q1_0: _q1_0,
+    DType.Q2_0: _q2_0,
+    DType.Q2_K: _q2_k,
+    DType.Q3_K: _q3_k,
+    DType.Q4_K: _q4_k,
+    DType.Q5_K: _q5_k,
+    DType.Q6_K: _q6_k,
+    DType.TQ1_0: _tq1_0,
+    DType.TQ2_0: _tq2_0,
+    DType.IQ4_NL: _iq4_nl,
+    DType.IQ4_XS: _iq4_xs,
+    DType.MXFP4: _mxfp4,
+    DType.NVFP4: _nvfp4,
+}
+EVEN = frozenset(UNPACK) - {DType.IQ4_NL, DType.IQ4_XS, DType.MXFP4, DType.NVFP4}
+"""Types whose values lie at equal distances in each group."""

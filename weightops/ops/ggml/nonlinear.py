@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from weightops.ops.ggml.blocks import weighed
+from weightops.ops.ggml.blocks import IQ4_VALUES
 from weightops.ops.ggml.packing import as_bytes, by_block, halves, lanes, nibbles
 from weightops.ops.ggml.search import TINIEST, extreme, nearest, total
+from weightops.ops.ggml.small_blocks import weighed
 from weightops.spec import DType
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from weightops.ops.ggml.space import Bytes, Floats, Space
 
-_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""`kvalues_iq4nl`"""
 _REACH = 256
 _TRIES = 7
 
@@ -82,7 +81,7 @@ def _fit(x: Floats, groups: Floats, importance: Floats | None, size: int, space:
         products, squares = total(terms)
         return products, squares
 
-    first = np.float32(_VALUES[0])
+    first = np.float32(IQ4_VALUES[0])
     products, squares = sums(np.float32(1) / (-largest / first))
     scales = np.where(squares > 0, products / squares, np.float32(0))
     best = scales * products
@@ -126,7 +125,7 @@ def _tables() -> tuple[NDArray[np.uint8], Floats]:
     """
     import numpy as np
 
-    values = np.array(_VALUES, np.float32)
+    values = np.array(IQ4_VALUES, np.float32)
     halfway = (values[1:] + values[:-1]) / 2
     codes = np.searchsorted(halfway, np.arange(-_REACH, _REACH) / 2, side="right").astype(np.uint8)
     return codes, values[codes]

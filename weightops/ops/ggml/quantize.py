@@ -1,7 +1,7 @@
 """Quantisation to ggml's block types, to the bit as ggml's own library does it without fused multiply-add.
 
-How the elements of a block are coded is in `blocks`, `superblocks` and `nonlinear`; which types are written, and by
-which of them, in `QUANTIZERS`. An importance matrix weighs the errors of columns. The types for which ggml searches
+How the elements of a block are coded is in `small_blocks`, `superblocks` and `nonlinear`; which types are written, and
+by which of them, in `QUANTIZERS`. An importance matrix weighs the errors of columns. The types for which ggml searches
 grids of up to 2048 points are not written.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.io.platform.machine import cores, once_per_process
 from weightops.lazy import Evaluator, LazyTensor, Op
-from weightops.ops.ggml import blocks, nonlinear, superblocks
+from weightops.ops.ggml import nonlinear, small_blocks, superblocks
 from weightops.ops.ggml.packing import LARGEST, refusal
 from weightops.ops.ggml.space import NBYTES, PART, space
 from weightops.ops.libtorch import convert
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     """Elements, their importance, columns, where the blocks go, memory."""
 
 QUANTIZERS: dict[DType, Quantizer] = {
-    DType.Q8_0: blocks.q8_0,
-    DType.Q4_0: blocks.q4_0,
-    DType.Q4_1: blocks.q4_1,
-    DType.Q5_0: blocks.q5_0,
-    DType.Q5_1: blocks.q5_1,
+    DType.Q8_0: small_blocks.q8_0,
+    DType.Q4_0: small_blocks.q4_0,
+    DType.Q4_1: small_blocks.q4_1,
+    DType.Q5_0: small_blocks.q5_0,
+    DType.Q5_1: small_blocks.q5_1,
     DType.Q2_K: superblocks.q2_k,
     DType.Q3_K: superblocks.q3_k,
     DType.Q4_K: superblocks.q4_k,

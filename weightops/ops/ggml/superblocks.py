@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightops.ops.ggml import packing
-from weightops.ops.ggml.blocks import weighed
 from weightops.ops.ggml.packing import as_bytes, by_block, halves, lanes
 from weightops.ops.ggml.search import (
     TINIEST,
@@ -23,6 +22,7 @@ from weightops.ops.ggml.search import (
     nearest,
     total,
 )
+from weightops.ops.ggml.small_blocks import weighed
 from weightops.spec import DType
 
 if TYPE_CHECKING:
