@@ -159,6 +159,7 @@ def test_each_expert_has_its_own_importance(dtype: DType, monkeypatch: pytest.Mo
     monkeypatch.setattr(ggml, "_chunk", lambda: 2048)  # chunks and parts that end within experts
     lazy = quantized(stored(weights)[0], dtype, importance)
     assert evaluate(lazy) == b"".join(apart)
+    assert evaluate(quantized(stored(weights)[0], dtype, importance.reshape(-1))) == b"".join(apart)
     assert evaluate(lazy, 2 * dtype.nbytes(256)) == b"".join(apart)
 
 
@@ -216,7 +217,7 @@ def test_what_is_not_blocks_of_floats_is_refused() -> None:
     for importance in (np.ones(32), np.ones((2, 64)), np.ones((1, 1, 64))):
         with pytest.raises(IncompatibleInputs, match=r"it must be float32 \[64\]$"):
             quantized(zeros(DType.F32, 2, 64), DType.Q4_0, importance)
-    with pytest.raises(IncompatibleInputs, match=r"it must be float32 \[64\] or float32 \[2, 64\]$"):
+    with pytest.raises(IncompatibleInputs, match=r"it must be float32 \[64\] or float32 \[2, 64\] or float32 \[128\]$"):
         quantized(zeros(DType.F32, 2, 3, 64), DType.Q4_0, np.ones((3, 64)))
 
 

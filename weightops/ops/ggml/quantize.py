@@ -73,7 +73,7 @@ class Quantize(Op, frozen=True):
     """Its input, which must be float32, float16 or bfloat16, as `dtype`, one of `QUANTIZERS`. The shape stays.
 
     A second input is importance, float32: how much errors in each column weigh, `[columns]`, or `[experts, columns]`
-    where the first has three dimensions. Q8_0 takes no notice of it.
+    where the first has three dimensions, also in one row. Q8_0 takes no notice of it.
 
     Raises `IncompatibleInputs` for rows that are not whole blocks, types that are not written and importance of another
     shape, and `CorruptInput` when it meets a NaN, an infinity or a value whose scale is beyond float16 (such as above 8
@@ -101,7 +101,10 @@ class Quantize(Op, frozen=True):
                 f"cannot quantise {source}: {self.dtype.value} takes rows of a multiple of {count}"
             )
         for importance in rest:
-            shapes = [source.shape[-1:]] + [(source.shape[0], source.shape[-1])] * (len(source.shape) == 3)
+            shapes = [source.shape[-1:]]
+            if len(source.shape) == 3:
+                experts, _, columns = source.shape
+                shapes += [(experts, columns), (experts * columns,)]
             if importance.dtype is not DType.F32 or importance.shape not in shapes:
                 wanted = " or ".join(str(TensorSpec(DType.F32, shape)) for shape in shapes)
                 raise IncompatibleInputs(f"cannot quantise {source} by importance {importance}: it must be {wanted}")
@@ -158,7 +161,7 @@ class _Importance:
 
     def __init__(self, tensor: LazyTensor, shape: tuple[int, ...], read: Evaluator) -> None:
         self.tensor, self.read, self.columns = tensor, read, shape[-1]
-        self.per_expert = math.prod(shape[1:]) if len(tensor.spec.shape) > 1 else math.prod(shape)
+        self.per_expert = math.prod(shape) if tensor.spec.numel == self.columns else math.prod(shape[1:])
 
     def of(self, first: int, count: int) -> _Rows:
         import numpy as np
