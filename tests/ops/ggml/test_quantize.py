@@ -1,26 +1,32 @@
-"""Quantisation against gguf's own, to the bit, however the blocks fall."""
+"""Quantisation against gguf's own and files that ggml made, to the bit, however the blocks fall."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import itertools
+import json
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from support import evaluate
 
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor
 from weightops.ops.arrange import Slice
 from weightops.ops.ggml import quantize as ggml
-from weightops.ops.ggml.quantize import Quantize
+from weightops.ops.ggml.quantize import NEAREST, QUANTIZERS, Quantize
 from weightops.ops.rows import Given
 from weightops.spec import DType, TensorSpec
 
-TYPES = [DType.Q8_0, DType.Q4_0]
+GOLDEN = Path(__file__).parents[2] / "golden" / "ggml"
+WITH_MINIMUM = [DType.Q4_1, DType.Q5_1]
+TYPES = [DType.Q8_0, DType.Q4_0, DType.Q5_0, *WITH_MINIMUM]
+"""Those that gguf quantises, too."""
 SOURCES = [DType.F32, DType.F16, DType.BF16]
 
 
@@ -42,8 +48,10 @@ def stored(values: np.ndarray, dtype: DType = DType.F32) -> tuple[LazyTensor, np
     return LazyTensor.make(Given(dtype, values.shape, cut.tobytes())), kept
 
 
-def quantized(tensor: LazyTensor, dtype: DType) -> LazyTensor:
-    return LazyTensor.make(Quantize(dtype), tensor)
+def quantized(tensor: LazyTensor, dtype: DType, importance: np.ndarray | None = None) -> LazyTensor:
+    if importance is None:
+        return LazyTensor.make(Quantize(dtype), tensor)
+    return LazyTensor.make(Quantize(dtype), tensor, stored(importance)[0])
 
 
 def random_values(kind: str, seed: int) -> np.ndarray:
@@ -73,7 +81,9 @@ def random_values(kind: str, seed: int) -> np.ndarray:
     st.sampled_from(TYPES),
 )
 def test_bits_are_those_of_gguf(kind: str, seed: int, source: DType, dtype: DType) -> None:
-    tensor, values = stored(random_values(kind, seed).reshape(8, -1), source)
+    # ggml takes the first of zeros that differ in sign, gguf any.
+    _, values = stored(random_values(kind, seed).reshape(8, -1), source)
+    tensor, values = stored(values + np.float32(0), source)
     assert evaluate(quantized(tensor, dtype)) == reference(values, dtype)
 
 
@@ -82,12 +92,12 @@ def test_bits_are_those_of_gguf(kind: str, seed: int, source: DType, dtype: DTyp
     st.sampled_from(TYPES),
 )
 def test_bits_of_one_block_are_those_of_gguf(block: list[float], dtype: DType) -> None:
-    values = np.array(block, np.float32)
+    values = np.array(block, np.float32) / np.float32(8 if dtype in WITH_MINIMUM else 1) + np.float32(0)
     assert evaluate(quantized(stored(values)[0], dtype)) == reference(values, dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("first", [3.0, -3.0, -0.0, 0.0, 2e-39, -2e-39])
+@pytest.mark.parametrize("dtype", [DType.Q8_0, DType.Q4_0, DType.Q5_0])
+@pytest.mark.parametrize("first", [3.0, -3.0, 2e-39, -2e-39])
 def test_of_two_largest_the_first_counts(first: float, dtype: DType) -> None:
     values = np.zeros((2, 32), np.float32)
     values[0, 5], values[0, 20] = first, -first
@@ -95,22 +105,62 @@ def test_of_two_largest_the_first_counts(first: float, dtype: DType) -> None:
     assert evaluate(quantized(stored(values)[0], dtype)) == reference(values, dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("dtype", QUANTIZERS)
+def test_bytes_are_those_of_ggml(dtype: DType, weighs: bool) -> None:
+    """Weights like a model's with zero blocks, outliers and the like; then rows that are hard in a way each."""
+    source, name = load_file(GOLDEN / "source.safetensors"), dtype.value + ".imatrix" * weighs
+    wanted = load_file(GOLDEN / "quantised.safetensors")[name]
+    found = evaluate(quantized(stored(source["weight"])[0], dtype, source["imatrix"] if weighs else None))
+    assert np.array_equal(np.frombuffer(found, np.uint8), wanted.reshape(-1))
+    hard = evaluate(quantized(stored(source["hard"])[0], dtype, source["hard.imatrix"] if weighs else None))
+    assert hashlib.sha256(hard).hexdigest() == json.loads((GOLDEN / "hard.json").read_text())[name]
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("dtype", QUANTIZERS)
+def test_a_block_alone_is_as_among_others(dtype: DType, weighs: bool) -> None:
+    """numpy adds up in another order where there is one sum alone."""
+    golden, columns = load_file(GOLDEN / "source.safetensors"), dtype.block[0]
+    importance = golden["hard.imatrix"][:columns] if weighs else None
+    lazy = quantized(stored(golden["hard"][:, :columns])[0], dtype, importance)
+    assert evaluate(lazy, lazy.grain) == evaluate(lazy)
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("dtype", QUANTIZERS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_range_of_blocks_is_that_of_the_whole(
-    dtype: DType, source: DType, monkeypatch: pytest.MonkeyPatch
+def test_every_range_of_grains_is_that_of_the_whole(
+    dtype: DType, source: DType, weighs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggml, "_PART", 64)
-    monkeypatch.setattr(ggml, "_space", functools.cache(ggml._Space))
-    tensor, values = stored(np.random.default_rng(1).standard_normal((3, 32 * 9), np.float32), source)
+    random = np.random.default_rng(1)
+    tensor, values = stored(random.standard_normal((3, 512), np.float32), source)
+    importance = random.random(512, np.float32) if weighs else None
+    whole = evaluate(quantized(stored(values)[0], dtype, importance))
+    monkeypatch.setattr(ggml, "PART", 64)
     monkeypatch.setattr(ggml, "_chunk", lambda: 256)  # several chunks, of several parts
-    lazy, whole = quantized(tensor, dtype), reference(values, dtype)
-    assert lazy.grain == dtype.block[1]
+    lazy = quantized(tensor, dtype, importance)
+    by_rows = weighs and dtype in {DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1}
+    assert lazy.grain == (dtype.nbytes(512) if by_rows else dtype.block[1])
     with Evaluator() as read:
-        for start, stop in itertools.combinations(range(0, lazy.nbytes + 1, lazy.grain), 2):
-            out = bytearray(stop - start)
-            read(lazy, start, memoryview(out))
-            assert out == whole[start:stop]
+        count = lazy.nbytes // lazy.grain
+        for start, stop in itertools.combinations(sorted({0, 1, 2, min(5, count), count}), 2):
+            out = bytearray((stop - start) * lazy.grain)
+            read(lazy, start * lazy.grain, memoryview(out))
+            assert out == whole[start * lazy.grain :][: len(out)]
+
+
+@pytest.mark.parametrize("dtype", QUANTIZERS)
+def test_each_expert_has_its_own_importance(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    weights, importance = random.standard_normal((3, 5, 256), np.float32), random.random((3, 256), np.float32)
+    apart = [evaluate(quantized(stored(weights[i])[0], dtype, importance[i])) for i in range(3)]
+    monkeypatch.setattr(ggml, "PART", 1024)
+    monkeypatch.setattr(ggml, "_chunk", lambda: 2048)  # chunks and parts that end within experts
+    lazy = quantized(stored(weights)[0], dtype, importance)
+    assert evaluate(lazy) == b"".join(apart)
+    assert evaluate(quantized(stored(weights)[0], dtype, importance.reshape(-1))) == b"".join(apart)
+    assert evaluate(lazy, 2 * dtype.nbytes(256)) == b"".join(apart)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -120,6 +170,25 @@ def test_the_grain_of_the_input_is_kept(dtype: DType) -> None:
     lazy = quantized(rows, dtype)
     assert (rows.grain, lazy.grain) == (96 * 4, 3 * dtype.block[1])
     assert evaluate(lazy, 50) == reference(np.ascontiguousarray(values[:, 3:99]), dtype)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 1e10])
+@pytest.mark.parametrize("dtype", QUANTIZERS)
+def test_what_is_no_weight_is_refused(dtype: DType, wrong: float) -> None:
+    values = np.ones((4, 256), np.float32)
+    values[2, 40] = wrong
+    for importance in (None, np.zeros(256, np.float32)):
+        with pytest.raises(CorruptInput, match=f"to {dtype.value}: a value is not a number, infinite or far too large"):
+            evaluate(quantized(stored(values)[0], dtype, importance))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0])
+def test_importance_that_is_none_is_refused(wrong: float) -> None:
+    importance = np.ones((2, 256), np.float32)
+    importance[1, 7] = wrong
+    lazy = quantized(stored(np.ones((2, 3, 256), np.float32))[0], DType.Q4_K, importance)
+    with pytest.raises(CorruptInput, match="a value is negative, not a number or infinite"):
+        evaluate(lazy)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(DType.Q8_0, 65504 * 127.0), (DType.Q4_0, -65504 * 8.0)])
@@ -143,6 +212,22 @@ def test_what_is_not_blocks_of_floats_is_refused() -> None:
     with pytest.raises(IncompatibleInputs, match="to float16"):
         quantized(zeros(DType.F32, 32), DType.F16)
     assert quantized(zeros(DType.BF16, 0, 64), DType.Q4_0).nbytes == 0
+    with pytest.raises(IncompatibleInputs, match="q6_k takes rows of a multiple of 256"):
+        quantized(zeros(DType.F32, 2, 128), DType.Q6_K)
+    for importance in (np.ones(32), np.ones((2, 64)), np.ones((1, 1, 64))):
+        with pytest.raises(IncompatibleInputs, match=r"it must be float32 \[64\]$"):
+            quantized(zeros(DType.F32, 2, 64), DType.Q4_0, importance)
+    with pytest.raises(IncompatibleInputs, match=r"it must be float32 \[64\] or float32 \[2, 64\] or float32 \[128\]$"):
+        quantized(zeros(DType.F32, 2, 3, 64), DType.Q4_0, np.ones((3, 64)))
+
+
+def test_what_is_read_but_not_written_is_refused_with_the_nearest() -> None:
+    blocks = {dtype for dtype in DType if dtype.block[0] >= 32}
+    assert blocks == {*QUANTIZERS, *NEAREST}
+    assert set(NEAREST.values()) <= set(QUANTIZERS)
+    with pytest.raises(IncompatibleInputs, match="to iq3_xxs: that type is read, not written") as caught:
+        quantized(stored(np.zeros((2, 256)))[0], DType.IQ3_XXS)
+    assert caught.value.hint == "q3_k is the nearest that is"
 
 
 def test_it_survives_json() -> None:
