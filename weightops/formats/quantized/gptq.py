@@ -113,8 +113,8 @@ def parse_config(document: Mapping[str, Any], where: str) -> QuantizeConfig:
     known = ("gptq", "gptq_v2")
     if method != "gptq":
         raise IncompatibleInputs(
-            f"{where}: quantised by {escape(str(method))[:80]}, expected gptq, which alone is read here",
-            hint="use the library that wrote it, or transformers; `weightops cast --keep` leaves such weights alone",
+            f"{where}: quantised by {escape(str(method))[:80]}, expected gptq",
+            hint="the configuration is of another model; correct or remove what it says of quantisation",
         )
     if document.get("is_marlin_format") or (stated or "gptq") not in known:
         shown = escape(str("marlin" if document.get("is_marlin_format") else stated))[:80]
