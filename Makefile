@@ -161,6 +161,9 @@ bench-compare: $(READY)
 bench-merge: $(READY) mergekit
 	$(BIN)/python benchmarks/merge.py
 
+bench-formats: $(READY)
+	$(BIN)/python benchmarks/number_formats.py
+
 bench-quantize: $(READY) gptqmodel autogptq
 	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/packing.py
