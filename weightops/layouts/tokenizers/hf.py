@@ -16,7 +16,7 @@ from typing import Any
 from weightops.errors import CorruptInput
 from weightops.io import strict_json
 from weightops.layouts.tokenizers import ranks
-from weightops.layouts.tokenizers.files import GENERATION, TokenizerFiles
+from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TOKENIZER_CONFIG, TokenizerFiles
 from weightops.layouts.tokenizers.special_vocab import special_vocab
 from weightops.layouts.tokenizers.tokens import MAX_MERGES, Kind, Token, Tokenizer
 
@@ -49,6 +49,25 @@ def hf_files(tokenizer: Tokenizer, context_length: int | None) -> dict[str, byte
         "tokenizer_config.json": strict_json.dumps(config),
     }
     return files | ({"tokenizer.model": tokenizer.data} if tokenizer.kind == "sentencepiece" else {})
+
+
+def files_of(tokenizer: Tokenizer | None, files: TokenizerFiles) -> TokenizerFiles:
+    """The files that a folder of transformers has: `files` if they are such, or what a tokenizer of LLaMA makes."""
+    if tokenizer is None or files.is_hugging_face:
+        return files
+    made = hf_files(tokenizer, None)
+    config = strict_json.load_object(made[TOKENIZER_CONFIG], TOKENIZER_CONFIG)
+    if tokenizer.kind == "sentencepiece" and not tokenizer.add_dummy_prefix:
+        config["add_prefix_space"] = False
+    defined = {
+        str(i): {"content": token.data.decode(), "special": False}
+        for i, token in enumerate(tokenizer.tokens)
+        if token.kind is Kind.USER_DEFINED
+    }
+    if defined:
+        config["added_tokens_decoder"] = defined
+    made |= {TOKENIZER_CONFIG: strict_json.dumps(config), CONFIG: strict_json.dumps(special_ids(tokenizer))}
+    return TokenizerFiles({**made, **files.files}, files.where)
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
