@@ -97,7 +97,10 @@ ROPE = (
 
 def _common(norm: Key = _RMS, experts: str = "", *more: Key) -> tuple[Key, ...]:
     """What most families have, in the converter's order; `experts` is the field that counts them."""
-    counted = (_whole("expert_count", experts), _whole("expert_used_count", "num_experts_per_tok")) if experts else ()
+    counted: tuple[Key, ...] = ()
+    if experts:
+        counting = tuple(dict.fromkeys(("num_local_experts", experts)))
+        counted = (_whole("expert_count", *counting), _whole("expert_used_count", "num_experts_per_tok"))
     return (_BLOCKS, _CONTEXT, _WIDTH, _INNER, *_HEADS, *ROPE, norm, *counted, *more, *_HEAD_DIM, _FILE_TYPE)
 
 
