@@ -4,8 +4,8 @@ Names, keys, values and their order are those of llama.cpp's convert_hf_to_gguf;
 a table here (`families`), which is read in both directions.
 """
 
-from weightops.layouts.gguf.read import is_known, read
+from weightops.layouts.gguf.read import read
 from weightops.layouts.gguf.saved import Saved
 from weightops.layouts.gguf.write import write
 
-__all__ = ["Saved", "is_known", "read", "write"]
+__all__ = ["Saved", "read", "write"]

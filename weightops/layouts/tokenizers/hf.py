@@ -42,7 +42,7 @@ def hf_files(tokenizer: Tokenizer, context_length: int | None) -> dict[str, byte
     if tokenizer.kind == "sentencepiece":
         # For readers of tokenizer.model: tokenizer.json says so itself.
         config |= {"add_bos_token": tokenizer.bos_id is not None, "add_eos_token": False}
-    document = _sentencepiece(tokenizer) if tokenizer.kind == "sentencepiece" else _ranks(tokenizer)
+    document = sentencepiece_document(tokenizer) if tokenizer.kind == "sentencepiece" else _ranks(tokenizer)
     files = {
         "special_tokens_map.json": strict_json.dumps(named),
         "tokenizer.json": json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(),
@@ -125,7 +125,8 @@ def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: tokenizer.tokens[i].data.decode() for name, i in ids.items() if i is not None}
 
 
-def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
+def sentencepiece_document(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json of a sentencepiece model."""
     texts = [token.data.decode() for token in tokenizer.tokens]
     has_bytes = any(token.kind is Kind.BYTE for token in tokenizer.tokens)
     symbols = [text for text, token in zip(texts, tokenizer.tokens, strict=True) if token.kind is Kind.USER_DEFINED]
