@@ -18,14 +18,12 @@ from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.sidecars import Kind, kind_of
-from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
 from weightops.layouts.model import Model
 from weightops.layouts.names import EMBEDDING, HEAD, find_layout
 from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
-from weightops.layouts.tokenizers.hf import files_of
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.arrange import Agreed
@@ -58,7 +56,7 @@ WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
     "meta": lambda model, target: meta.write(model, target.parts or 1),
     "tencentpretrain": lambda model, target: tencentpretrain.write(model, "tencentpretrain"),
     "llama_inference": lambda model, target: tencentpretrain.write(model, "llama_inference"),
-    "gguf": lambda model, target: gguf.write(_saved(model), target.dtype, target.pre),
+    "gguf": lambda model, target: gguf.write(gguf.from_model(model), target.dtype, target.pre),
 }
 GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 _ANYWHERE = frozenset({Kind.NOTICE, Kind.CARD})
@@ -102,7 +100,7 @@ def convert(
     as_in_2023: bool = False,
     evaluate: Evaluate,
 ) -> Checkpoint:
-    """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; of LLaMA in any, else hf and gguf.
+    """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; only LLaMA is in all of them.
 
     `from_` is the layout of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
     `set`: what its files leave unsaid. `tokenizer`: the path of one elsewhere, or False for none.
@@ -174,9 +172,7 @@ def _read_saved(source: Source) -> gguf.Saved:
     config, shards = source.parameters("config.json"), source.checkpoint.shards
     tensors = dict(source.checkpoint)
     in_file = {name: i for i, name in enumerate(tensors)}
-    order = sorted(
-        tensors, key=lambda n: (f := shards.get(n, ""), n if f.endswith(".safetensors") else "", in_file[n])
-    )
+    order = sorted(tensors, key=lambda n: (f := shards.get(n, ""), n if f.endswith(".safetensors") else "", in_file[n]))
     tied = config.get("tie_word_embeddings") and EMBEDDING.name("hf", 0), HEAD.name("hf", 0)
     if tied[0] in tensors and tied[1] in tensors and tensors[tied[0]] != tensors[tied[1]]:
         problem = f"{source.where}/config.json ties {tied[1]} to {tied[0]}, and they do not agree"
@@ -203,15 +199,6 @@ def _with_settings(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
         elif name in source.settings and stated != source.settings[name]:
             raise UsageError(f"{source.where}: by its own files, {name} is {stated}, not {source.settings[name]}")
     return result
-
-
-def _saved(model: Model) -> gguf.Saved:
-    """A LLaMA model as transformers has it, but for files that GGUF has no use for."""
-    made = hf.write(model)
-    config = strict_json.load_object(made.sidecar("config.json") or b"", "config.json")
-    return gguf.Saved(
-        name=model.name, config=config, tensors=made.tensors, files=files_of(model.tokenizer, model.files), sidecars=model.sidecars
-    )
 
 
 def _written(saved: gguf.Saved) -> Checkpoint:
@@ -241,9 +228,7 @@ def _check_target(to: str, target: Target) -> None:
         raise UsageError(f"{dtype.value} is a type of GGUF alone", hint="give --to gguf")
 
 
-def _warnings(
-    source: Source, result: Checkpoint, notes: Sequence[str], dropped: Mapping[str, str]
-) -> tuple[str, ...]:
+def _warnings(source: Source, result: Checkpoint, notes: Sequence[str], dropped: Mapping[str, str]) -> tuple[str, ...]:
     """What there is to say of the source, of what was derived, and of what is not in the result."""
     said = [*source.checkpoint.warnings, *notes, *result.warnings]
     said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]

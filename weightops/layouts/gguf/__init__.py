@@ -4,8 +4,9 @@ Names, keys, values and their order are those of llama.cpp's convert_hf_to_gguf;
 a table here (`families`), which is read in both directions.
 """
 
+from weightops.layouts.gguf.llama import from_model
 from weightops.layouts.gguf.read import read
 from weightops.layouts.gguf.saved import Saved
 from weightops.layouts.gguf.write import write
 
-__all__ = ["Saved", "read", "write"]
+__all__ = ["Saved", "from_model", "read", "write"]

@@ -186,7 +186,7 @@ FAMILIES = (
         keys=(*_common(), *_LLAMA),
         vocabulary="llama",
         rotary=True,
-        constants=_SILU,
+        constants={**_SILU, "sliding_window": None},
     ),
     Family(
         arch="llama",

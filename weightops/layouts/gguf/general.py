@@ -53,7 +53,7 @@ def _sampling(files: TokenizerFiles) -> Metadata:
 
 def sampling_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The same on the way back: fields of generation_config.json."""
-    names = {key: name for name, (key, _) in reversed(_SAMPLING.items()) if name != "penalty_repeat"}
+    names = {key: name for name, (key, _) in _SAMPLING.items() if name != "penalty_repeat"}
     prefix = "general.sampling."
     found = {key.removeprefix(prefix): value_of(metadata, key) for key in metadata if key.startswith(prefix)}
     return {names[key]: value for key, value in found.items() if key in names}

@@ -15,11 +15,11 @@ from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.gguf.families import Family
 from weightops.layouts.gguf.transforms import (
+    SAME,
     GateAndUp,
     GateAndUpBias,
     KeysAndValues,
     Rotary,
-    Same,
     Shifted,
     Stacked,
     Transform,
@@ -41,7 +41,7 @@ class Link:
 
     saved: tuple[str, ...]
     packed: tuple[str, ...]
-    transform: Transform = Same()
+    transform: Transform = SAME
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def find_links(family: Family, config: Mapping[str, Any], names: Iterable[str], 
             layer = int(apart[1])
             waiting.setdefault((layer, apart[3]), {})[int(apart[2])] = name
             count = _experts(config)
-            groups = [waiting.get((layer, part), {}) for part in family.experts.parts]
-            if sum(map(len, groups)) == 3 * count:  # written when the last of a layer is there
-                found += _stacks(family, config, layer, [waiting.pop((layer, part)) for part in family.experts.parts])
+            keys = [(layer, part) for part in family.experts.parts]
+            if all(len(waiting.get(key, ())) == count for key in keys):  # written when the last of a layer is there
+                found += _stacks(family, config, layer, [waiting.pop(key) for key in keys])
         else:
             found += _links(name, family, config, where)
     if waiting:
@@ -98,9 +98,7 @@ def _experts(config: Mapping[str, Any]) -> int:
     return next((config[name] for name in names if type(config.get(name)) is int), 0)
 
 
-def _stacks(
-    family: Family, config: Mapping[str, Any], layer: int, groups: list[dict[int, str]]
-) -> Iterator[Link]:
+def _stacks(family: Family, config: Mapping[str, Any], layer: int, groups: list[dict[int, str]]) -> Iterator[Link]:
     assert family.experts is not None
     for part, group in zip(family.experts.parts, groups, strict=True):
         together = family.experts.together.format(layer=layer, part=part)
@@ -125,7 +123,7 @@ def _links(name: str, family: Family, config: Mapping[str, Any], where: str) -> 
         if part[1] == "sinks":
             yield Link((name,), (mapped(f"{name}.weight"),))
         elif part[1] == "down_proj":
-            yield Link((name,), (mapped(f"{stem}down_proj.{kind}"),), Same() if part[2] else TransposedExperts())
+            yield Link((name,), (mapped(f"{stem}down_proj.{kind}"),), SAME if part[2] else TransposedExperts())
         else:
             both = tuple(mapped(f"{stem}{side}_proj.{kind}") for side in ("gate", "up"))
             yield Link((name,), both, GateAndUpBias() if part[2] else GateAndUp())
@@ -139,7 +137,7 @@ def _transform(name: str, family: Family, config: Mapping[str, Any]) -> Transfor
         return Rotary(config["num_attention_heads" if module == "q_proj" else "num_key_value_heads"])
     if family.norm_shift and name.endswith("norm.weight"):
         return Shifted(family.norm_shift)
-    return Same()
+    return SAME
 
 
 def _mapped(name: str, family: Family, config: Mapping[str, Any], shown: str) -> str:

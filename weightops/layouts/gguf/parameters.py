@@ -23,6 +23,8 @@ _LOG_MULTIPLIER = 0.1
 """By what llama.cpp multiplies `mscale_all_dim`."""
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """Layers of the models whose attention llama.cpp scales by the width of a head as the embedding has it."""
+_DECISIVE = ("query_pre_attn_scalar", "norm_topk_prob", "use_sliding_window", "sliding_window")
+"""Fields without a key, on which hangs what a model computes."""
 _WINDOW_EVERY = 6
 """Of so many layers of Gemma 3, all but the last attend to a window."""
 
@@ -41,15 +43,17 @@ def settings_of(config: Mapping[str, Any], family: Family, where: str) -> Settin
         _derive_rope(settings, family, where)
         _derive(settings, family)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError, OverflowError) as error:
-        raise CorruptInput(f"{where}/config.json: {escape(repr(error))[:200]}: a parameter is missing, or no number")
+        raise CorruptInput(
+            f"{where}/config.json: a parameter is missing, or no number ({escape(repr(error))[:200]})"
+        ) from error
     return settings
 
 
 def _derive_rope(c: Settings, family: Family, where: str) -> None:
-    rope = c.get("rope_parameters") or {}
-    full = rope.get("full_attention", rope)
+    rope: dict[str, Any] = c.get("rope_parameters") or {}
+    full: dict[str, Any] = rope.get("full_attention", rope)
     kind = full.get("rope_type") or "default"
-    c["@rope"], c["@theta"] = full, full.get("rope_theta")
+    c |= {"@rope": full, "@theta": full.get("rope_theta")}
     c["@theta_local"] = rope.get("sliding_attention", {}).get("rope_theta")
     if kind in ("linear", "yarn") and family.arch not in ("gemma", "gemma2", "phi3", "command-r"):
         c["@scaling"], c["@factor"] = kind, full["factor"]
@@ -78,8 +82,6 @@ def _derive(c: Settings, family: Family) -> None:
             c["@rotary_dim"] = width // heads
         case "command-r":
             c["@no_scaling"] = "none"
-        case "gpt-oss":
-            pass
         case "phi3":
             rope, context = c["@rope"], c["max_position_embeddings"]
             original = rope.get("original_max_position_embeddings") or c.get("original_max_position_embeddings")
@@ -98,13 +100,14 @@ def _derive(c: Settings, family: Family) -> None:
             c["@log_multiplier"] = _LOG_MULTIPLIER * scale if scale is not None else None
             scoring = c.get("scoring_func")
             c["@gating"] = _GATING[scoring] if scoring is not None else None
+    expected = dict(family.constants)
     if family.arch in _GEMMA_27B:
-        expected = _query_scalar(family, c)
-        if c["query_pre_attn_scalar"] != expected:
-            c["@warning"] = (
-                f"query_pre_attn_scalar is {c['query_pre_attn_scalar']}, and llama.cpp computes with {expected:g}: "
-                f"it has no key for it"
-            )
+        expected["query_pre_attn_scalar"] = _query_scalar(family, c)
+    c["@warnings"] = [
+        f"{name} {c.get(name)} is left out: llama.cpp has no key for it, and computes with {expected[name] or 'none'}"
+        for name in _DECISIVE
+        if name in expected and c.get(name) != expected[name]
+    ]
 
 
 def _query_scalar(family: Family, c: Mapping[str, Any]) -> Any:
@@ -250,12 +253,8 @@ def _restore(
                 config["topk_method"] = "group_limited_greedy" if several else "greedy"
         case "gpt-oss":
             rope["truncate"] = False
-        case _:
-            pass
     if family.arch in _GEMMA_27B:
         config["query_pre_attn_scalar"] = _query_scalar(family, config)
-    if family.arch == "gemma2":
-        pass
     if family.arch == "gemma3":
         layers = range(1, config["num_hidden_layers"] + 1)
         kinds = {True: "full_attention", False: "sliding_attention"}

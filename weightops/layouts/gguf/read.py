@@ -70,8 +70,8 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
             expected = architecture.stored[name]
             if tensor.spec.shape != expected:
                 raise CorruptInput(
-                    f"{where}: {escape(link.packed[0])} makes {name} {list(tensor.spec.shape)}, the keys of the file say "
-                    f"{list(expected)}"
+                    f"{where}: {escape(link.packed[0])} makes {name} {list(tensor.spec.shape)}, "
+                    f"the keys of the file say {list(expected)}"
                 )
             found[name] = counted_cast(tensor, DType.F32 if name.endswith(_KEPT) else native, name)
     left = sorted(tensors.keys() - used - {*_FOLLOWS})
@@ -162,7 +162,7 @@ def _put_factors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], sour
             f"{name}_factor": [shortest(v) for v in values(f"rope_factors_{name}.weight")] for name in ("long", "short")
         }
         original = config["original_max_position_embeddings"]
-        config["rope_scaling"] = {"type": "longrope", "rope_type": "longrope", **factors}
+        config["rope_scaling"] = {"type": "longrope", **factors}
         config["rope_parameters"] = {
             **rope,
             **{"rope_type": "longrope", "original_max_position_embeddings": original, **factors},

@@ -37,6 +37,9 @@ class Same:
     back = out
 
 
+SAME = Same()
+
+
 @dataclass(frozen=True)
 class Rotary:
     """Rows of q or k, or their bias: halves of a head in transformers, adjacent pairs in GGUF."""
@@ -52,7 +55,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Shifted:
-    """A norm, to which a number is added, in float32 unless it is float16. The way back gives the nearest in float32."""
+    """A norm to which a number is added, in float32 unless it is float16. The way back is the nearest in float32."""
 
     by: float
 

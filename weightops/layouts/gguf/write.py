@@ -13,6 +13,7 @@ from typing import Any
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
+from weightops.layouts.architecture import NotKnown, find
 from weightops.layouts.gguf.families import BY_TYPE, Family
 from weightops.layouts.gguf.general import general
 from weightops.layouts.gguf.links import find_links
@@ -51,6 +52,7 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
         )
     settings = settings_of(saved.config, family, where)
     tensors, dropped, short = _tensors(saved, family, settings, dtype, where)
+    _check(saved, family, settings, tensors, where)
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].spec.shape) != 2:
         raise CorruptInput(f"{where}: has no embedding of tokens", hint="is a file of the model missing?")
     rows = tensors[EMBEDDING].spec.shape[0]
@@ -72,12 +74,7 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
         "general.quantization_version": {"uint32": 2},
         **tokens.metadata,
     }
-    warnings = [*saved.warnings, *said, *tokens.warnings, *short]
-    if "@warning" in settings:
-        warnings.append(settings["@warning"])
-    if family.arch == "llama" and settings.get("sliding_window") is not None:
-        window = settings["sliding_window"]
-        warnings.append(f"the sliding window of {window} tokens is left out: llama.cpp has none for LLaMA")
+    warnings = [*saved.warnings, *said, *tokens.warnings, *short, *settings["@warnings"]]
     return Checkpoint(
         saved.name,
         tensors,
@@ -118,6 +115,30 @@ def _tensors(
             f"are no multiple of {dtype.block[0]}"
         )
     return tensors, links.dropped, said
+
+
+def _check(
+    saved: Saved, family: Family, settings: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str
+) -> None:
+    """Raise `CorruptInput` for tensors that the files lack, or have otherwise than transformers' class for the config.
+
+    They are compared under GGUF's names: those of transformers change with its versions.
+    """
+    plain = {key: value for key, value in saved.config.items() if key != "auto_map"}
+    try:
+        architecture = find(plain, Checkpoint(saved.name, saved.tensors), None)
+    except NotKnown as error:
+        raise CorruptInput(f"{where}: {error}") from None
+    for link in find_links(family, settings, architecture.stored, where).links:
+        missing = next((name for name in link.packed if name not in tensors), None)
+        if missing is not None:
+            raise CorruptInput(f"{where}: {link.saved[0]} is missing", hint="is a file of the model missing?")
+    for name, shape in architecture.stored.items():
+        if name in saved.tensors and saved.tensors[name].spec.shape != shape:
+            raise CorruptInput(
+                f"{where}: {escape(name)} is {list(saved.tensors[name].spec.shape)}, config.json says {list(shape)}",
+                hint="are the configuration and the weights of one model?",
+            )
 
 
 def type_of(name: str, spec: TensorSpec, wanted: DType | None) -> DType:

@@ -96,9 +96,10 @@ class _Tokens:
 def vocabulary(files: TokenizerFiles, rows: int, family: str = "llama", pre: str | None = None) -> Vocabulary:
     """The tokenizer in the files, of a model whose embedding has `rows`.
 
-    `family` says for which models the converter does otherwise than for LLaMA's: see `Vocabulary` of `weightops.layouts.gguf.families`. `pre` is the name of a
-    byte-level BPE's pre-tokenizer where the tokenizer does not tell. Raises `UsageError` where there is none, for kinds
-    that llama.cpp has no name for, and for more tokens than rows; `CorruptInput` for damaged files.
+    `family` is for which models the converter does otherwise than for LLaMA's: see `weightops.layouts.gguf.families`.
+    `pre` is the name of a byte-level BPE's pre-tokenizer where the tokenizer does not tell. Raises `UsageError` where
+    there is none, for kinds that llama.cpp has no name for, and for more tokens than rows; `CorruptInput` for damaged
+    files.
     """
     metadata = Metadata()
     if family == "llama" and isinstance(prefix := files.document(TOKENIZER_CONFIG).get("add_prefix_space"), bool):
@@ -109,7 +110,7 @@ def vocabulary(files: TokenizerFiles, rows: int, family: str = "llama", pre: str
         metadata[_key("eot_token_id")] = {"uint32": _CODE_LLAMA_EOT}
     if family == "llama" and rows == _GRANITE_ROWS:
         metadata[_key("add_bos_token")] = {"bool": False}
-    if family == "gemma" and _GEMMA_EOT < rows:
+    if family == "gemma" and rows > _GEMMA_EOT:
         metadata.setdefault(_key("eot_token_id"), {"uint32": _GEMMA_EOT})
     if family in ("gemma", "gemma2", "gemma3") and tokens.model == "llama":
         metadata[_key("add_space_prefix")] = {"bool": False}
@@ -126,9 +127,7 @@ def _tokens(files: TokenizerFiles, rows: int, family: str, pre: str | None) -> _
         return _of_pieces(files, rows, looks=family != "phi3")
     if TOKENIZER not in files:
         wanted = "neither tokenizer.model nor tokenizer.json" if family in _WITH_PIECES else "no tokenizer.json"
-        raise UsageError(
-            f"{files.where}: has no tokenizer that GGUF takes: {wanted}", hint="give --tokenizer FILE"
-        )
+        raise UsageError(f"{files.where}: has no tokenizer that GGUF takes: {wanted}", hint="give --tokenizer FILE")
     found = read_tokenizer_json(files.files[TOKENIZER], files.shown(TOKENIZER))
     return _of_pieces_in_json(found, files, rows) if _is_pieces(found) else _of_bytes(found, files, rows, pre)
 

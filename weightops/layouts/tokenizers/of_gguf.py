@@ -178,9 +178,7 @@ def _bytes(values: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            _added(i, text, kind) for i, text, kind in vocabulary.tokens() if kind in _ADDED
-        ],
+        "added_tokens": [_added(i, text, kind) for i, text, kind in vocabulary.tokens() if kind in _ADDED],
         "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
         "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
         "post_processor": _around(values, vocabulary, pre in WITH_BOS) or (level if states_bos else None),
@@ -195,7 +193,9 @@ def _bytes(values: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
             "byte_fallback": False,
             "ignore_merges": pre in WHOLE_FIRST,
             "vocab": plain,
-            "merges": _merges(values, {text for text, kind in zip(vocabulary.texts, vocabulary.kinds, strict=True)}, where),
+            "merges": _merges(
+                values, {text for text, kind in zip(vocabulary.texts, vocabulary.kinds, strict=True)}, where
+            ),
         },
     }
     return _dumped(document)

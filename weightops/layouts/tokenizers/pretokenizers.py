@@ -173,7 +173,7 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
 }
 """The patterns of every name for which they are known."""
 WHOLE_FIRST = frozenset(
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4 glm5 tekken".split()
+    ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "glm4", "glm5", "tekken"]
 )
 """Names of those that take a token which is there as a whole, without looking for its merges."""
 WITH_BOS = WHOLE_FIRST - {"glm4", "glm5"}
