@@ -121,16 +121,16 @@ def save_family(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **
     """Write a model of a family, values drawn from a generator that no version of torch changes, with a tokenizer."""
     kind, settings = FAMILIES[name]
     rows = PIECES if has_pieces(name) else BYTE_LEVEL
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    first = int(has_pieces(name))
+    ids = {"bos_token_id": first, "eos_token_id": first + 1, "pad_token_id": None}
     config = CONFIG_MAPPING[kind](**{**SIZES, "vocab_size": rows, **ids, **settings, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter, value in _values(model):
             parameter.copy_(value)
-    if "e_score" in "".join(n for n, _ in model.named_buffers()):
-        for key, buffer in model.named_buffers():
-            if "e_score" in key:
-                buffer.copy_(torch.linspace(-1, 1, buffer.numel()))
+    for module in model.modules():
+        if "e_score_correction_bias" in module._buffers:  # in float32, whatever the model is in
+            module._buffers["e_score_correction_bias"] = torch.linspace(-1, 1, 4)
     model.save_pretrained(folder)
     for file, data in _tokenizer(name).items():
         (folder / file).write_bytes(data)

@@ -29,6 +29,7 @@ from weightops.spec import DType
 
 _NATIVE = {0: DType.F32, 1: DType.F16}
 """By `general.file_type`, what a model was before it became GGUF; of all others bfloat16."""
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FOLLOWS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ROPE_FREQS = "rope_freqs.weight"
 _KEPT = (".e_score_correction_bias",)
@@ -54,7 +55,7 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
     _put_factors(config, tensors, source)
     files, ids, ends = _tokenizer(source, metadata, config)
     native = dtype or _NATIVE.get(value_of(metadata, "general.file_type"), DType.BF16)
-    config |= {**ids, "torch_dtype": native.value}
+    config |= {**dict.fromkeys(_IDS), **ids, "torch_dtype": native.value}  # null is not what a class has by default
     found, used = dict[str, LazyTensor](), set[str]()
     try:
         architecture = find(config, source.checkpoint, None)
