@@ -22,7 +22,9 @@ from weightops.io.notebook import in_units
 from weightops.stores.store import Store
 
 MAX_NBYTES = 100_000_000
-_READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json", "quantize_config.json")
+QUANTISED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quanto_qmap.json")
+"""Files beside config.json that say how a checkpoint is quantised, and that a plain one must not have."""
+_READ_EARLY = ("config.json", "weightops-delta.json", "adapter_config.json", *QUANTISED)
 """Sidecars that operations read: those of a remote checkpoint are fetched when it is opened."""
 _MAX_NAMED = 8
 
@@ -43,8 +45,7 @@ class Kind(Enum):
 _PATTERNS: dict[Kind, tuple[str, ...]] = {
     Kind.CONFIG: (
         *("config.json", "configuration.json", "params.json", "adapter_config.json", "weightops-delta.json"),
-        *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
-        "quantize_report.json",
+        *("quantization_config.json", "quantize_report.json", *QUANTISED),
         # sentence-transformers' list of modules, and the pooling that some decoders are used with
         *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/config.json"),
     ),

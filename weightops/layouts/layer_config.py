@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.modules import last_part
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.layouts.modules import last_part
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """Where config.json of a model for more than text describes its language model."""

@@ -1,120 +1,155 @@
-"""Dequantise: a GPTQ checkpoint as a plain one, each weight computed from its integers as it is written."""
+"""Dequantise: a checkpoint in any published number format as a plain one, each weight computed as it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from weightops.checkpoint import Checkpoint, Copied, Sidecar, written_json
-from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+from weightops.errors import IncompatibleInputs, SourceMissing, UsageError, WeightopsError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
-from weightops.formats.quantized.gptq import (
-    CONFIG_KEY,
-    CONFIG_NAME,
-    PARTS,
-    CheckpointFormat,
-    QuantizeConfig,
-    modules,
-    prefixes,
-    read_config,
-)
-from weightops.formats.quantized.gptq_zeros import ZeroOverflow, find_zeros
+from weightops.formats.quantized.gptq import CheckpointFormat
+from weightops.formats.quantized.gptq_weights import GptqOptions
+from weightops.formats.quantized.gptq_zeros import ZeroOverflow
+from weightops.formats.quantized.table import Quantized, find_weights
+from weightops.formats.quantized.weights import CONFIG_KEY, without_quantization
+from weightops.formats.sidecars import QUANTISED
 from weightops.io import strict_json
 from weightops.io.escape import escape
-from weightops.io.names import listed
-from weightops.layouts.modules import is_conv1d
+from weightops.layouts import architecture
+from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.ops.gptq.tensors import dequantized
-from weightops.ops.transpose import transposed
+from weightops.ops.numbers.affine import DTYPES
 from weightops.spec import DType
 from weightops.stores.local import read_source
 
-DTYPES = (DType.F16, DType.BF16, DType.F32)
 _CONFIG = "config.json"
+_TIE = "tie_word_embeddings"
 
 
 def dequantize(
     source: Checkpoint,
     *,
-    dtype: DType = DType.F16,
+    dtype: DType | None = None,
     checkpoint_format: CheckpointFormat | None = None,
     zero_overflow: ZeroOverflow | None = None,
     config: str | None = None,
     evaluate: Evaluate,
 ) -> Checkpoint:
-    """`source` with a weight `[N, K]` in `dtype` for every quantised module; other tensors stay as they are.
+    """`source` with a plain weight for every quantised one; other tensors stay as they are.
 
-    Of transformers' `Conv1D` (GPT-2) it is `[K, N]`, as its checkpoints have it.
+    What is quantised, and in which format, the tensors show; `formats.quantized.table` lists the formats. A weight has
+    its native type, which is what the format's own library gives, or `dtype`: float32 holds the exact numbers, and any
+    other type those rounded once. Of transformers' `Conv1D` (GPT-2) it is `[K, N]`, as its checkpoints have it.
 
-    Each weight is `scale * (q - zero)`, exact and then rounded once. config.json loses its quantization_config and
-    names `dtype`. `checkpoint_format` is what to go by instead of the config, `zero_overflow` what stored zero points
-    of all ones are in v1, `config` the path of a config.json where none lies beside the files.
+    The configuration loses what it says of quantisation and names the type; scales of activations are dropped.
+    `checkpoint_format` is what to go by instead of a GPTQ checkpoint's config, `zero_overflow` what stored zero points
+    of all ones are in its v1, `config` the path of a config.json where none lies beside the files.
 
-    Raises `IncompatibleInputs` for what is not quantised by GPTQ or contradicts its config, `CorruptInput` for modules
-    that do not fit together and scales that are no numbers, `UsageError` for options that cannot be meant.
+    Raises `IncompatibleInputs` for what is not quantised, or in a format that is not read, or contradicts its config,
+    `CorruptInput` for tensors that do not fit together and scales that are no numbers, `UsageError` for options that
+    cannot be meant.
     """
     refuse_delta(source, "the source")
     refuse_adapter(source, "the source")
     refuse_parts(source)
-    where = escape(source.name)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UsageError(
             f"weights are not dequantised to {dtype.value}",
             hint=f"choose one of {', '.join(known.value for known in DTYPES)}; `weightops cast` makes others of them",
         )
-    source = _with_config(source, config)
-    settings = read_config(source)
-    found = modules(source, settings)
-    if not found:
-        raise IncompatibleInputs(
-            f"{where}: holds no quantised module, expected tensors named NAME.qweight",
-            hint="it is not quantised by GPTQ, or not at all",
-        )
     if zero_overflow is not None and checkpoint_format == "gptq_v2":
         raise UsageError("zero points of gptq_v2 do not overflow", hint="leave out --zero-overflow")
-    zeros, notes = find_zeros(where, found.values(), settings, checkpoint_format, zero_overflow, evaluate)
-    model_type = source.config().get("model_type")
+    source = _with_config(source, config)
+    found = find_weights(source, evaluate, GptqOptions(checkpoint_format, zero_overflow), shapes_of(source))
+    if not found:
+        raise IncompatibleInputs(
+            f"{escape(source.name)}: holds no quantised weight",
+            hint="it is plain already, or in a format that is not read; `weightops inspect` lists its tensors",
+        )
+    if (checkpoint_format or zero_overflow) and not any(w.format == "gptq" for w in found.weights.values()):
+        raise UsageError(
+            "--checkpoint-format and --zero-overflow are about GPTQ, and nothing is quantised by it",
+            hint="leave them out",
+        )
+    notes = [] if source.sidecar(_CONFIG) is not None else [_no_config(source)]
+    return plain(source, found, dtype, notes)
+
+
+def plain(source: Checkpoint, found: Quantized, dtype: DType | None = None, notes: Sequence[str] = ()) -> Checkpoint:
+    """`source` with the weights that were `found` in `dtype`, or each in its native type."""
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in source.items():
-        prefix, _, part = name.rpartition(".")
-        module = found.get(prefix) if part in PARTS else None
-        if module is None:
-            tensors[name] = tensor
-        elif part == "qweight":
-            parts = (module.qweight, module.qzeros, module.scales, module.g_idx)
-            size = module.group_size or module.in_features
-            if f"{prefix}.weight" in source:
-                raise IncompatibleInputs(
-                    f"{where}: {escape(prefix)} has a weight and a qweight",
-                    hint="it was saved in two forms; drop one of them with `weightops shard --drop`",
-                )
-            weight = dequantized(prefix, parts, module.bits, zeros, size, dtype)
-            tensors[f"{prefix}.weight"] = transposed(weight) if is_conv1d(prefix, model_type) else weight
-            shards[f"{prefix}.weight"] = source.shards.get(name, "")
-        if module is None and name in source.shards:
-            shards[name] = source.shards[name]
-    notes += _flag_notes(where, source, settings)
+        if name in found.unused:
+            continue
+        weight = found.weights.get(found.by_part.get(name, ""))
+        new = name if weight is None else weight.name
+        if new not in tensors:
+            tensors[new] = tensor if weight is None else weight.in_dtype(dtype)
+            if name in source.shards:
+                shards[new] = source.shards[name]
+    metadata = {k: v for k, v in source.metadata.items() if k not in tensors and k != "tensor_names"}
     result = replace(
         source,
         tensors=tensors,
-        shards=shards if source.shards else {},
-        sidecars={name: file for name, file in source.sidecars.items() if name != CONFIG_NAME},
-        warnings=(*source.warnings, *notes),
+        shards=shards,
+        sidecars={name: file for name, file in source.sidecars.items() if name not in QUANTISED},
+        warnings=(*source.warnings, *found.notes, *notes),
+        metadata={**metadata, "format": "pt"} if "format" in metadata else metadata,
         total_size=None,
         content_id=None,
-        digests={name: digest for name, digest in source.digests.items() if name in tensors},
+        digests={name: digest for name, digest in source.digests.items() if tensors.get(name) is source.get(name)},
         prefix=None,
     )
-    return result.with_config(_without_quantization).with_dtype(dtype)
+    return _apart(result.with_config(without_quantization), found).with_dtype(dtype or _usual(found))
 
 
-def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != CONFIG_KEY}
+def plain_if_quantised(source: Checkpoint, evaluate: Evaluate) -> Checkpoint:
+    """`source` with its quantised weights in their native types, or as it is; raises as `dequantize`."""
+    found = find_weights(source, evaluate, shape_of=shapes_of(source))
+    return plain(source, found) if found else source
+
+
+def shapes_of(source: Checkpoint) -> Callable[[str], tuple[int, ...] | None]:
+    """The shape of a weight as transformers' class for the config has it, which is asked when the first is wanted."""
+
+    @cache
+    def shapes() -> Mapping[str, tuple[int, ...]]:
+        config = without_quantization(source.config())
+        try:
+            found = architecture.find(config, source, None)
+        except (architecture.NotKnown, WeightopsError):
+            return {}
+        return {**found.loaded, **found.stored}
+
+    return lambda name: shapes().get(name)
+
+
+def _usual(found: Quantized) -> DType:
+    """The native type of most weights."""
+    return Counter(weight.native for weight in found.weights.values()).most_common(1)[0][0]
+
+
+def _apart(result: Checkpoint, found: Quantized) -> Checkpoint:
+    """The checkpoint with embeddings said not to be tied where one of them was quantised alone, so that they differ."""
+    config = result.config()
+    for embedding, heads in embeddings_and_heads(result):
+        differ = any(head in result and result[head] != result[embedding] for head in heads)
+        quantised = any(name in found.weights for name in (embedding, *heads))
+        if differ and quantised and config.get(_TIE) is True:
+            return result.with_config(lambda known: {**known, _TIE: False})
+    return result
+
+
+def _no_config(source: Checkpoint) -> str:
+    return f"{escape(source.name)}: has no config.json; name one with --config, for models do not load without"
 
 
 def _with_config(source: Checkpoint, path: str | None) -> Checkpoint:
@@ -123,26 +158,12 @@ def _with_config(source: Checkpoint, path: str | None) -> Checkpoint:
         file = Path(path) / _CONFIG if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise SourceMissing(f"{escape(str(file))}: no such file", hint="name the base model's config.json")
-        document = strict_json.load_object(read_source(file)[1], escape(str(file)))
-        stated = source.config().get(CONFIG_KEY)
-        quantised: Mapping[str, Any] = {CONFIG_KEY: stated} if stated is not None else {}
-        return replace(source, sidecars={**source.sidecars, _CONFIG: written_json({**document, **quantised})})
+        document: dict[str, Any] = strict_json.load_object(read_source(file)[1], escape(str(file)))
+        own = source.config().get(CONFIG_KEY)
+        said: Mapping[str, Any] = {CONFIG_KEY: own} if own is not None else {}
+        return replace(source, sidecars={**source.sidecars, _CONFIG: written_json({**document, **said})})
     folder = source.folder
     beside: dict[str, Sidecar] = {}
     if folder is not None and not source.sidecars:
-        beside = {name: Copied(folder.identity(name)) for name in (_CONFIG, CONFIG_NAME) if folder.has(name)}
+        beside = {name: Copied(folder.identity(name)) for name in (_CONFIG, *QUANTISED) if folder.has(name)}
     return replace(source, sidecars=beside) if beside else source
-
-
-def _flag_notes(where: str, source: Checkpoint, settings: QuantizeConfig | None) -> list[str]:
-    """What the reader of the result ought to know of the source."""
-    notes = []
-    if source.sidecar(_CONFIG) is None:
-        notes.append(f"{where}: has no config.json; name one with --config, for models do not load without")
-    without = [prefix for prefix in prefixes(source) if f"{prefix}.g_idx" not in source]
-    if without and settings is not None and settings.desc_act and settings.group_size != -1:
-        notes.append(
-            f"{where}: the config says desc_act, and there is no g_idx: groups are taken in the order of columns, in "
-            f"{listed(without, 3)}"
-        )
-    return notes

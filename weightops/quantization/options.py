@@ -7,8 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from weightops.formats.modules import NUMBERED
 from weightops.formats.quantized.gptq import CheckpointFormat
-from weightops.layouts.modules import NUMBERED
 from weightops.ops.gptq.grid import Settings
 
 Method = Literal["gptq", "rtn"]

@@ -17,10 +17,9 @@ from weightops.cli.params import CHECKPOINT_FORMAT, SOURCE, WRITE_CODES, Command
 @out_option
 @click.option(
     "--dtype",
-    default="float16",
-    show_default=True,
-    type=NumberType(named("operations.dequantize", "DTYPES")),
-    help="The number type of the weights.",
+    type=NumberType(named("ops.numbers.affine", "DTYPES")),
+    help="The number type of the weights; float32 keeps the exact numbers. Default: what the format's own library "
+    "gives, mostly the type of the scales.",
 )
 @click.option(
     "--checkpoint-format",
@@ -37,18 +36,19 @@ from weightops.cli.params import CHECKPOINT_FORMAT, SOURCE, WRITE_CODES, Command
 @click.option("--config", metavar="PATH", help="A config.json, or its folder, if none lies with the weights.")
 @write_options
 def command(source: Path | str, out: Path, **options: Any) -> None:
-    """Turn a model that GPTQ quantised back into a plain one.
+    """Turn a quantised model back into a plain one.
 
-    Each weight becomes its scale times its integer less the zero point, rounded once to the number type: what a program
-    that runs the quantised model computes with. What quantising lost does not come back. SOURCE is a folder, a weight
-    file, hf://org/name[@revision] or a URL.
+    Read are GPTQ, AWQ, FP8, compressed-tensors, MXFP4, NVFP4, bitsandbytes, MLX, HQQ, torchao and quanto; the tensors
+    show which it is. Each weight is computed from its codes and scales and rounded once to the number type: what a
+    program that runs the quantised model computes with. What quantising lost does not come back. SOURCE is a folder, a
+    weight file, hf://org/name[@revision] or a URL.
 
     \b
     Example:
-      weightops dequantize ./model-4bit --out ./model
+      weightops dequantize ./deepseek-fp8 --out ./deepseek-bf16
       weightops dequantize './tigerbot/tigerbot-4bit-128g-*.pt' --dtype bfloat16 --out ./tigerbot-bf16
 
-    Integers of 2, 3, 4 and 8 bits are read, in both versions of the format. A pattern in quotes names torch files
-    without an index, as TigerBot published them. A model whose zero points contradict its config.json is refused.
+    A pattern in quotes names torch files without an index, as TigerBot published them. A model whose tensors contradict
+    its config.json is refused.
     """
     write(weightops.dequantize, source, out, **options)

@@ -9,7 +9,7 @@ from weightops.cli.meter import human
 from weightops.cli.pages import html as html_page
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
 from weightops.cli.pages.html import long_text
-from weightops.layouts.modules import NUMBERED
+from weightops.formats.modules import NUMBERED
 from weightops.operations.check import CheckReport
 from weightops.ops.measures.statistics import TensorStatistics
 

@@ -12,8 +12,8 @@ from weightops.cli.pages import html as html_page
 from weightops.cli.pages.answers import answers
 from weightops.cli.pages.heat_map import Cell, Scale, heat_map
 from weightops.cli.pages.html import long_text, text
+from weightops.formats.modules import NUMBERED
 from weightops.inference.evaluate import Score
-from weightops.layouts.modules import NUMBERED
 from weightops.operations.compare import KINDS, Comparison, TensorChange
 
 _MAX_LAYERS = 1000

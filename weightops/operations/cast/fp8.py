@@ -14,12 +14,12 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.modules import is_conv1d, last_part
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.embeddings import is_vocabulary
 from weightops.layouts.families import is_told_by_a_table
 from weightops.layouts.loaded_names import LoadedNames
-from weightops.layouts.modules import is_conv1d, last_part
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
 from weightops.ops.elementwise import Reinterpret

@@ -12,11 +12,11 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.modules import last_part
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
 from weightops.layouts.families import is_told_by_a_table
 from weightops.layouts.loaded_names import LoadedNames
-from weightops.layouts.modules import last_part
 from weightops.lazy import LazyTensor
 from weightops.operations.cast.fp8 import quantization, scaled
 from weightops.ops.fp8 import Strategy

@@ -9,11 +9,11 @@ from typing import Any
 from weightops.checkpoint import Checkpoint
 from weightops.engine.examine import TensorReport
 from weightops.errors import UsageError
+from weightops.formats.modules import NUMBERED
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.embeddings import embedding_and_head, is_vocabulary
 from weightops.layouts.families import PLAIN, why_unknown
-from weightops.layouts.modules import NUMBERED
 from weightops.layouts.names import EMBEDDING, HEAD, LAYER, NORM, PROJECTIONS, is_derived
 from weightops.layouts.restored import ROTARY_SUFFIX
 from weightops.operations.check.layers import Layers, layer_count_findings, layer_findings, layers_of

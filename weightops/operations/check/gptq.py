@@ -12,6 +12,7 @@ import numpy as np
 from weightops.checkpoint import Checkpoint
 from weightops.engine.examine import TensorReport
 from weightops.errors import CorruptInput, IncompatibleInputs
+from weightops.formats.modules import is_conv1d
 from weightops.formats.quantized.gptq import (
     CONFIG_KEY,
     CONFIG_NAME,
@@ -26,7 +27,6 @@ from weightops.formats.quantized.gptq import (
 from weightops.formats.quantized.gptq_zeros import CARRIES, ZeroEvidence, examine_zeros, mislabelled
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.layouts.modules import is_conv1d
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.check.report import Finding, Severity
 from weightops.ops.rows import Repeat

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
+from weightops.formats.modules import NUMBERED
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.layouts.modules import NUMBERED
 from weightops.layouts.restored import ROTARY_SUFFIX
 from weightops.operations.check.report import Finding, Severity
 

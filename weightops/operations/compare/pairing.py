@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from weightops.layouts.modules import is_conv1d
+from weightops.formats.modules import is_conv1d
 from weightops.lazy import LazyTensor
 from weightops.operations.compare.entries import Entries, Entry, Heads, tied_head, to_halves
 from weightops.ops.arrange import cut

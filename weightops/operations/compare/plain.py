@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs
+from weightops.formats.modules import is_conv1d
 from weightops.formats.quantized.gptq import modules, prefixes, read_config
 from weightops.io.escape import escape
-from weightops.layouts.modules import is_conv1d
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.dequantize import dequantize
 from weightops.ops.numbers.stored_scales import BlockValues, GroupSteps, Scaled

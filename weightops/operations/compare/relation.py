@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from weightops.formats.modules import NUMBERED
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.layouts.modules import NUMBERED
 from weightops.operations.compare.report import ROUNDED, ConfigChange, Finding, Lone, TensorChange, TokenizerChange
 
 _UNRELATED = 0.5

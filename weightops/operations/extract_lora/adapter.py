@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from weightops.checkpoint import Checkpoint, Sidecar, written_json
 from weightops.errors import IncompatibleInputs
 from weightops.formats.adapter.files import CONFIG_NAME
+from weightops.formats.modules import is_conv1d, last_part
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.embeddings import is_vocabulary
-from weightops.layouts.modules import is_conv1d, last_part
 from weightops.lazy import LazyTensor
 from weightops.operations.extract_lora.places import Places
 

@@ -16,10 +16,10 @@ from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.modules import is_conv1d
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
 from weightops.layouts.embeddings import is_vocabulary
-from weightops.layouts.modules import is_conv1d
 from weightops.layouts.restored import ROTARY_SUFFIX, as_loaded
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.extract_lora import adapter as adapter

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from weightops.checkpoint import Checkpoint
+from weightops.formats.modules import last_part
 from weightops.layouts.loaded_names import LoadedNames
-from weightops.layouts.modules import last_part
 
 _CONVERTED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """What peft 0.21 takes for layers of stacked experts wherever they are in a model that has some.

@@ -8,11 +8,11 @@ from typing import NoReturn
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.modules import last_part
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.embeddings import has_rows_of_tokens
 from weightops.layouts.layers import PACKED_LAYERS, Stack, find_stack
-from weightops.layouts.modules import last_part
 from weightops.layouts.names import is_derived
 from weightops.lazy import LazyTensor
 from weightops.operations.merge.layers import Parted, in_modules, parted, positions, unnamed_modules

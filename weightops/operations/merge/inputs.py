@@ -16,8 +16,9 @@ from weightops.io.escape import escape
 from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.layouts.layer_config import TEXT_CONFIGS
 from weightops.lazy import Evaluate
-from weightops.operations.dequantize import DTYPES, dequantize
+from weightops.operations.dequantize import dequantize
 from weightops.ops.elementwise import cast
+from weightops.ops.numbers.affine import DTYPES
 from weightops.spec import DType
 
 TIE = "tie_word_embeddings"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from weightops.errors import IncompatibleInputs
 from weightops.formats.adapter.files import CONFIG_NAME
 from weightops.formats.adapter.lora import STACKED, Adapter, Factors
+from weightops.formats.modules import is_conv1d
 from weightops.io.escape import escape
-from weightops.layouts.modules import is_conv1d
 from weightops.lazy import LazyTensor
 from weightops.operations.merge_lora.names import is_head
 from weightops.ops.lora.factors import DTYPES, Precision

@@ -10,11 +10,11 @@ from itertools import chain
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
+from weightops.formats.modules import last_part
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.layer_config import MAX_LAYERS, edit_config, renumbered
 from weightops.layouts.layers import NUMBERED, PACKED_LAYERS, Stack, find_stack, with_names
-from weightops.layouts.modules import last_part
 from weightops.operations.shard.held import hold
 from weightops.ops.arrange import concat, cut
 

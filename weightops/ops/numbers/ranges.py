@@ -55,10 +55,22 @@ def _minifloats(dtype: DType) -> NDArray[np.float64]:
     import numpy as np
 
     bits, bias = _MINIFLOATS[dtype]
-    words = np.arange(256, dtype=np.int32)
-    exponent, fraction = words >> bits & (1 << 7 - bits) - 1, words & (1 << bits) - 1
-    mantissa = np.where(exponent, fraction + (1 << bits), fraction)
-    magnitude = np.ldexp(mantissa.astype(np.float64), np.maximum(exponent, 1) - bias - bits)
-    values: NDArray[np.float64] = np.where(words < 128, magnitude, -magnitude)
+    values = small_floats(bits, bias, 8)
     values[[0x7F, 0xFF] if dtype is DType.F8_E4M3 else [0x80]] = np.nan
+    return values
+
+
+def small_floats(mantissa_bits: int, bias: int, width: int) -> NDArray[np.float64]:
+    """The number that each byte stands for as a float of `width` bits, all of whose words are numbers.
+
+    Bits above them are not looked at.
+    """
+    import numpy as np
+
+    words = np.arange(256, dtype=np.int32) & (1 << width) - 1
+    magnitudes = words & (1 << width - 1) - 1
+    exponent, fraction = magnitudes >> mantissa_bits, magnitudes & (1 << mantissa_bits) - 1
+    mantissa = np.where(exponent, fraction + (1 << mantissa_bits), fraction)
+    magnitude = np.ldexp(mantissa.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits)
+    values: NDArray[np.float64] = np.where(words == magnitudes, magnitude, -magnitude)
     return values

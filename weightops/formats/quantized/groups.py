@@ -1,0 +1,54 @@
+"""The groups of modules of a compressed-tensors configuration, and which of them a module belongs to.
+
+A target is the name of a module, `re:` and a pattern matched from the name's beginning, or the name of a class; the
+most specific that matches counts. Source: `match_named_modules` and `is_match` of compressed-tensors 0.20.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_CLASSES = ("Linear", "Embedding", "LinearBase")
+
+
+def groups(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The groups that a configuration has."""
+    found = settings.get("config_groups")
+    yield from (g for g in found.values() if isinstance(g, Mapping)) if isinstance(found, Mapping) else ()
+
+
+def group_of(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The group of a module by the most specific of its targets; empty where none matches."""
+    best = 0
+    chosen: Mapping[str, Any] = {}
+    for group in groups(settings):
+        for target in group.get("targets") or ():
+            rank = _rank(str(target), module)
+            if rank > best:
+                best, chosen = rank, group
+    return chosen
+
+
+def weight_settings(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """What a configuration says of the weight of a module."""
+    weights = group_of(settings, module).get("weights")
+    return weights if isinstance(weights, Mapping) else {}
+
+
+def format_of(settings: Mapping[str, Any], module: str) -> str:
+    """The format of a module: its group's, or else that of all."""
+    return str(group_of(settings, module).get("format") or settings.get("format") or "")
+
+
+def _rank(target: str, module: str) -> int:
+    """How specifically a target names a module: 3 by name, 2 by pattern, 1 by class, 0 not at all."""
+    if target == module:
+        return 3
+    if target.startswith("re:"):
+        try:
+            return 2 if re.match(target[3:], module) else 0
+        except re.error:
+            return 0
+    return 1 if target in _CLASSES else 0

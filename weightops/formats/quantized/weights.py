@@ -1,0 +1,204 @@
+"""Weights that several tensors make up, whatever the format: what each is called, and how its numbers are had.
+
+Tensors decide, module by module, what a weight is; the configuration gives parameters that no tensor shows, and where
+the two contradict each other that is said by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import CorruptInput
+from weightops.formats.sidecars import QUANTISED
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.lazy import Evaluate, LazyTensor
+from weightops.ops.elementwise import Reinterpret
+from weightops.ops.numbers.affine import Affine
+from weightops.spec import DType
+
+CONFIG_KEY = "quantization_config"
+_NESTED = ("text_config", "vision_config", "llm_config", "language_config", "thinker_config")
+NATIVE = (DType.F16, DType.BF16)
+AUTO_ROUND = frozenset({"auto-round", "intel/auto-round"})
+"""Names of the method of auto-round, which packs as GPTQ or as AWQ."""
+
+Value = Callable[[DType, bool], LazyTensor]
+"""The lazy tensor of a weight in a type, or of its steps."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight: its `name` in a plain checkpoint, the tensors that make it up by role, the type that the format's own
+    library gives it, and its numbers in any of the types of `ops.numbers.affine.DTYPES`. `scheme` says in words how it
+    is stored."""
+
+    name: str
+    format: str
+    scheme: str
+    parts: Mapping[str, str]
+    native: DType
+    value: Value
+
+    def in_dtype(self, dtype: DType | None = None) -> LazyTensor:
+        """Its numbers, in the native type by default."""
+        return self.value(dtype or self.native, False)
+
+    def steps(self) -> LazyTensor:
+        """How far from each number the next is that could be stored, in float32."""
+        return self.value(DType.F32, True)
+
+
+@dataclass
+class View:
+    """A checkpoint whose weights are being found: what no format has claimed yet, and what its configuration says."""
+
+    checkpoint: Checkpoint
+    evaluate: Evaluate
+    settings: Mapping[str, Any]
+    stated_in: str
+    """The file that `settings` come from, "" where no file says anything."""
+    shape_of: Callable[[str], tuple[int, ...] | None] = lambda name: None
+    """The shape of a weight by the model's architecture, for formats whose files do not say it."""
+    taken: dict[str, str] = field(default_factory=dict)
+    """Tensors that are part of a weight, with its name."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        return escape(self.checkpoint.name)
+
+    @property
+    def method(self) -> str | None:
+        """How the configuration says that the checkpoint is quantised."""
+        found = self.settings.get("quant_method")
+        return str(found).lower() if found is not None else None
+
+    def __iter__(self) -> Iterator[str]:
+        """The names that no weight has taken, in the checkpoint's order."""
+        return (name for name in self.checkpoint if name not in self.taken)
+
+    def get(self, name: str) -> LazyTensor | None:
+        return None if name in self.taken else self.checkpoint.get(name)
+
+    def ending(self, suffix: str) -> list[str]:
+        """What stands before `suffix` in the names that end so."""
+        return [name.removesuffix(suffix) for name in self if name.endswith(suffix)]
+
+    def need(self, name: str, of: str) -> LazyTensor:
+        """A tensor without which `of` is no weight; raises `CorruptInput`."""
+        found = self.get(name)
+        if found is None:
+            raise CorruptInput(
+                f"{self.where}: {escape(of)} has no {escape(name)}",
+                hint="is a file of the model missing? its scales may lie in another shard",
+            )
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of small tensors by name, read together."""
+        listed = list(names)
+        return dict(zip(listed, self.evaluate([self.checkpoint[name] for name in listed]), strict=True))
+
+    def dtype_named(self) -> DType | None:
+        """The type of 16 bits that config.json names for the model."""
+        return named_dtype(self.checkpoint.config())
+
+    def native(self, scales: LazyTensor) -> DType:
+        """The type of weights: that of the scales where it has 16 bits, or else the model's, or bfloat16.
+
+        compressed-tensors gives weights in float32 where it stores such scales.
+        """
+        if self.method == "compressed-tensors" and scales.spec.dtype is DType.F32:
+            return DType.F32
+        return scales.spec.dtype if scales.spec.dtype in NATIVE else self.dtype_named() or DType.BF16
+
+    def misfit(self, name: str, problem: str, hint: str = "the files are damaged, or of two models") -> CorruptInput:
+        """The error for tensors that do not belong together."""
+        return CorruptInput(f"{self.where}: {escape(name)}: {problem}", hint=hint)
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """A published format: the values of `quant_method` that name it, and how its weights are found among tensors."""
+
+    name: str
+    methods: frozenset[str]
+    find: Callable[[View], Iterator[QuantizedWeight]]
+
+
+def named_dtype(config: Mapping[str, Any]) -> DType | None:
+    """float16 or bfloat16 where config.json names one of them, at the top or for the language model."""
+    parts = [config, *(config[key] for key in _NESTED if isinstance(config.get(key), Mapping))]
+    for part in parts:
+        for key in ("dtype", "torch_dtype"):
+            said = str(part.get(key)).removeprefix("torch.")
+            found = next((dtype for dtype in NATIVE if dtype.value == said), None)
+            if found is not None:
+                return found
+    return None
+
+
+def stated(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
+    """What the files of a checkpoint say of its quantisation, and which says it; empty where none does."""
+    config = checkpoint.config()
+    for part in (config, *(config[key] for key in _NESTED if isinstance(config.get(key), Mapping))):
+        for key in (CONFIG_KEY, "quantization"):
+            found = part.get(key)
+            if isinstance(found, Mapping):
+                return ({"quant_method": "mlx", **found} if _is_mlx(config, found) else found), "config.json"
+            if found is not None and key == CONFIG_KEY:
+                raise CorruptInput(
+                    f"{escape(checkpoint.name)}: config.json: {key} is {type(found).__name__}, expected an object"
+                )
+    for name in QUANTISED:
+        data = checkpoint.sidecar(name)
+        if data is not None:
+            document = strict_json.load_object(data, f"{escape(checkpoint.name)}: {name}")
+            return _from_file(name, document), name
+    return {}, ""
+
+
+def _is_mlx(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    return "quant_method" not in settings and "bits" in settings and "group_size" in settings
+
+
+def _from_file(name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The document of a file as config.json would have it."""
+    inner = document.get("quantization")
+    if name == "hf_quant_config.json" and isinstance(inner, Mapping):
+        return {"quant_method": "modelopt", **inner}
+    if name == "quanto_qmap.json":
+        return {"quant_method": "quanto", "modules": document}
+    if "w_bit" in document or "q_group_size" in document:
+        return {"quant_method": "awq", **document}
+    return {"quant_method": "gptq", **document}
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantisation, so that the model loads as a plain one."""
+    plain = {key: value for key, value in config.items() if key not in (CONFIG_KEY, "quantization")}
+    for key in _NESTED:
+        if isinstance(plain.get(key), dict):
+            plain[key] = without_quantization(plain[key])
+    return plain
+
+
+def reshaped(tensor: LazyTensor, shape: tuple[int, ...], dtype: DType | None = None) -> LazyTensor:
+    """The same bytes in another shape, or as another type; itself where nothing changes."""
+    made = (dtype or tensor.spec.dtype, shape)
+    same = made == (tensor.spec.dtype, tensor.spec.shape)
+    return tensor if same else LazyTensor.make(Reinterpret(*made), tensor)
+
+
+def affine(op: Callable[[DType, bool], Affine], *inputs: LazyTensor, shape: tuple[int, ...] | None = None) -> Value:
+    """The numbers of codes with scales, as a function of the type; `shape` where it is not that of the codes."""
+
+    def value(dtype: DType, steps: bool) -> LazyTensor:
+        made = LazyTensor.make(op(dtype, steps), *inputs)
+        return made if shape is None else reshaped(made, shape)
+
+    return value
