@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from small_tokenizers import BYTES, NORMALIZER, TRAINER, message, piece
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -135,6 +136,21 @@ def save_family(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **
     for file, data in _tokenizer(name).items():
         (folder / file).write_bytes(data)
     return model
+
+
+def save_mxfp4(folder: Path) -> None:
+    """gpt-oss with experts in MXFP4, as it is published."""
+    save_family(folder, "gpt-oss")
+    tensors, chance = load_file(folder / "model.safetensors"), np.random.default_rng(8)
+    for name in [name for name in tensors if name.endswith("_proj")]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.from_numpy(chance.integers(0, 256, (*shape, 16), np.uint8))
+        tensors[f"{name}_scales"] = torch.from_numpy(chance.integers(118, 126, shape, np.uint8))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _values(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

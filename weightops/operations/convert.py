@@ -17,6 +17,8 @@ import numpy as np
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.quantized.table import find_weights
+from weightops.formats.quantized.weights import CONFIG_KEY
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
@@ -26,6 +28,7 @@ from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.dequantize import plain
 from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
@@ -156,13 +159,31 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
 
 def _by_saved(source: Source, to: str, target: Target, layout: str) -> Converted:
     """Between transformers and GGUF, for every family that GGUF is written of and read as here."""
-    saved = gguf.read(source, target.dtype if to == "hf" else None) if layout == "gguf" else _read_saved(source)
+    if layout == "gguf":
+        saved = gguf.read(source, target.dtype if to == "hf" else None)
+    else:
+        saved = _read_saved(_dequantised(source, target.dtype))
     _check_norms(saved.tensors, source)
     rows = saved.config.get("vocab_size")
     n_tokens = count_tokens(saved.files, rows) if saved.files.is_hugging_face and type(rows) is int else None
     result = gguf.write(saved, target.dtype, target.pre) if to == "gguf" else _written(saved)
     said = _warnings(source, result, (), result.dropped) + _on_tokens(n_tokens, rows)
     return Converted(replace(result, warnings=said), layout, result.dropped)
+
+
+def _dequantised(source: Source, dtype: DType | None) -> Source:
+    """The source with plain weights; exact ones, where they are to be rounded to `dtype`.
+
+    gpt-oss keeps its MXFP4, of which GGUF has blocks.
+    """
+    config = source.checkpoint.config()
+    if config.get("model_type") == "gpt_oss" and (config.get(CONFIG_KEY) or {}).get("quant_method") == "mxfp4":
+        return source
+    found = find_weights(source.checkpoint, lambda tensors: [source.evaluate(tensor) for tensor in tensors])
+    if not found:
+        return source
+    made = plain(source.checkpoint, found, DType.F32 if dtype is not None else None)
+    return replace(source, checkpoint=made, read_file=lambda n: made.sidecar(n) if n == CONFIG else source.read_file(n))
 
 
 def _read_saved(source: Source) -> gguf.Saved:

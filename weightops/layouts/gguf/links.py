@@ -19,11 +19,12 @@ from weightops.layouts.gguf.transforms import (
     GateAndUp,
     GateAndUpBias,
     KeysAndValues,
+    Mxfp4,
     Rotary,
     Shifted,
     Stacked,
     Transform,
-    TransposedExperts,
+    Transposed,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _FOLLOWS = re.compile(r".*(\.rotary_emb\.inv_freq|\.attention\.masked_bias|\.att
 """Buffers that any reader computes anew."""
 _TIED = re.compile(r"(model\.)?lm_head\.weight")
 _SUFFIXES = (".weight", ".bias")
+_GPT_OSS = re.compile(r"(gate_up_proj|down_proj|sinks)(_bias|_blocks|_scales)?$")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def find_links(family: Family, config: Mapping[str, Any], names: Iterable[str], 
             f"{where}: layer {layer} has {len(experts)} experts with a {part}, expected {_experts(config)}",
             hint="is a file of the model missing?",
         )
+    found.sort(key=lambda link: not isinstance(link.transform, Mxfp4))  # which the converter repacks first
     return Links(tuple(found), dropped)
 
 
@@ -118,15 +121,19 @@ def _links(name: str, family: Family, config: Mapping[str, Any], where: str) -> 
         parts = tuple(mapped(name.replace("kv_b_proj", f"{part}_b_proj")) for part in "kv")
         heads = config.get("@heads_kv", config["num_key_value_heads"])
         yield Link((name,), parts, KeysAndValues(heads, config["qk_nope_head_dim"]))
-    elif family.arch == "gpt-oss" and (part := re.search(r"(gate_up_proj|down_proj|sinks)(_bias)?$", name)):
-        stem, kind = name[: part.start()], "bias" if part[2] else "weight"
+    elif family.arch == "gpt-oss" and (part := _GPT_OSS.search(name)):
+        stem, kind = name[: part.start()], "bias" if part[2] == "_bias" else "weight"
         if part[1] == "sinks":
             yield Link((name,), (mapped(f"{name}.weight"),))
-        elif part[1] == "down_proj":
-            yield Link((name,), (mapped(f"{stem}down_proj.{kind}"),), SAME if part[2] else TransposedExperts())
-        else:
-            both = tuple(mapped(f"{stem}{side}_proj.{kind}") for side in ("gate", "up"))
-            yield Link((name,), both, GateAndUpBias() if part[2] else GateAndUp())
+            return
+        sides = ("down",) if part[1] == "down_proj" else ("gate", "up")
+        targets = tuple(mapped(f"{stem}{side}_proj.{kind}") for side in sides)
+        if part[2] == "_scales":
+            yield Link((f"{stem}{part[1]}_blocks", name), targets, Mxfp4(len(sides)))
+        elif part[2] != "_blocks":  # which go with their scales
+            plain: Transform = Transposed() if sides == ("down",) else GateAndUp()
+            biases: Transform = SAME if sides == ("down",) else GateAndUpBias()
+            yield Link((name,), targets, biases if part[2] else plain)
     else:
         yield Link((name,), (mapped(name),), _transform(name, family, config))
 

@@ -61,7 +61,9 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
         architecture = find(config, source.checkpoint, None)
     except NotKnown as error:
         raise CorruptInput(f"{where}: {error}") from None
-    for link in find_links(family, config, architecture.stored, where).links:
+    place = {name: i for i, name in enumerate(tensors)}
+    links = find_links(family, config, architecture.stored, where).links
+    for link in sorted(links, key=lambda link: place.get(link.packed[0], 0)):
         missing = next((name for name in link.packed if name not in tensors), None)
         if missing is not None:
             raise CorruptInput(f"{where}: {escape(missing)} is missing", hint="is a file of the model missing?")

@@ -13,6 +13,7 @@ from typing import Protocol
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import concat, cut, halves_to_pairs, pairs_to_halves
 from weightops.ops.elementwise import Reinterpret, Shift, cast
+from weightops.ops.ggml.mxfp4 import Mxfp4Blocks
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
 
@@ -89,27 +90,24 @@ class KeysAndValues:
 
     def out(self, tensors: Tensors) -> list[LazyTensor]:
         (tensor,) = tensors
-        size = tensor.spec.shape[0] // self.heads
-        starts = range(0, self.heads * size, size)
-        keys = [transposed(cut(tensor, 0, start, start + self.keys)) for start in starts]
-        values = [cut(tensor, 0, start + self.keys, start + size) for start in starts]
-        return [_stack(keys), _stack(values)]
+        rows, columns = tensor.spec.shape
+        size = rows // self.heads
+        heads = _shaped(tensor, (self.heads, size, columns))
+        return [transposed(cut(heads, 1, 0, self.keys)), cut(heads, 1, self.keys, size)]
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
         keys, values = tensors
-        parts: list[LazyTensor] = []
-        for head in range(self.heads):
-            parts += [transposed(_matrix(keys, head)), _matrix(values, head)]
-        return [concat(parts, 0)]
+        heads = concat([transposed(keys), values], 1)
+        count, size, columns = heads.spec.shape
+        return [_shaped(heads, (count * size, columns))]
 
 
 @dataclass(frozen=True)
-class TransposedExperts:
+class Transposed:
     """Matrices of experts, each transposed."""
 
     def out(self, tensors: Tensors) -> list[LazyTensor]:
-        (tensor,) = tensors
-        return [_stack([transposed(_matrix(tensor, i)) for i in range(tensor.spec.shape[0])])]
+        return [transposed(tensor) for tensor in tensors]
 
     back = out
 
@@ -120,18 +118,32 @@ class GateAndUp:
 
     def out(self, tensors: Tensors) -> list[LazyTensor]:
         (tensor,) = tensors
-        gates, ups = [], []
-        for i in range(tensor.spec.shape[0]):
-            both = pairs_to_halves(transposed(_matrix(tensor, i)), 1)
-            rows = both.spec.shape[0] // 2
-            gates.append(cut(both, 0, 0, rows))
-            ups.append(cut(both, 0, rows, 2 * rows))
-        return [_stack(gates), _stack(ups)]
+        experts, columns, rows = tensor.spec.shape
+        alternating = _shaped(transposed(tensor), (experts * rows, columns))
+        both = _shaped(pairs_to_halves(alternating, experts), (experts, rows, columns))
+        return [cut(both, 1, 0, rows // 2), cut(both, 1, rows // 2, rows)]
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
-        gates, ups = tensors
-        pairs = [concat([_matrix(gates, i), _matrix(ups, i)], 0) for i in range(gates.spec.shape[0])]
-        return [_stack([transposed(halves_to_pairs(pair, 1)) for pair in pairs])]
+        both = concat(tensors, 1)
+        experts, rows, columns = both.spec.shape
+        alternating = halves_to_pairs(_shaped(both, (experts * rows, columns)), experts)
+        return [transposed(_shaped(alternating, (experts, rows, columns)))]
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Codes and scales of gpt-oss' experts in ggml's blocks, for each of `step` tensors every so many rows.
+
+    There is no way back: numbers are what comes of a file.
+    """
+
+    step: int = 1
+
+    def out(self, tensors: Tensors) -> list[LazyTensor]:
+        return [LazyTensor.make(Mxfp4Blocks(first, self.step), *tensors) for first in range(self.step)]
+
+    def back(self, tensors: Tensors) -> list[LazyTensor]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from weightops.layouts.gguf.general import general
 from weightops.layouts.gguf.links import find_links
 from weightops.layouts.gguf.parameters import metadata_of, settings_of
 from weightops.layouts.gguf.saved import Saved
+from weightops.layouts.gguf.transforms import Mxfp4
 from weightops.layouts.tokenizers.gguf import vocabulary
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
@@ -29,6 +30,7 @@ from weightops.spec import DType, TensorSpec
 
 FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q8_0: 7, DType.BF16: 32}
 """Numbers of llama.cpp's `llama_ftype`."""
+_MXFP4_MOE = 38
 EMBEDDING = "token_embd.weight"
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
 _FULL = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
@@ -44,9 +46,10 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
     """
     where = escape(saved.name)
     family = BY_TYPE.get(str(saved.config.get("model_type")))
-    if family is None or saved.config.get("quantization_config"):
-        kind = "quantised " * bool(saved.config.get("quantization_config"))
-        kind += f"model_type {escape(str(saved.config.get('model_type')))[:80]}"
+    quantised = saved.config.get("quantization_config") or {}
+    packed = quantised.get("quant_method") == "mxfp4" and family is not None and family.arch == "gpt-oss"
+    if family is None or (quantised and not packed):
+        kind = "quantised " * bool(quantised) + f"model_type {escape(str(saved.config.get('model_type')))[:80]}"
         raise UsageError(
             f"{where}/config.json: {kind} is not converted to GGUF", hint=f"these are: {', '.join(BY_TYPE)}"
         )
@@ -64,6 +67,8 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
     tokens = vocabulary(saved.files, rows, family.vocabulary, pre)
     specs = {name: tensor.spec for name, tensor in tensors.items()}
     settings["@file_type"] = FILE_TYPES[dtype or _commonest(specs)]
+    if any(spec.dtype is DType.MXFP4 for spec in specs.values()) and not (dtype and dtype.is_packed):
+        settings["@file_type"] = _MXFP4_MOE
     about, said = general(saved, specs)
     early = {name: value for name, value in metadata_of(family, settings).items() if name.endswith(".attn_factor")}
     metadata = {
@@ -94,9 +99,12 @@ def _tensors(
     tensors: dict[str, LazyTensor] = _extra(family, settings)
     short = []
     for link in links.links:
+        missing = next((name for name in link.saved if name not in saved.tensors), None)
+        if missing is not None:
+            raise CorruptInput(f"{where}: {escape(missing)} is missing", hint="is a file of the model missing?")
         parts = [saved.tensors[name] for name in link.saved]
         odd = next((name for name, t in zip(link.saved, parts, strict=True) if not t.spec.dtype.is_float), None)
-        if odd is not None:
+        if odd is not None and not isinstance(link.transform, Mxfp4):
             raise UsageError(
                 f"{where}: {escape(odd)} is {saved.tensors[odd].spec}, weights are floating-point numbers",
                 hint="quantised models are not converted to GGUF",
@@ -149,6 +157,8 @@ def type_of(name: str, spec: TensorSpec, wanted: DType | None) -> DType:
     if len(spec.shape) < 2 or not name.endswith(".weight") or name.endswith(_FULL):
         return DType.F32
     target = wanted or spec.dtype
+    if spec.dtype is DType.MXFP4:
+        return spec.dtype
     if target not in FILE_TYPES:
         types = ", ".join(known.value for known in FILE_TYPES)
         raise UsageError(f"{name}: llama.cpp computes with no {target.value}", hint=f"choose one of {types}")
@@ -157,7 +167,7 @@ def type_of(name: str, spec: TensorSpec, wanted: DType | None) -> DType:
 
 def _stored(name: str, tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """A tensor as it goes into the file."""
-    if len(tensor.spec.shape) < 2:
+    if len(tensor.spec.shape) < 2 or tensor.spec.dtype is dtype:
         return cast(tensor, dtype)
     if dtype in _FLOATS:
         return counted_cast(tensor, dtype, name)
@@ -168,7 +178,7 @@ def _commonest(specs: Mapping[str, TensorSpec]) -> DType:
     """The type of most elements of matrices."""
     matrices = Counter[DType]()
     for spec in specs.values():
-        if len(spec.shape) > 1:
+        if len(spec.shape) > 1 and spec.dtype in FILE_TYPES:
             matrices[spec.dtype] += spec.numel
     return matrices.most_common(1)[0][0]
 
