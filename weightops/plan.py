@@ -19,7 +19,7 @@ import msgspec
 
 from weightops.checkpoint import Checkpoint, Copied, Document, Sidecar
 from weightops.errors import UsageError
-from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases
+from weightops.formats.containers import CONTAINERS, FORMATS, find_aliases, metadata_in
 from weightops.formats.index import render_index
 from weightops.formats.layout import Layout
 from weightops.formats.proofs import manifest
@@ -287,7 +287,7 @@ def make_plan(
     plan = Plan(
         recipe=recipe,
         container=container,
-        metadata=dict(checkpoint.metadata),
+        metadata=metadata_in(container, checkpoint.metadata),
         shards=tuple(Shard(file, {name: checkpoint[name] for name in names}) for file, names in files),
         index_name=_INDEX.sub(r"\1.index.json", files[0][0]) if indexed else None,
         sidecars=checkpoint.sidecars,

@@ -104,6 +104,11 @@ class DType(enum.Enum):
         return numel * nbytes // count
 
     @property
+    def is_block(self) -> bool:
+        """Whether it is one of ggml's, whose elements come in blocks that share scales."""
+        return self in _BLOCKS
+
+    @property
     def in_safetensors(self) -> bool:
         return self not in (DType.C32, DType.C128, *_BLOCKS)
 

@@ -107,13 +107,13 @@ def dequantize(
     source: StrPath,
     out: StrPath,
     *,
-    dtype: str = "float16",
+    dtype: str | None = None,
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = None,
     zero_overflow: Literal["wrap", "carry", "plus-one"] | None = None,
     config: StrPath | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Turn a GPTQ model back into a plain one; see `weightops.operations.dequantize`."""
+    """Turn a GPTQ model or a GGUF file back into a plain one; see `weightops.operations.dequantize`."""
     options = {"dtype": dtype, "checkpoint_format": checkpoint_format, "zero_overflow": zero_overflow}
     options["config"] = os.fspath(config) if config is not None else None
     return one("dequantize", {"source": source}, out, output, options)

@@ -16,6 +16,7 @@ from weightops.engine.stream import BLOCK_NBYTES
 from weightops.io.brief import brief
 from weightops.layouts.embeddings import has_rows_of_tokens
 from weightops.lazy import Evaluator, LazyTensor
+from weightops.ops.ggml.values import BlockValues
 from weightops.ops.measures.statistics import TensorStatistics, has_statistics, statistics
 from weightops.ops.measures.witness import witness
 from weightops.spec import DType, TensorSpec
@@ -136,7 +137,13 @@ def examine_one(tensor: LazyTensor, name: str, control: Control) -> tuple[Tensor
 
 
 def _watched(tensor: LazyTensor, name: str) -> LazyTensor:
-    """A tensor whose digest is taken, and if it holds numbers its statistics, when it is evaluated."""
+    """A tensor whose digest is taken, and if it holds numbers its statistics, when it is evaluated.
+
+    Of ggml's blocks the digest is that of their bytes, and the statistics those of their values.
+    """
+    if tensor.spec.dtype.is_block:
+        values = LazyTensor.make(BlockValues(), witness(tensor, name))
+        return statistics(values, name, rows=has_rows_of_tokens(name))
     is_examined = has_statistics(tensor.spec.dtype)
     return witness(
         statistics(tensor, name, rows=has_rows_of_tokens(name)) if is_examined else tensor,

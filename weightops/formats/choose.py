@@ -17,6 +17,8 @@ _NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*"
     r"|.*_optim_states)\.\w+"
 )
+_BESIDE_GGUF = re.compile(r"(.*[-_.])?mmproj([-_.].*)?\.gguf|(.*[-_.])?imatrix\.gguf", re.IGNORECASE)
+"""What lies beside GGUF models and is none: the half that sees, and importance matrices."""
 PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+")
 
@@ -54,6 +56,7 @@ def weights_without_index(names: Iterable[str], shown: str, is_named: bool = Fal
     known = model_files([n for n in names if is_weights(n)])
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES, (".gguf",)):
         weights = [n for n in known if n.endswith(suffixes)]
+        weights = [n for n in weights if not _BESIDE_GGUF.fullmatch(n)] or weights
         usual = [n for n in weights if n in ("model.safetensors", "pytorch_model.bin")]
         if weights and all(map(PART.fullmatch, weights)):
             return _check_parts(weights, shown)

@@ -10,7 +10,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.formats.layout import Layout
 from weightops.formats.safetensors import safetensors_layout, sharing_layout
 from weightops.formats.torch import Flavour, torch_layout
-from weightops.io.escape import escape
+from weightops.io.names import listed
 from weightops.lazy import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
@@ -181,8 +181,28 @@ FORMATS = ("safetensors", "torch", "torch-1.12")
 """Containers that hold any checkpoint; the others belong to a layout."""
 
 
+def metadata_in(container: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's metadata as files of a container have it: with types in GGUF files, as strings in all others.
+
+    Arrays of GGUF become lists, so that a plan can hold them.
+    """
+    if container == "gguf":
+        return {key: _listed(value) for key, value in metadata.items() if isinstance(value, Mapping)}
+    kept = {key: value for key, value in metadata.items() if not isinstance(value, Mapping)}
+    return kept if len(kept) == len(metadata) else {"format": "pt", **kept}
+
+
+def _listed(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {kind: [found[0], list(found[1])] if kind == "array" else found for kind, found in value.items()}
+
+
 def without_place(metadata: Mapping[str, Any], container: str) -> tuple[str, ...]:
     """What of a checkpoint's metadata a container has no place for, in words."""
-    lost = [] if CONTAINERS[container].has_metadata else sorted(metadata.keys() - {"format"})
-    named = ", ".join(escape(key) for key in lost[:10])
-    return (f"{container} files have no place for the __metadata__ of the source: {named} left out",) if lost else ()
+    kept = metadata_in(container, metadata) if CONTAINERS[container].has_metadata else {}
+    lost = sorted(metadata.keys() - kept.keys() - {"format"})
+    if not lost:
+        return ()
+    is_typed = isinstance(metadata[lost[0]], Mapping)
+    what = "metadata of the source's GGUF files" if is_typed else "__metadata__ of the source"
+    named = listed(lost, 3 if is_typed else 10)
+    return (f"{container} files have no place for the {what}: {named} left out",)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
@@ -53,17 +53,55 @@ def read_place(place: Store | SourceFile, stores: Stores, weights: str | None = 
     """The checkpoint in a folder or weight file; raises as `open_checkpoint` does."""
     if not isinstance(place, SourceFile):
         return _read_folder(place, stores, weights)
-    (read,) = _read_weights([place], stores)
     beside = store_beside(place)
-    metadata, said = _joined([read.metadata])
+    (read,) = _read_weights([place], stores)
+    names, parts = [place.name], [read]
+    if place.name.endswith(".gguf"):
+        from weightops.formats.gguf.split import part_names  # imported here because few files are GGUF
+
+        names = part_names(place.name, read.metadata)
+        others = [_part(place, name, beside) for name in names if name != place.name]
+        parts = _read_weights(others, stores)
+        parts.insert(names.index(place.name), read)
+    metadata, said = _joined(names, parts)
+    tensors, shards = _one_of_each(names, parts, place.shown)
     return Checkpoint(
         place.name,
-        read.tensors,
-        shards=dict.fromkeys(read.tensors, place.name),
-        warnings=(*read.warnings, *said),
+        tensors,
+        shards=shards,
+        warnings=(*(sentence for part in parts for sentence in part.warnings), *said),
         metadata=metadata,
         folder=beside,
     )
+
+
+def _part(place: SourceFile, name: str, folder: Store | None) -> SourceFile:
+    """Another part of the model in the file `place`; raises `CorruptInput` where it is missing."""
+    if folder is None:
+        raise UsageError(
+            f"{place.shown}: is one part of a model, the next is {escape(name)}",
+            hint="name the folder or the repository that all parts are in, or download them",
+        )
+    if not folder.has(name):
+        raise CorruptInput(
+            f"{place.shown}: is one part of a model, and {escape(name)} is missing beside it",
+            hint="download the missing parts",
+        )
+    return folder.identity(name)
+
+
+def _one_of_each(
+    names: Sequence[str], parts: Sequence[_Weights], shown: str
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of several files, and which file each is in; raises `CorruptInput` for one that is in two."""
+    tensors, shards = dict[str, LazyTensor](), dict[str, str]()
+    for name, part in zip(names, parts, strict=True):
+        twice = next((tensor for tensor in part.tensors if tensor in tensors), None)
+        if twice is not None:
+            raise CorruptInput(f"{shown}: {escape(twice)} is in both {escape(shards[twice])} and {escape(name)}")
+        tensors |= part.tensors
+        shards |= dict.fromkeys(part.tensors, name)
+    return tensors, shards
 
 
 def open_adapter(path: str | os.PathLike[str], stores: Stores | None = None, weights: str | None = None) -> Checkpoint:
@@ -106,27 +144,21 @@ def _read_folder(folder: Store, stores: Stores, weights: str | None, adapter: st
             f"{escape(missing[0])} first",
             hint="download the missing files",
         )
-    tensors: dict[str, LazyTensor] = {}
-    shards: dict[str, str] = {}
     warnings: list[str] = []
     read = _read_weights([folder.identity(name) for name in files], stores)
-    for name, weights_in_it in zip(files, read, strict=True):
-        found = weights_in_it.tensors
-        warnings += weights_in_it.warnings
-        if adapter not in (None, name) and any("lora_" in tensor for tensor in found):
+    for i, (name, part) in enumerate(zip(files, read, strict=True)):
+        warnings += part.warnings
+        if adapter not in (None, name) and any("lora_" in tensor for tensor in part.tensors):
             warnings.append(f"{escape(name)} is an adapter of its own beside {escape(str(adapter))}: not used")
-            continue
-        if len(files) > 1 and PART.fullmatch(name):
-            found = {f"{Path(name).stem}/{tensor}": lazy for tensor, lazy in found.items()}
-        twice = next((t for t in found if t in tensors), None)
-        if twice is not None:
-            raise CorruptInput(f"{folder.shown}: {escape(twice)} is in both {shards[twice]} and {escape(name)}")
-        tensors |= found
-        shards |= dict.fromkeys(found, name)
+            read[i] = part._replace(tensors={})
+        elif len(files) > 1 and PART.fullmatch(name):
+            apart = {f"{Path(name).stem}/{tensor}": lazy for tensor, lazy in part.tensors.items()}
+            read[i] = part._replace(tensors=apart)
+    metadata, said = _joined(files, read)
+    tensors, shards = _one_of_each(files, read, folder.shown)
     if index and index_name:
         _check_index(index, shards, f"{folder.shown}/{escape(index_name)}")
         warnings += _index_warnings(index, index_name, tensors)
-    metadata, said = _joined([each.metadata for each in read])
     warnings += said
     stray = [n for n in names if n not in files and is_weights(n) and Path(n).suffix == Path(files[0]).suffix]
     warnings += [f"{escape(n)} holds weights but is not part of this checkpoint" for n in stray]
@@ -151,11 +183,17 @@ def _read_folder(folder: Store, stores: Stores, weights: str | None, adapter: st
     )
 
 
-def _joined(found: Iterable[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The `__metadata__` of all files, which every file of an output gets; and what they do not agree on.
+def _joined(names: Sequence[str], parts: Sequence[_Weights]) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of all files, which every file of an output gets; and what they do not agree on.
 
-    `format` says to loaders which library's tensors these are; transformers reads no file without it.
+    `format` says to loaders which library's tensors these are; transformers reads no file without it. GGUF files have
+    metadata of their own, with types.
     """
+    found = [part.metadata for part in parts]
+    if names[0].endswith(".gguf"):
+        from weightops.formats.gguf.split import joined_metadata
+
+        return joined_metadata(names, [(part.metadata, len(part.tensors)) for part in parts]), []
     joined: dict[str, str] = {}
     differ = set()
     for metadata in found:
@@ -194,11 +232,11 @@ def refuse_parts(checkpoint: Checkpoint) -> None:
 
 
 class _Weights(NamedTuple):
-    """The tensors of a file, what there is to say about it, and a safetensors file's `__metadata__`."""
+    """The tensors of a file, what there is to say about it, and a safetensors file's `__metadata__` or that of GGUF."""
 
     tensors: dict[str, LazyTensor]
     warnings: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = {}
+    metadata: Mapping[str, Any] = {}
 
 
 def _read_weights(files: Sequence[SourceFile], stores: Stores) -> list[_Weights]:
@@ -221,7 +259,8 @@ def _read_file(file: SourceFile, files: FileReader) -> _Weights:
     if file.name.endswith(".gguf"):
         from weightops.formats.gguf import read_gguf  # imported here because few folders hold one
 
-        return _Weights(read_gguf(file, files).tensors)
+        gguf = read_gguf(file, files)
+        return _Weights(gguf.tensors, metadata=gguf.metadata)
     read = read_torch(file, files)
     written_as = PART.fullmatch(f"{read.root}.pth")
     if written_as and PART.fullmatch(file.name) and file.name != written_as[0]:

@@ -121,7 +121,12 @@ def safetensors_layout(tensors: Sequence[tuple[str, TensorSpec]], metadata: Mapp
     position = 0
     for name, spec in sorted(tensors, key=lambda t: (-_ORDER[t[1].dtype], t[0].encode())):
         if not spec.dtype.in_safetensors:
-            raise UsageError(f"{escape(name)}: safetensors has no {spec.dtype.value}", hint="use --format torch")
+            hint = (
+                "`weightops dequantize` makes plain weights of GGUF files"
+                if spec.dtype.is_block
+                else "use --format torch"
+            )
+            raise UsageError(f"{escape(name)}: safetensors has no {spec.dtype.value}", hint=hint)
         end = position + spec.nbytes
         header[name] = {"dtype": spec.dtype.name, "shape": spec.shape, "data_offsets": (position, end)}
         pieces.append(Data(name, spec.nbytes))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import quote
+from dataclasses import replace
+from urllib.parse import quote, urlsplit
 
 from weightops.errors import AuthenticationFailed, NetworkFailed, NoWeights, SourceMissing, WeightopsError
 from weightops.formats.choose import WEIGHT_SUFFIXES, find_index
+from weightops.formats.gguf.split import named_parts
 from weightops.formats.hub_places import find_repository, find_repository_file
 from weightops.formats.index import parse_index
 from weightops.formats.proofs import manifest
 from weightops.io.source_file import SourceFile
 from weightops.stores.listed import ListedStore, on_server
 from weightops.stores.stores import Stores
+from weightops.stores.web.hub import find_commit
 from weightops.stores.web.listing import (
     HubFile,
     HubRepository,
@@ -56,11 +59,34 @@ def find_remote(text: str, stores: Stores) -> ListedStore | SourceFile:
         case HubRepository():
             return find_repository(place, stores)
         case HubFile():
-            return find_repository_file(place, stores)
+            names, folder = named_parts(place.file_name), place.path[: -len(place.file_name)]
+            if len(names) == 1:
+                return find_repository_file(place, stores)
+            commit = "" if stores.offline else find_commit(place.repository, stores.web)
+            repository = replace(place.repository, revision=commit or place.repository.revision)
+            parts = [find_repository_file(HubFile(repository, f"{folder}{name}"), stores) for name in names]
+            return _parts(Listing(str(place), _nameless(names), commit), parts, stores)
         case WebFolder():
             return ListedStore(list_folder(place, stores.web), on_server, stores)
         case WebFile():
-            return on_server(describe(place.file_name, place.url, stores.web))
+            names, url = named_parts(place.file_name), urlsplit(place.url)
+            if len(names) == 1:
+                return on_server(describe(place.file_name, place.url, stores.web))
+            above = url.path.rpartition("/")[0]
+            urls = {name: url._replace(path=f"{above}/{quote(name)}").geturl() for name in names}
+            parts = [on_server(describe(name, each, stores.web)) for name, each in urls.items()]
+            return _parts(Listing(str(place), _nameless(names)), parts, stores)
+
+
+def _nameless(names: Iterable[str]) -> tuple[RemoteFile, ...]:
+    """Files of which no more is said than their names."""
+    return tuple(RemoteFile(name, "") for name in names)
+
+
+def _parts(listing: Listing, parts: Iterable[SourceFile], stores: Stores) -> ListedStore:
+    """The parts of a GGUF model, any of which stands for all, as a folder of their own."""
+    found = dict(zip((file.name for file in listing.files), parts, strict=True))
+    return ListedStore(listing, lambda file: found[file.name], stores)
 
 
 def list_folder(folder: WebFolder, web: Web) -> Listing:

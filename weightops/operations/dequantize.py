@@ -14,6 +14,7 @@ from weightops.errors import IncompatibleInputs, SourceMissing, UsageError, Weig
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.quantized.gguf import is_gguf, plain_gguf
 from weightops.formats.quantized.gptq import CheckpointFormat
 from weightops.formats.quantized.gptq_weights import GptqOptions
 from weightops.formats.quantized.gptq_zeros import ZeroOverflow
@@ -47,6 +48,7 @@ def dequantize(
     What is quantised, and in which format, the tensors show; `formats.quantized.table` lists the formats. A weight has
     its native type, which is what the format's own library gives, or `dtype`: float32 holds the exact numbers, and any
     other type those rounded once. Of transformers' `Conv1D` (GPT-2) it is `[K, N]`, as its checkpoints have it.
+    Of GGUF files every tensor of numbers has one type, and the name that it has there.
 
     The configuration loses what it says of quantisation and names the type; scales of activations are dropped.
     `checkpoint_format` is what to go by instead of a GPTQ checkpoint's config, `zero_overflow` what stored zero points
@@ -64,6 +66,8 @@ def dequantize(
             f"weights are not dequantised to {dtype.value}",
             hint=f"choose one of {', '.join(known.value for known in DTYPES)}; `weightops cast` makes others of them",
         )
+    if is_gguf(source) and not (checkpoint_format or zero_overflow):
+        return plain_gguf(source, dtype)
     if zero_overflow is not None and checkpoint_format == "gptq_v2":
         raise UsageError("zero points of gptq_v2 do not overflow", hint="leave out --zero-overflow")
     source = _with_config(source, config)

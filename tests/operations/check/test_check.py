@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import xxhash
 from click.testing import CliRunner, Result
 from meta_model import make_meta
 from safetensors.torch import save_file
@@ -31,6 +32,7 @@ from weightops.errors import CorruptInput, Interrupted, UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.operations.check.operation import check
 from weightops.operations.check.report import CODES, CheckReport, Finding
+from weightops.spec import DType, TensorSpec
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -427,22 +429,25 @@ def test_parts_in_metas_layout(tmp_path: Path) -> None:
     assert len(report.tensors) == 2 * 31
 
 
-def test_packed_types_are_digested_and_said_to_be_not_looked_at(tmp_path: Path) -> None:
+def test_values_of_ggmls_blocks_are_looked_at_and_their_bytes_digested(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     writer.add_tensor("token_embd.weight", weights)
     packed = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    packed[3, :2] = (0, 0x7E)  # a scale of NaN
     writer.add_tensor("blk.0.ffn_up.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     report = check(open_checkpoint(path))
-    assert [f.code for f in report.findings] == ["not-examined", "unchecked"]
+    assert [f.code for f in report.findings] == ["nan", "unchecked"]
     packed_report = report.tensors["blk.0.ffn_up.weight"]
-    assert packed_report.xxh3_128 is not None
-    assert packed_report.statistics is None
+    assert packed_report.spec == TensorSpec(DType.Q8_0, (4, 64))
+    assert packed_report.xxh3_128 == xxhash.xxh3_128_hexdigest(packed.tobytes())
+    assert packed_report.statistics is not None
+    assert (packed_report.statistics.elements, packed_report.statistics.nan) == (256, 32)
 
 
 SIZES: dict[str, Any] = {

@@ -240,7 +240,7 @@ class Browser(App[None]):
             if what == "config":
                 lines = list(self._subject.config())
             else:
-                sides = [side.metadata(self._control.stores) for side in self._subject.sides]
+                sides = [side.metadata() for side in self._subject.sides]
                 lines = [line for side in sides for line in (*side, "")]
         except (WeightopsError, OSError) as error:
             lines = [str(error)]

@@ -21,13 +21,12 @@ from weightops.engine.control import Control
 from weightops.errors import Interrupted, WeightopsError
 from weightops.formats.adapter.files import looks_like_adapter
 from weightops.formats.folder import open_adapter, read_place
+from weightops.formats.gguf.metadata import is_typed
 from weightops.formats.places import find_place
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.operations.compare import Alignment, align
 from weightops.operations.inspect import Inspection, Module, inspect, modules_of
-from weightops.stores.reader import FileReader
-from weightops.stores.stores import Stores
 
 _MAX_LINES = 5000
 """Lines of a text that are shown, and characters of one: tokenizers are in files of their own."""
@@ -62,25 +61,15 @@ class Side:
             return _lines(str(error))
         return _lines(json.dumps(found, indent=2, ensure_ascii=False))
 
-    def metadata(self, stores: Stores) -> list[str]:
-        """Files, sizes and metadata, in lines; of GGUF files the header is read once more for it."""
+    def metadata(self) -> list[str]:
+        """Files, sizes and metadata, in lines."""
         found = self.inspection
         told = inspection.adapter(found.adapter, None) if found.adapter is not None else ""
         parts = (inspection.inventory(found), told, inspection.files(found), inspection.beside(found))
         text = "\n\n".join(click.unstyle(part) for part in parts if part)
         lines = [*_lines(text), *_lines("\n".join(f"Warning: {each}" for each in self.inspection.warnings))]
-        pairs = {**self.checkpoint.metadata, **self._gguf(stores)}
+        pairs = {k: next(iter(v.values())) if is_typed(v) else v for k, v in self.checkpoint.metadata.items()}
         return [*lines, "", "metadata", *(f"  {escape(key)}: {_value(value)}" for key, value in pairs.items())]
-
-    def _gguf(self, stores: Stores) -> Mapping[str, Any]:
-        from weightops.formats.gguf import read_gguf  # imported here because few files are GGUF
-
-        first = next((node for tensor in self.checkpoint.values() for node in tensor.walk() if node.op.source), None)
-        source = first.op.source if first is not None else None
-        if source is None or not source.name.endswith(".gguf"):
-            return {}
-        with FileReader(stores) as reader:
-            return {key: next(iter(value.values())) for key, value in read_gguf(source, reader).metadata.items()}
 
 
 def open_side(path: str | os.PathLike[str], control: Control) -> Side:
@@ -100,7 +89,7 @@ def _lines(text: str) -> list[str]:
 
 def _value(value: Any) -> str:
     """A value of metadata in a line; of arrays, which GGUF has as type and items, the first items."""
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], list):
+    if isinstance(value, list):
         kind, items = value
         more = f", … {len(items)} in all" if len(items) > _ITEMS else ""
         return f"{kind} [{', '.join(escape(str(item)) for item in items[:_ITEMS])}{more}]"

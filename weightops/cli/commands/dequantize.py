@@ -19,7 +19,7 @@ from weightops.cli.params import CHECKPOINT_FORMAT, SOURCE, WRITE_CODES, Command
     "--dtype",
     type=NumberType(named("ops.numbers.affine", "DTYPES")),
     help="The number type of the weights; float32 keeps the exact numbers. Default: what the format's own library "
-    "gives, mostly the type of the scales.",
+    "gives, mostly the type of the scales; of GGUF bfloat16, or what the file type says.",
 )
 @click.option(
     "--checkpoint-format",
@@ -38,17 +38,21 @@ from weightops.cli.params import CHECKPOINT_FORMAT, SOURCE, WRITE_CODES, Command
 def command(source: Path | str, out: Path, **options: Any) -> None:
     """Turn a quantised model back into a plain one.
 
-    Read are GPTQ, AWQ, FP8, compressed-tensors, MXFP4, NVFP4, bitsandbytes, MLX, HQQ, torchao and quanto; the tensors
-    show which it is. Each weight is computed from its codes and scales and rounded once to the number type: what a
-    program that runs the quantised model computes with. What quantising lost does not come back. SOURCE is a folder, a
-    weight file, hf://org/name[@revision] or a URL.
+    Read are GPTQ, AWQ, FP8, compressed-tensors, MXFP4, NVFP4, bitsandbytes, MLX, HQQ, torchao, quanto and GGUF; the
+    tensors show which it is. Each weight is computed from its codes and scales and rounded once to the number type:
+    what a program that runs the quantised model computes with. What quantising lost does not come back. SOURCE is a
+    folder, a weight file, hf://org/name[@revision] or a URL.
 
     \b
     Example:
       weightops dequantize ./deepseek-fp8 --out ./deepseek-bf16
       weightops dequantize './tigerbot/tigerbot-4bit-128g-*.pt' --dtype bfloat16 --out ./tigerbot-bf16
+      weightops dequantize ./gguf/model-Q4_K_M.gguf --dtype float32 --out ./model-f32
 
     A pattern in quotes names torch files without an index, as TigerBot published them. A model whose tensors contradict
     its config.json is refused.
+
+    GGUF files are read in every type of ggml's; tensors keep the names that they have there, and float32 values are
+    what llama.cpp computes, to the bit. Any one of NAME-00001-of-00003.gguf stands for all of them.
     """
     write(weightops.dequantize, source, out, **options)

@@ -39,7 +39,11 @@ def torch_layout(
     for name, spec in tensors:
         if spec.dtype.is_packed or (flavour == "torch-1.12" and spec.dtype not in STORAGE_CLASSES):
             writer = "torch" if spec.dtype.is_packed else "torch 1.12"
-            hint = "use --format safetensors"
+            hint = (
+                "`weightops dequantize` makes plain weights of GGUF files"
+                if spec.dtype.is_block
+                else "use --format safetensors"
+            )
             raise UsageError(f"{escape(name)}: {writer} cannot store {spec.dtype.value}", hint=hint)
     keys: dict[str, str] = {}
     storages: dict[str, Data] = {}

@@ -84,7 +84,7 @@ def unexamined_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Tensors whose elements are no numbers here."""
     by_dtype: dict[DType, list[str]] = {}
     for name, tensor in checkpoint.items():
-        if not has_statistics(tensor.spec.dtype):
+        if not has_statistics(tensor.spec.dtype) and not tensor.spec.dtype.is_block:
             by_dtype.setdefault(tensor.spec.dtype, []).append(name)
     for dtype, names in by_dtype.items():
         text = f"the values of {_tensors(len(names))} of {dtype.value} are digested, and not looked at: {listed(names)}"

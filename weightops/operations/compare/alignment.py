@@ -82,7 +82,7 @@ def align(a: Checkpoint, b: Checkpoint, control: Control) -> Alignment:
     parts whose parameters are not known.
     """
     evaluate = partial(values_of, control=control)
-    one, other = (read_entries(checkpoint, evaluate, control) for checkpoint in (a, b))
+    one, other = (read_entries(checkpoint, evaluate) for checkpoint in (a, b))
     return Alignment(one, other, pair(one, other))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.gguf.metadata import untyped
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.layouts.source import Source, beside
@@ -126,7 +127,7 @@ def _hyperparameters(entries: Entries, evaluate: Evaluate) -> dict[str, Any]:
 def _gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What GGUF metadata says of the model, without types; the tokenizer's part is compared elsewhere."""
     kept = {key: value for key, value in metadata.items() if not key.startswith(("tokenizer.", "general."))}
-    return {key: next(iter(value.values())) for key, value in kept.items()}
+    return untyped(kept)
 
 
 def _differences(

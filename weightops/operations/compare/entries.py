@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
-from weightops.engine.control import Control
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.names import unwrapped
+from weightops.formats.gguf.metadata import is_typed
 from weightops.layouts import meta
 from weightops.layouts.embeddings import is_vocabulary
 from weightops.layouts.names import LAYER, count_layers, find_layout, is_derived, roles
@@ -22,8 +22,6 @@ from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.compare.plain import as_plain
 from weightops.ops.arrange import cut, pairs_to_halves
 from weightops.ops.elementwise import Reinterpret
-from weightops.ops.stored import Stored
-from weightops.stores.reader import FileReader
 
 _TIED_BY_DEFAULT = ("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text", "bloom", "opt", "falcon", "cohere", "cohere2")
 """Kinds of models whose head is the embedding unless config.json says otherwise."""
@@ -78,7 +76,7 @@ class Entries:
     is_tied: bool = False
 
 
-def read_entries(checkpoint: Checkpoint, evaluate: Evaluate, control: Control) -> Entries:
+def read_entries(checkpoint: Checkpoint, evaluate: Evaluate) -> Entries:
     """The tensors of a checkpoint by key.
 
     Raises `CorruptInput` for damaged quantised modules and for parts that do not fit each other, `UsageError` for
@@ -88,7 +86,7 @@ def read_entries(checkpoint: Checkpoint, evaluate: Evaluate, control: Control) -
     if layout == "meta" and any("/" in name for name in checkpoint):
         return _joined(checkpoint, evaluate)
     plain = as_plain(checkpoint, evaluate)
-    metadata = _gguf_metadata(checkpoint, control) if layout == "gguf" else {}
+    metadata = {k: v for k, v in checkpoint.metadata.items() if is_typed(v)} if layout == "gguf" else {}
     names = _hf_names(layout, plain.tensors) if layout not in (None, "hf") else {}
     left: dict[str, str] = {}
     found: dict[str, Entry] = {}
@@ -153,16 +151,6 @@ def _plain_key(name: str) -> str:
     if matched:
         return f"{matched[1]}.mlp.experts.{matched[2]}.{_PROJECTIONS[matched[3]]}.{matched[4]}"
     return name.replace(".block_sparse_moe.", ".mlp.")
-
-
-def _gguf_metadata(checkpoint: Checkpoint, control: Control) -> Mapping[str, Any]:
-    from weightops.formats.gguf import read_gguf
-
-    op = next(iter(checkpoint.values())).op
-    if not isinstance(op, Stored):
-        return {}
-    with FileReader(control.stores) as files:
-        return read_gguf(op.file, files).metadata
 
 
 def _heads(entries: Entries) -> Heads | None:

@@ -15,7 +15,8 @@ from weightops.formats.quantized.gptq import modules, prefixes, read_config
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.dequantize import dequantize
-from weightops.ops.numbers.stored_scales import BlockValues, GroupSteps, Scaled
+from weightops.ops.ggml.values import BlockValues, has_steps
+from weightops.ops.numbers.stored_scales import GroupSteps, Scaled
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
 
@@ -44,9 +45,10 @@ def as_plain(checkpoint: Checkpoint, evaluate: Evaluate) -> Plain:
     tensors, steps = dict(found.tensors), dict(found.steps)
     stored, taken, notes = dict(found.stored), dict(found.taken), list(found.notes)
     for name, tensor in found.tensors.items():
-        if tensor.spec.dtype in (DType.Q8_0, DType.Q4_0):
-            tensors[name] = LazyTensor.make(BlockValues(), tensor)
-            steps[name], stored[name] = LazyTensor.make(BlockValues(steps=True), tensor), tensor.spec.dtype.value
+        if tensor.spec.dtype.is_block:
+            tensors[name], stored[name] = LazyTensor.make(BlockValues(), tensor), tensor.spec.dtype.value
+            if has_steps(tensor.spec.dtype):
+                steps[name] = LazyTensor.make(BlockValues(steps=True), tensor)
         module, _, last = name.rpartition(".")
         beside = next((s for s in _SCALES if last == "weight" and f"{module}.{s}" in found.tensors), None)
         if beside is None or tensor.spec.dtype.bits != 8 or tensor.spec.dtype.is_packed:

@@ -14,6 +14,7 @@ from weightops.engine.values import values
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
 from weightops.formats import delta
 from weightops.formats.containers import find_aliases
+from weightops.formats.gguf.metadata import ARCHITECTURE_KEY, kind_of, text
 from weightops.formats.proofs import manifest
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
@@ -72,10 +73,10 @@ def inspect(
             if base is not None:
                 raise
             said = (*said, str(error))
-    model_type = everything.config().get("model_type")
+    model_type = everything.config().get("model_type") or text(everything.metadata, ARCHITECTURE_KEY)
     return Inspection(
         path=path,
-        kind="exact delta" if delta.NAME in checkpoint.sidecars else "LoRA adapter" if report else "checkpoint",
+        kind="exact delta" if delta.NAME in checkpoint.sidecars else "LoRA adapter" if report else _kind(everything),
         tensors={name: tensor.spec for name, tensor in checkpoint.items()},
         shards=dict(checkpoint.shards),
         aliases=find_aliases(checkpoint.tensors),
@@ -88,6 +89,12 @@ def inspect(
         reports=reports,
         adapter=report,
     )
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is; GGUF files may be adapters, parts of models that see, or none at all."""
+    kind = kind_of(checkpoint.metadata)
+    return "checkpoint" if kind == "model" else f"GGUF file, {kind}"
 
 
 def _some(problems: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What integers and small floats with scales stand for, and how far apart the values are that they can have.
 
-`Scaled` is for a matrix with scales in a tensor of their own, as fp8 checkpoints have them; `BlockValues` for ggml's
-blocks, which begin with theirs. Either gives the numbers in float32, or (`steps`) the distance from each to the next
-that the form could hold, which is twice what rounding to the nearest can have lost.
+`Scaled` is for a matrix with scales in a tensor of their own, as fp8 checkpoints have them; ggml's blocks, which hold
+theirs, are in `weightops.ops.ggml.values`. It gives the numbers in float32, or (`steps`) the distance from each to the
+next that the form could hold, which is twice what rounding to the nearest can have lost.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _BLOCK = 128
 _FLOATS = {DType.F8_E4M3: (3, -6), DType.F8_E5M2: (2, -14)}
 """Bits of the mantissa, and the smallest exponent."""
 _ROUNDED_BEFORE = 1 + 2.0**-4
-"""Weights over their fp8 scales are rounded to 16 bits first, which may push a number across the middle of two others;
-scales of ggml's blocks are rounded to 16 bits, which for the largest of a block is as much."""
+"""Weights over their fp8 scales are rounded to 16 bits first, which may push a number across the middle of two
+others."""
 _PIECE = 1 << 17
 
 
@@ -131,37 +131,3 @@ class GroupSteps(Op, frozen=True):
         np.take(factors[first : first + count], groups, axis=1, out=np.frombuffer(out, np.float32).reshape(count, -1))
         if start + len(out) == tensor.nbytes:
             del read.running[tensor]
-
-
-class BlockValues(Op, frozen=True):
-    """What a tensor in Q8_0 or Q4_0 stands for, in float32, or its `steps`: see `weightops.ops.ggml.quantize`."""
-
-    steps: bool = False
-
-    def spec(self, *inputs: TensorSpec) -> TensorSpec:
-        (source,) = inputs
-        if source.dtype not in (DType.Q8_0, DType.Q4_0):
-            raise IncompatibleInputs(f"{source} has no blocks that are read here")
-        return TensorSpec(DType.F32, source.shape)
-
-    def grain(self, tensor: LazyTensor) -> int:
-        return tensor.inputs[0].spec.dtype.block[0] * 4
-
-    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
-        import numpy as np
-
-        (source,) = tensor.inputs
-        count, size = source.spec.dtype.block
-        with read.scratch(len(out) // (4 * count) * size) as buffer:
-            read(source, start // (4 * count) * size, buffer)
-            blocks = np.frombuffer(buffer, np.uint8).reshape(-1, size)
-            scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-            values = np.frombuffer(out, np.float32).reshape(-1, count)
-            if self.steps:
-                values[:] = np.abs(scales) * np.float32(_ROUNDED_BEFORE)
-            elif source.spec.dtype is DType.Q8_0:
-                np.multiply(blocks[:, 2:].view(np.int8), scales, out=values)
-            else:
-                np.subtract(blocks[:, 2:] & 15, np.float32(8), out=values[:, : count // 2])
-                np.subtract(blocks[:, 2:] >> 4, np.float32(8), out=values[:, count // 2 :])
-                values *= scales
