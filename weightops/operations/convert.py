@@ -17,6 +17,7 @@ import numpy as np
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.gguf.metadata import is_typed
 from weightops.formats.quantized.table import find_weights
 from weightops.formats.quantized.weights import CONFIG_KEY
 from weightops.formats.sidecars import Kind, kind_of
@@ -255,7 +256,9 @@ def _warnings(source: Source, result: Checkpoint, notes: Sequence[str], dropped:
     said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]
     if len(dropped) > 1:
         said.append(f"and {len(dropped) - 1} more are left out; the manifest names them")
-    if result.container == "gguf" and (keys := sorted(source.checkpoint.metadata.keys() - {"format"})):
+    if result.container == "gguf" and (
+        keys := sorted(k for k, v in source.checkpoint.metadata.items() if k != "format" and not is_typed(v))
+    ):
         said.append(f"{', '.join(map(escape, keys))} of the source's __metadata__: left out, as gguf has its own")
     return tuple(said)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightops.checkpoint import Checkpoint, written_json
+from weightops.checkpoint import written_json
 from weightops.errors import CorruptInput, UsageError
+from weightops.formats.gguf.metadata import kind_of
+from weightops.formats.quantized.gguf import native_dtype, plain_tensor
 from weightops.io.escape import escape
 from weightops.layouts.architecture import NotKnown, find
 from weightops.layouts.gguf.general import sampling_of
@@ -24,11 +26,8 @@ from weightops.layouts.tokenizers.hf import stated_ids
 from weightops.layouts.tokenizers.of_gguf import find_tokenizer
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.loss import counted_cast
-from weightops.ops.numbers.stored_scales import BlockValues
 from weightops.spec import DType
 
-_NATIVE = {0: DType.F32, 1: DType.F16}
-"""By `general.file_type`, what a model was before it became GGUF; of all others bfloat16."""
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FOLLOWS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ROPE_FREQS = "rope_freqs.weight"
@@ -45,16 +44,16 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
     Blocks become the numbers that they stand for. Raises `UsageError` for files that hold no model, for families and
     tokenizers that are not known here; `CorruptInput` where keys and tensors do not fit.
     """
-    metadata, tensors, where = metadata_of_file(source.checkpoint), dict(source.checkpoint), source.where
-    kind = value_of(metadata, "general.type") or "model"
+    metadata, tensors, where = source.checkpoint.metadata, dict(source.checkpoint), source.where
+    kind = kind_of(metadata)
     if kind != "model":
-        raise UsageError(f"{where}: holds no model, but is of general.type {escape(str(kind))[:80]}")
+        raise UsageError(f"{where}: holds no model, but is of general.type {escape(kind)[:80]}")
     has_experts = any("_exps." in name for name in tensors)
     family = family_of(metadata, has_experts, any(".exp_probs_b." in name for name in tensors), where)
     config = config_of(family, metadata, tensors, where)
     _put_factors(config, tensors, source)
     files, ids, ends = _tokenizer(source, metadata, config)
-    native = dtype or _NATIVE.get(value_of(metadata, "general.file_type"), DType.BF16)
+    native = dtype or native_dtype(source.checkpoint)
     config |= {**dict.fromkeys(_IDS), **ids, "torch_dtype": native.value}  # null is not what a class has by default
     found, used = dict[str, LazyTensor](), set[str]()
     try:
@@ -68,7 +67,8 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
         if missing is not None:
             raise CorruptInput(f"{where}: {escape(missing)} is missing", hint="is a file of the model missing?")
         used.update(link.packed)
-        parts = link.transform.back([_numbers(tensors[name]) for name in link.packed])
+        stored = [tensors[name] for name in link.packed]
+        parts = link.transform.back([plain_tensor(t, DType.F32) if t.spec.dtype.is_block else t for t in stored])
         for name, tensor in zip(link.saved, parts, strict=True):
             expected = architecture.stored[name]
             if tensor.spec.shape != expected:
@@ -95,28 +95,10 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
     )
 
 
-def _numbers(tensor: LazyTensor) -> LazyTensor:
-    """A tensor of a file as numbers, whatever blocks it is stored in."""
-    return LazyTensor.make(BlockValues(), tensor) if tensor.spec.dtype.is_packed else tensor
-
-
 def _asked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """How tokens are to be chosen; to be heeded at all, they have to be chosen by chance."""
     sampling = sampling_of(metadata)
     return {"do_sample": True, **sampling} if sampling else {}
-
-
-def metadata_of_file(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The keys of the file that a checkpoint was read from."""
-    from weightops.formats.gguf import read_gguf
-    from weightops.ops.stored import Stored
-    from weightops.stores.reader import FileReader
-
-    op = next(iter(checkpoint.values())).op if checkpoint else None
-    if not isinstance(op, Stored):
-        raise UsageError(f"{escape(checkpoint.name)}: was not read from a GGUF file")
-    with FileReader() as files:
-        return read_gguf(op.file, files).metadata
 
 
 def _tokenizer(
