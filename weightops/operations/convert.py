@@ -256,9 +256,8 @@ def _warnings(source: Source, result: Checkpoint, notes: Sequence[str], dropped:
     said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]
     if len(dropped) > 1:
         said.append(f"and {len(dropped) - 1} more are left out; the manifest names them")
-    if result.container == "gguf" and (
-        keys := sorted(k for k, v in source.checkpoint.metadata.items() if k != "format" and not is_typed(v))
-    ):
+    keys = sorted(key for key, value in source.checkpoint.metadata.items() if key != "format" and not is_typed(value))
+    if result.container == "gguf" and keys:
         said.append(f"{', '.join(map(escape, keys))} of the source's __metadata__: left out, as gguf has its own")
     return tuple(said)
 

@@ -146,9 +146,10 @@ def _pieces(values: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, byt
         raise CorruptInput(f"{where}: the tokens of tokenizer.ggml.tokens have gaps between them")
     texts = [text.replace(" ", _SPACE) if kind is Kind.USER_DEFINED else text for _, text, kind in found]
     kinds = [kind for _, _, kind in found]
-    unknown = vocabulary.ids.get("unk")
-    if Kind.UNKNOWN not in kinds and unknown is not None and unknown < len(kinds):
-        kinds[unknown] = Kind.UNKNOWN
+    if Kind.UNKNOWN not in kinds:  # the converter calls it special, where tokenizer_config.json does
+        named = texts.index("<unk>") if "<unk>" in texts else 0
+        unknown = vocabulary.ids.get("unk", named)
+        kinds[unknown if unknown < len(kinds) else 0] = Kind.UNKNOWN
     has_dummy = values.get("tokenizer.ggml.add_space_prefix", True) is not False
     names = {name: texts[i] for name, i in vocabulary.ids.items() if i < len(texts)}
     tokens = [
