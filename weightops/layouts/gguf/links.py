@@ -6,12 +6,12 @@ Source: gguf (tensor_mapping.py), llama.cpp's convert_hf_to_gguf (modify_tensors
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from weightops.errors import CorruptInput, UsageError
+from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.gguf.families import Family
 from weightops.layouts.gguf.transforms import (
@@ -26,6 +26,7 @@ from weightops.layouts.gguf.transforms import (
     Transform,
     Transposed,
 )
+from weightops.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
@@ -44,6 +45,31 @@ class Link:
     saved: tuple[str, ...]
     packed: tuple[str, ...]
     transform: Transform = SAME
+
+    def out(self, tensors: Sequence[LazyTensor], where: str) -> list[LazyTensor]:
+        """Those of GGUF; raises `CorruptInput` for shapes that make none."""
+        return self._transformed(self.transform.out, tensors, self.packed, where)
+
+    def back(self, tensors: Sequence[LazyTensor], where: str) -> list[LazyTensor]:
+        """Those of transformers; raises likewise."""
+        return self._transformed(self.transform.back, tensors, self.saved, where)
+
+    def _transformed(
+        self,
+        transform: Callable[[Sequence[LazyTensor]], list[LazyTensor]],
+        tensors: Sequence[LazyTensor],
+        names: Sequence[str],
+        where: str,
+    ) -> list[LazyTensor]:
+        try:
+            made = transform(tensors)
+        except (ValueError, ArithmeticError, IndexError, IncompatibleInputs) as error:
+            raise CorruptInput(f"{where}: {escape(names[0])} cannot be made of {tensors[0].spec}") from error
+        if len(made) != len(names):
+            raise CorruptInput(
+                f"{where}: {tensors[0].spec} makes {len(made)} tensors, {escape(names[0])} is of {len(names)}"
+            )
+        return made
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
             raise CorruptInput(f"{where}: {escape(missing)} is missing", hint="is a file of the model missing?")
         used.update(link.packed)
         stored = [tensors[name] for name in link.packed]
-        parts = link.transform.back([plain_tensor(t, native) if t.spec.dtype.is_block else t for t in stored])
+        parts = link.back([plain_tensor(t, native) if t.spec.dtype.is_block else t for t in stored], where)
         for name, tensor in zip(link.saved, parts, strict=True):
             expected = architecture.stored[name]
             if tensor.spec.shape != expected:

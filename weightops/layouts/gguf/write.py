@@ -16,7 +16,7 @@ from weightops.io.escape import escape
 from weightops.layouts.architecture import NotKnown, find
 from weightops.layouts.gguf.families import BY_TYPE, Family
 from weightops.layouts.gguf.general import general
-from weightops.layouts.gguf.links import find_links
+from weightops.layouts.gguf.links import Links, find_links
 from weightops.layouts.gguf.parameters import metadata_of, settings_of
 from weightops.layouts.gguf.saved import Saved
 from weightops.layouts.gguf.transforms import Mxfp4
@@ -54,8 +54,9 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
             f"{where}/config.json: {kind} is not converted to GGUF", hint=f"these are: {', '.join(BY_TYPE)}"
         )
     settings = settings_of(saved.config, family, where)
-    tensors, dropped, short = _tensors(saved, family, settings, dtype, where)
-    _check(saved, family, settings, tensors, where)
+    links = find_links(family, settings, saved.tensors, where)
+    _check(saved, family, settings, links, where)
+    tensors, short = _tensors(saved, links, _extra(family, settings), dtype, where)
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].spec.shape) != 2:
         raise CorruptInput(f"{where}: has no embedding of tokens", hint="is a file of the model missing?")
     rows = tensors[EMBEDDING].spec.shape[0]
@@ -87,16 +88,15 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
         warnings=tuple(warnings),
         metadata=metadata,
         container="gguf",
-        dropped={**saved.dropped, **dropped},
+        dropped={**saved.dropped, **links.dropped},
     )
 
 
 def _tensors(
-    saved: Saved, family: Family, settings: Mapping[str, Any], dtype: DType | None, where: str
-) -> tuple[dict[str, LazyTensor], Mapping[str, str], list[str]]:
-    """Tensors of the file in their order; what is left out and why; and what there is to say of types."""
-    links = find_links(family, settings, saved.tensors, where)
-    tensors: dict[str, LazyTensor] = _extra(family, settings)
+    saved: Saved, links: Links, extra: Mapping[str, LazyTensor], dtype: DType | None, where: str
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Tensors of the file in their order, `extra` first; and what there is to say of types."""
+    tensors = dict(extra)
     short = []
     for link in links.links:
         missing = next((name for name in link.saved if name not in saved.tensors), None)
@@ -109,7 +109,7 @@ def _tensors(
                 f"{where}: {escape(odd)} is {saved.tensors[odd].spec}, weights are floating-point numbers",
                 hint="quantised models are not converted to GGUF",
             )
-        for name, tensor in zip(link.packed, link.transform.out(parts), strict=True):
+        for name, tensor in zip(link.packed, link.out(parts, where), strict=True):
             if name in tensors:
                 raise CorruptInput(f"{where}: {escape(link.saved[0])} is in the files under another name as well")
             chosen = type_of(name, tensor.spec, dtype)
@@ -122,24 +122,22 @@ def _tensors(
             f"{escape(short[0])}{f' and {len(short) - 1} more are' if len(short) > 1 else ' is'} in float16, as rows "
             f"are no multiple of {dtype.block[0]}"
         )
-    return tensors, links.dropped, said
+    return tensors, said
 
 
-def _check(
-    saved: Saved, family: Family, settings: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str
-) -> None:
+def _check(saved: Saved, family: Family, settings: Mapping[str, Any], links: Links, where: str) -> None:
     """Raise `CorruptInput` for tensors that the files lack, or have otherwise than transformers' class for the config.
 
-    They are compared under GGUF's names: those of transformers change with its versions.
+    What is there is told by the names that GGUF has: those of transformers change with its versions.
     """
     plain = {key: value for key, value in saved.config.items() if key != "auto_map"}
+    present = {name for link in links.links for name in link.packed}
     try:
         architecture = find(plain, Checkpoint(saved.name, saved.tensors), None)
     except NotKnown as error:
         raise CorruptInput(f"{where}: {error}") from None
     for link in find_links(family, settings, architecture.stored, where).links:
-        missing = next((name for name in link.packed if name not in tensors), None)
-        if missing is not None:
+        if not present.issuperset(link.packed):
             raise CorruptInput(f"{where}: {link.saved[0]} is missing", hint="is a file of the model missing?")
     for name, shape in architecture.stored.items():
         if name in saved.tensors and saved.tensors[name].spec.shape != shape:
