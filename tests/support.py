@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,11 @@ def evaluate(tensor: LazyTensor, block: int | None = None) -> bytes:
         for start in range(0, tensor.nbytes, step):
             read(tensor, start, memoryview(result)[start : start + step])
     return bytes(result)
+
+
+def evaluate_all(tensors: Sequence[LazyTensor]) -> list[bytes]:
+    """All bytes of each, for operations that look at values."""
+    return [evaluate(tensor) for tensor in tensors]
 
 
 def read_torch(path: Path) -> TorchFile:

@@ -142,6 +142,10 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         quantize_tiny(family / "tiny", family / "model-4bit")
         shutil.copytree(family / "model-4bit", family / "tigerbot", ignore=shutil.ignore_patterns("*.safetensors"))
         torch.save(load_file(family / "model-4bit/model.safetensors"), family / "tigerbot/tigerbot-4bit-128g-0.pt")
+        assert run(["cast", "./tiny", "--scheme", "fp8", "--out", "./deepseek-fp8"]) == 0
+        tiny = str(Path(__file__).parent.parent / "data" / "tiny-llama")
+        (family / "gguf").mkdir()
+        assert run(["convert", tiny, "--to", "gguf", "--out", "./gguf/model-Q4_K_M.gguf"]) == 0
     if command == "pack":
         integers = torch.randint(1, 15, (256, 64), dtype=torch.uint8)
         write_checkpoint(family / "integers", {"fc.q": integers, "fc.scales": torch.full((2, 64), 0.1).half()})

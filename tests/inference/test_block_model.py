@@ -182,7 +182,11 @@ def test_others_are_not(tmp_path: Path, kind: str) -> None:
         ),
         ({"config": {"auto_map": {"AutoModelForCausalLM": "x.Y"}}}, UsageError, "never run"),
         ({"config": {"model_type": "llamma"}}, UsageError, "no model_type 'llamma'"),
-        ({"config": {"quantization_config": {"quant_method": "awq"}}}, UsageError, "quantised by 'awq'"),
+        (
+            {"config": {"quantization_config": {"quant_method": "awq"}}},
+            IncompatibleInputs,
+            "quant_method awq, and every weight is plain",
+        ),
         ({"config": {"num_attention_heads": "four"}}, IncompatibleInputs, "does not take its config.json"),
         ({"config": None}, SourceMissing, "no config.json"),
     ],

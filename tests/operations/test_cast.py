@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import (
     evaluate,
+    evaluate_all,
     from_bytes,
     given_tensor,
     random_tensor,
@@ -27,13 +28,15 @@ import weightops
 from weightops.checkpoint import Checkpoint
 from weightops.cli.main import run
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.operations.cast.operation import DTYPES, cast
+from weightops.operations.cast import operation
+from weightops.operations.cast.operation import DTYPES
 from weightops.ops import fp8
 from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
 from weightops.ops.transpose import Transpose, transposed
 from weightops.spec import DType
 
 State = dict[str, torch.Tensor]
+cast = partial(operation.cast, evaluate=evaluate_all)
 
 
 def model_of(kind: str) -> Any:
@@ -192,57 +195,20 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], problem
         cast(checkpoint({Q_PROJ: normal(4, 4)}), **options)
 
 
-def test_eight_bit_weights_with_a_scale_are_not_cast_alone() -> None:
-    state = {Q_PROJ: normal(4, 4).to(torch.float8_e4m3fn), f"{Q_PROJ}_scale_inv": torch.ones(1, 1)}
-    said = f"{Q_PROJ} is float8_e4m3fn with the scale {Q_PROJ}_scale_inv"
-    with pytest.raises(IncompatibleInputs, match=said) as caught:
-        cast(checkpoint(state), dtype=DType.BF16)
-    assert caught.value.hint is not None
-    assert "--keep '*.q_proj.weight'" in caught.value.hint
-    assert cast(checkpoint(state), dtype=DType.BF16, keep=[Q_PROJ])[Q_PROJ].spec.dtype is DType.F8_E4M3
-
-
-@pytest.mark.parametrize(
-    ("weight", "scale", "stored"),
-    [
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight_scale_inv", torch.float8_e4m3fn),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight_scale", torch.float8_e4m3fn),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.input_scale", torch.float8_e4m3fn),
-        ("mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales", torch.uint8),
-        ("layers.0.ffn.w1.weight", "layers.0.ffn.w1.scale", torch.float8_e4m3fn),
-        ("mlp.experts.down_proj", "mlp.experts.down_proj_scale_inv", torch.float8_e5m2),
-        ("model.layers.0.mlp.up_proj.qweight", "model.layers.0.mlp.up_proj.scales", torch.int32),
-        ("model.layers.0.mlp.up_proj.weight_packed", "model.layers.0.mlp.up_proj.weight_scale", torch.int32),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.SCB", torch.int8),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight.absmax", torch.uint8),
-    ],
-)
-def test_scales_stay_with_their_weights_and_the_hint_leads_there(weight: str, scale: str, stored: torch.dtype) -> None:
-    state = {weight: torch.ones(4, 4).to(stored), scale: torch.full((1, 1), 0.1), "norm.weight": torch.ones(4)}
-    source, keep = checkpoint(state), []
-    if stored.is_floating_point:
-        with pytest.raises(IncompatibleInputs, match="cast alone, it would be another weight") as caught:
-            cast(source, dtype=DType.BF16)
-        keep = re.findall("--keep '([^']+)'", str(caught.value.hint))
-    result = cast(source, dtype=DType.BF16, keep=keep)
-    assert (result[weight], result[scale]) == (source[weight], source[scale])
-    assert result["norm.weight"].spec.dtype is DType.BF16
-    assert any(f"scales of quantised weights, and left as they are: {scale}" in text for text in result.warnings)
+def test_a_quantised_model_is_cast_as_the_plain_one_that_it_stands_for() -> None:
+    for scale in (f"{Q_PROJ}_scale_inv", f"{Q_PROJ}_scale"):
+        state = {Q_PROJ: normal(4, 4).to(torch.float8_e4m3fn), scale: torch.rand(1, 1), "n": torch.ones(4)}
+        source = checkpoint(state)
+        found = cast(source, dtype=DType.F16)
+        plain = (state[Q_PROJ].float() * state[scale]).bfloat16()
+        assert list(found) == [Q_PROJ, "n"]
+        assert same_bits({Q_PROJ: found[Q_PROJ].torch()}, {Q_PROJ: plain.half()})
+        assert any("is quantised (fp8, one scale a tensor), and read as bfloat16" in note for note in found.warnings)
 
 
 def test_scales_that_belong_to_no_quantised_weight_are_cast_like_others() -> None:
     state = {"norm.scale": torch.ones(4), "attn.weight": torch.ones(4, 4), "attn.scales": torch.ones(4)}
     assert {tensor.spec.dtype for tensor in cast(checkpoint(state), dtype=DType.BF16).values()} == {DType.BF16}
-
-
-def test_a_hint_of_many_kinds_of_weights_keeps_them_all() -> None:
-    names = [f"model.layers.{layer}.mlp.m{kind}.weight" for layer in range(2) for kind in range(30)]
-    state = {name: torch.ones(2, 2).to(torch.float8_e4m3fn) for name in names}
-    state |= {f"{name}_scale_inv": torch.ones(1, 1) for name in names}
-    with pytest.raises(IncompatibleInputs, match="it would be another weight") as caught:
-        cast(checkpoint(state), dtype=DType.BF16)
-    keep = re.findall("--keep '([^']+)'", str(caught.value.hint))
-    assert all(cast(checkpoint(state), dtype=DType.BF16, keep=keep)[name].spec.dtype is DType.F8_E4M3 for name in names)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

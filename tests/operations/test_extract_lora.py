@@ -487,7 +487,7 @@ def test_what_is_no_whole_model_in_plain_numbers() -> None:
     for side, message in (
         (replace(BASE, sidecars={DELTA_NAME: Written(b"")}), "is a delta, not a model"),
         (replace(BASE, sidecars={"adapter_config.json": Written(b"")}), "is a LoRA adapter, not a model"),
-        (by_config, "is quantised, says its config.json"),
+        (by_config, "quant_method gptq, and every weight is plain"),
         (quantised, f"{Q}: found int8, expected one of float32, float16, bfloat16, float64"),
     ):
         for pair in ((side, changed(Q)), (BASE, side)):

@@ -22,12 +22,11 @@ from weightops.inference.weights import read_all
 from weightops.io.escape import escape
 from weightops.io.platform.machine import release_freed
 from weightops.layouts.skeleton import place, read_config
-from weightops.spec import DType
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_QWEIGHT = ".qweight"
+_WEIGHT = ".weight"
 
 
 def pick_device(name: str) -> str:
@@ -71,10 +70,10 @@ class BlockModel:
         """
         self._control = control or Control()
         self.shown = escape(checkpoint.name)
-        self.quantized = frozenset(n.removesuffix(_QWEIGHT) for n in checkpoint if n.endswith(_QWEIGHT))
-        """Names in the checkpoint of modules whose weights are kept as integers."""
-        if self.quantized:
-            checkpoint = _dequantized(checkpoint, self._control)
+        plain = _dequantized(checkpoint, self._control)
+        self.quantized = frozenset(n.removesuffix(_WEIGHT) for n, t in plain.items() if t is not checkpoint.get(n))
+        """Names of modules whose weights are computed from others."""
+        checkpoint = plain
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         refuse_adapter(checkpoint, "the model")
         self.config: PretrainedConfig = read_config(checkpoint)
@@ -323,12 +322,12 @@ class BlockModel:
 
 
 def _dequantized(checkpoint: Checkpoint, control: Control) -> Checkpoint:
-    """With the weights that the integers stand for, rounded to float32; some zero points are looked at first."""
+    """The plain model that a quantised one stands for, each weight in its native type; a plain one itself."""
     # Imported here because most checkpoints are not quantised.
     from weightops.engine.values import values
-    from weightops.operations.dequantize import dequantize
+    from weightops.operations.dequantize import plain_if_quantised
 
-    return dequantize(checkpoint, dtype=DType.F32, evaluate=lambda tensors: values(tensors, control))
+    return plain_if_quantised(checkpoint, lambda tensors: values(tensors, control))
 
 
 class _AllCaught(Exception):

@@ -35,11 +35,6 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
             f"{shown}: has no config.json, so nothing says how to run it",
             hint="put config.json beside the weights; `weightops convert --to hf` makes one for LLaMA",
         )
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
-        raise UsageError(
-            f"{shown}: its weights are quantised by {escape(repr(method))}, and of these only gptq is run here"
-        )
     excess = beyond_files(config, checkpoint)
     if excess:
         raise IncompatibleInputs(f"{shown}: {excess}", hint="config.json and weights are of different models")

@@ -23,6 +23,8 @@ from weightops.formats.quantized.weights import CONFIG_KEY, without_quantization
 from weightops.formats.sidecars import QUANTISED
 from weightops.io import strict_json
 from weightops.io.escape import escape
+from weightops.io.names import listed
+from weightops.io.notebook import in_units
 from weightops.layouts import architecture
 from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.lazy import Evaluate, LazyTensor
@@ -87,7 +89,9 @@ def dequantize(
 
 
 def plain(source: Checkpoint, found: Quantized, dtype: DType | None = None, notes: Sequence[str] = ()) -> Checkpoint:
-    """`source` with the weights that were `found` in `dtype`, or each in its native type."""
+    """`source` with the weights that were `found` in `dtype`, or each in its native type; itself where none was."""
+    if not found:
+        return source
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in source.items():
@@ -118,7 +122,14 @@ def plain(source: Checkpoint, found: Quantized, dtype: DType | None = None, note
 def plain_if_quantised(source: Checkpoint, evaluate: Evaluate) -> Checkpoint:
     """`source` with its quantised weights in their native types, or as it is; raises as `dequantize`."""
     found = find_weights(source, evaluate, shape_of=shapes_of(source))
-    return plain(source, found) if found else source
+    if not found:
+        return source
+    made = {name: weight.in_dtype().spec for name, weight in found.weights.items()}
+    note = (
+        f"{escape(source.name)} is quantised ({listed(found.schemes, 3)}), and read as {_usual(found).value}: "
+        f"{in_units(sum(spec.nbytes for spec in made.values()))} of weights, computed as they are needed"
+    )
+    return plain(source, found, notes=[note])
 
 
 def shapes_of(source: Checkpoint) -> Callable[[str], tuple[int, ...] | None]:

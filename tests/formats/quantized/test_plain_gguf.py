@@ -93,3 +93,10 @@ def test_compare_finds_no_difference_to_what_it_was_made_of(tmp_path: Path) -> N
     (report,) = weightops.compare(path, tmp_path / "plain", tolerance=0).comparisons
     assert report.differs is False
     assert len(report.tensors) == len(GOLDEN) + 3
+
+
+@pytest.mark.parametrize("container", ["safetensors", "torch"])
+def test_containers_without_blocks_name_the_way_out(tmp_path: Path, container: Any) -> None:
+    with pytest.raises(UsageError, match=r"types\..*\.weight: ") as caught:
+        weightops.shard(write(tmp_path / "in" / "m.gguf", {}), tmp_path / "out", format=container)
+    assert "weightops dequantize" in str(caught.value.hint)

@@ -118,9 +118,11 @@ def test_a_cast_with_one_bit_changed_is_none(against: Callable[..., Comparison])
 def test_a_quantised_copy_lies_within_steps(base: Path, tmp_path: Path) -> None:
     weights = quantize_tiny(base, tmp_path / "gptq")
     found = compare(open_checkpoint(base), open_checkpoint(tmp_path / "gptq"), tolerance=0.001)
-    assert found.relation.startswith(f"B is A quantised (GPTQ, 4 bits) in {len(weights)} tensors; the other")
+    assert found.relation.startswith(
+        f"B is A quantised (gptq, 4 bits, groups of 32) in {len(weights)} tensors; the other"
+    )
     tensor = next(each for each in found.tensors if each.name == UP)
-    assert (tensor.kind, tensor.b.form) == ("quantised", "GPTQ, 4 bits")
+    assert (tensor.kind, tensor.b.form) == ("quantised", "gptq, 4 bits, groups of 32")
     assert tensor.within_half_step == pytest.approx(1, abs=0.02)
     original = load_file(base / "model.safetensors")[UP].double()
     assert tensor.relative == pytest.approx(float((weights[UP] - original).norm() / original.norm()), rel=1e-4)
@@ -128,11 +130,11 @@ def test_a_quantised_copy_lies_within_steps(base: Path, tmp_path: Path) -> None:
     packed = {n for n in open_checkpoint(tmp_path / "gptq") if n.endswith(("qweight", "qzeros", "scales", "g_idx"))}
     assert {lone.name for lone in found.lone} == packed
     back = compare(open_checkpoint(tmp_path / "gptq"), open_checkpoint(base))
-    assert back.relation.startswith("A is B quantised (GPTQ, 4 bits)")
+    assert back.relation.startswith("A is B quantised (gptq, 4 bits, groups of 32)")
     quantize_tiny(base, tmp_path / "8", bits=8)
     both = compare(open_checkpoint(tmp_path / "8"), open_checkpoint(tmp_path / "gptq"))
     assert both.relation.startswith(
-        "A and B are quantised forms of the same weights, to within a step (GPTQ, 8 bits and"
+        "A and B are quantised forms of the same weights, to within a step (gptq, 8 bits, groups of 32 and"
     )
 
 
@@ -140,9 +142,9 @@ def test_a_dequantised_copy_is_told_from_the_original(base: Path, tmp_path: Path
     quantize_tiny(base, tmp_path / "gptq")
     weightops.dequantize(tmp_path / "gptq", tmp_path / "plain", dtype="float16")
     packed, plain = open_checkpoint(tmp_path / "gptq"), open_checkpoint(tmp_path / "plain")
-    words = "(GPTQ, 4 bits), dequantised and rounded to float16, exactly; the other"
-    assert compare(packed, plain).relation.startswith(f"B is A {words}")
-    assert compare(plain, packed).relation.startswith(f"A is B {words}")
+    words = "(gptq, 4 bits, groups of 32) dequantised, byte for byte."
+    assert compare(packed, plain).relation == f"B is A {words}"
+    assert compare(plain, packed).relation == f"A is B {words}"
 
 
 def test_other_weights_than_the_quantised_ones_are_no_quantised_copy(base: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_ggml_blocks_are_quantised_copies(forms: Path, tmp_path: Path, kind: str
 def test_fp8_with_scales_is_a_quantised_copy(forms: Path, tmp_path: Path) -> None:
     weightops.cast(forms / "hf", tmp_path / "fp8", scheme="fp8")
     found = of(forms / "hf", tmp_path / "fp8")
-    assert found.relation.startswith("B is A quantised (float8_e4m3fn with scales) in 14 tensors; the other")
+    assert found.relation.startswith("B is A quantised (fp8, one scale a row) in 14 tensors; the other")
     assert all((each.within_half_step or 0) > 0.999 for each in found.tensors if each.kind == "quantised")
     assert not found.unpaired
 

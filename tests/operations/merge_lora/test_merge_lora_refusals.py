@@ -283,10 +283,12 @@ def test_bases_that_are_quantised(made: Made, tmp_path: Path) -> None:
     assert f"{name} is int8 [72, 72], expected float32, float16 or bfloat16" in str(refused(base, made.adapter()))
     packed = {n: t for n, t in tensors.items() if n != name}
     save_file({**packed, name.replace("weight", "qweight"): torch.ones(9)}, base / "model.safetensors")
-    assert "q_proj: is quantised in the base" in str(refused(base, made.adapter()))
+    assert "q_proj has no qzeros, expected qweight, qzeros and scales" in str(refused(base, made.adapter()))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    assert "base: config.json has a quantization_config (gptq)" in str(refused(base, made.adapter()))
+    assert "base: config.json: quantization_config: there is no required field bits" in str(
+        refused(base, made.adapter())
+    )
 
 
 def test_bases_that_are_something_else(made: Made, tmp_path: Path) -> None:

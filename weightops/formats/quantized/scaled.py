@@ -24,6 +24,7 @@ _SCALES = ("_scale_inv", "_scale")
 """What is added to the full name of a weight."""
 _BESIDE = ("scale", "qscale_weight")
 """What scales are called in the module of a weight."""
+_OF_ACTIVATIONS = ("input_scale", "activation_scale")
 _BLOCK = 128
 
 
@@ -36,7 +37,9 @@ def find(view: View) -> Iterator[QuantizedWeight]:
             continue
         scale_name = _scale_of(view, name)
         if scale_name is None:
-            if asked and codes.spec.dtype in FP8:
+            module = name.rpartition(".")[0]
+            is_scaled = asked or any(view.get(f"{module}.{last}") is not None for last in _OF_ACTIVATIONS)
+            if is_scaled and codes.spec.dtype in FP8:
                 view.need(f"{name}{_SCALES[0]}", name)
             continue
         parts = {"weight": name, "scale": scale_name}

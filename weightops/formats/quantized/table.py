@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import CorruptInput, IncompatibleInputs
+from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.awq import AWQ_FORMAT
 from weightops.formats.quantized.bitsandbytes import BITSANDBYTES
 from weightops.formats.quantized.compressed_tensors import COMPRESSED
@@ -139,7 +139,7 @@ def _refuse_orphans(view: View, weights: Mapping[str, QuantizedWeight]) -> None:
         if name.endswith(_SCALES) and not name.endswith(_UNUSED):
             weight = f"{name.rpartition('.')[0]}.weight"
             what = "is plain" if weight in view.checkpoint else "is not there"
-            raise CorruptInput(
+            raise IncompatibleInputs(
                 f"{view.where}: {escape(name)} belongs to a quantised weight, and {escape(weight)} {what}",
                 hint="a file is missing, or the weights were dequantised and their scales kept",
             )

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import IncompatibleInputs, UsageError
+from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
-from weightops.formats.modules import last_part
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
 from weightops.layouts.families import is_told_by_a_table
 from weightops.layouts.loaded_names import LoadedNames
-from weightops.lazy import LazyTensor
-from weightops.operations.cast.fp8 import quantization, scaled
+from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.cast.fp8 import scaled
+from weightops.operations.dequantize import plain_if_quantised
 from weightops.ops.fp8 import Strategy
 from weightops.ops.measures.loss import Overflow, counted_cast
 from weightops.ops.numbers.float_formats import FORMATS
 from weightops.spec import DType
 
 DTYPES = (DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2)
-_SCALE = re.compile(r"(?P<weight>.+?)(_global_scale|_scale(_inv|_2)?|_scales|\.(nested_)?(absmax|quant_map))")
-"""What the scales of a quantised weight are called beyond its own name, or that of its packed form."""
-_SCALE_LEAVES = re.compile(r"scales?|(input|output|weight)_(global_)?scale(_inv)?|SCB")
-"""What they are called in the module of the weight."""
-_WEIGHTS = ("weight", "qweight", "weight_packed")
-_MAX_HINTS = 12
 
 
 def cast(
@@ -42,6 +35,7 @@ def cast(
     scheme: Literal["fp8"] | None = None,
     strategy: Strategy = "channel",
     cast_all: bool = False,
+    evaluate: Evaluate,
 ) -> Checkpoint:
     """`source` with its floating-point tensors in `dtype`, or its linear layers in fp8 with scales (`scheme`).
 
@@ -52,7 +46,7 @@ def cast(
 
     What transformers has in float32 although it loads the model in `dtype` (correction biases of routers and the like)
     is float32 in the result, unless `cast_all`; other models than LLaMA and Mistral are asked of transformers for it.
-    Scales and zero points of quantised weights, which are never cast, stay as they are.
+    A quantised model is cast as the plain one that it stands for, each weight in its native type first.
 
     `config.json` names the new type, but never an 8-bit one: transformers would take it for the type to compute in, and
     fails to load such a model. It keeps the type that it names, or is given bfloat16, which holds every 8-bit number.
@@ -70,6 +64,8 @@ def cast(
     refuse_delta(source, "the source")
     refuse_parts(source)
     _check_options(dtype, on_overflow, scheme, strategy, cast_all)
+    if scheme is None:
+        source = plain_if_quantised(source, evaluate)
     kept, notes = _kept(source, keep)
     if scheme is not None:
         refuse_adapter(source, "the source")
@@ -137,72 +133,33 @@ def _plain(
     source: Checkpoint, dtype: DType, kept: Collection[str], wide: Collection[str], on_overflow: Overflow
 ) -> Checkpoint:
     """Every floating-point tensor that is not kept in `dtype`, or in float32."""
-    pairs = [(weight, scale) for scale in source for weight in _weights_of(source, scale)]
-    scales = {scale for _, scale in pairs if scale not in kept}
-    left = {*kept, *scales}
-    scaled_weights = {weight: scale for weight, scale in pairs if weight not in kept}
-    for name in (name for name in source if name not in left):
-        _check_castable(source, name, dtype, scaled_weights)
+    for name in (name for name in source if name not in kept):
+        _check_castable(source, name, dtype)
     made: dict[LazyTensor, LazyTensor] = {}  # of a tensor with two names, counted under the first
     for name, tensor in source.items():
-        if name not in left and tensor.spec.dtype.is_float and tensor not in made:
+        if name not in kept and tensor.spec.dtype.is_float and tensor not in made:
             made[tensor] = counted_cast(tensor, DType.F32 if name in wide else dtype, name, on_overflow)
-    tensors = {name: tensor if name in left else made.get(tensor, tensor) for name, tensor in source.items()}
+    tensors = {name: tensor if name in kept else made.get(tensor, tensor) for name, tensor in source.items()}
     notes = []
     others = {name for name, tensor in source.items() if name not in kept and not tensor.spec.dtype.is_float}
     if others:
         notes.append(f"not floating-point, and left as they are: {listed(others)}")
-    if scales:
-        notes.append(f"scales of quantised weights, and left as they are: {listed(scales)}")
-    if set(wide) - left:
+    if set(wide) - {*kept}:
         notes.append(
             f"float32, as transformers has them in a {dtype.value} model (--cast-all casts them too): "
-            f"{listed(set(wide) - left)}"
+            f"{listed(set(wide) - {*kept})}"
         )
     if all(tensors[name] is tensor for name, tensor in source.items()):
         notes.append(f"nothing is cast: there is no floating-point tensor that is not {dtype.value} or kept")
-    method = quantization(source)
-    if method is not None:
-        notes.append(f"config.json says that the model is quantised ({method}); its other floats are cast all the same")
     result = replace(source, tensors=tensors, warnings=(*source.warnings, *notes))
     return result.with_config(_compute_in_more_bits) if dtype.bits == 8 else result.with_dtype(dtype)
 
 
-def _weights_of(source: Checkpoint, name: str) -> Iterator[str]:
-    """The quantised weights, of 8 bits or packed in integers, of which a tensor of floats is a scale by its name."""
-    if not source[name].spec.dtype.is_float:
-        return
-    matched, leaf = _SCALE.fullmatch(name), last_part(name)
-    names = [matched["weight"] + form for form in ("", "_blocks", "_packed")] if matched else []
-    if _SCALE_LEAVES.fullmatch(leaf):
-        names += [name.removesuffix(leaf) + weight for weight in _WEIGHTS]
-    for weight in names:
-        found = source[weight].spec.dtype if weight in source else None
-        if found is not None and (not found.is_float or found.bits <= 8):
-            yield weight
-
-
-def _check_castable(source: Checkpoint, name: str, dtype: DType, scales: Mapping[str, str]) -> None:
+def _check_castable(source: Checkpoint, name: str, dtype: DType) -> None:
     """Refuse floats that are not numbers by themselves."""
     found = source[name].spec.dtype
-    if not found.is_float or found is dtype:
-        return
-    if found not in FORMATS:
+    if found.is_float and found is not dtype and found not in FORMATS:
         raise UsageError(f"{escape(name)} is {found.value}, which is not cast", hint=f"--keep {escape(name)}")
-    if name in scales:
-        alike = [weight for weight in scales if source[weight].spec.dtype.is_float]
-        raise IncompatibleInputs(
-            f"{escape(name)} is {found.value} with the scale {escape(scales[name])}: cast alone, it would be another "
-            "weight",
-            hint=f"{_keeping(alike)} leaves such weights and their scales as they are",
-        )
-
-
-def _keeping(names: Collection[str]) -> str:
-    """Options that keep these tensors, and others of the same kinds."""
-    globs = sorted({f"*{'.'.join(['', *name.split('.')[-2:]])}" if "." in name else name for name in names})
-    globs = globs if len(globs) <= _MAX_HINTS else sorted({f"*.{last_part(name)}" for name in names})
-    return " ".join(f"--keep '{escape(glob)}'" for glob in globs)
 
 
 def _compute_in_more_bits(config: dict[str, Any]) -> dict[str, Any]:

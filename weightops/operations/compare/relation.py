@@ -42,6 +42,11 @@ def _body(own: Sequence[TensorChange], relative: float | None, angle: float | No
     kinds = {tensor.kind for tensor in changed}
     if not changed:
         if all(tensor.kind == "identical" for tensor in own):
+            forms = {side: next((_form(tensor, side) for tensor in own if _form(tensor, side)), None) for side in "AB"}
+            sides = [side for side, form in forms.items() if form]
+            if len(sides) == 1:
+                other = "B" if sides == ["A"] else "A"
+                return [f"{other} is {sides[0]} ({forms[sides[0]]}) dequantised, byte for byte"]
             return ["B holds the same weights as A, byte for byte"]
         return [f"B holds the same numbers as A{_stored(own)}"]
     rest = len(own) - len(changed)

@@ -22,6 +22,7 @@ from weightops.io.names import listed, matching
 from weightops.layouts.embeddings import is_vocabulary
 from weightops.layouts.restored import ROTARY_SUFFIX, as_loaded
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.dequantize import plain_if_quantised
 from weightops.operations.extract_lora import adapter as adapter
 from weightops.operations.extract_lora.adapter import Pair, Rest, is_head, is_linear, module_of
 from weightops.operations.extract_lora.places import Places
@@ -84,8 +85,7 @@ def extract_lora(
     model, hold the same values, or differ in what no adapter can hold, `CorruptInput` if a change is NaN or infinite.
     """
     _check_options(rank, energy, max_rank, seed, dtype)
-    for role, checkpoint in (("base", base), ("tuned", tuned)):
-        _refuse_others(role, checkpoint)
+    base, tuned = (_whole(role, checkpoint, evaluate) for role, checkpoint in (("base", base), ("tuned", tuned)))
     pairs = _pairs(base, tuned)
     places = Places(tuned, pairs)
     chosen = _targets(pairs, places, target, base)
@@ -175,8 +175,8 @@ def _refuse_rest(factored: Collection[str], untargeted: Sequence[str], others: S
         )
 
 
-def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
-    """Refuse what is not a whole model in plain numbers on this machine."""
+def _whole(role: str, checkpoint: Checkpoint, evaluate: Evaluate) -> Checkpoint:
+    """A whole model in plain numbers on this machine, dequantised if it is quantised; what is none is refused."""
     shown = f"{role} {escape(checkpoint.name)}"
     refuse_delta(checkpoint, role)
     refuse_parts(checkpoint)
@@ -187,10 +187,7 @@ def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
             f"{shown} is on a server, and would be fetched {PASSES + 2} times or more",
             hint="weightops download fetches it once",
         )
-    if checkpoint.config().get("quantization_config"):
-        raise IncompatibleInputs(
-            f"{shown} is quantised, says its config.json; expected plain weights", hint="dequantise it first"
-        )
+    checkpoint = plain_if_quantised(checkpoint, evaluate)
     quantised = [n for n, t in checkpoint.items() if n.endswith("weight") and t.spec.dtype not in _WEIGHT_DTYPES]
     if quantised:
         raise IncompatibleInputs(
@@ -198,6 +195,7 @@ def _refuse_others(role: str, checkpoint: Checkpoint) -> None:
             f"expected one of {', '.join(d.value for d in _WEIGHT_DTYPES)}",
             hint="dequantise it first",
         )
+    return checkpoint
 
 
 def _pairs(base: Checkpoint, tuned: Checkpoint) -> dict[str, Pair]:

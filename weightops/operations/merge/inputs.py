@@ -11,14 +11,12 @@ from weightops.errors import IncompatibleInputs
 from weightops.formats.adapter.files import looks_like_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
-from weightops.formats.quantized.gptq import CONFIG_KEY, prefixes
 from weightops.io.escape import escape
 from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.layouts.layer_config import TEXT_CONFIGS
 from weightops.lazy import Evaluate
-from weightops.operations.dequantize import dequantize
+from weightops.operations.dequantize import plain_if_quantised
 from weightops.ops.elementwise import cast
-from weightops.ops.numbers.affine import DTYPES
 from weightops.spec import DType
 
 TIE = "tie_word_embeddings"
@@ -29,7 +27,6 @@ _NUMBERS = (
     *("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
 )
 """Settings that change what weights of the same shapes mean."""
-_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "absmax", "SCB")
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
@@ -39,7 +36,7 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
 
 
 def refuse_what_is_no_model(name: str, checkpoint: Checkpoint) -> None:
-    """Raise `IncompatibleInputs` for adapters, deltas and what is quantised in a way that is not read."""
+    """Raise `IncompatibleInputs` for adapters and deltas."""
     shown = escape(name)
     if looks_like_adapter(checkpoint):
         raise IncompatibleInputs(
@@ -48,23 +45,6 @@ def refuse_what_is_no_model(name: str, checkpoint: Checkpoint) -> None:
         )
     refuse_delta(checkpoint, "the model")
     refuse_parts(checkpoint)
-    quantised = checkpoint.config().get(CONFIG_KEY)
-    method = quantised.get("quant_method", "of no name") if isinstance(quantised, Mapping) else None
-    if method is None and not prefixes(checkpoint):
-        packed = next((n for n, t in checkpoint.items() if t.spec.dtype.is_packed), None)
-        scaled = next((n for n in checkpoint if n.rpartition(".")[2] in _SCALES), None)
-        method = checkpoint[packed].spec.dtype.value if packed else "with scales" if scaled else None
-        found = packed or scaled
-        if found is not None:
-            raise IncompatibleInputs(
-                f"{shown}: {escape(found)} shows a model that is quantised ({method}), which is not merged",
-                hint="merge the models that it was made of, and quantise the result",
-            )
-    elif method not in (None, "gptq"):
-        raise IncompatibleInputs(
-            f"{shown} is quantised by {escape(str(method))}, which cannot be read here as plain weights",
-            hint="merge the models that it was made of, and quantise the result; GPTQ is dequantised",
-        )
 
 
 def refuse_strangers(models: Mapping[str, Checkpoint], *, same_layers: bool) -> list[str]:
@@ -102,11 +82,8 @@ def _shown(value: Any) -> str:
 
 
 def plain(checkpoint: Checkpoint, dtype: DType | None, evaluate: Evaluate) -> Checkpoint:
-    """The model with its floating-point tensors in `dtype`, if there is one; dequantised if it is quantised by GPTQ."""
-    if prefixes(checkpoint):
-        said = setting(checkpoint.config(), "torch_dtype") or setting(checkpoint.config(), "dtype")
-        own = next((known for known in DTYPES if known.value == said), DType.F16)
-        checkpoint = dequantize(checkpoint, dtype=dtype if dtype in DTYPES else own, evaluate=evaluate)
+    """The model with its floating-point tensors in `dtype`, if there is one; dequantised first if it is quantised."""
+    checkpoint = plain_if_quantised(checkpoint, evaluate)
     if dtype is None:
         return checkpoint
     return replace(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
+from weightops.errors import CorruptInput, UsageError
 from weightops.formats import ungathered
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.adapter.lora import Adapter, read_adapter
@@ -20,6 +20,7 @@ from weightops.io.escape import escape
 from weightops.layouts.embeddings import vocabulary_rows
 from weightops.lazy import Evaluate
 from weightops.operations.check import tokens_without_rows
+from weightops.operations.dequantize import plain_if_quantised
 from weightops.operations.merge_lora.files import merged_sidecars, with_settings
 from weightops.operations.merge_lora.tensors import Merging
 from weightops.operations.merge_lora.values import check_values
@@ -44,10 +45,13 @@ def merge_lora(
     `safe_merge=True`, which rounds each change before it is added. float64 rounds once, and gives the same bits on
     every machine. Embeddings are untied where the adapter holds one of them for itself, and config.json says so.
 
+    A quantised base (QLoRA) is merged into as the plain model that it stands for, each weight in its native type.
+
     Raises `IncompatibleInputs` for adapters that are not for this base, are not plain LoRA or DoRA, or change nothing,
     `CorruptInput` for damaged ones, `UsageError` for weights that cannot be meant.
     """
     _check_base(base)
+    base = plain_if_quantised(base, evaluate)
     adapters = _read(adapter, weight)
     merging = Merging(base, adapters, precision, two_roundings)
     notes = check_values(adapters, merging.changes, evaluate)
@@ -79,13 +83,6 @@ def _check_base(base: Checkpoint) -> None:
     empty = next((name for name, tensor in base.items() if not tensor.spec.numel), None)
     if empty is not None:
         raise CorruptInput(f"{where}: {escape(empty)} is {base[empty].spec}, without elements", hint=ungathered.HINT)
-    quantised = base.config().get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise IncompatibleInputs(
-            f"{where}: config.json has a quantization_config{f' ({escape(str(method))})' if method else ''}",
-            hint="merge into the model that it was quantised from, and quantise the result",
-        )
 
 
 def _read(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> list[Adapter]:

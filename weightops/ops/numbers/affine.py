@@ -17,6 +17,7 @@ from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import convert
 from weightops.ops.lora.product import memory_of
+from weightops.ops.numbers.codes import Codes
 from weightops.ops.numbers.ranges import small_floats, values_of
 from weightops.spec import DType, TensorSpec
 
@@ -100,17 +101,20 @@ class Affine(Op, frozen=True):
         codes, itemsize, unit = tensor.inputs[0], self.dtype.itemsize, self.grain(tensor) // self.dtype.itemsize
         step = max(1, _PIECE // unit) * unit
         numbers = self._numbers(tensor, read)
-        with read.scratch(4 * step) as wide, read.scratch(step) as narrow, np.errstate(all="ignore"):
+        pairs = _pairs(codes, numbers)
+        with read.scratch(4 * step + 4) as wide, read.scratch(step) as narrow, np.errstate(all="ignore"):
             for first in range(0, len(out) // itemsize, step):
                 part = out[first * itemsize : (first + step) * itemsize]
                 begin, count = start // itemsize + first, len(part) // itemsize
-                read(codes, begin, narrow[:count])
-                words = np.frombuffer(narrow[:count], np.uint8)
                 values = np.frombuffer(wide[: 4 * count], np.float32)
-                if numbers is not None:
-                    np.take(numbers, words, out=values, mode="clip")
+                if pairs is not None:
+                    held = -(-count // 2)
+                    read(codes.inputs[0], begin // 2, narrow[:held])
+                    both = np.frombuffer(wide[: 8 * held], np.uint64)
+                    np.take(pairs, np.frombuffer(narrow[:held], np.uint8), out=both, mode="clip")
                 else:
-                    np.copyto(values, words.view(np.int8) if codes.spec.dtype is DType.I8 else words)
+                    read(codes, begin, narrow[:count])
+                    _widen(np.frombuffer(narrow[:count], np.uint8), codes.spec.dtype, numbers, values)
                 if self.offset and not self.steps:
                     values -= np.float32(self.offset)
                 compute = self._by_groups if self._is_flat(tensor) else self._by_rows
@@ -229,6 +233,38 @@ class Affine(Op, frozen=True):
             values += np.float32(self.bias)
 
 
+def _pairs(codes: LazyTensor, numbers: Floats | None) -> Array | None:
+    """The two numbers in each byte of a stream of codes of 4 bits, as one word: half as much to look up."""
+    import numpy as np
+
+    op = codes.op
+    if numbers is None or not isinstance(op, Codes) or op.bits != 4 or not op.is_stream(codes):
+        return None
+    codes_of = np.arange(256)
+    both = [numbers[codes_of & 15], numbers[codes_of >> 4]]
+    return np.stack(both if op.order == "low" else both[::-1], axis=1).reshape(-1).view(np.uint64)
+
+
+def _widen(words: Array, dtype: DType, numbers: Floats | None, out: Floats) -> None:
+    """What each code stands for, in `out`."""
+    import numpy as np
+
+    if numbers is None:
+        np.copyto(out, words.view(np.int8) if dtype is DType.I8 else words)
+    elif dtype is not DType.F8_E4M3 or numbers is not _numbers_of("", dtype, False):
+        np.take(numbers, words, out=out, mode="clip")
+    else:
+        # As the exponent and mantissa of a float16, which is 2^-8 of it; looking up takes twice as long.
+        halves = words.view(np.int8).astype(np.int16)
+        halves <<= 7
+        halves &= np.int16(0xBFFF - 0x10000)
+        convert(memory_of(out), DType.F32, memory_of(halves), DType.F16)
+        out *= np.float32(256)
+        nan = (words & 0x7F) == 0x7F
+        if nan.any():
+            out[nan] = np.nan
+
+
 def _is_number(dtype: DType) -> bool:
     return not dtype.is_packed and (dtype.is_float or dtype.itemsize == 1)
 
@@ -241,7 +277,8 @@ def _numbers_of(table: Table, dtype: DType, steps: bool) -> Floats | None:
         mantissa, bias, width = _TABLES[table]
         numbers = small_floats(mantissa, bias, width).astype(np.float32)
     elif table or dtype.is_float:
-        numbers = values_of(DType.F8_E4M3 if table else dtype).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # some NaNs are signalling ones
+            numbers = values_of(DType.F8_E4M3 if table else dtype).astype(np.float32)
     else:
         return np.ones(256, np.float32) if steps else None
     return _gaps(numbers) if steps else numbers

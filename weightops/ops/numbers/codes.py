@@ -52,20 +52,20 @@ class Codes(Op, frozen=True):
         source = tensor.inputs[0].spec
         return source.dtype.nbytes(source.shape[-1])
 
-    def _is_stream(self, tensor: LazyTensor) -> bool:
+    def is_stream(self, tensor: LazyTensor) -> bool:
         """Whether codes follow each other through all rows, so that any whole bytes can be looked at alone."""
         is_whole = 8 * self._row_nbytes(tensor) == self.columns * self.bits or tensor.spec.numel == self.columns
         return is_whole and self.bits in (2, 4, 8) and self.order != "padded"
 
     def grain(self, tensor: LazyTensor) -> int:
         # Of a stream the codes of two bytes, because nibbles are taken out of words of 16 bits.
-        return 16 // self.bits if self._is_stream(tensor) else self.columns
+        return 16 // self.bits if self.is_stream(tensor) else self.columns
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
         import numpy as np
 
         (source,) = tensor.inputs
-        if self._is_stream(tensor):
+        if self.is_stream(tensor):
             for first in range(0, len(out), _PIECE):
                 part = out[first : first + _PIECE]
                 begin = (start + first) * self.bits // 8
