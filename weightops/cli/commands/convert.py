@@ -84,7 +84,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
       torch            the same, as torch saves them
 
     LLaMA and Mistral models go from any layout into any other. Between hf and gguf go Mixtral, Qwen 2, Qwen 3 and their
-    mixtures of experts, Gemma 1 to 3, Phi-3, Granite, OLMo 2, StarCoder2, Command R, DeepSeek V2 and V3 and gpt-oss too,
+    mixtures of experts, Gemma 1 to 3, Phi-3, Granite, OLMo 2, StarCoder2, Command R, DeepSeek V2 and V3, gpt-oss too,
     byte for byte as llama.cpp's own converter writes them, and back into what transformers saves.
 
     A tensor that has no place in the new layout is named, with the reason. What the old files do not say, such as the
