@@ -15,9 +15,10 @@ from weightops.formats.gguf.metadata import kind_of
 from weightops.formats.quantized.gguf import native_dtype, plain_tensor
 from weightops.io.escape import escape
 from weightops.layouts.architecture import NotKnown, find
+from weightops.layouts.gguf.families import BY_TYPE
 from weightops.layouts.gguf.general import sampling_of
 from weightops.layouts.gguf.links import find_links
-from weightops.layouts.gguf.parameters import config_of, family_of, value_of
+from weightops.layouts.gguf.parameters import config_of, family_of, shortest, value_of
 from weightops.layouts.gguf.saved import Saved
 from weightops.layouts.gguf.write import llama3_factors
 from weightops.layouts.source import Source
@@ -25,17 +26,20 @@ from weightops.layouts.tokenizers.files import GENERATION, TokenizerFiles
 from weightops.layouts.tokenizers.hf import stated_ids
 from weightops.layouts.tokenizers.of_gguf import find_tokenizer
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
 from weightops.spec import DType
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_FOLLOWS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ROPE_FREQS = "rope_freqs.weight"
+_ROPE_LONG, _ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+_FOLLOWS = (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)
 _KEPT = (".e_score_correction_bias",)
 """Ends of the names of tensors that models have in float32, whatever the others are."""
+_LIMITS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
-_DIGITS = (1.0, 4.0)
-"""Llama 3.1's limits of what it rescales, for which every published model keeps."""
+"""What Llama 3.1 rescales, for which every published model keeps, and lengths that one may have been trained for."""
+_MAX_FACTORS = 1 << 16
 
 
 def read(source: Source, dtype: DType | None = None) -> Saved:
@@ -116,39 +120,39 @@ def _tokenizer(
 
 
 def _put_factors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], source: Source) -> None:
-    """The rotary scaling that tensors of factors stand for, which no key says."""
+    """The rotary scaling that tensors of factors stand for, and no key says."""
+    rope = config["rope_parameters"]
+    if _ROPE_FREQS in tensors and BY_TYPE[config["model_type"]].rotary:
+        scaling = _llama3(_factors(_ROPE_FREQS, tensors, source), config, source.where)
+        config |= {"rope_scaling": scaling, "rope_parameters": {"rope_theta": rope["rope_theta"], **scaling}}
+    if _ROPE_LONG in tensors and config["model_type"] == "phi3":
+        names = {"long_factor": _ROPE_LONG, "short_factor": _ROPE_SHORT}
+        factors = {key: [shortest(v) for v in _factors(name, tensors, source)] for key, name in names.items()}
+        config["rope_scaling"] = {"type": "longrope", **factors}
+        original = {"original_max_position_embeddings": config["original_max_position_embeddings"]}
+        config["rope_parameters"] = {**rope, "rope_type": "longrope", **original, **factors}
+
+
+def _factors(name: str, tensors: Mapping[str, LazyTensor], source: Source) -> Any:
+    """The values of a small vector, in float32."""
     import numpy as np
 
-    def values(name: str) -> Any:
-        return np.frombuffer(source.evaluate(tensors[name]), "<f4")
+    spec = tensors[name].spec if name in tensors else None
+    if spec is None or not spec.dtype.is_float or not 0 < spec.numel <= _MAX_FACTORS:
+        raise CorruptInput(f"{source.where}: {name} is {spec or 'missing'}, expected a factor for each frequency")
+    return np.frombuffer(source.evaluate(cast(tensors[name], DType.F32)), "<f4")
 
-    rope = config["rope_parameters"]
-    if _ROPE_FREQS in tensors and config["model_type"] in ("llama", "mistral", "mixtral", "granite"):
-        stored = values(_ROPE_FREQS)
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        scaling = {"rope_type": "llama3", "factor": float(max(stored, default=0.0))}
-        scaling |= dict(zip(("low_freq_factor", "high_freq_factor"), _DIGITS, strict=True))
-        for context in _CONTEXTS:
-            scaling["original_max_position_embeddings"] = context
-            if len(stored) * 2 == head_dim and np.allclose(
-                stored, llama3_factors({**rope, **scaling}, head_dim), rtol=1e-5
-            ):
-                break
-        else:
-            raise UsageError(
-                f"{source.where}: {_ROPE_FREQS} holds other factors than a rotary scaling of Llama 3.1's kind gives"
-            )
-        config["rope_scaling"] = scaling
-        config["rope_parameters"] = {"rope_theta": rope["rope_theta"], **scaling}
-    if "rope_factors_long.weight" in tensors:
-        from weightops.layouts.gguf.parameters import shortest
 
-        factors = {
-            f"{name}_factor": [shortest(v) for v in values(f"rope_factors_{name}.weight")] for name in ("long", "short")
-        }
-        original = config["original_max_position_embeddings"]
-        config["rope_scaling"] = {"type": "longrope", **factors}
-        config["rope_parameters"] = {
-            **rope,
-            **{"rope_type": "longrope", "original_max_position_embeddings": original, **factors},
-        }
+def _llama3(stored: Any, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The parameters that give these factors: those of Llama 3.1 to 3.3, for some length of context."""
+    import numpy as np
+
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    scaling = {"rope_type": "llama3", "factor": shortest(max(stored)), **_LIMITS}
+    for context in _CONTEXTS:
+        scaling["original_max_position_embeddings"] = context
+        with np.errstate(all="ignore"):
+            expected = llama3_factors({**config["rope_parameters"], **scaling}, head_dim)
+        if expected.shape == stored.shape and np.allclose(stored, expected, rtol=1e-5):
+            return scaling
+    raise UsageError(f"{where}: {_ROPE_FREQS} holds other factors than a rotary scaling of Llama 3.1's kind gives")
