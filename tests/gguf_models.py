@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from small_tokenizers import BYTES, NORMALIZER, TRAINER, message, piece
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 TINY_LLAMA = Path(__file__).parent / "data/tiny-llama"
 PIECES, BYTE_LEVEL = 300, 2050
@@ -136,6 +142,21 @@ def save_family(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **
     for file, data in _tokenizer(name).items():
         (folder / file).write_bytes(data)
     return model
+
+
+def save_with_sight(folder: Path) -> None:
+    """Gemma 3 as its larger models are published: a language model, and what it sees with."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    text = {**SIZES, **FAMILIES["gemma3"][1], "vocab_size": PIECES}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=2, bos_token_id=1)
+    model = Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter, value in _values(model):
+            parameter.copy_(value)
+    model.save_pretrained(folder)
+    for file, data in _tokenizer("gemma3").items():
+        (folder / file).write_bytes(data)
 
 
 def save_mxfp4(folder: Path) -> None:

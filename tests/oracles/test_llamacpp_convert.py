@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from environments import environment, run_script
-from gguf_models import FAMILIES, save_family, save_mxfp4
+from gguf_models import FAMILIES, save_family, save_mxfp4, save_with_sight
 from tokenizer_folders import KINDS
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +31,9 @@ def test_every_family_in_every_type_is_the_converters(tmp_path: Path) -> None:
         save_family(tmp_path / name.replace(" ", ""), name)
         folder = tmp_path / name.replace(" ", "")
         wanted += [(folder, kind, tmp_path / f"{folder.name}-{kind}.gguf", "gpt-2") for kind in TYPES]
-    save_mxfp4(tmp_path / "mxfp4")
-    wanted += [(tmp_path / "mxfp4", kind, tmp_path / f"mxfp4-{kind}.gguf", "gpt-2") for kind in TYPES]
+    for name, save in {"mxfp4": save_mxfp4, "sight": save_with_sight}.items():
+        save(tmp_path / name)
+        wanted += [(tmp_path / name, kind, tmp_path / f"{name}-{kind}.gguf", "gpt-2") for kind in TYPES]
     theirs(wanted)
     differ = []
     for folder, kind, expected, _ in wanted:

@@ -130,6 +130,8 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     """
     refuse_adapter(source.checkpoint, "the source")
     layout = layout or find_layout(source.checkpoint)
+    if layout is None and any(name.endswith(f".{EMBEDDING.name('hf', 0)}") for name in source.checkpoint):
+        layout = "hf"  # a language model within another
     if layout is None or layout not in READERS:
         raise UsageError(
             f"{source.where}: no layout that is known", hint=f"its tensors are named as in none of {', '.join(READERS)}"

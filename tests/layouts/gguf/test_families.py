@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import FAMILIES, save_family, save_mxfp4
+from gguf_models import FAMILIES, save_family, save_mxfp4, save_with_sight
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -207,3 +207,12 @@ def test_experts_in_mxfp4_keep_their_bits(tmp_path: Path) -> None:
             assert torch.equal(numbers, expected[:, i :: len(names)])
     digest = hashlib.sha256((tmp_path / "model.gguf").read_bytes()).hexdigest()
     assert digest == DIGESTS["gpt-oss in mxfp4"]["bf16"]
+
+
+def test_of_a_model_that_sees_the_language_model_is_taken(tmp_path: Path) -> None:
+    save_with_sight(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "made.gguf", "gguf", dtype="float16")
+    assert hashlib.sha256((tmp_path / "made.gguf").read_bytes()).hexdigest() == DIGESTS["gemma3 with sight"]["f16"]
+    dropped = json.loads((tmp_path / "made.gguf.weightops-manifest.json").read_text())["recipe"]["dropped"]
+    assert all("vision_" in name or "projector" in name for name in dropped)
+    assert len(dropped) > 10

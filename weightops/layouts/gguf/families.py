@@ -339,3 +339,5 @@ FAMILIES = (
 )
 BY_TYPE: Mapping[str, Family] = {family.model_type: family for family in FAMILIES}
 """Families by transformers' `model_type`."""
+WITH_SIGHT: Mapping[str, str] = {"gemma3": "gemma3_text"}
+"""By `model_type`, that of the language model in models that see as well; its fields are those of `text_config`."""

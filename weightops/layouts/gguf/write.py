@@ -6,15 +6,17 @@ Source: llama.cpp's convert_hf_to_gguf, as of llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.architecture import NotKnown, find
-from weightops.layouts.gguf.families import BY_TYPE, Family
+from weightops.layouts.gguf.families import BY_TYPE, WITH_SIGHT, Family
 from weightops.layouts.gguf.general import general
 from weightops.layouts.gguf.links import Links, find_links
 from weightops.layouts.gguf.parameters import metadata_of, settings_of
@@ -32,6 +34,7 @@ FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q8_0: 7, DType.BF
 """Numbers of llama.cpp's `llama_ftype`."""
 _MXFP4_MOE = 38
 EMBEDDING = "token_embd.weight"
+_SIGHT = re.compile(r"vision_|projector\.")
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
 _FULL = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 """Ends of the names of matrices that stay float32; vectors and biases do too."""
@@ -44,7 +47,7 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
     is. Raises `UsageError` for families that are not known here, for other types, without a tokenizer or with one that
     has more tokens than the embedding; `CorruptInput` where config and tensors do not fit.
     """
-    where = escape(saved.name)
+    where, saved = escape(saved.name), _language_model(saved)
     family = BY_TYPE.get(str(saved.config.get("model_type")))
     quantised = saved.config.get("quantization_config") or {}
     packed = quantised.get("quant_method") == "mxfp4" and family is not None and family.arch == "gpt-oss"
@@ -90,6 +93,20 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
         container="gguf",
         dropped={**saved.dropped, **links.dropped},
     )
+
+
+def _language_model(saved: Saved) -> Saved:
+    """What of a model that sees as well is its language model, the rest being left out by name."""
+    text, kind = saved.config.get("text_config"), WITH_SIGHT.get(str(saved.config.get("model_type")))
+    if kind is None or not isinstance(text, dict):
+        return saved
+    seen = {name for name in saved.tensors if _SIGHT.search(name)}
+    tensors = {name.replace("language_model.", ""): t for name, t in saved.tensors.items() if name not in seen}
+    reason = "of what the model sees with, which llama.cpp has in a file of its own (mmproj)"
+    config = {**saved.config, **text, "model_type": kind, "architectures": [BY_TYPE[kind].architecture]}
+    del config["text_config"]
+    config.pop("vision_config", None)
+    return replace(saved, config=config, tensors=tensors, dropped={**saved.dropped, **dict.fromkeys(seen, reason)})
 
 
 def _tensors(

@@ -76,7 +76,10 @@ def special_vocab(files: TokenizerFiles, rows: int) -> SpecialVocab:
             found.added.setdefault(kind, added)
         stated.append((kind, ids.get(content) if (content := _content(config.get(f"{kind}_token"))) else None))
     numbers = files.document(CONFIG)
-    stated += [(kind, numbers.get(f"{kind}_token_id")) for kind in types]
+    for kind in types:
+        number = numbers.get(f"{kind}_token_id")
+        within = _get(numbers.get("text_config"), f"{kind}_token_id")
+        stated.append((kind, within if number is None else number))
     for kind, number in stated:
         if type(number) is not int or number < 0 or kind in found.ids:
             continue
