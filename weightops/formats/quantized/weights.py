@@ -63,6 +63,8 @@ class View:
     """The file that `settings` come from, "" where no file says anything."""
     shape_of: Callable[[str], tuple[int, ...] | None] = lambda name: None
     """The shape of a weight by the model's architecture, for formats whose files do not say it."""
+    shapes_only: bool = False
+    """Nobody asks for the numbers of these weights: what only they depend on need not be looked at."""
     taken: dict[str, str] = field(default_factory=dict)
     """Tensors that are part of a weight, with its name."""
     notes: list[str] = field(default_factory=list)
