@@ -270,7 +270,7 @@ def main() -> None:
     lines = [
         "## Number formats",
         "",
-        f"Written by `make bench-formats`: `dequantize` of a model of {options.size} parameters, {options.runs} runs by",
+        f"Written by `make bench-formats`: `dequantize` of {options.size} parameters, {options.runs} runs by",
         "turns with `cat` of the input, `cp` of as many bytes as are written, and `sync`.",
         "",
         "| format | GB written | wall, s | processor, s | RssAnon, MB | wall / disk's |",
