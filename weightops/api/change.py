@@ -167,6 +167,12 @@ def convert(
     from_: str | None = None,
     model_parallel: int | None = None,
     dtype: str | None = None,
+    pure: bool = False,
+    imatrix: StrPath | None = None,
+    tensor_type: str | Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    allow_requantize: bool = False,
     set: Mapping[str, str] | None = None,
     tokenizer: StrPath | Literal[False] | None = None,
     check: bool = False,
@@ -175,6 +181,9 @@ def convert(
     """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
 
     `to`: hf, meta, tencentpretrain, llama_inference or gguf; safetensors or torch change the container alone.
+    `dtype`: a number type, or for GGUF a file type of llama-quantize such as `"q4_k_m"`; of that `pure` takes one type
+    for all tensors, `imatrix` the file of an importance matrix, `tensor_type` texts `REGEX=TYPE` and the next two types
+    of single tensors; `allow_requantize` takes a source that is quantised already.
     `from_`: the layout of the source, found from its tensors by default. `set`: what its files leave unsaid.
     `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `check`: hold the source first
     against its checklist.chk.
@@ -186,13 +195,21 @@ def convert(
         "from_": from_,
         "model_parallel": model_parallel,
         "dtype": dtype,
+        "pure": pure,
+        "imatrix": os.fspath(imatrix) if imatrix else None,
+        "tensor_type": several(tensor_type),
+        "output_tensor_type": output_tensor_type,
+        "token_embedding_type": token_embedding_type,
+        "allow_requantize": allow_requantize,
         "set": dict(set or {}),
         "tokenizer": os.fspath(tokenizer) if tokenizer else tokenizer,
         "as_in_2023": output.get("format") == "torch-1.12",
     }
     if to in ("safetensors", "torch"):
         unused = [
-            name for name, value in options.items() if (value or value is False) and name not in ("to", "as_in_2023")
+            name
+            for name, value in options.items()
+            if (value or (name == "tokenizer" and value is False)) and name not in ("to", "as_in_2023")
         ]
         if unused:
             raise UsageError(

@@ -23,6 +23,8 @@ from weightops.plan import Plan
 
 _SPARE_NBYTES = 16 << 20
 """Disk kept free beyond the output: file system metadata, index, manifest."""
+_WHOLE = (".gguf", ".dat")
+"""Ends of the names of files that are a whole model, or importance matrix, by themselves."""
 
 
 def default_workers(plans: Sequence[Plan]) -> int:
@@ -60,16 +62,20 @@ def _real(path: Path) -> Path:
 
 
 def refuse_among(out: Path, sources: Iterable[SourceFile]) -> None:
-    """Raise `UsageError` for an output in the folder of a source, or around it."""
-    _refuse_nested(out, {_real(Path(f.path)).parent for f in sources if not f.is_remote}, "the input")
+    """Raise `UsageError` for an output in the folder of a source, or around it.
+
+    A file that needs none beside it may have an output there, which then must not be or hold the file itself.
+    """
+    paths = {_real(Path(f.path)) for f in sources if not f.is_remote}
+    _refuse_nested(out, {p if p.suffix.lower() in _WHOLE else p.parent for p in paths}, "the input")
 
 
-def _refuse_nested(out: Path, folders: Iterable[Path], what: str) -> None:
+def _refuse_nested(out: Path, others: Iterable[Path], what: str) -> None:
     target, around = place_of(out), _places_around(_real(out))
-    for folder in folders:
-        if place_of(folder) in around or target in _places_around(folder):
+    for other in others:
+        if place_of(other) in around or target in _places_around(other):
             raise UsageError(
-                f"the output {escape(str(out))} and {what} {escape(str(folder))} lie inside one another",
+                f"the output {escape(str(out))} and {what} {escape(str(other))} lie inside one another",
                 hint="choose an --out outside the inputs",
             )
 

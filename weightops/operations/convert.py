@@ -23,6 +23,7 @@ from weightops.formats.quantized.weights import CONFIG_KEY
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
+from weightops.layouts.ggml_mix import FILE_TYPES
 from weightops.layouts.model import Model
 from weightops.layouts.names import EMBEDDING, HEAD, find_layout
 from weightops.layouts.source import Source, beside, parse_settings
@@ -39,11 +40,13 @@ from weightops.spec import DType
 @dataclass(frozen=True)
 class Target:
     """How to write. `parts`: files among which Meta's layout divides each tensor. `dtype`: of all weights, None to
-    keep theirs. `as_in_2023`: see `weightops.layouts.hf.write`; `pre`: `weightops.layouts.gguf.write`.
+    keep theirs; `mix`: their types in GGUF files, instead. `as_in_2023`: see `weightops.layouts.hf.write`; `pre`:
+    `weightops.layouts.gguf.write`.
     """
 
     parts: int | None = None
     dtype: DType | None = None
+    mix: gguf.Mix | None = None
     as_in_2023: bool = False
     pre: str | None = None
 
@@ -60,9 +63,8 @@ WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
     "meta": lambda model, target: meta.write(model, target.parts or 1),
     "tencentpretrain": lambda model, target: tencentpretrain.write(model, "tencentpretrain"),
     "llama_inference": lambda model, target: tencentpretrain.write(model, "llama_inference"),
-    "gguf": lambda model, target: gguf.write(gguf.from_model(model), target.dtype, target.pre),
+    "gguf": lambda model, target: _to_gguf(gguf.from_model(model), target),
 }
-GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 _ANYWHERE = frozenset({Kind.NOTICE, Kind.CARD})
 _IN_A_FOLDER = _ANYWHERE | {Kind.TOKENIZER, Kind.TEMPLATE, Kind.GENERATION}
 _PLACES: Mapping[str, frozenset[Kind]] = {
@@ -98,7 +100,13 @@ def convert(
     to: str,
     from_: str | None = None,
     model_parallel: int | None = None,
-    dtype: DType | None = None,
+    dtype: str | None = None,
+    pure: bool = False,
+    imatrix: str | None = None,
+    tensor_type: Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    allow_requantize: bool = False,
     set: Mapping[str, str] | None = None,
     tokenizer: str | bool | None = None,
     as_in_2023: bool = False,
@@ -107,6 +115,8 @@ def convert(
     """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; only LLaMA is in all of them.
 
     `from_` is the layout of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
+    `dtype`: a number type, or for GGUF a file type of llama-quantize, of which the options up to `allow_requantize` are
+    too: `pure` is one type for all, `imatrix` an importance matrix, `tensor_type` are `REGEX=TYPE`.
     `set`: what its files leave unsaid. `tokenizer`: the path of one elsewhere, or False for none.
     `as_in_2023`: see `weightops.layouts.hf.write`. Raises as `convert_model` does.
     """
@@ -117,7 +127,10 @@ def convert(
         raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
     files = beside(source, Path(tokenizer) if isinstance(tokenizer, str) else tokenizer)
     opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=tokenizer is None)
-    target = Target(model_parallel, dtype, as_in_2023, known.get("pre"))
+    own: dict[str, Any] = {"pure": pure, "imatrix": imatrix, "tensor_type": tensor_type}
+    own |= {"output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type}
+    number, mixed = gguf.parse_types(to, dtype, {**own, "requantise": allow_requantize})
+    target = Target(model_parallel, number, mixed, as_in_2023, known.get("pre"))
     converted = convert_model(opened, to, target, from_)
     return replace(converted.checkpoint, dropped=converted.dropped)
 
@@ -162,20 +175,43 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
 
 def _by_saved(source: Source, to: str, target: Target, layout: str) -> Converted:
     """Between transformers and GGUF, for every family that GGUF is written of and read as here."""
+    if target.mix is not None and layout == "gguf":
+        return _quantised(source, target.mix)
     if layout == "gguf":
         saved = gguf.read(source, target.dtype if to == "hf" else None)
     else:
-        saved = _read_saved(_dequantised(source, target.dtype))
+        saved = _read_saved(_dequantised(source, is_exact=(target.dtype or target.mix) is not None))
     _check_norms(saved.tensors, source)
     rows = saved.config.get("vocab_size")
     n_tokens = count_tokens(saved.files, rows) if saved.files.is_hugging_face and type(rows) is int else None
-    result = gguf.write(saved, target.dtype, target.pre) if to == "gguf" else _written(saved)
+    result = _to_gguf(saved, target) if to == "gguf" else _written(saved)
     said = _warnings(source, result, (), result.dropped) + _on_tokens(n_tokens, rows)
     return Converted(replace(result, warnings=said), layout, result.dropped)
 
 
-def _dequantised(source: Source, dtype: DType | None) -> Source:
-    """The source with plain weights; exact ones, where they are to be rounded to `dtype`.
+def _to_gguf(saved: gguf.Saved, target: Target) -> Checkpoint:
+    """As llama.cpp's converter writes it, which has few types itself; the others are those of llama-quantize."""
+    how = target.mix
+    if how is None:
+        return gguf.write(saved, target.dtype, target.pre)
+    base = FILE_TYPES[how.name].base
+    if how.pure and how.is_plain and base in gguf.FILE_TYPES:
+        return gguf.write(saved, base, target.pre)
+    return gguf.quantised(gguf.write(saved, None, target.pre), how)
+
+
+def _quantised(source: Source, how: gguf.Mix) -> Converted:
+    """A GGUF file as another, of which nothing but types changes."""
+    if source.settings or not source.has_own_tokenizer:
+        raise UsageError(
+            f"{source.where}: a GGUF file whose types change keeps its parameters and its tokenizer",
+            hint="leave out --set, --tokenizer and --no-tokenizer",
+        )
+    return Converted(gguf.quantised(source.checkpoint, how), "gguf", {})
+
+
+def _dequantised(source: Source, *, is_exact: bool) -> Source:
+    """The source with plain weights; in float32, where they are to be rounded to another type.
 
     gpt-oss keeps its MXFP4, of which GGUF has blocks.
     """
@@ -185,7 +221,7 @@ def _dequantised(source: Source, dtype: DType | None) -> Source:
     found = find_weights(source.checkpoint, lambda tensors: [source.evaluate(tensor) for tensor in tensors])
     if not found:
         return source
-    made = plain(source.checkpoint, found, DType.F32 if dtype is not None else None)
+    made = plain(source.checkpoint, found, DType.F32 if is_exact else None)
     return replace(source, checkpoint=made, read_file=lambda n: made.sidecar(n) if n == CONFIG else source.read_file(n))
 
 
@@ -245,10 +281,7 @@ def _check_target(to: str, target: Target) -> None:
         raise UsageError(f"a model cannot be divided among {target.parts} parts", hint="give another --model-parallel")
     if target.parts is not None and to != "meta":
         raise UsageError("only Meta's layout has parts", hint="leave --model-parallel out, or give --to meta")
-    if dtype is not None and dtype not in GGUF_DTYPES and to == "gguf":
-        hint = f"choose one of {', '.join(known.value for known in GGUF_DTYPES)}"
-        raise UsageError(f"GGUF weights are not written in {dtype.value}", hint=hint)
-    if dtype in (DType.Q8_0, DType.Q4_0) and to != "gguf":
+    if dtype is not None and dtype.is_packed and to != "gguf":
         raise UsageError(f"{dtype.value} is a type of GGUF alone", hint="give --to gguf")
 
 

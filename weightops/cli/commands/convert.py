@@ -41,8 +41,26 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
 )
 @click.option(
     "--dtype",
-    type=NumberType(named("operations.convert", "GGUF_DTYPES")),
-    help="Convert the weights to this number type, and count what is lost; q8_0 and q4_0 are for gguf.",
+    type=NumberType(named("layouts.gguf.options", "DTYPES")),
+    help="Convert the weights to this number type, and count what is lost; those from q8_0 on are for gguf, mixed as "
+    "llama-quantize does.",
+)
+@click.option("--pure", is_flag=True, help="Give all quantised tensors of a GGUF file one type, instead of a mix.")
+@click.option(
+    "--imatrix",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weigh errors by this importance matrix when quantising to gguf; `weightops imatrix` makes one.",
+)
+@click.option(
+    "--tensor-type",
+    multiple=True,
+    metavar="REGEX=TYPE",
+    help=f"Give tensors of a GGUF file whose names match this type; the first that matches counts. {SEVERAL}",
+)
+@click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight in a GGUF file.")
+@click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight in a GGUF file.")
+@click.option(
+    "--allow-requantize", is_flag=True, help="Quantise a GGUF file that is quantised already, which loses more."
 )
 @click.option(
     "--set",
@@ -70,7 +88,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     Example:
       weightops convert ./llama-2-7b --to hf --set context_length=4096 --out ./llama-2-7b-hf
       weightops convert ./llama-2-7b-hf --to meta --model-parallel 2 --out ./llama-2-7b-mp2
-      weightops convert ./qwen3-8b --to gguf --dtype q8_0 --out ./qwen3-8b-q8_0.gguf
+      weightops convert ./qwen3-8b --to gguf --dtype q4_k_m --out ./qwen3-8b-q4_k_m.gguf
       weightops convert ./gguf/gemma-2-9b-Q4_K_M.gguf --to hf --out ./gemma-2-9b
 
     \b

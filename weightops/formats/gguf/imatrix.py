@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.gguf.metadata import Strings, number
 from weightops.formats.gguf.reading import MAGIC, GgufFile, read_gguf
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
-from weightops.lazy import Evaluator
+from weightops.lazy import LazyTensor
+from weightops.ops.ggml.importance import Importance
+from weightops.ops.rows import Given
+from weightops.ops.stored import Stored
 from weightops.spec import DType
 from weightops.stores.reader import FileReader
 from weightops.stores.stores import Stores
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float32]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_ENTRIES = 1 << 20
@@ -37,36 +34,37 @@ class ImportanceMatrix:
     """By the name of each weight `[rows, columns]` the importance of its columns, float32 `[columns]`.
 
     Of one that stacks matrices for experts it is `[experts, columns]`, in a `.dat` all in one row. `chunks` is how many
-    pieces of text it was made of, `datasets` which.
+    pieces of text it was made of, `datasets` which. `name` is that of its file.
     """
 
-    weights: dict[str, Floats]
+    name: str
+    weights: dict[str, LazyTensor]
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def read_imatrix(file: SourceFile, stores: Stores | None = None) -> ImportanceMatrix:
-    """The importance matrix in a file, in either form; what lies beyond this machine is read through `stores`.
+    """The importance matrix in a file, in either form, of which names and sizes are read.
+
+    What lies beyond this machine is read through `stores`.
 
     Raises `UsageError` for a GGUF file that is something else, `CorruptInput` for what is malformed.
     """
-    with (stores or Stores()).connected() as stores, Evaluator(stores) as evaluate:
-        if evaluate.files.read(file, 0, min(len(MAGIC), file.nbytes)) == MAGIC:
-            return _of_gguf(read_gguf(file, evaluate.files), evaluate)
-        return _Dat(file, evaluate.files).read()
+    with (stores or Stores()).connected() as stores, FileReader(stores) as files:
+        if files.read(file, 0, min(len(MAGIC), file.nbytes)) == MAGIC:
+            return _of_gguf(read_gguf(file, files))
+        return _Dat(file, files).read()
 
 
-def _of_gguf(found: GgufFile, evaluate: Evaluator) -> ImportanceMatrix:
-    import numpy as np
-
+def _of_gguf(found: GgufFile) -> ImportanceMatrix:
     where = found.file.shown
     if found.kind != "imatrix":
         raise UsageError(
             f"{where}: is no importance matrix: its general.type is {escape(found.kind)}",
             hint="llama-imatrix makes one of a model and a text",
         )
-    weights: dict[str, Floats] = {}
+    weights: dict[str, LazyTensor] = {}
     for name, tensor in found.tensors.items():
         weight = name.removesuffix(_SUMS)
         if weight == name:
@@ -79,15 +77,14 @@ def _of_gguf(found: GgufFile, evaluate: Evaluator) -> ImportanceMatrix:
             raise CorruptInput(f"{where}: {escape(name)} is {tensor.spec} and its counts {counts.spec}, not float32")
         if not experts or tensor.spec.shape[:-1] not in ((experts,), () if experts == 1 else (experts,)):
             raise CorruptInput(f"{where}: {escape(name)} is {list(tensor.spec.shape)}, and there are {experts} counts")
-        sums, by = (np.frombuffer(evaluate.whole(each), np.float32).reshape(experts, -1) for each in (tensor, counts))
-        with np.errstate(all="ignore"):
-            means: Floats = np.where(by > 0, sums / by, 1).astype(np.float32)
-        weights[weight] = means[0] if experts == 1 else means
+        weights[weight] = LazyTensor.make(Importance(), tensor, counts)
     if not weights:
         raise CorruptInput(f"{where}: holds no {_SUMS[1:]} of any weight")
     names = found.metadata.get("imatrix.datasets", {}).get("array", ["string", []])[1]
     datasets = tuple(names) if isinstance(names, Strings) else ()
-    return ImportanceMatrix(weights, datasets, number(found.metadata, "imatrix.chunk_count") or 0, found.metadata)
+    return ImportanceMatrix(
+        found.file.name, weights, datasets, number(found.metadata, "imatrix.chunk_count") or 0, found.metadata
+    )
 
 
 class _Dat:
@@ -98,22 +95,30 @@ class _Dat:
         self._position = 0
 
     def read(self) -> ImportanceMatrix:
-        import numpy as np
-
-        weights: dict[str, Floats] = {}
+        weights: dict[str, LazyTensor] = {}
         for _ in range(self._count(_MAX_ENTRIES, "entries")):
             name = self._text()
             (calls,) = struct.unpack("<i", self._take(4))
-            sums = np.frombuffer(self._take(4 * self._count(self._file.nbytes, f"numbers of {escape(name)}")), "<f4")
+            count = self._count(self._file.nbytes, f"numbers of {escape(name)}")
             if name in weights:
                 raise CorruptInput(f"{self._file.shown}: has {escape(name)} twice")
-            weights[name] = np.asarray(sums / np.float32(calls), np.float32) if calls > 0 else sums
+            sums = LazyTensor.make(Stored(self._file, self._position, DType.F32, (count,)))
+            self._pass(4 * count)
+            by = LazyTensor.make(Given(DType.F32, (1,), struct.pack("<f", calls)))
+            weights[name] = LazyTensor.make(Importance(), sums, by) if calls > 0 else sums
         if self._position == self._file.nbytes:
-            return ImportanceMatrix(weights)
+            return ImportanceMatrix(self._file.name, weights)
         (chunks,) = struct.unpack("<i", self._take(4))
-        return ImportanceMatrix(weights, (self._text(),) if self._position < self._file.nbytes else (), chunks)
+        return ImportanceMatrix(
+            self._file.name, weights, (self._text(),) if self._position < self._file.nbytes else (), chunks
+        )
 
     def _take(self, nbytes: int) -> bytes:
+        start = self._position
+        self._pass(nbytes)
+        return self._files.read(self._file, start, nbytes)
+
+    def _pass(self, nbytes: int) -> None:
         stop = self._position + nbytes
         if stop > self._file.nbytes:
             raise CorruptInput(
@@ -121,9 +126,7 @@ class _Dat:
                 f"{self._file.nbytes}",
                 hint="is it an importance matrix at all?",
             )
-        found = self._files.read(self._file, self._position, nbytes)
         self._position = stop
-        return found
 
     def _count(self, most: int, what: str) -> int:
         (found,) = struct.unpack("<i", self._take(4))

@@ -5,8 +5,10 @@ a table here (`families`), which is read in both directions.
 """
 
 from weightops.layouts.gguf.llama import from_model
+from weightops.layouts.gguf.options import DTYPES, parse_types
+from weightops.layouts.gguf.quantised import Mix, quantised
 from weightops.layouts.gguf.read import read
 from weightops.layouts.gguf.saved import Saved
-from weightops.layouts.gguf.write import write
+from weightops.layouts.gguf.write import FILE_TYPES, write
 
-__all__ = ["Saved", "from_model", "read", "write"]
+__all__ = ["DTYPES", "FILE_TYPES", "Mix", "Saved", "from_model", "parse_types", "quantised", "read", "write"]
