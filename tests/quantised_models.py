@@ -20,7 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def save_wide(folder: Path, name: str, **changes: Any) -> None:
     """One of `MODELS`, as transformers saves it."""
-    save_family(folder, name, **MODELS[name], **changes)
+    save_family(folder, name, **{**MODELS[name], **changes})
 
 
 def write_importance(path: Path, model: Path) -> None:

@@ -287,7 +287,7 @@ def make_plan(
     plan = Plan(
         recipe=recipe,
         container=container,
-        metadata=metadata_in(container, checkpoint.metadata),
+        metadata=metadata_in(container, checkpoint.metadata, len(checkpoint) if len(files) > 1 else None),
         shards=tuple(Shard(file, {name: checkpoint[name] for name in names}) for file, names in files),
         index_name=_INDEX.sub(r"\1.index.json", files[0][0]) if indexed else None,
         sidecars=checkpoint.sidecars,

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_models import TINY_LLAMA
 from llama_tools import run_tool
 from quantised_models import MODELS, save_wide, write_importance
 
 from weightops import api
+from weightops.formats.folder import open_checkpoint
 
 TYPES = ("q4_k_m", "q5_k_m", "q3_k_s", "iq4_xs", "q4_0", "q8_0", "q2_k", "q5_0")
 OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -51,3 +53,31 @@ def test_quantised_files_are_those_of_llama_quantize(tmp_path: Path, name: str) 
         found += differing(tmp_path, name, theirs, "q4_k_m", ours)
     found += differing(tmp_path, name, ["--output-tensor-type", "q8_0"], "f16", {"output_tensor_type": "q8_0"})
     assert found == []
+
+
+@pytest.mark.slow
+def test_parts_are_those_of_llama_gguf_split(tmp_path: Path) -> None:
+    save_wide(tmp_path / "model", "llama")
+    api.convert(tmp_path / "model", tmp_path / "base.gguf", to="gguf")
+    (tmp_path / "theirs").mkdir()
+    run_tool("llama-gguf-split", "--split-max-size", "2M", "base.gguf", "theirs/model", cwd=tmp_path)
+    api.convert(tmp_path / "model", tmp_path / "ours", to="gguf", max_shard_size="2MB")
+    theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    assert len(theirs) > 3
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ours").glob("*.gguf")} == theirs
+    assert open_checkpoint(tmp_path / "ours").metadata == open_checkpoint(tmp_path / "base.gguf").metadata
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_as_good_as_llama_quantizes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    api.convert(TINY_LLAMA, run / "base.gguf", to="gguf", dtype="f16")
+    run_tool("llama-quantize", "base.gguf", "theirs.gguf", "q4_k_m", 1, cwd=run)
+    api.convert(TINY_LLAMA, run / "ours.gguf", to="gguf", dtype="q4_k_m")
+    perplexities = []
+    for name in ("theirs", "ours"):
+        api.convert(run / f"{name}.gguf", tmp_path / name, to="hf", dtype="float32")
+        perplexities.append(api.evaluate(tmp_path / name, TINY_LLAMA / "heldout.txt", seq_len=512).scores[0].perplexity)
+    assert perplexities[0] == perplexities[1]
+    print(perplexities)

@@ -26,7 +26,8 @@ class Container:
 
     `files` groups tensors by bytes per file, or as they come if that is None. `suffix` ends a file's name.
     `has_metadata`: there is room for what safetensors has as `__metadata__`. `shares`: bytes that several names share
-    are stored once. `counts`: its index names the number of parameters. `is_divided`: files have a largest size.
+    are stored once. `counts`: its index names the number of parameters. `is_divided`: files may have a largest size,
+    and have one by default unless it `is_whole`.
     `sharing`: the layout of a file that shares blocks with its sources, where the format leaves room for that.
     """
 
@@ -38,6 +39,7 @@ class Container:
     counts: bool = True
     has_index: bool = True
     is_divided: bool = True
+    is_whole: bool = False
     sharing: Callable[[str, Tensors, Mapping[str, Any]], Layout] | None = None
 
 
@@ -144,8 +146,22 @@ def _safetensors(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> La
 
 def _gguf(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
     from weightops.formats.gguf import gguf_layout  # imported here because few runs write it
+    from weightops.formats.gguf.split import part_metadata
 
-    return gguf_layout([(name, tensor.spec) for name, tensor in tensors.items()], metadata)
+    return gguf_layout([(name, tensor.spec) for name, tensor in tensors.items()], part_metadata(name, metadata))
+
+
+def _gguf_files(checkpoint: Checkpoint, max_nbytes: int | None) -> Files:
+    """One file, or parts as llama-gguf-split makes them."""
+    stem, names = checkpoint.prefix or "model", list(checkpoint)
+    if max_nbytes is None:
+        return [(f"{stem}.gguf", names)]
+    from weightops.formats.gguf.split import divided, named
+
+    groups = divided([(name, checkpoint[name].nbytes) for name in names], max_nbytes)
+    if len(groups) == 1:
+        return [(f"{stem}.gguf", names)]
+    return [(named(stem, i, len(groups)), group) for i, group in enumerate(groups, 1)]
 
 
 CONTAINERS: Mapping[str, Container] = {
@@ -170,23 +186,28 @@ CONTAINERS: Mapping[str, Container] = {
     ),
     "gguf": Container(
         _gguf,
-        lambda checkpoint, _: [(f"{checkpoint.prefix or 'model'}.gguf", list(checkpoint))],
+        _gguf_files,
         ".gguf",
         has_metadata=True,
         has_index=False,
-        is_divided=False,
+        is_whole=True,
     ),
 }
 FORMATS = ("safetensors", "torch", "torch-1.12")
 """Containers that hold any checkpoint; the others belong to a layout."""
 
 
-def metadata_in(container: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def metadata_in(container: str, metadata: Mapping[str, Any], divided: int | None = None) -> dict[str, Any]:
     """A checkpoint's metadata as files of a container have it: with types in GGUF files, as strings in all others.
 
-    Arrays of GGUF become lists, so that a plan can hold them.
+    Arrays of GGUF become lists, so that a plan can hold them. `divided` is how many tensors there are in all, where
+    they are in several files.
     """
     if container == "gguf":
+        if divided is not None:
+            from weightops.formats.gguf.split import TENSORS
+
+            metadata = {**metadata, TENSORS: {"int32": divided}}
         return {key: _listed(value) for key, value in metadata.items() if isinstance(value, Mapping)}
     kept = {key: value for key, value in metadata.items() if not isinstance(value, Mapping)}
     return kept if len(kept) == len(metadata) else {"format": "pt", **kept}

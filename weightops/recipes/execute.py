@@ -273,6 +273,11 @@ def _as_file(wanted: Wanted, out: Path) -> Wanted:
             f"{escape(str(out))} is the name of a file, and this writes a folder of {made} files with what goes along",
             hint=f"name a folder: --out {escape(str(out.with_suffix('')))}",
         )
+    if wanted.files.get("max_shard_size") not in (None, "source"):
+        raise UsageError(
+            f"{escape(str(out))} is one file, which has no largest size",
+            hint=f"name a folder for its parts: --out {escape(str(out.with_suffix('')))}",
+        )
     if wanted.files.get("card"):
         raise UsageError("a model card needs a folder", hint="leave out --card, or name a folder: --out DIR")
     left = ", ".join(map(escape, checkpoint.sidecars))
@@ -296,6 +301,7 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
         raise UsageError(
             f"{escape(str(out))}: what is written here is not divided by size", hint="leave out --max-shard-size"
         )
+    default = "source" if CONTAINERS[container].is_whole else DEFAULT_SHARD_NBYTES
     expect = files.get("expect")
     if files.get("card"):
         checkpoint = replace(checkpoint, sidecars={n: s for n, s in checkpoint.sidecars.items() if n != CARD})
@@ -303,7 +309,7 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
         checkpoint,
         recipe,
         container=container,
-        max_shard_nbytes=_limit("source" if checkpoint.in_one_file else size or DEFAULT_SHARD_NBYTES),
+        max_shard_nbytes=_limit("source" if checkpoint.in_one_file else size or default),
         digests=several(files.get("digest", ())),
         expect=read_expectation(expect) if expect is not None else None,
         origins=origins,

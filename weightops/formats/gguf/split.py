@@ -15,8 +15,9 @@ from weightops.formats.gguf.metadata import number
 from weightops.io.escape import escape
 
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_NO, _COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 _MAX_PARTS = 1000
+_ALIGNMENT = 32
 
 
 def part_names(name: str, metadata: Mapping[str, Any]) -> list[str]:
@@ -43,7 +44,43 @@ def named_parts(name: str) -> list[str]:
     count = int(matched["count"]) if matched else 1
     if matched is None or not 1 <= int(matched["number"]) <= count or count > _MAX_PARTS:
         return [name]
-    return [f"{matched['stem']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+    return [named(matched["stem"], i, count) for i in range(1, count + 1)]
+
+
+def named(stem: str, number: int, count: int) -> str:
+    """The name of a part; the first has number 1."""
+    return f"{stem}-{number:05d}-of-{count:05d}.gguf"
+
+
+def divided(sizes: Sequence[tuple[str, int]], max_nbytes: int) -> list[list[str]]:
+    """Tensors, each a name and its bytes, in parts by llama-gguf-split's rule: in order, headers not counted.
+
+    A tensor above the limit gets a part of its own, where that program gives up.
+    """
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, nbytes in sizes:
+        padded = nbytes + -nbytes % _ALIGNMENT
+        if parts[-1] and filled + padded > max_nbytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += padded
+    return parts
+
+
+def part_metadata(name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of the file `name`, from that of the model: the first of several parts has it all.
+
+    What says how many tensors the parts have in all is there if there are several.
+    """
+    if TENSORS not in metadata:
+        return dict(metadata)
+    names = named_parts(name)
+    i = names.index(name)
+    own = {_NO: {"uint16": i}, TENSORS: metadata[TENSORS], _COUNT: {"uint16": len(names)}}
+    rest = {key: value for key, value in metadata.items() if key != TENSORS} if i == 0 else {}
+    return {**rest, **own}
 
 
 def joined_metadata(names: Sequence[str], parts: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
@@ -54,9 +91,9 @@ def joined_metadata(names: Sequence[str], parts: Sequence[tuple[Mapping[str, Any
     first = parts[0][0]
     if all((number(metadata, _COUNT) or 0) < 2 for metadata, _ in parts):  # whole files, whatever their names
         return {k: v for metadata, _ in reversed(parts) for k, v in metadata.items() if not k.startswith("split.")}
-    total, stated = sum(count for _, count in parts), number(first, _TENSORS)
+    total, stated = sum(count for _, count in parts), number(first, TENSORS)
     for i, (name, (metadata, _)) in enumerate(zip(names, parts, strict=True)):
-        said = tuple(number(metadata, key) for key in (_NO, _COUNT, _TENSORS))
+        said = tuple(number(metadata, key) for key in (_NO, _COUNT, TENSORS))
         if said != (i, len(parts), stated):
             no, count, tensors = said
             raise CorruptInput(
