@@ -22,6 +22,7 @@ from weightops.api.change import (
     shard,
 )
 from weightops.api.comparison import Comparisons, compare
+from weightops.api.importance import imatrix
 from weightops.api.merging import compare_merge, explain_merge, merge, verify_merge
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
@@ -48,6 +49,7 @@ __all__ = [
     "extract_lora",
     "generate",
     "generate_all",
+    "imatrix",
     "inspect",
     "manifest",
     "merge",

@@ -37,6 +37,7 @@ GROUPS = {
         "extract-lora": "Make a LoRA adapter of the difference between two models.",
         "cast": "Convert weights to another number type; count what is lost.",
         "quantize": "Quantise a model to 2, 3, 4 or 8 bits with GPTQ.",
+        "imatrix": "Measure on a text which weights matter most, for GGUF files.",
         "dequantize": "Turn a model that GPTQ quantised back into a plain one.",
         "pack": "Make a GPTQ model of integers and scales that you have.",
         "shard": "Rewrite a model in other files, names or layers.",

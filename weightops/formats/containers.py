@@ -151,6 +151,12 @@ def _gguf(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
     return gguf_layout([(name, tensor.spec) for name, tensor in tensors.items()], part_metadata(name, metadata))
 
 
+def _dat(name: str, tensors: Tensors, metadata: Mapping[str, Any]) -> Layout:
+    from weightops.formats.gguf.imatrix import dat_layout
+
+    return dat_layout(tensors, metadata)
+
+
 def _gguf_files(checkpoint: Checkpoint, max_nbytes: int | None) -> Files:
     """One file, or parts as llama-gguf-split makes them."""
     stem, names = checkpoint.prefix or "model", list(checkpoint)
@@ -192,7 +198,17 @@ CONTAINERS: Mapping[str, Container] = {
         has_index=False,
         is_whole=True,
     ),
+    "imatrix.dat": Container(
+        _dat,
+        lambda checkpoint, _: [(f"{checkpoint.prefix or 'imatrix'}.dat", list(checkpoint))],
+        ".dat",
+        has_metadata=True,
+        has_index=False,
+        is_divided=False,
+    ),
 }
+_TYPED = ("gguf", "imatrix.dat")
+"""Containers whose metadata has types."""
 FORMATS = ("safetensors", "torch", "torch-1.12")
 """Containers that hold any checkpoint; the others belong to a layout."""
 
@@ -203,7 +219,7 @@ def metadata_in(container: str, metadata: Mapping[str, Any], divided: int | None
     Arrays of GGUF become lists, so that a plan can hold them. `divided` is how many tensors there are in all, where
     they are in several files.
     """
-    if container == "gguf":
+    if container in _TYPED:
         if divided is not None:
             from weightops.formats.gguf.split import TENSORS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,19 @@ def calibrate(tokenizer: Any, documents: Sequence[Document], samples: int, seq_l
     if windows < samples:
         warnings = (f"the calibration text makes {windows} samples of {seq_len} tokens, {samples} were asked for",)
     return Calibration(tokens, warnings)
+
+
+def begun(data: Calibration, tokenizer: Any) -> Calibration:
+    """The same with a bos token for the first of each window, where the tokenizer begins texts with one.
+
+    Models keep numbers in it that are large in some columns; llama-imatrix does the same.
+    """
+    begins = encode(tokenizer, "a")[:1].tolist() == [tokenizer.bos_token_id]
+    if not begins:
+        return data
+    tokens = data.tokens.clone()
+    tokens[:, 0] = tokenizer.bos_token_id
+    return replace(data, tokens=tokens)
 
 
 def _encoded(tokenizer: Any, documents: Sequence[Document]) -> Iterator[torch.Tensor]:

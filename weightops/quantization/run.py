@@ -111,34 +111,40 @@ class Run:
         )
 
     def identity(self) -> BlocksRun:
-        """What tells this run from another: source, settings, data, and versions that could change bits."""
-        tensors = json.dumps(identity_of({n: t.to_json() for n, t in self.source.items()}), sort_keys=True)
-        with FileReader() as files:
-            contents = sample(self.source.values(), files)
-        return BlocksRun(
-            source=hashlib.sha256(tensors.encode()).hexdigest(),
-            contents=contents,
-            options=self.options,
-            calibration=self.calibration.digest if self.calibration else None,
-            versions={n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
-        )
+        """What tells this run from another."""
+        return identity(self.source, self.options, self.calibration)
 
-    def marks(self, files: Mapping[str, Any]) -> dict[str, str]:
-        """What the manifest of the output says of how it was made, with what was said of its files.
 
-        As of `weightops.engine.finished`: the plan of such an output is of files that are gone when it is there.
-        """
-        identity: dict[str, Any] = msgspec.to_builtins(self.identity())
-        tensors = {n: lasting(identity_of(t.to_json())) for n, t in self.source.items()}
-        sidecars = {n: hash_bytes(self.source.sidecar(n) or b"", ["xxh3_128"]) for n in self.source.sidecars}
-        said = {
-            **identity,
-            "source": tensors,
-            "source contents": "",
-            "sidecars": sidecars,
-            "files": {name: value for name, value in files.items() if value},
-        }
-        return {PLAN: digest_of(said), SOURCES: identity["source contents"]}
+def identity(source: Checkpoint, options: Options | None, calibration: Calibration | None) -> BlocksRun:
+    """What tells a run from another: source, settings, data, and versions that could change bits."""
+    tensors = json.dumps(identity_of({n: t.to_json() for n, t in source.items()}), sort_keys=True)
+    with FileReader() as files:
+        contents = sample(source.values(), files)
+    return BlocksRun(
+        source=hashlib.sha256(tensors.encode()).hexdigest(),
+        contents=contents,
+        options=options,
+        calibration=calibration.digest if calibration else None,
+        versions={n: v for n, v in library_versions().items() if n in ("weightops", "torch", "transformers")},
+    )
+
+
+def marks(run: BlocksRun, source: Checkpoint, files: Mapping[str, Any]) -> dict[str, str]:
+    """What the manifest of the output says of how it was made, with what was said of its files.
+
+    As of `weightops.engine.finished`: the plan of such an output is of files that are gone when it is there.
+    """
+    identity: dict[str, Any] = msgspec.to_builtins(run)
+    tensors = {n: lasting(identity_of(t.to_json())) for n, t in source.items()}
+    sidecars = {n: hash_bytes(source.sidecar(n) or b"", ["xxh3_128"]) for n in source.sidecars}
+    said = {
+        **identity,
+        "source": tensors,
+        "source contents": "",
+        "sidecars": sidecars,
+        "files": {name: value for name, value in files.items() if value},
+    }
+    return {PLAN: digest_of(said), SOURCES: identity["source contents"]}
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -152,14 +158,19 @@ def _refuse_quantized(source: Checkpoint) -> None:
 
 
 def sample_length(source: Checkpoint, seq_len: int | None) -> int:
-    """Tokens of a calibration window: 2048 unless `seq_len` says otherwise, and at most the model's positions.
-
-    Raises `UsageError` for a `seq_len` beyond them, and what `prepare` raises for what the source is.
-    """
+    """Tokens of a calibration window of a source that is to be quantised; raises what `prepare` does of it."""
     _refuse_quantized(source)
+    return window_length(source, seq_len, DEFAULT_SEQ_LEN)
+
+
+def window_length(source: Checkpoint, seq_len: int | None, default: int) -> int:
+    """Tokens of a calibration window: `default` unless `seq_len` says otherwise, and at most the model's positions.
+
+    Raises `UsageError` for a `seq_len` beyond them.
+    """
     limit = max_positions(read_config(source))
     if seq_len is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+        return min(default, limit or default)
     if limit is not None and seq_len > limit:
         raise UsageError(
             f"{escape(source.name)}: was made for {limit} tokens, one sample is to have {seq_len}",

@@ -46,11 +46,12 @@ class BlocksRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", t
     """`run.json`: source, settings, data and versions, all of which a run must have in common to be continued.
 
     `source` and `calibration` are digests, `contents` is one of a sample of every tensor, `files` what it makes here.
+    There are no `options` where nothing is quantised, but inputs of layers measured.
     """
 
     source: str
     contents: str = msgspec.field(name="source contents")
-    options: Options
+    options: Options | None
     calibration: str | None
     versions: dict[str, str]
     files: tuple[str, ...] = ()

@@ -40,6 +40,8 @@ from weightops.recipes.verbs import find_verb
 
 _LOG = logging.getLogger(__name__)
 CARD = "README.md"
+_SINGLE = (".gguf", ".dat")
+"""What of containers may be an output by itself."""
 StrPath = str | os.PathLike[str]
 
 
@@ -208,7 +210,7 @@ def _evaluate(control: Control) -> Evaluate:
 
 def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Result]:
     """Plan all outputs, and unless it is a dry run write them."""
-    wanted = {out: _as_file(each, out) if out.suffix in _FILES else each for out, each in wanted.items()}
+    wanted = {out: _as_file(each, out) if out.suffix in _named(each) else each for out, each in wanted.items()}
     plans = {out: _plan(each, out) for out, each in wanted.items()}
     for out, plan in plans.items():
         count, others = len(plan.shards), ", ".join(map(escape, sorted(plan.sidecars))) or "nothing"
@@ -264,11 +266,16 @@ def _without_place(wanted: Wanted, plan: Plan) -> tuple[str, ...]:
     return (*without_place(wanted.checkpoint.metadata, plan.container), *left)
 
 
+def _named(wanted: Wanted) -> tuple[str, ...]:
+    """How names of files end, and those of folders do not."""
+    return (*_FILES, ".dat") if wanted.checkpoint.container == "imatrix.dat" else _FILES
+
+
 def _as_file(wanted: Wanted, out: Path) -> Wanted:
     """The same, to be written as the single file `out`; raises `UsageError` for what needs a folder."""
     checkpoint = wanted.checkpoint
     made = CONTAINERS[_container(checkpoint.container, wanted.files.get("format"))].suffix
-    if out.suffix != ".gguf" or made != ".gguf":
+    if out.suffix != made or made not in _SINGLE:
         raise UsageError(
             f"{escape(str(out))} is the name of a file, and this writes a folder of {made} files with what goes along",
             hint=f"name a folder: --out {escape(str(out.with_suffix('')))}",

@@ -8,12 +8,14 @@ length and the name of the text that it was made of. Either has sums of squares 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from weightops.errors import CorruptInput, UsageError
-from weightops.formats.gguf.metadata import Strings, number
+from weightops.formats.gguf.metadata import Strings, number, plain
 from weightops.formats.gguf.reading import MAGIC, GgufFile, read_gguf
+from weightops.formats.layout import Data, Layout, Literal
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
@@ -24,7 +26,10 @@ from weightops.spec import DType
 from weightops.stores.reader import FileReader
 from weightops.stores.stores import Stores
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNKS, SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+CALLS = "imatrix.calls"
+"""Of the older form alone, and in no file under a name: the calls of each weight."""
 _MAX_ENTRIES = 1 << 20
 _MAX_NAME = 4096
 
@@ -66,12 +71,12 @@ def _of_gguf(found: GgufFile) -> ImportanceMatrix:
         )
     weights: dict[str, LazyTensor] = {}
     for name, tensor in found.tensors.items():
-        weight = name.removesuffix(_SUMS)
+        weight = name.removesuffix(SUMS)
         if weight == name:
             continue
-        counts = found.tensors.get(f"{weight}{_COUNTS}")
+        counts = found.tensors.get(f"{weight}{COUNTS}")
         if counts is None:
-            raise CorruptInput(f"{where}: {escape(name)} has no {escape(weight)}{_COUNTS} beside it")
+            raise CorruptInput(f"{where}: {escape(name)} has no {escape(weight)}{COUNTS} beside it")
         experts = counts.spec.numel
         if tensor.spec.dtype is not DType.F32 or counts.spec.dtype is not DType.F32 or not tensor.spec.numel:
             raise CorruptInput(f"{where}: {escape(name)} is {tensor.spec} and its counts {counts.spec}, not float32")
@@ -79,12 +84,24 @@ def _of_gguf(found: GgufFile) -> ImportanceMatrix:
             raise CorruptInput(f"{where}: {escape(name)} is {list(tensor.spec.shape)}, and there are {experts} counts")
         weights[weight] = LazyTensor.make(Importance(), tensor, counts)
     if not weights:
-        raise CorruptInput(f"{where}: holds no {_SUMS[1:]} of any weight")
-    names = found.metadata.get("imatrix.datasets", {}).get("array", ["string", []])[1]
+        raise CorruptInput(f"{where}: holds no {SUMS[1:]} of any weight")
+    names = found.metadata.get(DATASETS, {}).get("array", ["string", []])[1]
     datasets = tuple(names) if isinstance(names, Strings) else ()
-    return ImportanceMatrix(
-        found.file.name, weights, datasets, number(found.metadata, "imatrix.chunk_count") or 0, found.metadata
-    )
+    return ImportanceMatrix(found.file.name, weights, datasets, number(found.metadata, CHUNKS) or 0, found.metadata)
+
+
+def dat_layout(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, Any]) -> Layout:
+    """The `.dat` of these tensors, which are multiplied by calls; metadata is that of a GGUF file, and `CALLS`."""
+    pieces: list[Literal | Data] = [Literal(struct.pack("<i", len(tensors)))]
+    for (name, tensor), calls in zip(tensors.items(), plain(metadata[CALLS]), strict=True):
+        pieces.append(Literal(_text(name) + struct.pack("<ii", calls, tensor.spec.numel)))
+        pieces.append(Data(name, tensor.nbytes))
+    dataset = next(iter(plain(metadata[DATASETS])[-1:]), "")
+    return Layout((*pieces, Literal(struct.pack("<i", plain(metadata[CHUNKS])) + _text(dataset))), {})
+
+
+def _text(value: str) -> bytes:
+    return struct.pack("<i", len(value.encode())) + value.encode()
 
 
 class _Dat:

@@ -10,9 +10,12 @@ from weightops.spec import DType, TensorSpec
 class Importance(Op, frozen=True):
     """Sums of squares `[experts, columns]`, each by its expert's count, `[experts, 1]`; both float32.
 
-    Experts that were never asked have ones. Either may lack the dimension where there is one expert; counts may have
-    any shape. Source: `load_imatrix` of llama-quantize.
+    Experts that were never asked have ones. Sums may lack the dimension where there is one expert; counts may have any
+    shape. The older form has all of it multiplied by `calls`. Source: `load_imatrix` of llama-quantize, and llama.cpp's
+    `save_imatrix_legacy`.
     """
+
+    calls: int = 1
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         sums, counts = inputs
@@ -41,3 +44,4 @@ class Importance(Op, frozen=True):
             else:
                 values[at:stop] = 1
             at = stop
+        values *= np.float32(self.calls)
