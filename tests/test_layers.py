@@ -132,7 +132,7 @@ def test_operations_list_what_the_command_line_lists() -> None:
     from weightops.cli.main import COMMANDS
 
     found = {path.stem.replace("_", "-") for path in (PACKAGE / "operations").iterdir() if path.stem[0] != "_"}
-    elsewhere = {"browse", "chat", "eval", "serve", "generate", "quantize", "run", "env", "completion"}
+    elsewhere = {"browse", "chat", "eval", "serve", "generate", "quantize", "imatrix", "run", "env", "completion"}
     assert found == COMMANDS.keys() - elsewhere
 
 

@@ -12,9 +12,9 @@ import pytest
 from weightops.cli.main import COMMANDS, GROUPS, cli, run
 from weightops.recipes.verbs import VERBS
 
-WRITERS = {*VERBS, "quantize", "download", "manifest"}
+WRITERS = {*VERBS, "quantize", "imatrix", "download", "manifest"}
 OWN_WORDS = {
-    "--out": {"download", "manifest", "generate"},
+    "--out": {"download", "manifest", "generate", "imatrix"},
     "--workers": {"download"},
     "--overwrite": {"download"},
     "--dry-run": {"download", "serve"},
@@ -28,7 +28,7 @@ OWN_WORDS = {
     "--strict": {"compare"},
     "--text": {"compare"},
     "--prompts": {"compare"},
-    "--seq-len": {"quantize", "eval"},
+    "--seq-len": {"quantize", "eval", "imatrix"},
     "--max-memory": {"quantize"},
     "--checkpoint-format": {"dequantize"},
     "--html": {"check", "quantize", "merge"},

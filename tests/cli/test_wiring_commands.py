@@ -102,6 +102,18 @@ ROWS: dict[str, list[Row]] = {
         same("--workers 3", workers=3),
         row("--dry-run", {"dry_run": True}, estimated=True),
     ],
+    "imatrix": [
+        row("--calibration a --calibration b", {"calibration": (Path("a"), "b")}, calibration=[Path("a"), Path("b")]),
+        same("--samples 7", samples=7),
+        same("--seq-len 9", seq_len=9),
+        same("--seed 5", seed=5),
+        same("--device cpu", device="cpu"),
+        same("--overwrite", overwrite=True),
+        same("--restart", restart=True),
+        same("--if-exists skip", if_exists="skip"),
+        same("--workers 3", workers=3),
+        same("--dry-run", dry_run=True),
+    ],
     "eval": [
         same("--seq-len 9", seq_len=9),
         row("--reference other", {"reference": "other"}, reference="other"),
@@ -217,6 +229,7 @@ ELSEWHERE = {
 """Of the command alone, and defaults by their names."""
 GIVEN = {
     "quantize": ("source --out out", ("source", "out")),
+    "imatrix": ("source --out out.dat", ("source", "out.dat")),
     "eval": ("source", ("source", "text.txt")),
     "generate": ("source", ("source", "one")),
     "chat": ("source", ("source",)),
@@ -227,7 +240,7 @@ GIVEN = {
     "manifest": ("source", ("source",)),
     "download": ("org/model --out out", ("org/model", "out")),
 }
-REQUIRED = {"eval": "--text text.txt", "generate": "--prompt one"}
+REQUIRED = {"imatrix": "--calibration a", "eval": "--text text.txt", "generate": "--prompt one"}
 FUNCTIONS: dict[str, Callable[..., Any]] = {name: getattr(weightops, name) for name in GIVEN if name != "eval"}
 FUNCTIONS["eval"] = weightops.evaluate
 
@@ -276,6 +289,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "download.download_into",
     ):
         stand_in(f"weightops.operations.{name}")
+    importlib.import_module("weightops.quantization.calibration")  # which would keep what stands in for it
     monkeypatch.setattr("weightops.inference.tokens.read_text", lambda paths: found.update(texts=list(paths)) or "x")
     stand_for_quantize(monkeypatch, found)
     return found
@@ -315,7 +329,7 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
         found.update(each.files, **running)
         raise Reached
 
-    data = SimpleNamespace(tokens=torch.zeros((2, 8), dtype=torch.int64))
+    data = SimpleNamespace(tokens=torch.zeros((2, 8), dtype=torch.int64), warnings=())
     patch.setattr("weightops.quantization.run.sample_length", note(8, "", "seq_len"))
     patch.setattr("weightops.quantization.run.prepare", prepare)
     patch.setattr("weightops.quantization.run.quantized", quantized)
@@ -324,6 +338,18 @@ def stand_for_quantize(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None
     patch.setattr("weightops.inference.tokens.load_tokenizer", note(object()))
     patch.setattr("weightops.inference.tokens.check_tokens", note(None))
     patch.setattr("weightops.api.models.write_all", write_all)
+    patch.setattr("weightops.api.importance.write_all", write_all)
+    patch.setattr("weightops.quantization.run.window_length", note(8, "", "seq_len"))
+    patch.setattr("weightops.quantization.calibration.begun", note(data))
+    patch.setattr("weightops.inference.model.BlockModel", note(MagicMock()))
+    patch.setattr("weightops.quantization.run.identity", note(None))
+    patch.setattr("weightops.quantization.run.marks", note({"plan": "x", "sources": "y"}))
+    patch.setattr("weightops.quantization.importance.find_layers", note(SimpleNamespace(matrices=(), warnings=())))
+    patch.setattr("weightops.quantization.importance.expected", note({}))
+    patch.setattr("weightops.quantization.importance.matrix_of", note(weightops.open_checkpoint("source")))
+    work = MagicMock()
+    work.__enter__.return_value = SimpleNamespace(n_done=0, work_folder=None)
+    patch.setattr("weightops.quantization.work.Work", note(work))
 
 
 def held_in(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def imatrix(
     source: StrPath,
     out: StrPath,
     *,
-    calibration: StrPath | Sequence[StrPath],
+    calibration: StrPath | Sequence[StrPath] = (),
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
@@ -108,7 +108,7 @@ def imatrix(
                 check_room(out, 0, data.tokens.numel() * model.hidden_size * 4)
                 hold(checkpoint.values(), control)
                 collect(layers, data.tokens, work, control)
-            return write(measured(work), {**running, "if_exists": "fail"}, work.work_folder)
+            return write(measured(work), running, work.work_folder)
 
 
 def _recipe(texts: Sequence[Path], **said: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def quantize(
     from weightops.ops.gptq.solver import Settings
     from weightops.quantization.calibration import calibrate, read_documents
     from weightops.quantization.options import Options
-    from weightops.quantization.run import marks, prepare, quantized, sample_length
+    from weightops.quantization.run import prepare, quantized, sample_length
     from weightops.quantization.work import SCHEMA, blocks_of
 
     files, running = split_output(output)
@@ -141,7 +141,7 @@ def quantize(
         if tokenizer is not None and data is not None:
             check_tokens(data.tokens.flatten(), tokenizer, run.model.vocab_size, run.model.shown)
         estimate = run.estimate()
-        provenance = marks(run.identity(), run.source, {k: v for k, v in files.items() if k != "expect"})
+        provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
         if is_skipping:
             may = running.get("overwrite", False)
             if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may):

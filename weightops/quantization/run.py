@@ -114,6 +114,10 @@ class Run:
         """What tells this run from another."""
         return identity(self.source, self.options, self.calibration)
 
+    def marks(self, files: Mapping[str, Any]) -> dict[str, str]:
+        """What the manifest of the output says of how it was made, with what was said of its files."""
+        return marks(self.identity(), self.source, files)
+
 
 def identity(source: Checkpoint, options: Options | None, calibration: Calibration | None) -> BlocksRun:
     """What tells a run from another: source, settings, data, and versions that could change bits."""

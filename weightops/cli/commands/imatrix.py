@@ -27,7 +27,7 @@ from weightops.cli.params import DEVICE, FILE, SEED, SOURCE, WRITE_CODES, Comman
     required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to measure on: a text file or JSONL. Can be given several times.",
+    help="Text to calibrate with: a text file or JSONL. Can be given several times.",
 )
 @click.option(
     "--samples",
@@ -35,7 +35,7 @@ from weightops.cli.params import DEVICE, FILE, SEED, SOURCE, WRITE_CODES, Comman
     metavar="N",
     default=128,
     show_default=True,
-    help="Number of pieces of the text to measure on.",
+    help="Number of pieces of the text to calibrate with.",
 )
 @click.option(
     "--seq-len",
