@@ -33,6 +33,8 @@ def parse_types(to: str, dtype: str | None, own: Mapping[str, Any]) -> tuple[DTy
     if given is not None and (to != "gguf" or dtype is None):
         hint = f"leave {option} out, or give the type, such as q4_k_m" if to == "gguf" else "it is for gguf alone"
         raise UsageError(f"{option} has no use without a type to quantise to", hint=hint)
+    if to != "gguf" and dtype is not None and dtype.lower() in DTYPES[len(_FLOATS) :]:
+        raise UsageError(f"{dtype} is a type of GGUF alone", hint="give --to gguf")
     plain = next((d for d in _FLOATS if dtype is not None and dtype.lower() in (d.value, d.name.lower())), None)
     if to == "gguf" and dtype is not None and (plain is None or given is not None):
         return None, _parse_mix(plain.name if plain else dtype, **own)

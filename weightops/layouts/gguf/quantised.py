@@ -83,6 +83,7 @@ def quantised(checkpoint: Checkpoint, how: Mix) -> Checkpoint:
             hint="take the file in float16 or bfloat16, or give --allow-requantize",
         )
     weights = _importance(how.importance, specs, changed, where)
+    _refuse_unweighed(how, changed, weights)
     tensors = {
         name: _made(name, checkpoint[name], types[name], weights.get(name)) if name in changed else checkpoint[name]
         for name in types
@@ -152,6 +153,18 @@ def _importance(
                 hint="is it of another model?",
             )
     return found
+
+
+def _refuse_unweighed(how: Mix, changed: Mapping[str, DType], weights: Mapping[str, LazyTensor]) -> None:
+    """Q2_K_S is of no use without importance, be it of a single tensor."""
+    if how.importance is None or how.name != "Q2_K_S":
+        return
+    lacking = [n for n, d in changed.items() if d is DType.Q2_K and n not in (*weights, EMBEDDING, OUTPUT)]
+    if lacking:
+        raise UsageError(
+            f"{escape(how.importance.name)} says nothing of {escape(lacking[0])}, and Q2_K_S needs importance",
+            hint="measure it on more text, or choose Q2_K",
+        )
 
 
 def _made(name: str, tensor: LazyTensor, dtype: DType, importance: LazyTensor | None) -> LazyTensor:

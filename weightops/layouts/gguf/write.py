@@ -15,6 +15,7 @@ from typing import Any
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
+from weightops.layouts import ggml_mix
 from weightops.layouts.architecture import NotKnown, find
 from weightops.layouts.gguf.families import BY_TYPE, WITH_SIGHT, Family
 from weightops.layouts.gguf.general import general
@@ -30,8 +31,9 @@ from weightops.ops.measures.loss import counted_cast
 from weightops.ops.rows import Given
 from weightops.spec import DType, TensorSpec
 
-FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q8_0: 7, DType.BF16: 32}
-"""Numbers of llama.cpp's `llama_ftype`."""
+_TYPES = (DType.F32, DType.F16, DType.Q4_0, DType.Q8_0, DType.BF16)
+FILE_TYPES = {ggml_mix.FILE_TYPES[dtype.name].base: ggml_mix.FILE_TYPES[dtype.name].number for dtype in _TYPES}
+"""The types that the converter has for most matrices, and q4_0, with llama.cpp's numbers of such files."""
 _MXFP4_MOE = 38
 EMBEDDING = "token_embd.weight"
 _SIGHT = re.compile(r"vision_|projector\.")
@@ -165,9 +167,9 @@ def _check(saved: Saved, family: Family, settings: Mapping[str, Any], links: Lin
 
 
 def type_of(name: str, spec: TensorSpec, wanted: DType | None) -> DType:
-    """The type in which a tensor is stored, of the name that it has in the file; `wanted` is that of most matrices.
+    """The type in which the converter stores a tensor, of the name that it has in the file.
 
-    This is where a mix of types decides.
+    `wanted` is that of most matrices; mixes of types are made of what comes of this (`quantised`).
     """
     if len(spec.shape) < 2 or not name.endswith(".weight") or name.endswith(_FULL):
         return DType.F32
