@@ -146,6 +146,10 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         tiny = str(Path(__file__).parent.parent / "data" / "tiny-llama")
         (family / "gguf").mkdir()
         assert run(["convert", tiny, "--to", "gguf", "--out", "./gguf/model-Q4_K_M.gguf"]) == 0
+    if command == "repack":
+        save_tiny(family / "tiny", "llama")
+        quantize_tiny(family / "tiny", family / "model-gptq")
+        assert run(["repack", "./model-gptq", "--to", "awq", "--out", "./model-awq"]) == 0
     if command == "pack":
         integers = torch.randint(1, 15, (256, 64), dtype=torch.uint8)
         write_checkpoint(family / "integers", {"fc.q": integers, "fc.scales": torch.full((2, 64), 0.1).half()})

@@ -18,6 +18,7 @@ from weightops.api.change import (
     merge_lora,
     pack,
     recover,
+    repack,
     shard,
 )
 from weightops.api.comparison import Comparisons, compare
@@ -56,6 +57,7 @@ __all__ = [
     "pack",
     "quantize",
     "recover",
+    "repack",
     "run",
     "save",
     "save_all",

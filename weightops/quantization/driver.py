@@ -109,4 +109,4 @@ def _nbytes(model: BlockModel, i: int, names: Sequence[str]) -> int:
 
 def _packed(name: str, found: Solved, options: Options) -> Mapping[str, Any]:
     q, zeros, scales, g_idx = (t.cpu().numpy() for t in (found.q, found.zeros, found.scales, found.g_idx))
-    return write_module(name, q, zeros, scales, g_idx, None, options.settings.bits, options.checkpoint_format)
+    return write_module(name, q, zeros, scales, g_idx, None, options.settings.bits, options.kept_as)
