@@ -43,7 +43,7 @@ help:
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
-	@echo "make llamacpp        llama-cpp-python 0.3.36 likewise, to which test-all holds GGUF files (a C++ compiler)"
+	@echo "make llamacpp        llama-cpp-python 0.3.36 likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
 	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
@@ -160,6 +160,9 @@ bench-compare: $(READY)
 
 bench-merge: $(READY) mergekit
 	$(BIN)/python benchmarks/merge.py
+
+bench-formats: $(READY)
+	$(BIN)/python benchmarks/number_formats.py
 
 bench-quantize: $(READY) gptqmodel autogptq
 	$(BIN)/python benchmarks/quantize.py

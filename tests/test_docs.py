@@ -28,7 +28,7 @@ def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     for block in blocks:
         exec(block.replace('save(tuned, "./my-model"', 'save(tuned, "./my-model-again"'), namespace)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert (tmp_path / "zhixi" / "pytorch_model.bin").exists()
     assert (tmp_path / "my-model-again" / "model.safetensors").exists()
 

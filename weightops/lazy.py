@@ -157,6 +157,11 @@ Evaluate = Callable[[Sequence[LazyTensor]], list[bytes]]
 """Gives the bytes of small tensors, computing several at a time; for operations that depend on values."""
 
 
+def read_each(tensors: Sequence[LazyTensor]) -> list[bytes]:
+    """The bytes of tensors of files on this machine, one after another."""
+    return [bytes(tensor.read()) for tensor in tensors]
+
+
 class Once:
     """Checks that need to be done once, by whichever of several evaluators comes first."""
 

@@ -9,6 +9,7 @@ operations when they are called, because starting takes longer than many of them
 
 from __future__ import annotations
 
+from weightops.api.blocks import quantize_blocks
 from weightops.api.change import (
     cast,
     convert,
@@ -56,6 +57,7 @@ __all__ = [
     "open_pool",
     "pack",
     "quantize",
+    "quantize_blocks",
     "recover",
     "repack",
     "run",

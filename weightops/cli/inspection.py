@@ -33,6 +33,7 @@ def inventory(found: Inspection, width: int | None = None) -> str:
         f"{escape(found.path)}: {found.kind}" + (f", {escape(found.model_type)}" if found.model_type else ""),
         f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {human(found.nbytes)} ({dtypes})",
     ]
+    lines += [f"quantised: {count} weights as {scheme}" for scheme, count in found.quantised.schemes.items()]
     if found.content_id:
         lines.append(f"content {found.content_id} (from its manifest)")
     lines += ["", "made by", *(f"  {escape(line)}" for line in found.history)] if found.history else []

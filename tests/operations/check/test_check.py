@@ -199,6 +199,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], None], list[tuple[str, str, str]]]] 
         add("model.layers.0.self_attn.q_proj.qweight"),
         [
             ("error", "leftover", "model.layers.0.self_attn.q_proj.qweight"),
+            ("error", "quantization", "config.json"),
             ("warning", "unexpected", "model.layers.0.self_attn.q_proj.qweight"),
         ],
     ),

@@ -20,7 +20,7 @@ from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.gptq.tensors import SCALES, as_codes, pack_zeros
 from weightops.ops.numbers.bitpack import BITS, pack
-from weightops.spec import DType, TensorSpec
+from weightops.spec import DType
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,8 +113,8 @@ def parse_config(document: Mapping[str, Any], where: str) -> QuantizeConfig:
     known = ("gptq", "gptq_v2")
     if method != "gptq":
         raise IncompatibleInputs(
-            f"{where}: quantised by {escape(str(method))[:80]}, expected gptq, which alone is read here",
-            hint="use the library that wrote it, or transformers; `weightops cast --keep` leaves such weights alone",
+            f"{where}: quantised by {escape(str(method))[:80]}, expected gptq",
+            hint="the configuration is of another model; correct or remove what it says of quantisation",
         )
     if document.get("is_marlin_format") or (stated or "gptq") not in known:
         shown = escape(str("marlin" if document.get("is_marlin_format") else stated))[:80]
@@ -178,24 +178,6 @@ def prefixes(checkpoint: Mapping[str, object]) -> list[str]:
     """The names of the quantised modules, in the order of their first tensors."""
     found = (name.rpartition(".") for name in checkpoint)
     return list(dict.fromkeys(prefix for prefix, _, part in found if part == "qweight"))
-
-
-def packed_shapes(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
-    """`[K, N]` of each packed module, by shapes alone; modules whose tensors do not fit each other are left out.
-
-    Rows of qweight hold words of 32 bits: of one output in GPTQ, of one input in AWQ.
-    """
-    found = {}
-    for prefix in prefixes(specs):
-        parts = [specs.get(f"{prefix}.{part}") for part in ("qweight", "qzeros", "scales")]
-        if any(spec is None or len(spec.shape) != 2 for spec in parts):
-            continue
-        (rows, columns), (_, zeros), (_, outputs) = (spec.shape for spec in parts if spec is not None)
-        if columns == outputs and zeros:
-            found[prefix] = (rows * outputs // zeros, outputs)
-        elif columns == zeros:
-            found[prefix] = (rows, outputs)
-    return found
 
 
 def modules(checkpoint: Checkpoint, config: QuantizeConfig | None = None) -> dict[str, Module]:

@@ -47,10 +47,12 @@ def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:
         return
     settings = _auto_round(view) if view.method in AUTO_ROUND else read_config(view.checkpoint)
     modules = [read_module(view.checkpoint, prefix, settings) for prefix in prefixes]
-    zeros, notes = find_zeros(
-        view.where, modules, settings, options.checkpoint_format, options.zero_overflow, view.evaluate
-    )
-    view.notes += notes
+    zeros: Zeros = "as-stored"
+    if not view.shapes_only:
+        zeros, notes = find_zeros(
+            view.where, modules, settings, options.checkpoint_format, options.zero_overflow, view.evaluate
+        )
+        view.notes += notes
     without = [prefix for prefix in prefixes if f"{prefix}.g_idx" not in view.checkpoint]
     if without and settings is not None and settings.desc_act and settings.group_size != -1:
         view.notes.append(

@@ -59,7 +59,7 @@ class Quantized:
     """The quantised weights of a checkpoint by name, and the tensors that belong to none and stand for nothing in a
     plain model, such as scales of activations. `method` is what its files say, and `stated_in` which of them."""
 
-    weights: Mapping[str, QuantizedWeight]
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     method: str | None = None
     stated_in: str = ""
@@ -84,15 +84,18 @@ def find_weights(
     evaluate: Evaluate,
     gptq: GptqOptions | None = None,
     shape_of: Callable[[str], tuple[int, ...] | None] = lambda name: None,
+    *,
+    shapes_only: bool = False,
 ) -> Quantized:
     """The quantised weights of a checkpoint, as its tensors show them, held against what its files say.
 
-    `shape_of` gives the shape of a weight by the model's architecture, which one format does not store.
+    `shape_of` gives the shape of a weight by the model's architecture, which one format does not store. With
+    `shapes_only` the weights say what they are, and their numbers are not asked for.
     Raises `CorruptInput` for tensors that do not fit each other, `IncompatibleInputs` where they are of another format
     than the files say, or of one that is not read.
     """
     settings, stated_in = stated(checkpoint)
-    view = View(checkpoint, evaluate, settings, stated_in, shape_of)
+    view = View(checkpoint, evaluate, settings, stated_in, shape_of, shapes_only)
     _refuse_unread(view)
     weights: dict[str, QuantizedWeight] = {}
     for number_format in (*FORMATS, gptq_format(gptq or GptqOptions())):

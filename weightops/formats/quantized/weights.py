@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import CorruptInput
+from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.formats.sidecars import QUANTISED
 from weightops.io import strict_json
 from weightops.io.escape import escape
@@ -81,6 +81,8 @@ class View:
     """The file that `settings` come from, "" where no file says anything."""
     shape_of: Callable[[str], tuple[int, ...] | None] = lambda name: None
     """The shape of a weight by the model's architecture, for formats whose files do not say it."""
+    shapes_only: bool = False
+    """Nobody asks for the numbers of these weights: what only they depend on need not be looked at."""
     taken: dict[str, str] = field(default_factory=dict)
     """Tensors that are part of a weight, with its name."""
     notes: list[str] = field(default_factory=list)
@@ -178,6 +180,17 @@ def stated(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
             document = strict_json.load_object(data, f"{escape(checkpoint.name)}: {name}")
             return _from_file(name, document), name
     return {}, ""
+
+
+def refuse_quantised(checkpoint: Checkpoint, role: str, reason: str) -> None:
+    """Raise `IncompatibleInputs` for a checkpoint that its files say is quantised, where plain weights are needed."""
+    settings, file = stated(checkpoint)
+    if settings:
+        method = escape(str(settings.get("quant_method", "a method without a name")))
+        raise IncompatibleInputs(
+            f"{role}, {escape(checkpoint.name)}, is quantised ({method}, says {file}): {reason}",
+            hint="`weightops dequantize` makes a plain checkpoint of it",
+        )
 
 
 def _is_mlx(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from weightops.io.escape import escape
 from weightops.io.names import listed, matching
 from weightops.layouts.families import is_told_by_a_table
 from weightops.layouts.loaded_names import LoadedNames
-from weightops.lazy import Evaluate, LazyTensor
+from weightops.lazy import Evaluate, LazyTensor, read_each
 from weightops.operations.cast.fp8 import scaled
 from weightops.operations.dequantize import plain_if_quantised
 from weightops.ops.fp8 import Strategy
@@ -35,7 +35,7 @@ def cast(
     scheme: Literal["fp8"] | None = None,
     strategy: Strategy = "channel",
     cast_all: bool = False,
-    evaluate: Evaluate,
+    evaluate: Evaluate = read_each,
 ) -> Checkpoint:
     """`source` with its floating-point tensors in `dtype`, or its linear layers in fp8 with scales (`scheme`).
 

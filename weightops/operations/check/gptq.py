@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,9 @@ import numpy as np
 from weightops.checkpoint import Checkpoint
 from weightops.engine.examine import TensorReport
 from weightops.errors import CorruptInput, IncompatibleInputs
-from weightops.formats.modules import is_conv1d
 from weightops.formats.quantized.gptq import (
     CONFIG_KEY,
     CONFIG_NAME,
-    PARTS,
     Module,
     QuantizeConfig,
     is_act_order,
@@ -27,10 +23,8 @@ from weightops.formats.quantized.gptq import (
 from weightops.formats.quantized.gptq_zeros import CARRIES, ZeroEvidence, examine_zeros, mislabelled
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.lazy import Evaluate, LazyTensor
+from weightops.lazy import Evaluate
 from weightops.operations.check.report import Finding, Severity
-from weightops.ops.rows import Repeat
-from weightops.spec import DType
 
 _CODE = "quantization"
 _DAMAGED = "fetch the file again, or quantise the model again"
@@ -44,9 +38,8 @@ def gptq_findings(
         return
     try:
         config = read_config(checkpoint)
-    except IncompatibleInputs as error:
-        yield Finding("note", "unchecked", CONFIG_NAME, f"{error}: its tensors are held against nothing")
-        return
+    except IncompatibleInputs:
+        return  # it is said to be quantised in another way
     except CorruptInput as error:
         yield Finding("error", _CODE, "config.json", str(error), error.hint or "")
         config = None
@@ -66,36 +59,6 @@ def gptq_findings(
     if evaluate is not None:
         yield from _index_findings(found, config, evaluate)
         yield from _zero_findings(checkpoint, config, examine_zeros(found, evaluate))
-
-
-def as_plain(checkpoint: Checkpoint) -> Checkpoint:
-    """A quantised checkpoint with a weight of the right shape for each module: what its names and shapes are to be.
-
-    It stays as it is where it is not understood; `gptq_findings` says why.
-    """
-    try:
-        found = {prefix: read_module(checkpoint, prefix, read_config(checkpoint)) for prefix in prefixes(checkpoint)}
-    except (CorruptInput, IncompatibleInputs):
-        return checkpoint
-    if not found:
-        return checkpoint
-    tensors: dict[str, LazyTensor] = {}
-    model_type = _stated(checkpoint).get("model_type")
-    # Weights are of any type; that of the tensors that are not quantised is what config.json names.
-    kinds = Counter({DType.F16: 0})
-    for name, tensor in checkpoint.items():
-        if name.rpartition(".")[0] not in found and tensor.spec.dtype.is_float:
-            kinds[tensor.spec.dtype] += tensor.nbytes
-    dtype = max(kinds, key=kinds.__getitem__)
-    for name, tensor in checkpoint.items():
-        prefix, _, part = name.rpartition(".")
-        if prefix not in found or part not in PARTS:
-            tensors[name] = tensor
-        elif part == "qweight":
-            shape = found[prefix].out_features, found[prefix].in_features
-            shape = shape[::-1] if is_conv1d(prefix, model_type) else shape
-            tensors[f"{prefix}.weight"] = LazyTensor.make(Repeat(dtype, shape, bytes(dtype.itemsize)))
-    return replace(checkpoint, tensors=tensors)
 
 
 def biases_of_zeros(checkpoint: Checkpoint, tensors: Mapping[str, TensorReport]) -> list[str]:

@@ -17,6 +17,8 @@ from weightops.engine.values import values as values_of
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import is_adapter
 from weightops.formats.delta import NAME as DELTA_NAME
+from weightops.formats.quantized.table import Quantized
+from weightops.formats.quantized.weights import without_quantization
 from weightops.io.escape import escape
 from weightops.layouts.embeddings import embedding_and_head, vocabulary_rows
 from weightops.layouts.source import beside
@@ -26,6 +28,7 @@ from weightops.operations.check import values as check_values
 from weightops.operations.check.architecture import Held, architecture_findings, held_against
 from weightops.operations.check.config import config_findings, dtype_findings, tie_findings
 from weightops.operations.check.files import file_findings, leftover_findings, opening_findings, token_findings
+from weightops.operations.check.quantized import Understood, quantised_findings, understand
 from weightops.operations.check.report import CODES, SEVERITIES, CheckReport, Finding
 
 
@@ -58,9 +61,9 @@ def check(
         raise UsageError("max_abs is a bound on values, which are not read", hint="leave out --no-values")
     control = control or Control()
     tensors = examine(checkpoint, workers, control) if values else unread(checkpoint)
-    evaluate = partial(values_of, control=control) if values else None
-    subject = _Subject.of(checkpoint, None if cache is None else Path(cache), architecture=architecture)
-    findings = list(_findings(subject, tensors, max_abs, evaluate))
+    evaluate = partial(values_of, control=control)
+    subject = _Subject.of(checkpoint, None if cache is None else Path(cache), evaluate, architecture=architecture)
+    findings = list(_findings(subject, tensors, max_abs, evaluate if values else None))
     kept = [finding for finding in findings if finding.code not in ignore]
     return CheckReport(
         name=checkpoint.name,
@@ -81,14 +84,14 @@ class _Subject:
 
     checkpoint: Checkpoint
     config: dict[str, Any]
-    plain: Checkpoint
+    understood: Understood
     """With the weights of a model that is quantised in a way that is understood."""
     plain_config: dict[str, Any]
     held: Held
     errors: tuple[Finding, ...] = ()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, cache: Path | None, *, architecture: bool) -> _Subject:
+    def of(cls, checkpoint: Checkpoint, cache: Path | None, evaluate: Evaluate, *, architecture: bool) -> _Subject:
         errors: tuple[Finding, ...] = ()
         config: dict[str, Any] = {}
         try:
@@ -97,10 +100,23 @@ class _Subject:
             errors = (Finding("error", "config", "config.json", str(error), error.hint or ""),)
         if DELTA_NAME in checkpoint.sidecars or is_adapter(checkpoint):
             kind = "an exact delta" if DELTA_NAME in checkpoint.sidecars else "an adapter"
-            return cls(checkpoint, config, checkpoint, config, Held(reason=f"it is {kind}, no model"), errors)
-        plain = check_gptq.as_plain(checkpoint)
-        own = config if plain is checkpoint else {k: v for k, v in config.items() if k != "quantization_config"}
-        return cls(checkpoint, config, plain, own, held_against(plain, own, cache, wanted=architecture), errors)
+            return cls(
+                checkpoint,
+                config,
+                Understood(checkpoint, Quantized()),
+                config,
+                Held(reason=f"it is {kind}, no model"),
+                errors,
+            )
+        understood = Understood(checkpoint, Quantized()) if errors else understand(checkpoint, evaluate)
+        own = without_quantization(config) if understood.found else config
+        held = held_against(understood.checkpoint, own, cache, wanted=architecture)
+        return cls(checkpoint, config, understood, own, held, errors)
+
+    @property
+    def plain(self) -> Checkpoint:
+        """The model that the checkpoint stands for, by names and shapes."""
+        return self.understood.checkpoint
 
     @property
     def is_model(self) -> bool:
@@ -125,7 +141,9 @@ def _findings(
         text = f"{escape(checkpoint.name)}: {subject.held.reason}: its shapes are held against nothing"
         yield Finding("note", "unchecked", "config.json", text)
     else:
-        yield from check_gptq.gptq_findings(checkpoint, tensors, evaluate)
+        of_gptq = list(check_gptq.gptq_findings(checkpoint, tensors, evaluate))
+        yield from of_gptq
+        yield from quantised_findings(subject.understood, tensors, is_told=bool(of_gptq))
         yield from _held_findings(subject, tensors)
         yield from token_findings(checkpoint, config, beside(checkpoint, None), vocabulary_rows(checkpoint))
         yield from tie_findings(subject.plain, config, tensors, missing=subject.held.architecture is None)

@@ -16,9 +16,11 @@ from weightops.formats import delta
 from weightops.formats.containers import find_aliases
 from weightops.formats.gguf.metadata import ARCHITECTURE_KEY, kind_of, text
 from weightops.formats.proofs import manifest
+from weightops.formats.quantized.table import Quantized, find_weights
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
 from weightops.io.source_file import SourceFile
+from weightops.operations.dequantize import shapes_of
 from weightops.operations.inspect.adapter import AdapterReport, report_adapter
 from weightops.operations.inspect.report import Inspection
 from weightops.stores.store import Store
@@ -73,6 +75,7 @@ def inspect(
             if base is not None:
                 raise
             said = (*said, str(error))
+    quantised, problems = _quantised(everything, control)
     model_type = everything.config().get("model_type") or text(everything.metadata, ARCHITECTURE_KEY)
     return Inspection(
         path=path,
@@ -81,14 +84,24 @@ def inspect(
         shards=dict(checkpoint.shards),
         aliases=find_aliases(checkpoint.tensors),
         sidecars=tuple(sorted(checkpoint.sidecars)),
-        warnings=(*checkpoint.warnings, *said),
+        warnings=(*checkpoint.warnings, *said, *quantised.notes, *problems),
         model_type=model_type if isinstance(model_type, str) else None,
         content_id=found.content_id if found else None,
         recipe=found.recipe if found else {},
         sources=found.sources if found else {},
         reports=reports,
         adapter=report,
+        quantised=quantised,
     )
+
+
+def _quantised(checkpoint: Checkpoint, control: Control) -> tuple[Quantized, tuple[str, ...]]:
+    """The quantised weights of a checkpoint, or what is wrong with them."""
+    try:
+        evaluate = partial(values, control=control)
+        return find_weights(checkpoint, evaluate, shape_of=shapes_of(checkpoint), shapes_only=True), ()
+    except (IncompatibleInputs, CorruptInput) as error:
+        return Quantized(), (str(error),)
 
 
 def _kind(checkpoint: Checkpoint) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 
 from weightops.engine.examine import TensorDocument, TensorReport
 from weightops.formats.proofs import manifest
-from weightops.formats.quantized.gptq import PARTS, packed_shapes
+from weightops.formats.quantized.table import Quantized
 from weightops.io.brief import brief
 from weightops.io.notebook import card, in_units
 from weightops.io.strict_json import as_json
@@ -48,9 +48,10 @@ class NodeDocument(msgspec.Struct, frozen=True, kw_only=True):
 class InspectDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-inspect/2"):
     """What `inspect --json` prints.
 
-    `dtypes` are bytes by element type. `aliases` are names of tensors that share the bytes of another, with its name.
-    `content_id`, `recipe` and `sources` are what the manifest beside it says. `adapter` is there for a LoRA adapter,
-    `tree` where it was asked for. With `include` all numbers are those of the tensors that were looked at.
+    `dtypes` are bytes by element type, `quantised` weights by how they are stored. `aliases` are names of tensors that
+    share the bytes of another, with its name. `content_id`, `recipe` and `sources` are what the manifest beside it
+    says. `adapter` is there for a LoRA adapter, `tree` where it was asked for. With `include` all numbers are those of
+    the tensors that were looked at.
     """
 
     path: str
@@ -59,6 +60,7 @@ class InspectDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="sche
     nbytes: int
     parameters: int
     dtypes: dict[str, int]
+    quantised: dict[str, int]
     shards: dict[str, ShardDocument]
     aliases: dict[str, str]
     sidecars: tuple[str, ...]
@@ -88,6 +90,8 @@ class Inspection:
     sources: dict[str, manifest.SourceEntry]
     reports: Mapping[str, TensorReport]
     adapter: AdapterReport | None = None
+    quantised: Quantized = field(default_factory=Quantized)
+    """The weights that several tensors make up, as far as they can be understood."""
 
     __repr__ = brief
 
@@ -109,11 +113,11 @@ class Inspection:
     @cached_property
     def weights(self) -> dict[str, int]:
         """The weights that each tensor stands for: elements, shared ones once, and of packed modules what is packed."""
-        packed = packed_shapes(self.tensors)
-        parts = {f"{prefix}.{part}": 0 for prefix in packed for part in PARTS}
-        parts |= {f"{prefix}.{PARTS[0]}": inputs * outputs for prefix, (inputs, outputs) in packed.items()}
-        plain = {name: 0 if name in self.aliases else spec.numel for name, spec in self.tensors.items()}
-        return plain | {name: count for name, count in parts.items() if name in plain}
+        counts = {name: 0 if name in self.aliases else spec.numel for name, spec in self.tensors.items()}
+        for weight in self.quantised.weights.values():
+            first, *others = [name for name in weight.parts.values() if name in counts] or [""]
+            counts |= dict.fromkeys(others, 0) | ({first: weight.in_dtype().spec.numel} if first else {})
+        return counts | {name: 0 for name in self.quantised.unused if name in counts}
 
     @property
     def parameters(self) -> int:
@@ -149,6 +153,7 @@ class Inspection:
             nbytes=self.nbytes,
             parameters=self.parameters,
             dtypes=self.by_dtype(),
+            quantised=dict(self.quantised.schemes),
             shards={n: ShardDocument(tensors=c, nbytes=b) for n, (c, b) in self.by_shard().items()},
             aliases=self.aliases,
             sidecars=self.sidecars,

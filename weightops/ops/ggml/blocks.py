@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
 
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What the sixteen codes of IQ4_NL and IQ4_XS stand for."""
 _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice what the sixteen codes of E2M1 stand for; code 8 is 0 to ggml, not -0."""
@@ -264,7 +264,7 @@ def _tq2_0(blocks: Bytes, codes: Bytes) -> Scales:
 
 def _iq4_nl(blocks: Bytes, codes: Bytes) -> Scales:
     spread(codes, field(blocks, 2, 18), 4, 16)
-    _look_up(codes, _IQ4)
+    _look_up(codes, IQ4_VALUES)
     return Scales(halves(blocks, 0))
 
 
@@ -272,7 +272,7 @@ def _iq4_xs(blocks: Bytes, codes: Bytes) -> Scales:
     import numpy as np
 
     spread(codes, field(blocks, 8, 136), 4, 16)
-    _look_up(codes, _IQ4)
+    _look_up(codes, IQ4_VALUES)
     high = field(blocks, 2, 4, "<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (nibbles(blocks[:, 4:8]) | high.astype(np.uint8) << 4).view(np.int8) - np.int8(32)
     return Scales(halves(blocks, 0) * scales)
