@@ -71,6 +71,7 @@ ROWS: dict[str, list[Row]] = {
         row("--keep a* --keep b", "keep", ("a*", "b")),
         row("--on-overflow saturate", "on_overflow", "saturate"),
         row("--scheme fp8", "scheme", "fp8"),
+        row("--scheme fp8-block", "scheme", "fp8-block"),
         row("--strategy tensor", "strategy", "tensor"),
         row("--cast-all", "cast_all", True),
     ],

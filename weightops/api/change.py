@@ -86,7 +86,7 @@ def cast(
     dtype: str | None = None,
     keep: str | Sequence[str] = (),
     on_overflow: Literal["refuse", "saturate", "inf"] = "refuse",
-    scheme: Literal["fp8"] | None = None,
+    scheme: Literal["fp8", "fp8-block", "mxfp4"] | None = None,
     strategy: Literal["tensor", "channel"] = "channel",
     cast_all: bool = False,
     **output: Unpack[Output],
