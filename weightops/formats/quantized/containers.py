@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
+from zlib import crc32
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.gptq import MULTIPLE
@@ -76,7 +77,8 @@ def write_integers(
         parts = {
             "weight_packed": words_of(found.codes, found.bits),
             "weight_scale": cast(found.scales, scales or found.scales.spec.dtype),
-            "weight_shape": LazyTensor.make(Given(DType.I64, (2,), shape)),
+            # A number of its own: layers of one shape share no memory.
+            "weight_shape": LazyTensor.make(Given(DType.I64, (2,), shape, crc32(prefix.encode()))),
         }
         if not symmetric and found.zeros is not None:
             parts["weight_zero_point"] = transposed(words_of(transposed(found.zeros), found.bits))
