@@ -22,6 +22,7 @@ from weightops.ops.numbers.sparse import Bitmask, Masked24
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
 
+_INTEGERS = (DType.I64, DType.I32)
 _FP4: Table = "e2m1"
 _FP6: Table = "e2m3"
 _FUSED = ("weight_input", "weight_output")
@@ -68,9 +69,10 @@ def _shape(view: View, prefix: str, data: bytes | None, packed: LazyTensor) -> t
     import numpy as np
 
     spec = packed.spec
-    if data is None or len(data) != 16 or len(spec.shape) != 2:
+    said = view.checkpoint.get(f"{prefix}.weight_shape")
+    if data is None or said is None or said.spec.dtype not in _INTEGERS or said.spec.numel != 2 or len(spec.shape) != 2:
         raise view.misfit(f"{prefix}.weight_packed", f"is {spec} without a weight_shape of two numbers")
-    rows, columns = (int(n) for n in np.frombuffer(data, np.int64))
+    rows, columns = (int(n) for n in np.frombuffer(data, said.spec.dtype.value))
     if rows != spec.shape[0] or not 0 < columns < 1 << 40:
         raise view.misfit(
             f"{prefix}.weight_shape", f"is [{rows}, {columns}], the packed weight has {spec.shape[0]} rows"
