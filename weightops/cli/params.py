@@ -26,7 +26,7 @@ CHECKPOINT_FORMAT = (
 )
 CONTAINER = (
     "What holds the integers: gptq, which most programs read, stores zero points minus one, gptq_v2 as they are; awq "
-    "holds 4 bits; compressed-tensors is read by vLLM and transformers without further packages."
+    "holds 4 bits; compressed-tensors is what transformers reads with the package of that name. vLLM reads all of them."
 )
 SEED = "Seed of the random numbers: the same seed gives the same result."
 DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."

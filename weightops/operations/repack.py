@@ -114,7 +114,7 @@ def repacked(
         tensors=tensors,
         shards=shards,
         sidecars={name: file for name, file in source.sidecars.items() if name not in QUANTISED},
-        warnings=(*source.warnings, *found.notes, *_notes(source, to, modules)),
+        warnings=(*source.warnings, *found.notes, *_notes(source, to, modules, kind)),
         total_size=None,
         content_id=None,
         digests={name: digest for name, digest in source.digests.items() if tensors.get(name) is source.get(name)},
@@ -282,7 +282,7 @@ def _left(source: Checkpoint, modules: Sequence[_Module]) -> list[str]:
     return list(dict.fromkeys([*heads, *(module for module in matrices if module not in quantised)]))
 
 
-def _notes(source: Checkpoint, to: Container, modules: Mapping[str, _Module]) -> list[str]:
+def _notes(source: Checkpoint, to: Container, modules: Mapping[str, _Module], kind: DType | None) -> list[str]:
     """What loaders make of the result that is not to be seen."""
     notes = []
     found = list(modules.values())
@@ -300,7 +300,8 @@ def _notes(source: Checkpoint, to: Container, modules: Mapping[str, _Module]) ->
     if ragged:
         notes.append(f"inputs are no multiple of the group size, which vLLM refuses: {listed(ragged, 3)}")
     named = named_dtype(source.config())
-    if to == "compressed-tensors" and any(m.integers.scales.spec.dtype is not (named or DType.F16) for m in found):
+    types = {kind or module.integers.scales.spec.dtype for module in found}
+    if to == "compressed-tensors" and types != {named or DType.F16}:
         notes.append(
             f"scales are not {named.value if named else 'float16'}, the type of the model: loaders round them to it"
         )
