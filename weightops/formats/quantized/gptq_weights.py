@@ -27,9 +27,9 @@ from weightops.formats.quantized.weights import (
 )
 from weightops.io.names import listed
 from weightops.lazy import LazyTensor
+from weightops.ops.gptq.steps import GroupSteps
 from weightops.ops.gptq.tensors import TrueZeros, Zeros, dequantized
 from weightops.ops.numbers.codes import Codes, held
-from weightops.ops.numbers.stored_scales import GroupSteps
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
 
