@@ -290,4 +290,4 @@ def test_what_is_no_gptq_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         weightops.dequantize(tmp_path / "plain", tmp_path / "out", dtype="int8")
     write_checkpoint(tmp_path / "awq", {"a.qweight": torch.zeros(3)}, {"quantization_config": {"quant_method": "awq"}})
     assert run(["dequantize", str(tmp_path / "awq"), "--out", str(tmp_path / "out")]) == 1
-    assert "quantised by awq, expected gptq, which alone" in capsys.readouterr().err
+    assert "says quant_method awq, the tensors of a are those of gptq" in capsys.readouterr().err

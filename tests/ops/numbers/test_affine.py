@@ -82,6 +82,14 @@ def test_small_floats_and_how_far_the_next_is() -> None:
     assert np.allclose(steps.numpy()[0, :8], 2 * np.array([0.5, 0.5, 0.5, 0.5, 1, 1, 2, 2]) * (1 + 2.0**-4))
 
 
+def test_steps_of_float8_are_those_to_the_next() -> None:
+    every = torch.arange(0, 0x7E, dtype=torch.uint8).view(torch.float8_e4m3fn)  # positive numbers, in order
+    codes = lazy(every[:-1].reshape(1, -1).contiguous())
+    op = Affine("w", DType.F32, (1, codes.spec.shape[1]), steps=True)
+    found = LazyTensor.make(op, codes, lazy(torch.tensor([[2.0]])))
+    assert np.allclose(found.numpy()[0], 2 * (1 + 1 / 16) * every.float().diff().numpy())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_scales_that_are_no_numbers_are_refused_by_name(value: float) -> None:
     codes, scales = torch.zeros(2, 4, dtype=torch.int8), torch.tensor([[1.0], [value]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from weightops.formats.quantized.weights import AUTO_ROUND, NumberFormat, QuantizedWeight, View, affine
+from weightops.formats.quantized.weights import AUTO_ROUND, Integers, NumberFormat, QuantizedWeight, View, affine
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
 from weightops.ops.numbers.affine import Affine
@@ -79,7 +79,8 @@ def _module(view: View, prefix: str) -> QuantizedWeight:
         factors,
         zeros,
     )
-    return QuantizedWeight(name, "awq", f"awq {kind}, 4 bits, groups of {size}", parts, native, value)
+    integers = Integers(codes, factors, zeros, _BITS, size)
+    return QuantizedWeight(name, "awq", f"awq {kind}, 4 bits, groups of {size}", parts, native, value, integers)
 
 
 def _fast(view: View, prefix: str, parts: dict[str, str]) -> QuantizedWeight:

@@ -13,7 +13,7 @@ from typing import Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.groups import format_of, weight_settings
-from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import Integers, NumberFormat, QuantizedWeight, View, affine, reshaped
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.numbers.affine import Affine, Role, ScalesOverOne, Table
@@ -22,6 +22,7 @@ from weightops.ops.numbers.sparse import Bitmask, Masked24
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
 
+_INTEGERS = (DType.I64, DType.I32)
 _FP4: Table = "e2m1"
 _FP6: Table = "e2m3"
 _FUSED = ("weight_input", "weight_output")
@@ -68,9 +69,10 @@ def _shape(view: View, prefix: str, data: bytes | None, packed: LazyTensor) -> t
     import numpy as np
 
     spec = packed.spec
-    if data is None or len(data) != 16 or len(spec.shape) != 2:
+    said = view.checkpoint.get(f"{prefix}.weight_shape")
+    if data is None or said is None or said.spec.dtype not in _INTEGERS or said.spec.numel != 2 or len(spec.shape) != 2:
         raise view.misfit(f"{prefix}.weight_packed", f"is {spec} without a weight_shape of two numbers")
-    rows, columns = (int(n) for n in np.frombuffer(data, np.int64))
+    rows, columns = (int(n) for n in np.frombuffer(data, said.spec.dtype.value))
     if rows != spec.shape[0] or not 0 < columns < 1 << 40:
         raise view.misfit(
             f"{prefix}.weight_shape", f"is [{rows}, {columns}], the packed weight has {spec.shape[0]} rows"
@@ -107,6 +109,7 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
             raise view.misfit(index_name, f"is {g_idx.spec}, expected int32 [{columns}]")
         roles.append("g_idx")
         inputs.append(g_idx)
+    named = dict(zip(roles, inputs[2:], strict=True))
     block = (rows if scales.spec.shape[0] == 1 and rows > 1 else 1, size)
     value = affine(
         lambda dtype, steps: Affine(
@@ -115,7 +118,11 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
         *inputs,
     )
     scheme = f"int{bits}, {'one scale a row' if size >= columns else f'groups of {size}'}"
-    return QuantizedWeight(name, "compressed-tensors", scheme, parts, view.native(scales), value)
+    # One scale for several rows is no grid that another container has.
+    integers = (
+        Integers(inputs[0], scales, named.get("zeros"), bits, size, named.get("g_idx")) if block[0] == 1 else None
+    )
+    return QuantizedWeight(name, "compressed-tensors", scheme, parts, view.native(scales), value, integers)
 
 
 def _bits(view: View, prefix: str, columns: int, words: int) -> tuple[int, Order]:

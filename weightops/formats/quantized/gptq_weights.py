@@ -17,13 +17,23 @@ from weightops.formats.quantized.gptq import (
     read_module,
 )
 from weightops.formats.quantized.gptq_zeros import ZeroOverflow, find_zeros
-from weightops.formats.quantized.weights import AUTO_ROUND, NumberFormat, QuantizedWeight, View
+from weightops.formats.quantized.weights import (
+    AUTO_ROUND,
+    Integers,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    refuse_method,
+)
 from weightops.io.names import listed
 from weightops.lazy import LazyTensor
-from weightops.ops.gptq.tensors import Zeros, dequantized
-from weightops.ops.numbers.stored_scales import GroupSteps
+from weightops.ops.gptq.steps import GroupSteps
+from weightops.ops.gptq.tensors import TrueZeros, Zeros, dequantized
+from weightops.ops.numbers.codes import Codes, held
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
+
+METHODS = frozenset({"gptq"}) | AUTO_ROUND
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class GptqOptions:
 
 def gptq_format(options: GptqOptions) -> NumberFormat:
     """The format, read by `options`."""
-    return NumberFormat("gptq", frozenset({"gptq"}) | AUTO_ROUND, partial(find, options))
+    return NumberFormat("gptq", METHODS, partial(find, options))
 
 
 def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:
@@ -44,6 +54,7 @@ def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:
     prefixes = view.ending(".qweight")
     if not prefixes:
         return
+    refuse_method(view, METHODS, prefixes[0], "those of gptq")
     settings = _auto_round(view) if view.method in AUTO_ROUND else read_config(view.checkpoint)
     modules = [read_module(view.checkpoint, prefix, settings) for prefix in prefixes]
     zeros: Zeros = "as-stored"
@@ -93,4 +104,11 @@ def _weight(module: Module, zeros: Zeros, is_transposed: bool) -> QuantizedWeigh
 
     names = {part: f"{module.prefix}.{part}" for part in PARTS if part != "g_idx" or module.g_idx is not None}
     scheme = f"gptq, {module.bits} bits, groups of {size}"
-    return QuantizedWeight(f"{module.prefix}.weight", "gptq", scheme, names, module.scales.spec.dtype, value)
+    integers = None if is_transposed else _integers(module, zeros, size)
+    return QuantizedWeight(f"{module.prefix}.weight", "gptq", scheme, names, module.scales.spec.dtype, value, integers)
+
+
+def _integers(module: Module, zeros: Zeros, size: int) -> Integers:
+    codes = LazyTensor.make(Codes(module.bits, module.in_features), held(transposed(module.qweight)))
+    points = LazyTensor.make(TrueZeros(module.bits, zeros), module.qzeros)
+    return Integers(codes, held(transposed(module.scales)), held(transposed(points)), module.bits, size, module.g_idx)

@@ -18,7 +18,7 @@ from weightops.formats.quantized.mxfp4 import MXFP4
 from weightops.formats.quantized.quanto import QUANTO
 from weightops.formats.quantized.scaled import SCALED
 from weightops.formats.quantized.torchao import TORCHAO
-from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, stated
+from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, refuse_method, stated
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.lazy import Evaluate
@@ -117,12 +117,7 @@ def find_weights(
 def _found(view: View, number_format: NumberFormat) -> Iterator[QuantizedWeight]:
     """The weights of one format, whose tensors no other is asked for."""
     for weight in number_format.find(view):
-        if view.method is not None and view.method not in number_format.methods:
-            raise IncompatibleInputs(
-                f"{view.where}: {view.stated_in} says quant_method {escape(view.method)}, the tensors of "
-                f"{escape(weight.name)} are {number_format.name}: {weight.scheme}",
-                hint="the configuration is of another model; correct or remove what it says of quantisation",
-            )
+        refuse_method(view, number_format.methods, weight.name, f"{number_format.name}: {weight.scheme}")
         view.taken |= dict.fromkeys(weight.parts.values(), weight.name)
         yield weight
 

@@ -31,10 +31,27 @@ Value = Callable[[DType, bool], LazyTensor]
 
 
 @dataclass(frozen=True)
+class Integers:
+    """A weight `[n, k]` as integers, apart from any container: `scales[:, g] * (codes - zeros[:, g])`.
+
+    `codes` uint8 `[n, k]` of `bits` bits; `scales` floats `[n, g]`; `zeros` uint8 `[n, g]`, or None for
+    `2**(bits-1)` everywhere. Column j is in group `j // group_size`, or where there is `g_idx`, int32 `[k]`, as that
+    says.
+    """
+
+    codes: LazyTensor
+    scales: LazyTensor
+    zeros: LazyTensor | None
+    bits: int
+    group_size: int
+    g_idx: LazyTensor | None = None
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A weight: its `name` in a plain checkpoint, the tensors that make it up by role, the type that the format's own
     library gives it, and its numbers in any of the types of `ops.numbers.affine.DTYPES`. `scheme` says in words how it
-    is stored."""
+    is stored; `integers` are there for formats of integers with scales, whatever words hold them."""
 
     name: str
     format: str
@@ -42,6 +59,7 @@ class QuantizedWeight:
     parts: Mapping[str, str]
     native: DType
     value: Value
+    integers: Integers | None = None
 
     def in_dtype(self, dtype: DType | None = None) -> LazyTensor:
         """Its numbers, in the native type by default."""
@@ -121,6 +139,16 @@ class View:
     def misfit(self, name: str, problem: str, hint: str = "the files are damaged, or of two models") -> CorruptInput:
         """The error for tensors that do not belong together."""
         return CorruptInput(f"{self.where}: {escape(name)}: {problem}", hint=hint)
+
+
+def refuse_method(view: View, methods: frozenset[str], name: str, scheme: str) -> None:
+    """Raise `IncompatibleInputs` where the configuration names another method than the tensors of `name` show."""
+    if view.method is not None and view.method not in methods:
+        raise IncompatibleInputs(
+            f"{view.where}: {view.stated_in} says quant_method {escape(view.method)}, the tensors of {escape(name)} "
+            f"are {scheme}",
+            hint="the configuration is of another model; correct or remove what it says of quantisation",
+        )
 
 
 @dataclass(frozen=True)

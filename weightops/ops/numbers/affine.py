@@ -131,7 +131,7 @@ class Affine(Op, frozen=True):
         if "map" not in self.roles:
             return _numbers_of(self.table, tensor.inputs[0].spec.dtype, self.steps)
         given = tensor.inputs[2 + self.roles.index("map")]
-        values = _as_float32(read.whole(given), given.spec.dtype)
+        values = as_float32(read.whole(given), given.spec.dtype)
         numbers = np.zeros(256, np.float32)
         numbers[: len(values)] = _gaps(values) if self.steps else values
         return numbers
@@ -198,7 +198,7 @@ class Affine(Op, frozen=True):
         itemsize = given.spec.dtype.itemsize
         with read.scratch(count * itemsize) as buffer:
             read(given, first * itemsize, buffer)
-            found = _as_float32(buffer, given.spec.dtype)
+            found = as_float32(buffer, given.spec.dtype)
         if role == "scales":
             bad = ~np.isfinite(found) if self.is_signed else ~(np.isfinite(found) & (found >= 0))
             if bad.any():
@@ -297,7 +297,7 @@ def _gaps(numbers: Floats) -> Floats:
     return gaps
 
 
-def _as_float32(data: memoryview | bytes, dtype: DType) -> Floats:
+def as_float32(data: memoryview | bytes, dtype: DType) -> Floats:
     """Numbers of any type of 8 to 32 bits in float32, in memory of their own."""
     import numpy as np
 
@@ -346,7 +346,7 @@ class ScalesOverOne(Op, frozen=True):
 
         scales, one = tensor.inputs
         itemsize = scales.spec.dtype.itemsize
-        number = _as_float32(read.whole(one), one.spec.dtype)[0]
+        number = as_float32(read.whole(one), one.spec.dtype)[0]
         if not np.isfinite(number) or number <= 0:
             raise CorruptInput(
                 f"{escape(self.label)}: its scale of scales is {number:g}, expected a finite number above zero",
@@ -354,6 +354,6 @@ class ScalesOverOne(Op, frozen=True):
             )
         with read.scratch(len(out) // 4 * itemsize) as buffer:
             read(scales, start // 4 * itemsize, buffer)
-            values = _as_float32(buffer, scales.spec.dtype)
+            values = as_float32(buffer, scales.spec.dtype)
         operation = np.multiply if self.is_factor else np.divide
         operation(values, number, out=np.frombuffer(out, np.float32))
