@@ -412,7 +412,6 @@ def test_containers_change_alone_but_not_of_parts(tmp_path: Path, to: str) -> No
         ("torch", {"tokenizer": False}, "has no use for tokenizer"),
         ("meta", {"set": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
         ("meta", {"set": CONTEXT, "format": "safetensors"}, "always written as meta files, not safetensors"),
-        ("gguf", {"set": CONTEXT, "max_shard_size": "1GB"}, "is not divided by size"),
         ("gguf", {"set": CONTEXT, "format": "torch"}, "always written as gguf files, not torch"),
     ],
 )
