@@ -308,7 +308,8 @@ def _plan(wanted: Wanted, out: Path) -> Plan:
         raise UsageError(
             f"{escape(str(out))}: what is written here is not divided by size", hint="leave out --max-shard-size"
         )
-    default = "source" if CONTAINERS[container].is_whole else DEFAULT_SHARD_NBYTES
+    is_whole = container in CONTAINERS and CONTAINERS[container].is_whole
+    default = "source" if is_whole else DEFAULT_SHARD_NBYTES
     expect = files.get("expect")
     if files.get("card"):
         checkpoint = replace(checkpoint, sidecars={n: s for n, s in checkpoint.sidecars.items() if n != CARD})
