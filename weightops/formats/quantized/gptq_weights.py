@@ -36,7 +36,9 @@ class GptqOptions:
 
 def gptq_format(options: GptqOptions) -> NumberFormat:
     """The format, read by `options`."""
-    return NumberFormat("gptq", frozenset({"gptq"}) | AUTO_ROUND, partial(find, options))
+    return NumberFormat(
+        "gptq", frozenset({"gptq"}) | AUTO_ROUND, partial(find, options), (".qzeros", ".scales", ".g_idx")
+    )
 
 
 def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:

@@ -6,7 +6,7 @@ the two contradict each other that is said by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from weightops.spec import DType
 CONFIG_KEY = "quantization_config"
 _NESTED = ("text_config", "vision_config", "llm_config", "language_config", "thinker_config")
 NATIVE = (DType.F16, DType.BF16)
+FLOATS = (*NATIVE, DType.F32)
+DAMAGED = "the files are damaged, or of two models"
 AUTO_ROUND = frozenset({"auto-round", "intel/auto-round"})
 """Names of the method of auto-round, which packs as GPTQ or as AWQ."""
 
@@ -100,6 +102,22 @@ class View:
             )
         return found
 
+    def part(self, name: str, of: str, dtypes: Collection[DType], dimensions: int | None = None) -> LazyTensor:
+        """`need`, where it is not empty and of one of these types, with so many dimensions, or two and more.
+
+        Raises `CorruptInput`.
+        """
+        found = self.need(name, of)
+        shape = found.spec.shape
+        fits = len(shape) == dimensions if dimensions is not None else len(shape) >= 2
+        if found.spec.dtype not in dtypes or not fits or 0 in shape:
+            kinds = " or ".join(dtype.value for dtype in dtypes)
+            many = (
+                f"{dimensions} dimension{'s' * (dimensions != 1)}" if dimensions is not None else "2 dimensions or more"
+            )
+            raise self.misfit(name, f"is {found.spec}, expected {kinds} of {many}")
+        return found
+
     def read(self, names: Iterable[str]) -> dict[str, bytes]:
         """The bytes of small tensors by name, read together."""
         listed = list(names)
@@ -118,18 +136,20 @@ class View:
             return DType.F32
         return scales.spec.dtype if scales.spec.dtype in NATIVE else self.dtype_named() or DType.BF16
 
-    def misfit(self, name: str, problem: str, hint: str = "the files are damaged, or of two models") -> CorruptInput:
+    def misfit(self, name: str, problem: str, hint: str = DAMAGED) -> CorruptInput:
         """The error for tensors that do not belong together."""
         return CorruptInput(f"{self.where}: {escape(name)}: {problem}", hint=hint)
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A published format: the values of `quant_method` that name it, and how its weights are found among tensors."""
+    """A published format: the values of `quant_method` that name it, how its weights are found among tensors, and how
+    the names of their parts end."""
 
     name: str
     methods: frozenset[str]
     find: Callable[[View], Iterator[QuantizedWeight]]
+    endings: tuple[str, ...] = ()
 
 
 def named_dtype(config: Mapping[str, Any]) -> DType | None:
@@ -151,7 +171,8 @@ def stated(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
         for key in (CONFIG_KEY, "quantization"):
             found = part.get(key)
             if isinstance(found, Mapping):
-                return ({"quant_method": "mlx", **found} if _is_mlx(config, found) else found), "config.json"
+                is_mlx = "quantization" in part and "quant_method" not in found
+                return ({"quant_method": "mlx", **found} if is_mlx else found), "config.json"
             if found is not None and key == CONFIG_KEY:
                 raise CorruptInput(
                     f"{escape(checkpoint.name)}: config.json: {key} is {type(found).__name__}, expected an object"
@@ -162,10 +183,6 @@ def stated(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
             document = strict_json.load_object(data, f"{escape(checkpoint.name)}: {name}")
             return _from_file(name, document), name
     return {}, ""
-
-
-def _is_mlx(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    return "quant_method" not in settings and "bits" in settings and "group_size" in settings
 
 
 def _from_file(name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:
