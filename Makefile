@@ -43,7 +43,7 @@ help:
 	@echo "make bench-quality   what quantising costs the small model in perplexity"
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
-	@echo "make llamacpp        llama-cpp-python 0.3.36 likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
+	@echo "make llamacpp        llama-cpp-python 0.3.36 and llama.cpp's converter likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
 	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
@@ -131,7 +131,11 @@ autogptq: $(AUTOGPTQ)/.ready
 
 $(LLAMACPP)/.ready:
 	$(call new,$(LLAMACPP),a few minutes and over 1 GB)
-	@$(LLAMACPP)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	@$(LLAMACPP)/bin/python -m pip install --quiet torch==2.13.0
+	@$(LLAMACPP)/bin/python -m pip install --quiet llama-cpp-python==0.3.36 transformers==5.23.0 sentencepiece protobuf pyyaml
+	@$(LLAMACPP)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMACPP) llama-cpp-python==0.3.36
+	@tar -xzf $(LLAMACPP)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMACPP) --strip-components=2 llama_cpp_python-0.3.36/vendor/llama.cpp
+	@rm $(LLAMACPP)/llama_cpp_python-0.3.36.tar.gz
 	@touch $@
 
 llamacpp: $(LLAMACPP)/.ready
@@ -160,6 +164,9 @@ bench-compare: $(READY)
 
 bench-merge: $(READY) mergekit
 	$(BIN)/python benchmarks/merge.py
+
+bench-formats: $(READY)
+	$(BIN)/python benchmarks/number_formats.py
 
 bench-quantize: $(READY) gptqmodel autogptq
 	$(BIN)/python benchmarks/quantize.py

@@ -6,6 +6,8 @@ Its own code is not published as a package; gguf's SpecialVocab and LlamaHfVocab
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,15 @@ def tokenizer_fields(folder: Path, rows: int, pre: str) -> dict[str, Any]:
         writer.add_add_space_prefix(config["add_prefix_space"])
     if (folder / "tokenizer.model").is_file():
         _write(writer, "llama", "default", _of_sentencepiece(folder, rows))
-        special = gguf.SpecialVocab(folder, n_vocab=rows)
+        special = _special(folder, n_vocab=rows)
     else:
         try:
             tokens = [(text.decode(), score, int(kind)) for text, score, kind in LlamaHfVocab(folder).all_tokens()]
             _write(writer, "llama", "default", _padded(tokens, rows))
-            special = gguf.SpecialVocab(folder, n_vocab=rows)
+            special = _special(folder, n_vocab=rows)
         except (FileNotFoundError, TypeError):
             _write(writer, "gpt2", pre, _of_bytes(folder, rows))
-            special = gguf.SpecialVocab(folder, load_merges=True)
+            special = _special(folder, load_merges=True)
     special.add_to_gguf(writer, quiet=True)
     if rows == 32016:  # Code Llama
         special = gguf.SpecialVocab(folder, special_token_types=["prefix", "suffix", "middle", "eot"])
@@ -45,6 +47,25 @@ def tokenizer_fields(folder: Path, rows: int, pre: str) -> dict[str, Any]:
         writer.add_add_bos_token(False)
     kept = {key: value.value for shard in writer.kv_data for key, value in shard.items()}
     return {key: value for key, value in kept.items() if key.startswith("tokenizer.")}
+
+
+def _special(folder: Path, **asked: Any) -> gguf.SpecialVocab:
+    """gguf's own, with what changed after its 0.19: the post-processor goes before tokenizer_config.json."""
+    config = _json(folder / "tokenizer_config.json")
+    flags = {name: config.pop(f"add_{name}_token", None) for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    top = _json(folder / "tokenizer.json").get("post_processor") or {}
+    levels = any(each.get("type") == "ByteLevel" for each in top.get("processors", [top]))
+    with tempfile.TemporaryDirectory() as without:
+        shutil.copytree(folder, without, dirs_exist_ok=True)
+        if config:
+            (Path(without) / "tokenizer_config.json").write_text(json.dumps(config))
+        found = gguf.SpecialVocab(without, **asked)
+    found.add_special_token = {
+        **({"bos": False, "eos": False} if levels else {}),
+        **found.add_special_token,
+        **{name: flag for name, flag in flags.items() if flag is not None and name not in found.add_special_token},
+    }
+    return found
 
 
 def _write(writer: gguf.GGUFWriter, model: str, pre: str, tokens: Tokens) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.formats.layout import Layout
+from weightops.formats.quantized.parts import module_of_part
 from weightops.formats.safetensors import safetensors_layout, sharing_layout
 from weightops.formats.torch import Flavour, torch_layout
 from weightops.io.names import listed
@@ -47,18 +48,17 @@ def find_aliases(tensors: Tensors) -> dict[str, str]:
 
 
 def _units(tensors: Tensors) -> list[tuple[list[str], int]]:
-    """What stays in one file, with its bytes: each tensor, but all parts of a GPTQ module that follow each other."""
-    units: list[tuple[list[str], int]] = []
-    last = ""
+    """What stays in one file, with its bytes: each tensor, but all parts of a quantised weight with their module's.
+
+    Loaders of bitsandbytes and of fused kernels look for the parts of a weight in the file that they read it from.
+    """
+    modules = {module for name in tensors if (module := module_of_part(name)) is not None}
+    units: dict[str, tuple[list[str], int]] = {}
     for name, tensor in tensors.items():
-        module = name.rpartition(".")[0]
-        if module and module == last and f"{module}.qweight" in tensors:
-            names, nbytes = units.pop()
-            units.append(([*names, name], nbytes + tensor.nbytes))
-        else:
-            units.append(([name], tensor.nbytes))
-        last = module
-    return units
+        module = module_of_part(name) or name.rpartition(".")[0]
+        names, nbytes = units.setdefault(f"{module}." if module in modules else name, ([], 0))
+        units[f"{module}." if module in modules else name] = ([*names, name], nbytes + tensor.nbytes)
+    return list(units.values())
 
 
 def pack(tensors: Tensors, max_nbytes: int) -> Groups:

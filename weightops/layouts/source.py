@@ -22,6 +22,7 @@ SETTINGS: Mapping[str, tuple[type, str]] = {
     "rope_theta": (float, "base of the rotary frequencies"),
     "norm_eps": (float, "epsilon of the norms"),
     "n_heads": (int, "heads of q"),
+    "pre": (str, "llama.cpp's name for how a tokenizer cuts texts before it merges tokens"),
     "instruct": (bool, "whether the model is an instruct one, whose turns end with <|eot_id|>"),
 }
 """What files may leave unsaid, with its type."""
@@ -112,7 +113,7 @@ def parse_settings(texts: Mapping[str, str]) -> dict[str, Any]:
             values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UsageError(f"{name}={text} is no {kind.__name__}", hint=f"{name}: {meaning}") from None
-        if kind is not bool and not 0 < values[name] < _ABSURD:
+        if kind in (int, float) and not 0 < values[name] < _ABSURD:
             raise UsageError(f"{name}={text} is not above zero", hint=f"{name}: {meaning}")
     return values
 

@@ -1,7 +1,8 @@
-"""Convert: a LLaMA model from any layout into any other.
+"""Convert: a model from one layout into another.
 
-Source layouts are read into a `Model`, target layouts written from one. What a layout does not hold is dropped by
-name and with the reason, or the conversion is refused.
+Layouts of LLaMA models are read into a `Model`, and written from one. GGUF, which has many families, is read into what
+transformers saves (`Saved`), and written from that. What a layout does not hold is dropped by name and with the reason,
+or the conversion is refused.
 """
 
 from __future__ import annotations
@@ -9,22 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from weightops.checkpoint import Checkpoint, Written, written_json
+from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.gguf.metadata import is_typed
+from weightops.formats.quantized.table import find_weights
+from weightops.formats.quantized.weights import CONFIG_KEY
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.escape import escape
 from weightops.layouts import gguf, hf, meta, tencentpretrain
 from weightops.layouts.model import Model
-from weightops.layouts.names import find_layout
+from weightops.layouts.names import EMBEDDING, HEAD, find_layout
 from weightops.layouts.source import Source, beside, parse_settings
-from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE
+from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.dequantize import plain
+from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
 from weightops.spec import DType
@@ -33,16 +39,18 @@ from weightops.spec import DType
 @dataclass(frozen=True)
 class Target:
     """How to write. `parts`: files among which Meta's layout divides each tensor. `dtype`: of all weights, None to
-    keep theirs. `as_in_2023`: see `weightops.layouts.hf.write`.
+    keep theirs. `as_in_2023`: see `weightops.layouts.hf.write`; `pre`: `weightops.layouts.gguf.write`.
     """
 
     parts: int | None = None
     dtype: DType | None = None
     as_in_2023: bool = False
+    pre: str | None = None
 
 
 READERS: Mapping[str, Callable[[Source], Model]] = {
     "hf": hf.read,
+    "gguf": lambda source: hf.read(_as_hf(source)),
     "meta": meta.read,
     "tencentpretrain": lambda source: tencentpretrain.read(source, "tencentpretrain"),
     "llama_inference": lambda source: tencentpretrain.read(source, "llama_inference"),
@@ -52,7 +60,7 @@ WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
     "meta": lambda model, target: meta.write(model, target.parts or 1),
     "tencentpretrain": lambda model, target: tencentpretrain.write(model, "tencentpretrain"),
     "llama_inference": lambda model, target: tencentpretrain.write(model, "llama_inference"),
-    "gguf": lambda model, target: gguf.write(model, target.dtype),
+    "gguf": lambda model, target: gguf.write(gguf.from_model(model), target.dtype, target.pre),
 }
 GGUF_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 _ANYWHERE = frozenset({Kind.NOTICE, Kind.CARD})
@@ -65,6 +73,14 @@ _PLACES: Mapping[str, frozenset[Kind]] = {
 """The kinds of files that a layout takes along as they are; Meta's code and TencentPretrain's pass over the others."""
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REWRITTEN = ("config.json", "params.json")
+_FIELDS = {
+    "context_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "n_heads": "num_attention_heads",
+    "rope_theta": "rope_theta",
+    "rope_factor": "factor",
+}
+"""Where config.json says what users may say."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ def convert(
     as_in_2023: bool = False,
     evaluate: Evaluate,
 ) -> Checkpoint:
-    """A LLaMA model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf.
+    """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; only LLaMA is in all of them.
 
     `from_` is the layout of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
     `set`: what its files leave unsaid. `tokenizer`: the path of one elsewhere, or False for none.
@@ -101,7 +117,8 @@ def convert(
         raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
     files = beside(source, Path(tokenizer) if isinstance(tokenizer, str) else tokenizer)
     opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=tokenizer is None)
-    converted = convert_model(opened, to, Target(model_parallel, dtype, as_in_2023), from_)
+    target = Target(model_parallel, dtype, as_in_2023, known.get("pre"))
+    converted = convert_model(opened, to, target, from_)
     return replace(converted.checkpoint, dropped=converted.dropped)
 
 
@@ -113,25 +130,112 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     """
     refuse_adapter(source.checkpoint, "the source")
     layout = layout or find_layout(source.checkpoint)
+    if layout is None and any(name.endswith(f".{EMBEDDING.name('hf', 0)}") for name in source.checkpoint):
+        layout = "hf"  # a language model within another
     if layout is None or layout not in READERS:
         raise UsageError(
             f"{source.where}: no layout that is known", hint=f"its tensors are named as in none of {', '.join(READERS)}"
         )
     _check_target(to, target)
-    if to == layout and to != "meta":
+    if to == layout and to not in ("meta", "gguf"):
         return Converted(_in_dtype(source.checkpoint, target.dtype, to), layout, {})
+    if {layout, to} <= {"hf", "gguf"}:
+        return _by_saved(source, to, target, layout)
     own_parts = len(set(source.checkpoint.shards.values())) if layout == "meta" else None
     target = replace(target, parts=target.parts or own_parts)
-    model = READERS[layout](source)
+    source, layout_read = (_as_hf(source), "hf") if layout == "gguf" else (source, layout)
+    model = READERS[layout_read](source)
     _check_settings(model, source)
-    _check_norms(model, source)
+    _check_norms(model.tensors, source)
     unchanged = ("params.json",) if to == layout and target.parts == own_parts else ()
-    model = _with_files(_with_tokenizer(model, source, layout=layout, to=to), source, to=to, unchanged=unchanged)
+    model = _with_tokenizer(model, source, layout=layout_read, to=to)
+    sidecars, notes = _sidecars(model.files, source, to=to, unchanged=unchanged)
+    model = replace(model, sidecars=sidecars, notes=(*model.notes, *notes))
     result = WRITERS[to](model, target)
     if to != "gguf":  # which has types and metadata of its own
         metadata = {**result.metadata, **source.checkpoint.metadata}
         result = replace(_in_dtype(result, target.dtype, to), metadata=metadata)
-    return Converted(replace(result, warnings=_warnings(source, model, result)), layout, model.dropped)
+    said = _warnings(source, result, model.notes, model.dropped)
+    said += _on_tokens(model.n_tokens, model.hyperparameters.vocab_size)
+    return Converted(replace(result, warnings=said), layout, model.dropped)
+
+
+def _by_saved(source: Source, to: str, target: Target, layout: str) -> Converted:
+    """Between transformers and GGUF, for every family that GGUF is written of and read as here."""
+    if layout == "gguf":
+        saved = gguf.read(source, target.dtype if to == "hf" else None)
+    else:
+        saved = _read_saved(_dequantised(source, target.dtype))
+    _check_norms(saved.tensors, source)
+    rows = saved.config.get("vocab_size")
+    n_tokens = count_tokens(saved.files, rows) if saved.files.is_hugging_face and type(rows) is int else None
+    result = gguf.write(saved, target.dtype, target.pre) if to == "gguf" else _written(saved)
+    said = _warnings(source, result, (), result.dropped) + _on_tokens(n_tokens, rows)
+    return Converted(replace(result, warnings=said), layout, result.dropped)
+
+
+def _dequantised(source: Source, dtype: DType | None) -> Source:
+    """The source with plain weights; exact ones, where they are to be rounded to `dtype`.
+
+    gpt-oss keeps its MXFP4, of which GGUF has blocks.
+    """
+    config = source.checkpoint.config()
+    if config.get("model_type") == "gpt_oss" and (config.get(CONFIG_KEY) or {}).get("quant_method") == "mxfp4":
+        return source
+    found = find_weights(source.checkpoint, lambda tensors: [source.evaluate(tensor) for tensor in tensors])
+    if not found:
+        return source
+    made = plain(source.checkpoint, found, DType.F32 if dtype is not None else None)
+    return replace(source, checkpoint=made, read_file=lambda n: made.sidecar(n) if n == CONFIG else source.read_file(n))
+
+
+def _read_saved(source: Source) -> gguf.Saved:
+    """A folder of transformers as it is, its tensors in the order in which llama.cpp's converter takes them."""
+    files = source.tokenizer_files(layout="hf")
+    sidecars, notes = _sidecars(files, source, to="gguf", unchanged=())
+    config, shards = source.parameters("config.json"), source.checkpoint.shards
+    tensors = dict(source.checkpoint)
+    in_file = {name: i for i, name in enumerate(tensors)}
+    order = sorted(tensors, key=lambda n: (f := shards.get(n, ""), n if f.endswith(".safetensors") else "", in_file[n]))
+    tied = config.get("tie_word_embeddings") and EMBEDDING.name("hf", 0), HEAD.name("hf", 0)
+    if tied[0] in tensors and tied[1] in tensors and tensors[tied[0]] != tensors[tied[1]]:
+        problem = f"{source.where}/config.json ties {tied[1]} to {tied[0]}, and they do not agree"
+        tensors[tied[0]] = LazyTensor.make(Agreed(problem), tensors[tied[0]], tensors[tied[1]])
+    return gguf.Saved(
+        name=source.checkpoint.name,
+        config=_with_settings(config, source),
+        tensors={name: tensors[name] for name in order},
+        files=files,
+        card=source.read_file("README.md"),
+        sidecars=sidecars,
+        warnings=notes,
+    )
+
+
+def _with_settings(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """config.json with what the user says, where that is not there; raises `UsageError` where it is something else."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    result = dict(config)
+    for name, key in _FIELDS.items():
+        stated = result.get(key, rope.get(key) if isinstance(rope, dict) else None)
+        if name in source.settings and stated is None:
+            result[key] = source.settings[name]
+        elif name in source.settings and stated != source.settings[name]:
+            raise UsageError(f"{source.where}: by its own files, {name} is {stated}, not {source.settings[name]}")
+    return result
+
+
+def _written(saved: gguf.Saved) -> Checkpoint:
+    """What transformers loads: config.json, the tokenizer's files, tensors."""
+    made = {name: Written(data) for name, data in saved.files.files.items()}
+    sidecars = {CONFIG: written_json(saved.config), **made, **saved.sidecars}
+    return Checkpoint(saved.name, saved.tensors, sidecars=sidecars, warnings=saved.warnings, dropped=saved.dropped)
+
+
+def _as_hf(source: Source) -> Source:
+    """A GGUF file as if transformers had saved its model."""
+    checkpoint = replace(_written(gguf.read(source)), folder=None)
+    return replace(source, checkpoint=checkpoint, read_file=beside(checkpoint, None))
 
 
 def _check_target(to: str, target: Target) -> None:
@@ -148,20 +252,23 @@ def _check_target(to: str, target: Target) -> None:
         raise UsageError(f"{dtype.value} is a type of GGUF alone", hint="give --to gguf")
 
 
-def _warnings(source: Source, model: Model, result: Checkpoint) -> tuple[str, ...]:
+def _warnings(source: Source, result: Checkpoint, notes: Sequence[str], dropped: Mapping[str, str]) -> tuple[str, ...]:
     """What there is to say of the source, of what was derived, and of what is not in the result."""
-    said = [*source.checkpoint.warnings, *model.notes, *result.warnings]
-    said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(model.dropped.items())[:1]]
-    if len(model.dropped) > 1:
-        said.append(f"and {len(model.dropped) - 1} more are left out; the manifest names them")
-    if result.container == "gguf" and (keys := sorted(source.checkpoint.metadata.keys() - {"format"})):
+    said = [*source.checkpoint.warnings, *notes, *result.warnings]
+    said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]
+    if len(dropped) > 1:
+        said.append(f"and {len(dropped) - 1} more are left out; the manifest names them")
+    keys = sorted(key for key, value in source.checkpoint.metadata.items() if key != "format" and not is_typed(value))
+    if result.container == "gguf" and keys:
         said.append(f"{', '.join(map(escape, keys))} of the source's __metadata__: left out, as gguf has its own")
-    rows = model.hyperparameters.vocab_size
-    if model.n_tokens is None:
-        said.append("there is no tokenizer in the output; --tokenizer names one")
-    elif model.n_tokens < rows:
-        said.append(f"the embedding has {rows} rows, the tokenizer {model.n_tokens} tokens")
     return tuple(said)
+
+
+def _on_tokens(n_tokens: int | None, rows: object) -> tuple[str, ...]:
+    if n_tokens is None:
+        return ("there is no tokenizer in the output; --tokenizer names one",)
+    is_more = isinstance(rows, int) and n_tokens < rows
+    return (f"the embedding has {rows} rows, the tokenizer {n_tokens} tokens",) if is_more else ()
 
 
 def _in_dtype(checkpoint: Checkpoint, dtype: DType | None, layout: str) -> Checkpoint:
@@ -189,9 +296,9 @@ def _check_settings(model: Model, source: Source) -> None:
             raise UsageError(f"{source.where}: by its own files, {name} is {value}, not {given}")
 
 
-def _check_norms(model: Model, source: Source) -> None:
+def _check_norms(tensors: Mapping[str, LazyTensor], source: Source) -> None:
     """Refuse norms with values that are no numbers: they are small, and a model with one says nothing."""
-    for name, tensor in model.tensors.items():
+    for name, tensor in tensors.items():
         if len(tensor.spec.shape) == 1 and not np.isfinite(_values(tensor, source)).all():
             raise CorruptInput(
                 f"{source.where}: {escape(name)} holds values that are no numbers",
@@ -224,24 +331,26 @@ def _with_tokenizer(model: Model, source: Source, *, layout: str, to: str) -> Mo
     return replace(model, tokenizer=tokenizer, files=files, n_tokens=max(count, n_tokens or 0), notes=notes)
 
 
-def _with_files(model: Model, source: Source, *, to: str, unchanged: Sequence[str]) -> Model:
-    """The model with the files that go along as they are, and a note on those that have no place."""
+def _sidecars(
+    files: TokenizerFiles, source: Source, *, to: str, unchanged: Sequence[str]
+) -> tuple[dict[str, Sidecar], tuple[str, ...]]:
+    """The files that go along as they are, and a note on those that have no place; `files` are the tokenizer's."""
     own = source.checkpoint.sidecars
     found = {name: own[name] for name in own if source.has_own_tokenizer or kind_of(name) is not Kind.TOKENIZER}
     if not source.has_own_tokenizer:
-        given = {name: data for name, data in model.files.files.items() if kind_of(name) is Kind.TOKENIZER}
+        given = {name: data for name, data in files.files.items() if kind_of(name) is Kind.TOKENIZER}
         found |= {name: Written(data) for name, data in given.items()}
     goes = {name for name in found if kind_of(name) in _PLACES[to] or name in unchanged}
-    if not model.files.is_hugging_face:  # the layout makes its own
+    if not files.is_hugging_face:  # the layout makes its own
         goes -= {name for name in found if kind_of(name) is Kind.TOKENIZER}
-    elif not model.files.files.get(PIECES, SENTENCEPIECE).startswith(SENTENCEPIECE) and to == "hf":
+    elif not files.files.get(PIECES, SENTENCEPIECE).startswith(SENTENCEPIECE) and to == "hf":
         goes -= {PIECES}  # Llama 3's ranks, which transformers takes for a sentencepiece model
-    sidecars = {name: found[name] for name in found if name in goes}
-    if to != "gguf" and GENERATION not in sidecars and CONFIG in model.files:
-        config = model.files.document(CONFIG)
+    sidecars: dict[str, Sidecar] = {name: found[name] for name in found if name in goes}
+    if to != "gguf" and GENERATION not in sidecars and CONFIG in files:
+        config = files.document(CONFIG)
         if ids := {name: config[name] for name in _ENDS if name in config}:
             sidecars[GENERATION] = written_json({"_from_model_config": True, **ids})
-    read = {*_REWRITTEN, *model.files.files} if to == "gguf" else {*_REWRITTEN, PIECES}
+    read = {*_REWRITTEN, *files.files} if to == "gguf" else {*_REWRITTEN, PIECES}
     lost = sorted(name for name in found if name not in goes and name not in read)
     notes = (f"{', '.join(map(escape, lost))}: left out, as {to} has no place for it",) if lost else ()
-    return replace(model, sidecars=sidecars, notes=(*model.notes, *notes))
+    return sidecars, notes

@@ -9,6 +9,7 @@ from weightops.checkpoint import Checkpoint, Sidecar
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.delta import NAME as DELTA_NAME
 from weightops.formats.delta import Delta, DeltaTensor, find_delta, label, refuse_delta
+from weightops.formats.quantized.weights import refuse_quantised
 from weightops.formats.sidecars import Kind, is_tokenizer_file, kind_of
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
@@ -122,6 +123,8 @@ def _recovered(base: LazyTensor | None, stored: LazyTensor, entry: DeltaTensor, 
 def _recover_published(
     raw: Checkpoint, diff: Checkpoint, vocab: str, dtype: DType | None, carry: tuple[str, ...], drop: tuple[str, ...]
 ) -> Checkpoint:
+    for role, checkpoint in (("raw", raw), ("the diff", diff)):
+        refuse_quantised(checkpoint, role, "a diff is added to plain weights")
     base = as_loaded(raw, diff)
     new = diff.keys() - base.keys()
     unexpected = new - matching(new, carry)

@@ -57,6 +57,26 @@ class Subtract(_Arithmetic, frozen=True):
     sign: ClassVar[int] = -1
 
 
+class Shift(Op, frozen=True):
+    """Its input, float32 or float16, with `by` added to each element in its own dtype, one rounding."""
+
+    by: float
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if source.dtype not in (DType.F32, DType.F16):
+            raise UsageError(f"a number is added to float32 and float16 here, not to {source.dtype.value}")
+        return source
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        read(tensor.inputs[0], start, out)
+        values = np.frombuffer(out, tensor.spec.dtype.value)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add(values, values.dtype.type(self.by), out=values)
+
+
 class Cast(Op, frozen=True):
     """Its input in another dtype: round to nearest even, overflow to infinity where the type has one."""
 

@@ -87,7 +87,7 @@ def test_a_config_comes_back_from_json(config: QuantizeConfig) -> None:
 @pytest.mark.parametrize(
     ("document", "error", "text"),
     [
-        ({"quant_method": "awq", "bits": 4}, IncompatibleInputs, "quantised by awq, expected gptq, which alone"),
+        ({"quant_method": "awq", "bits": 4}, IncompatibleInputs, "quantised by awq, expected gptq"),
         ({**MINIMAL, "checkpoint_format": "marlin"}, IncompatibleInputs, "in the format marlin"),
         ({**AUTOGPTQ, "is_marlin_format": True}, IncompatibleInputs, "in the format marlin"),
         ({**MINIMAL, "checkpoint_format": "gptq", "format": "gptq_v2"}, CorruptInput, "is gptq, format is gptq_v2"),

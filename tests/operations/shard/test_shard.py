@@ -116,11 +116,14 @@ def test_edits_are_made_one_after_the_other() -> None:
     )
 
 
-def test_lists_of_exceptions_that_name_modules_are_pointed_out() -> None:
+def test_lists_of_exceptions_name_modules_anew_and_what_cannot_is_pointed_out() -> None:
     config = {"quantization_config": {"ignore": ["lm_head"]}}
-    (note,) = shard(model(NAMES, config), rename={"^lm_head": "head"}).warnings
+    found = shard(model(NAMES, config), rename={"^lm_head": "head"})
+    assert found.config()["quantization_config"] == {"ignore": ["head"]}
+    assert found.warnings == ()
+    config = {"quantization_config": {"ignore": ["model"]}}
+    (note,) = shard(model(NAMES, config), rename={r"^model\.layers": "deep"}).warnings
     assert note == "config.json: quantization_config names modules as they were named before"
-    assert shard(model(NAMES, config), rename={"^model": "m"}).warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
     multiple=True,
     metavar="NAME=VALUE",
     callback=_settings,
-    help="Say what the files do not: context_length, rope_factor, rope_theta, norm_eps, n_heads or instruct. "
+    help="Say what the files do not: context_length, rope_factor, rope_theta, norm_eps, n_heads, pre or instruct. "
     f"{SEVERAL}",
 )
 @click.option(
@@ -61,7 +61,7 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
 @click.option("--check", is_flag=True, help="First check the source against its checklist.chk.")
 @write_options
 def command(source: Path | str, out: Path, **options: Any) -> None:
-    """Convert a LLaMA or Mistral model into the files that another program reads.
+    """Convert a model into the files that another program reads.
 
     SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. Every bit of the weights is kept unless
     --dtype asks for another number type.
@@ -70,7 +70,8 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     Example:
       weightops convert ./llama-2-7b --to hf --set context_length=4096 --out ./llama-2-7b-hf
       weightops convert ./llama-2-7b-hf --to meta --model-parallel 2 --out ./llama-2-7b-mp2
-      weightops convert ./llama-2-7b-hf --to gguf --dtype q8_0 --out ./llama-2-7b-gguf
+      weightops convert ./qwen3-8b --to gguf --dtype q8_0 --out ./qwen3-8b-q8_0.gguf
+      weightops convert ./gguf/gemma-2-9b-Q4_K_M.gguf --to hf --out ./gemma-2-9b
 
     \b
     What programs read is called a layout here:
@@ -78,9 +79,13 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
       meta             Meta's own code: consolidated.NN.pth and params.json
       tencentpretrain  TencentPretrain: one .bin file, or several with an index
       llama_inference  llama_inference: the same under other names
-      gguf             llama.cpp: one file; written, but not read
+      gguf             llama.cpp: one file
       safetensors      any model: other weight files, and nothing else changed
       torch            the same, as torch saves them
+
+    LLaMA and Mistral models go from any layout into any other. Between hf and gguf go Mixtral, Qwen 2, Qwen 3 and their
+    mixtures of experts, Gemma 1 to 3, Phi-3, Granite, OLMo 2, StarCoder2, Command R, DeepSeek V2 and V3, gpt-oss too,
+    byte for byte as llama.cpp's own converter writes them, and back into what transformers saves.
 
     A tensor that has no place in the new layout is named, with the reason. What the old files do not say, such as the
     context length of Meta's, is taken from the published model of just these sizes, and reported, or has to be said

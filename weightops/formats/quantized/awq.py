@@ -57,8 +57,8 @@ def _layout(view: View, prefix: str) -> Layout | None:
         return None
     raise view.misfit(
         f"{prefix}.qweight",
-        f"is {qweight.spec} with qzeros {qzeros.spec} and scales {scales.spec}, expected [k, n / 8] with [k / g, n / 8] "
-        "and [k / g, n], or [n, k / 8] with [n, w] and [n, 8 w]",
+        f"is {qweight.spec} with qzeros {qzeros.spec} and scales {scales.spec}, expected [k, n / 8] with "
+        "[k / g, n / 8] and [k / g, n], or [n, k / 8] with [n, w] and [n, 8 w]",
     )
 
 

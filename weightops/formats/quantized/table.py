@@ -145,7 +145,7 @@ def _refuse_unread(view: View) -> None:
     reason = _UNREAD.get(view.method or "")
     if reason is not None:
         raise IncompatibleInputs(
-            f"{view.where}: {view.stated_in} says quant_method {escape(str(view.method))} ({reason}), which is not read",
+            f"{view.where}: {view.stated_in} says quant_method {view.method} ({reason}), which is not read",
             hint="take the checkpoint that it was made of, or dequantise it with its own library",
         )
 

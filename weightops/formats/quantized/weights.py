@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import CorruptInput
+from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.formats.sidecars import QUANTISED
 from weightops.io import strict_json
 from weightops.io.escape import escape
@@ -109,12 +109,10 @@ class View:
         """
         found = self.need(name, of)
         shape = found.spec.shape
-        fits = len(shape) == dimensions if dimensions is not None else len(shape) >= 2
+        fits = len(shape) == dimensions or (dimensions is None and len(shape) >= 2)
         if found.spec.dtype not in dtypes or not fits or 0 in shape:
             kinds = " or ".join(dtype.value for dtype in dtypes)
-            many = (
-                f"{dimensions} dimension{'s' * (dimensions != 1)}" if dimensions is not None else "2 dimensions or more"
-            )
+            many = f"{dimensions} dimensions" if dimensions is not None else "2 dimensions or more"
             raise self.misfit(name, f"is {found.spec}, expected {kinds} of {many}")
         return found
 
@@ -183,6 +181,17 @@ def stated(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
             document = strict_json.load_object(data, f"{escape(checkpoint.name)}: {name}")
             return _from_file(name, document), name
     return {}, ""
+
+
+def refuse_quantised(checkpoint: Checkpoint, role: str, reason: str) -> None:
+    """Raise `IncompatibleInputs` for a checkpoint that its files say is quantised, where plain weights are needed."""
+    settings, file = stated(checkpoint)
+    if settings:
+        method = escape(str(settings.get("quant_method", "a method without a name")))
+        raise IncompatibleInputs(
+            f"{role}, {escape(checkpoint.name)}, is quantised ({method}, says {file}): {reason}",
+            hint="`weightops dequantize` makes a plain checkpoint of it",
+        )
 
 
 def _from_file(name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:

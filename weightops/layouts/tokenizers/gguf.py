@@ -43,6 +43,9 @@ _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CODE_LLAMA_ROWS, _CODE_LLAMA_EOT, _GRANITE_ROWS = 32016, 32010, 49152
 """Models that llama.cpp's converter knows by the rows of their embedding, and what it says of them."""
+_GEMMA_EOT = 107
+_WITH_PIECES = ("llama", "pieces or bytes", "gemma", "gemma2", "gemma3", "phi3")
+"""Families whose tokenizer.model is taken where there is one; others have byte-level BPE always."""
 _ENDS_BY_NAME = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
     *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
@@ -90,20 +93,27 @@ class _Tokens:
         return result | ({_key("merges"): {"array": ["string", self.merges]}} if self.merges else {})
 
 
-def vocabulary(files: TokenizerFiles, rows: int) -> Vocabulary:
+def vocabulary(files: TokenizerFiles, rows: int, family: str = "llama", pre: str | None = None) -> Vocabulary:
     """The tokenizer in the files, of a model whose embedding has `rows`.
 
-    Raises `UsageError` where there is none, for kinds that llama.cpp has no name for, and for more tokens than rows;
-    `CorruptInput` for damaged files.
+    `family` is for which models the converter does otherwise than for LLaMA's: see `weightops.layouts.gguf.families`.
+    `pre` is the name of a byte-level BPE's pre-tokenizer where the tokenizer does not tell. Raises `UsageError` where
+    there is none, for kinds that llama.cpp has no name for, and for more tokens than rows; `CorruptInput` for damaged
+    files.
     """
-    prefix = files.document(TOKENIZER_CONFIG).get("add_prefix_space")
-    metadata: Metadata = {_key("add_space_prefix"): {"bool": prefix}} if isinstance(prefix, bool) else {}
-    tokens, special = _tokens(files, rows), special_vocab(files, rows)
+    metadata = Metadata()
+    if family == "llama" and isinstance(prefix := files.document(TOKENIZER_CONFIG).get("add_prefix_space"), bool):
+        metadata[_key("add_space_prefix")] = {"bool": prefix}
+    tokens, special = _tokens(files, rows, family, pre), special_vocab(files, rows)
     metadata |= tokens.metadata() | special.metadata()
-    if rows == _CODE_LLAMA_ROWS:
+    if family == "llama" and rows == _CODE_LLAMA_ROWS:
         metadata[_key("eot_token_id")] = {"uint32": _CODE_LLAMA_EOT}
-    if rows == _GRANITE_ROWS:
+    if family == "llama" and rows == _GRANITE_ROWS:
         metadata[_key("add_bos_token")] = {"bool": False}
+    if family == "gemma" and rows > _GEMMA_EOT:
+        metadata.setdefault(_key("eot_token_id"), {"uint32": _GEMMA_EOT})
+    if family in ("gemma", "gemma2", "gemma3") and tokens.model == "llama":
+        metadata[_key("add_space_prefix")] = {"bool": False}
     ends = {special.ids[kind] for kind in ("eos", "eot", "eom") if kind in special.ids}
     return Vocabulary(metadata, (*tokens.warnings, *special.warnings, *_other_ends(files, tokens.texts, ends)))
 
@@ -112,20 +122,21 @@ def _key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def _tokens(files: TokenizerFiles, rows: int) -> _Tokens:
-    if files.files.get(PIECES, b"").startswith(SENTENCEPIECE):
-        return _of_pieces(files, rows)
+def _tokens(files: TokenizerFiles, rows: int, family: str, pre: str | None) -> _Tokens:
+    if family in _WITH_PIECES and files.files.get(PIECES, b"").startswith(SENTENCEPIECE):
+        return _of_pieces(files, rows, looks=family != "phi3")
     if TOKENIZER not in files:
-        raise UsageError(
-            f"{files.where}: has no tokenizer that GGUF takes: neither tokenizer.model nor tokenizer.json",
-            hint="give --tokenizer FILE",
-        )
+        wanted = "neither tokenizer.model nor tokenizer.json" if family in _WITH_PIECES else "no tokenizer.json"
+        raise UsageError(f"{files.where}: has no tokenizer that GGUF takes: {wanted}", hint="give --tokenizer FILE")
     found = read_tokenizer_json(files.files[TOKENIZER], files.shown(TOKENIZER))
-    return _of_pieces_in_json(found, files, rows) if _is_pieces(found) else _of_bytes(found, files, rows)
+    return _of_pieces_in_json(found, files, rows) if _is_pieces(found) else _of_bytes(found, files, rows, pre)
 
 
-def _of_pieces(files: TokenizerFiles, rows: int) -> _Tokens:
-    """The pieces of a sentencepiece model, those of added_tokens.json, and what tokenizer_config.json says of any."""
+def _of_pieces(files: TokenizerFiles, rows: int, looks: bool = True) -> _Tokens:
+    """The pieces of a sentencepiece model, those of added_tokens.json, and what tokenizer_config.json says of any.
+
+    Without `looks` no token is special by its text alone, and tokenizer.json has the last word.
+    """
     pieces = sentencepiece.parse(files.files[PIECES], files.shown(PIECES)).tokens
     refuse_larger(len(pieces), rows, files.shown(PIECES))
     tokens = _Tokens.unused("llama", rows)
@@ -133,13 +144,17 @@ def _of_pieces(files: TokenizerFiles, rows: int) -> _Tokens:
         role = Kind.NORMAL if piece.kind is Kind.USER_DEFINED else piece.kind
         tokens.put(number, piece.data.decode(), piece.score, role)
     beyond = set()
-    for number, text, special in files.added():
+    added = list(files.added())
+    if not looks and TOKENIZER in files:
+        more = read_tokenizer_json(files.files[TOKENIZER], files.shown(TOKENIZER)).added
+        added += [(number, t.data.decode(), t.kind is Kind.CONTROL) for number, t in more.items()]
+    for number, text, special in added:
         if number >= rows:
             beyond.add((number, text))
-        elif special or (special is not None and _looks_special(text)):
+        elif special or (looks and special is not None and _looks_special(text)):
             tokens.put(number, text, _ADDED_SCORE, Kind.CONTROL)
         else:
-            shown = text if special is None else text.replace(_SPACE, " ")
+            shown = text.replace(_SPACE, " ") if looks and special is not None else text
             tokens.put(number, shown, _ADDED_SCORE, Kind.USER_DEFINED)
     tokens.warnings += [
         f"the token {escape(text)} ({number}) is left out: the embedding has {rows} rows"
@@ -176,7 +191,7 @@ def _of_pieces_in_json(found: TokenizerJson, files: TokenizerFiles, rows: int) -
     return tokens
 
 
-def _of_bytes(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens:
+def _of_bytes(found: TokenizerJson, files: TokenizerFiles, rows: int, pre: str | None) -> _Tokens:
     """The tokens of a byte-level BPE."""
     where = files.shown(TOKENIZER)
     if found.model != "BPE":
@@ -185,11 +200,12 @@ def _of_bytes(found: TokenizerJson, files: TokenizerFiles, rows: int) -> _Tokens
             hint="--tokenizer names another",
         )
     backend = _backend(files)
-    pre = name_of(backend, found.document, files.document(TOKENIZER_CONFIG))
+    pre = pre or name_of(backend, found.document, files.document(TOKENIZER_CONFIG))
     if pre is None:
         raise UsageError(
             f"{where}: cuts texts in a way that llama.cpp has no name for, before it merges tokens",
-            hint="llama.cpp would make other tokens; --tokenizer names another, such as that of the base model",
+            hint="if you know that it does as one that has a name, give --set pre=NAME; else llama.cpp would make other"
+            " tokens; --tokenizer names another, such as that of the base model",
         )
     texts, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
     refuse_larger(max(texts.values(), default=-1) + 1, rows, where)

@@ -16,7 +16,7 @@ from typing import Any
 from weightops.errors import CorruptInput
 from weightops.io import strict_json
 from weightops.layouts.tokenizers import ranks
-from weightops.layouts.tokenizers.files import GENERATION, TokenizerFiles
+from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TOKENIZER_CONFIG, TokenizerFiles
 from weightops.layouts.tokenizers.special_vocab import special_vocab
 from weightops.layouts.tokenizers.tokens import MAX_MERGES, Kind, Token, Tokenizer
 
@@ -42,13 +42,32 @@ def hf_files(tokenizer: Tokenizer, context_length: int | None) -> dict[str, byte
     if tokenizer.kind == "sentencepiece":
         # For readers of tokenizer.model: tokenizer.json says so itself.
         config |= {"add_bos_token": tokenizer.bos_id is not None, "add_eos_token": False}
-    document = _sentencepiece(tokenizer) if tokenizer.kind == "sentencepiece" else _ranks(tokenizer)
+    document = sentencepiece_document(tokenizer) if tokenizer.kind == "sentencepiece" else _ranks(tokenizer)
     files = {
         "special_tokens_map.json": strict_json.dumps(named),
         "tokenizer.json": json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(),
         "tokenizer_config.json": strict_json.dumps(config),
     }
     return files | ({"tokenizer.model": tokenizer.data} if tokenizer.kind == "sentencepiece" else {})
+
+
+def files_of(tokenizer: Tokenizer | None, files: TokenizerFiles) -> TokenizerFiles:
+    """The files that a folder of transformers has: `files` if they are such, or what a tokenizer of LLaMA makes."""
+    if tokenizer is None or files.is_hugging_face:
+        return files
+    made = hf_files(tokenizer, None)
+    config = strict_json.load_object(made[TOKENIZER_CONFIG], TOKENIZER_CONFIG)
+    if tokenizer.kind == "sentencepiece" and not tokenizer.add_dummy_prefix:
+        config["add_prefix_space"] = False
+    defined = {
+        str(i): {"content": token.data.decode(), "special": False}
+        for i, token in enumerate(tokenizer.tokens)
+        if token.kind is Kind.USER_DEFINED
+    }
+    if defined:
+        config["added_tokens_decoder"] = defined
+    made |= {TOKENIZER_CONFIG: strict_json.dumps(config), CONFIG: strict_json.dumps(special_ids(tokenizer))}
+    return TokenizerFiles({**made, **files.files}, files.where)
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
@@ -106,7 +125,8 @@ def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: tokenizer.tokens[i].data.decode() for name, i in ids.items() if i is not None}
 
 
-def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
+def sentencepiece_document(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json of a sentencepiece model."""
     texts = [token.data.decode() for token in tokenizer.tokens]
     has_bytes = any(token.kind is Kind.BYTE for token in tokenizer.tokens)
     symbols = [text for text, token in zip(texts, tokenizer.tokens, strict=True) if token.kind is Kind.USER_DEFINED]

@@ -9,14 +9,14 @@ Source: sentencepiece_model.proto, transformers (convert_slow_tokenizer.py, toke
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weightops.errors import CorruptInput, UsageError
 from weightops.layouts.tokenizers import sentencepiece
 from weightops.layouts.tokenizers.files import TOKENIZER, TOKENIZER_CONFIG, TokenizerFiles
 from weightops.layouts.tokenizers.tokenizer_json import TokenizerJson, is_byte
-from weightops.layouts.tokenizers.tokens import Kind, Tokenizer
+from weightops.layouts.tokenizers.tokens import Kind, Token, Tokenizer
 
 _SPACE = "\u2581"
 
@@ -51,19 +51,29 @@ def from_tokenizer_json(found: TokenizerJson, files: TokenizerFiles) -> Tokenize
         )
     unknown = found.document["model"].get("unk_token")
     scores = piece_scores(found)
-    pieces = bytearray()
+    tokens = []
     for number, text in sorted(texts.items()):
-        kind, score = _kind(number, text, found, unknown), scores[text]
-        score = score if kind is Kind.NORMAL else 0.0
-        pieces += _field(1, _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, int(kind)))
-    names = {f"{name}_token": _name(files, name) for name in ("bos", "eos", "pad")}
-    trainer = _field(3, 2) + _field(4, len(texts)) + _field(35, 1)
-    for number, name in ((45, unknown), (46, names["bos_token"]), (47, names["eos_token"]), (48, names["pad_token"])):
-        if isinstance(name, str) and name in found.vocabulary:
-            trainer += _field(number, name.encode())
-    normalizer = _field(1, b"identity") + _field(3, int(_puts_space(found.document, what)))
-    normalizer += _field(4, 0) + _field(5, 1)
-    return sentencepiece.parse(bytes(pieces) + _field(2, trainer) + _field(3, normalizer), what)
+        kind = _kind(number, text, found, unknown)
+        tokens.append(Token(text.encode(), kind, scores[text] if kind is Kind.NORMAL else 0.0))
+    named = {name: _name(files, name) for name in ("bos", "eos", "pad")} | {"unk": unknown}
+    names = {name: text for name, text in named.items() if isinstance(text, str) and text in found.vocabulary}
+    data = render(tokens, names, puts_space=_puts_space(found.document, what), has_bytes=True)
+    return sentencepiece.parse(data, what)
+
+
+def render(tokens: Iterable[Token], names: Mapping[str, str], *, puts_space: bool, has_bytes: bool) -> bytes:
+    """A tokenizer.model with these tokens; `names` are the texts of unk, bos, eos and pad, as far as there are such."""
+    pieces, count = bytearray(), 0
+    for token in tokens:
+        score = b"\x15" + struct.pack("<f", token.score)
+        pieces += _field(1, _field(1, token.data) + score + _field(3, int(token.kind)))
+        count += 1
+    trainer = _field(3, 2) + _field(4, count) + _field(35, int(has_bytes))
+    for number, name in ((45, "unk"), (46, "bos"), (47, "eos"), (48, "pad")):
+        if name in names:
+            trainer += _field(number, names[name].encode())
+    normalizer = _field(1, b"identity") + _field(3, int(puts_space)) + _field(4, 0) + _field(5, 1)
+    return bytes(pieces) + _field(2, trainer) + _field(3, normalizer)
 
 
 def _kind(number: int, text: str, found: TokenizerJson, unknown: object) -> Kind:

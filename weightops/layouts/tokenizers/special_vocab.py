@@ -3,7 +3,7 @@
 Its rules are followed to the letter, since what llama.cpp does at the ends of a text rests on them:
 tokenizer_config.json names tokens, whose ids come from tokenizer.json alone; config.json gives what is still missing;
 the post-processor says what is put around a text.
-Source: gguf 0.19 (vocab.py, gguf_writer.py).
+Source: gguf (vocab.py, gguf_writer.py) as llama-cpp-python 0.3.36 has it, newer than the package gguf 0.19.
 """
 
 from __future__ import annotations
@@ -73,10 +73,13 @@ def special_vocab(files: TokenizerFiles, rows: int) -> SpecialVocab:
     stated: list[tuple[str, object]] = []
     for kind in types if config else ():
         if isinstance(added := config.get(f"add_{kind}_token"), bool):
-            found.added[kind] = added
+            found.added.setdefault(kind, added)
         stated.append((kind, ids.get(content) if (content := _content(config.get(f"{kind}_token"))) else None))
     numbers = files.document(CONFIG)
-    stated += [(kind, numbers.get(f"{kind}_token_id")) for kind in types]
+    for kind in types:
+        number = numbers.get(f"{kind}_token_id")
+        within = _get(numbers.get("text_config"), f"{kind}_token_id")
+        stated.append((kind, within if number is None else number))
     for kind, number in stated:
         if type(number) is not int or number < 0 or kind in found.ids:
             continue
@@ -103,6 +106,9 @@ def _around_a_text(
     top = tokenizer.get("post_processor") or {}
     for processor in _items(_get(top, "processors")) or [top]:
         match _get(processor, "type"):
+            case "ByteLevel":
+                added.setdefault("bos", False)
+                added.setdefault("eos", False)
             case "RobertaProcessing":
                 added |= {"bos": True, "eos": True, "sep": True}
                 if not cls and has_config:
@@ -114,7 +120,11 @@ def _around_a_text(
                 first = _special(single[0]) if len(single) > 1 else None
                 last = _special(single[-1]) if len(single) > 1 else None
                 if first:
-                    bos = bos if has_config else first
+                    if not has_config:
+                        bos = first
+                    elif first not in (bos, cls):
+                        config["bos_token"] = bos = bos or first
+                        config["cls_token"] = cls = cls or first
                     added["bos"] = first in (bos, cls)
                 if last:
                     if not has_config:

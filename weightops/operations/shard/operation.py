@@ -21,6 +21,7 @@ from weightops.operations.shard.layers import keep_layers
 from weightops.ops.arrange import Agreed
 
 _TIE = "tie_word_embeddings"
+_QUANTISATION = ("quantization_config", "compression_config", "quantization")
 _MAX_LISTED = 50
 
 
@@ -132,8 +133,8 @@ def _renamed(source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         if not new or new == "__metadata__" or not _is_text(new):
             raise UsageError(f"{escape(old)} would be named {escape(new)!r}, which no tensor can be")
         origins[new] = old
-    result = with_names(source, origins.items())
-    stale = [name for name in ("quantization_config", "compression_config") if _names_any(source, name, names)]
+    result = with_names(source, origins.items()).with_config(lambda config: _with_modules(config, names))
+    stale = [key for key in _QUANTISATION if _names_any(result, key, names)]
     return _warned(result, *(f"config.json: {key} names modules as they were named before" for key in stale))
 
 
@@ -142,6 +143,30 @@ def _is_text(name: str) -> bool:
         return bool(name.encode())
     except UnicodeEncodeError:
         return False
+
+
+def _with_modules(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration whose lists of modules that are quantised, or are not, have the modules' new names."""
+    known: dict[str, str] = {}
+
+    def renamed(text: str) -> str:
+        if text not in known:
+            found = {
+                new.removesuffix(old.removeprefix(text))
+                for old, new in names.items()
+                if old.startswith(f"{text}.") and new.endswith(old.removeprefix(text))
+            }
+            known[text] = found.pop() if len(found) == 1 else text
+        return known[text]
+
+    def edited(value: Any) -> Any:
+        if isinstance(value, str):
+            return renamed(value)
+        if isinstance(value, list):
+            return [edited(part) for part in value]
+        return {renamed(key): edited(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    return {key: edited(value) if key in _QUANTISATION else value for key, value in config.items()}
 
 
 def _names_any(source: Checkpoint, key: str, names: Mapping[str, str]) -> bool:

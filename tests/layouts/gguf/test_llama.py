@@ -23,7 +23,8 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
 from weightops.formats.gguf import gguf_layout
 from weightops.formats.layout import Data, Literal
-from weightops.layouts.gguf import write
+from weightops.layouts import gguf as layout
+from weightops.layouts.gguf.write import llama3_factors
 from weightops.layouts.model import Hyperparameters, Model, RopeScaling
 from weightops.layouts.tokenizers import ranks, sentencepiece
 from weightops.layouts.tokenizers.files import TokenizerFiles
@@ -60,6 +61,10 @@ def model(tokenizer: Tokenizer | None, *, rows: int = 0, dtype: DType = DType.F3
         if not (h.tied and name == "output.weight")
     }
     return Model(name="Tiny Model", hyperparameters=h, tensors=tensors, tokenizer=tokenizer)
+
+
+def write(given: Model, dtype: DType | None) -> Checkpoint:
+    return layout.write(layout.from_model(given), dtype)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> Path:
@@ -211,10 +216,10 @@ def test_what_is_unusual_of_a_tokenizer_is_said() -> None:
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_rope_factors_are_what_frequencies_are_divided_by(factor: float) -> None:
-    scaling = RopeScaling(factor=factor)
-    checkpoint = write(model(pieces(), rope_scaling=scaling, rope_theta=5e5, head_dim=128), None)
+    checkpoint = write(model(pieces(), rope_scaling=RopeScaling(factor=factor), rope_theta=5e5), None)
     assert next(iter(checkpoint)) == "rope_freqs.weight"
-    made = np.frombuffer(evaluate(checkpoint["rope_freqs.weight"]), np.float32)
+    limits = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    made = llama3_factors({"factor": factor, "rope_theta": 5e5, **limits}, 128)
     expected = []
     for i in range(64):
         turns = 8192 * 5e5 ** (-2 * i / 128) / (2 * math.pi)  # within the context that it was trained for
@@ -245,12 +250,13 @@ def test_how_tokens_are_chosen_goes_into_the_file_as_gguf_takes_it(tmp_path: Pat
     theirs = gguf.Metadata.load(model_path=tmp_path)
     theirs.set_gguf_meta_model(writer)
     expected = {key: value.value for key, value in writer.kv_data[0].items() if "sampling" in key}
+    expected["general.sampling.penalty_repeat"] = 1.1  # since gguf 0.19
     files = TokenizerFiles({"generation_config.json": json.dumps(stated).encode()})
     found = write(replace(model(pieces()), files=files), None).metadata
     sampling = {key: value for key, value in found.items() if "sampling" in key}
     assert {key: next(iter(value.values())) for key, value in sampling.items()} == expected
     assert list(found).index("general.name") == 2 + len(expected)
-    assert len(expected) == 5
+    assert len(expected) == 6
 
 
 def test_what_llama_cpp_could_not_use_is_refused() -> None:
@@ -263,10 +269,22 @@ def test_what_llama_cpp_could_not_use_is_refused() -> None:
         write(model(pieces()), DType.F8_E4M3)
     with pytest.raises(UsageError, match="no file says for how long a context"):
         write(model(pieces(), context_length=None), None)
-    odd = model(pieces())
-    tensors = {**odd.tensors, "layers.1.feed_forward.w2.weight": LazyTensor.make(Given(DType.F32, (64, 40), b""))}
-    with pytest.raises(UsageError, match=r"blk\.1\.ffn_down\.weight: has rows of 40"):
-        write(replace(odd, tensors=tensors), DType.Q8_0)
+
+
+def test_rows_that_are_no_whole_blocks_stay_in_float16() -> None:
+    odd = model(pieces(), ffn_dim=40)
+    shapes = {"w1": (40, 64), "w2": (64, 40), "w3": (40, 64)}
+    narrow = {
+        f"layers.{n}.feed_forward.{name}.weight": LazyTensor.make(Given(DType.F32, shape, bytes(40 * 64 * 4)))
+        for n in (0, 1)
+        for name, shape in shapes.items()
+    }
+    checkpoint = write(replace(odd, tensors={**odd.tensors, **narrow}), DType.Q8_0)
+    types = {name: tensor.spec.dtype for name, tensor in checkpoint.items() if ".1." in name and "norm" not in name}
+    assert types.pop("blk.1.ffn_down.weight") is DType.F16
+    assert set(types.values()) == {DType.Q8_0}
+    assert checkpoint.metadata["general.file_type"] == {"uint32": 7}
+    assert ["float16" in warning for warning in checkpoint.warnings] == [True]
 
 
 def test_other_floats_are_quantised_by_way_of_float32() -> None:
