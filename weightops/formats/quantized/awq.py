@@ -49,7 +49,7 @@ def _layout(view: View, prefix: str) -> Layout | None:
     (height, width), (zero_rows, zero_width), (groups, outputs) = (t.spec.shape for t in (qweight, qzeros, scales))
     # A GPTQ module of 4 bits has these shapes only where it is as wide as a word is long.
     if is_asked or width != outputs:
-        if width * _PER_WORD == outputs and zero_width == width and zero_rows == groups:
+        if width * _PER_WORD == outputs and zero_width == width and zero_rows == groups < height:
             return "gemm"
         if height == zero_rows == groups and zero_width * _PER_WORD == outputs:
             return "gemv"
