@@ -97,7 +97,7 @@ def through_rows(draw: Draw, seed: int) -> QuantizedWeight:
     state = {"blocksize": size, "shape": [rows, columns], "dtype": "bfloat16", "quant_type": "nf4"}
     nested: Parts = {}
     if draw(st.integers(0, 1)):
-        state |= {"nested_blocksize": 256, "nested_offset": 0.5}
+        state |= {"nested_blocksize": 256, "nested_offset": -0.5}
         nested = {
             "weight.nested_absmax": (DType.F32, (-(-groups // 256),)),
             "weight.nested_quant_map": (DType.F32, (256,)),

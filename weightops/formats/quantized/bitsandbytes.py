@@ -67,7 +67,8 @@ def _four_bits(view: View, state_name: str, small: Mapping[str, bytes]) -> Quant
         numbers = numbers[:32] + struct.pack("<f", -0.0) + numbers[36:]
     codes = LazyTensor.make(Codes(4, count, "high"), reshaped(stored, (1, stored.nbytes), DType.U8))
     value = affine(
-        lambda dtype, steps: Affine(name, dtype, (1, size), ("map",), steps=steps),
+        # Scales that are quantised too are sums, and small ones come out below zero.
+        lambda dtype, steps: Affine(name, dtype, (1, size), ("map",), is_signed="nested_absmax" in parts, steps=steps),
         codes,
         reshaped(scales, (1, blocks)),
         LazyTensor.make(Given(DType.F32, (16,), numbers)),

@@ -25,8 +25,8 @@ def find(view: View) -> Iterator[QuantizedWeight]:
     for name in view.ending("._data._data"):
         yield _packed(view, name)
     for name in view.ending("._data"):
-        view.need(f"{name}._scale", name)
-        yield scaled_weight(view, name, {"weight": f"{name}._data", "scale": f"{name}._scale"}, "quanto", None)
+        parts = {"weight": f"{name}._data", "scale": f"{name}._scale"}
+        yield scaled_weight(view, name, parts, "quanto", view.need(parts["scale"], name).spec.dtype)
 
 
 def _packed(view: View, name: str) -> QuantizedWeight:
