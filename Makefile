@@ -24,7 +24,7 @@ define new
 endef
 
 .PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp formats formats-old mutants gpu clean
+  mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -158,9 +158,7 @@ $(FORMATSOLD)/.ready:
 	  hqq==0.2.8.post1
 	@touch $@
 
-formats-old: $(FORMATSOLD)/.ready
-
-formats: $(FORMATS)/.ready formats-old
+formats: $(FORMATS)/.ready $(FORMATSOLD)/.ready
 
 bench-processor: $(READY)
 	$(BIN)/python benchmarks/processor.py $(OPTIONS)

@@ -233,12 +233,12 @@ def _sparse(view: View) -> Iterator[QuantizedWeight]:
         name = f"{stem}.weight" if is_24 and not stem.endswith(".weight") else stem
         values = view.need(f"{stem}.compressed", name)
         mask = view.checkpoint[f"{stem}.bitmask"]
-        data = shapes.get(f"{stem}.shape")
-        shape = tuple(int(n) for n in np.frombuffer(data[:16], np.int64)) if len(data or b"") == 16 else ()
         parts = {part: f"{stem}.{part}" for part in ("compressed", "bitmask", "shape")}
-        if data is not None and view.checkpoint[parts["shape"]].spec.dtype is not DType.I64:
-            raise view.misfit(parts["shape"], f"is {view.checkpoint[parts['shape']].spec}, expected int64")
-        if len(shape) != 2 or min(shape) < 1 or mask.spec.shape != (shape[0], -(-shape[1] // 8)):
+        about = view.need(parts["shape"], name).spec
+        if about.dtype is not DType.I64 or about.numel != 2:
+            raise view.misfit(parts["shape"], f"is {about}, expected two numbers in int64")
+        shape = tuple(int(n) for n in np.frombuffer(shapes[parts["shape"]], np.int64))
+        if min(shape) < 1 or mask.spec.shape != (shape[0], -(-shape[1] // 8)):
             raise view.misfit(f"{stem}.bitmask", f"is {mask.spec}, for a weight {list(shape)}")
         op: Any
         if is_24:
