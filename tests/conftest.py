@@ -19,7 +19,7 @@ from hypothesis import settings
 
 systems.install(os.environ.get(systems.VARIABLE, ""))  # no test has imported weightops yet
 # A test that takes long beside others is not wrong. What is drawn at random is drawn anew in every run.
-settings.register_profile("quick", deadline=None, max_examples=40)
+settings.register_profile("quick", deadline=None, max_examples=20)
 settings.register_profile("thorough", deadline=None, max_examples=200)
 settings.load_profile("thorough" if "slow or not slow" in sys.argv else "quick")
 

@@ -341,7 +341,9 @@ def test_without_a_terminal_there_is_one_line_per_shard(family: Path) -> None:
 
 
 @needs_itself("fork")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_signals_stop_the_run_and_it_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
     layers = {f"layer.{i}": torch.full((512, 1024), i).half() for i in range(120)}
     write_checkpoint(tmp_path / "model", layers)

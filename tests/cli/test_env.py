@@ -80,6 +80,7 @@ def test_gpus_are_those_of_nvidia_smi(smi: Path, script: str, gpus: tuple[Gpu, .
     assert (found.gpus, found.gpus_by) == (gpus, None if gpus is None else "nvidia-smi")
 
 
+@pytest.mark.slow
 def test_torch_is_asked_only_when_it_is_to_be() -> None:
     code = "import sys; from weightops.cli.main import run; run(sys.argv[1:]); print('torch' in sys.modules)"
     for options, imported in (([], "False"), (["--gpu"], "True")):

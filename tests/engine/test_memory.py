@@ -53,7 +53,7 @@ def run_limited(*arguments: str) -> None:
 BIG = (1 << 14, 1 << 14)
 
 
-@pytest.mark.parametrize("container", ["safetensors", "torch-1.12"])
+@pytest.mark.parametrize("container", ["safetensors", pytest.param("torch-1.12", marks=pytest.mark.slow)])
 def test_a_tensor_of_half_a_gigabyte_is_recovered_in_288_mib(tmp_path: Path, container: str) -> None:
     raw = sparse(tmp_path / "raw", DType.F16, {"w": BIG})
     diff = sparse(tmp_path / "diff", DType.F16, {"w": BIG})
@@ -116,7 +116,8 @@ def test_a_model_larger_than_memory_is_recovered_in_288_mib(tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("vocab", [8192, pytest.param(128_256, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [8192, 128_256])
 def test_wide_embeddings_are_split_and_joined_in_288_mib(tmp_path: Path, vocab: int) -> None:
     """By columns, where each row of the whole is made of a piece from every part."""
     config = {"model_type": "mistral", "hidden_size": 16384, "num_hidden_layers": 1, "intermediate_size": 64}

@@ -12,6 +12,7 @@ import torch
 from support import evaluate_all, write_checkpoint
 
 import weightops
+from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
 from weightops.formats.folder import open_checkpoint
 from weightops.lazy import LazyTensor
@@ -93,3 +94,15 @@ def test_lists_of_modules_in_the_configuration_get_the_new_names(tmp_path: Path)
     found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert found["ignore"] == ["lm_head", "re:.*norm"]
     assert found["config_groups"]["group_0"]["targets"] == ["layers.0.q", "Linear"]
+
+
+def test_blocks_of_gguf_files_are_numbers_to_verbs_that_need_them(tmp_path: Path) -> None:
+    weights = torch.randn(8, 256).numpy()
+    blocks = {"blk.0.attn_q.weight": weightops.quantize_blocks(weights, "q4_k")}
+    metadata = {"general.architecture": {"string": "llama"}}
+    weightops.save(Checkpoint("m", blocks, metadata=metadata, container="gguf"), tmp_path / "m")
+    (file,) = (tmp_path / "m").glob("*.gguf")
+    weightops.cast(file, tmp_path / "cast", dtype="float32")
+    weightops.dequantize(file, tmp_path / "plain")
+    weightops.cast(tmp_path / "plain", tmp_path / "again", dtype="float32")
+    assert contents(tmp_path / "cast") == contents(tmp_path / "again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -121,15 +121,24 @@ def plain(source: Checkpoint, found: Quantized, dtype: DType | None = None, note
 
 def plain_if_quantised(source: Checkpoint, evaluate: Evaluate) -> Checkpoint:
     """`source` with its quantised weights in their native types, or as it is; raises as `dequantize`."""
+    packed = {tensor.spec.dtype.value for tensor in source.values() if tensor.spec.dtype.is_block}
+    if packed:
+        made = plain_gguf(source)
+        return replace(made, warnings=(*made.warnings, _note(source, packed, made.values())))
     found = find_weights(source, evaluate, shape_of=shapes_of(source))
     if not found:
         return source
-    made = {name: weight.in_dtype().spec for name, weight in found.weights.items()}
-    note = (
-        f"{escape(source.name)} is quantised ({listed(found.schemes, 3)}), and read as {_usual(found).value}: "
-        f"{in_units(sum(spec.nbytes for spec in made.values()))} of weights, computed as they are needed"
+    weights = [weight.in_dtype() for weight in found.weights.values()]
+    return plain(source, found, notes=[_note(source, found.schemes, weights)])
+
+
+def _note(source: Checkpoint, schemes: Iterable[str], weights: Collection[LazyTensor]) -> str:
+    """What is said of a source that is not what a verb works on."""
+    dtype = Counter(tensor.spec.dtype.value for tensor in weights).most_common(1)[0][0]
+    return (
+        f"{escape(source.name)} is quantised ({listed(schemes, 3)}), and read as {dtype}: "
+        f"{in_units(sum(tensor.nbytes for tensor in weights))} of weights, computed as they are needed"
     )
-    return plain(source, found, notes=[note])
 
 
 def shapes_of(source: Checkpoint) -> Callable[[str], tuple[int, ...] | None]:

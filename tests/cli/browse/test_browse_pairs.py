@@ -143,7 +143,7 @@ def test_packed_weights_are_shown_beside_what_they_stand_for(base: Path, tmp_pat
     quantize_tiny(base, tmp_path / "gptq")
     text, tree = shown(base, tmp_path / "gptq", "0.mlp.up_proj.qweight")
     assert text.startswith(UP)
-    assert "B  GPTQ, 4 bits, as float32 [256, 128]" in text
+    assert "B  gptq, 4 bits, groups of 32, as float16 [256, 128]" in text
     assert "quantised: one is the other, to within a quantisation step" in text
     assert "quantisation steps apart: 0." in text
     packed = load_file(tmp_path / "gptq" / "model.safetensors")

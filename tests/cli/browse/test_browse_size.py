@@ -45,6 +45,7 @@ def mixture(layers: int, experts: int) -> dict[str, list[int]]:
     return names
 
 
+@pytest.mark.slow
 def test_tens_of_thousands_of_tensors_are_there_at_once(tmp_path: Path) -> None:
     folder = headers_only(tmp_path / "m", mixture(40, 256))
 

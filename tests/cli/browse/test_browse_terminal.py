@@ -20,7 +20,13 @@ LEFT = ("\x1b[?1049l", "\x1b[?25h", "\x1b[?1000l", "\x1b[?2004l")
 
 @needs_terminals
 @pytest.mark.parametrize(
-    ("columns", "sent", "code"), [(80, "q", 0), (160, "\x03", 0), (80, signal.SIGINT, 130), (80, signal.SIGTERM, 143)]
+    ("columns", "sent", "code"),
+    [
+        (160, "q", 0),
+        pytest.param(160, "\x03", 0, marks=pytest.mark.slow),
+        pytest.param(80, signal.SIGINT, 130, marks=pytest.mark.slow),
+        (80, signal.SIGTERM, 143),
+    ],
 )
 def test_the_terminal_is_left_as_it_was(columns: int, sent: str | int, code: int) -> None:
     shown = run_in_terminal(["browse", str(TINY)], columns, 24, steps=[("38 tensors", sent)])

@@ -142,4 +142,4 @@ def test_another_method_is_not_taken_for_gptq(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "quantize_config.json").unlink()
     said = found(folder)
-    assert [(s, c) for s, c, text in said if "quantised by awq, expected gptq" in text] == [("warning", "quantization")]
+    assert [(s, c) for s, c, text in said if "quant_method awq, the tensors" in text] == [("warning", "quantization")]

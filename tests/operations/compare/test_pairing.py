@@ -173,7 +173,7 @@ def test_awq_is_named_and_not_guessed_at(tmp_path: Path) -> None:
     )
     found = of(tmp_path / "plain", tmp_path / "awq")
     assert {lone.name.rpartition(".")[2] for lone in found.unpaired} == {"weight", "qweight"}
-    assert any("quantised by awq" in note for note in found.notes)
+    assert any("quant_method awq, the tensors" in note for note in found.notes)
 
 
 def test_thousands_of_first_parts_are_no_burden() -> None:

@@ -100,8 +100,14 @@ KINDS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=() if i % len(DTYPES) == j else pytest.mark.slow)
+        for i, kind in enumerate(KINDS)
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_merges_as_peft_does(made: Made, tmp_path: Path, kind: str, dtype: str) -> None:
     model, adapters, options = KINDS[kind]
     check(made.base(model, dtype), [made.adapter(model, **settings) for settings in adapters], tmp_path, **options)

@@ -22,6 +22,7 @@ from weightops.ops.numbers.sparse import Bitmask, Masked24
 from weightops.ops.transpose import transposed
 from weightops.spec import DType, TensorSpec
 
+_INTEGERS = (DType.I64, DType.I32)
 _FP4: Table = "e2m1"
 _FP6: Table = "e2m3"
 _NEWEST = (99,)
@@ -71,9 +72,9 @@ def _shape(view: View, prefix: str, data: bytes | None, packed: LazyTensor) -> t
     spec = packed.spec
     shape_name = f"{prefix}.weight_shape"
     about = view.need(shape_name, f"{prefix}.weight").spec
-    if data is None or about != TensorSpec(DType.I64, (2,)) or len(spec.shape) != 2:
-        raise view.misfit(shape_name, f"is {about} for {spec}, expected two numbers in int64 for a matrix")
-    rows, columns = (int(n) for n in np.frombuffer(data, np.int64))
+    if data is None or about.dtype not in _INTEGERS or about.shape != (2,) or len(spec.shape) != 2:
+        raise view.misfit(shape_name, f"is {about} for {spec}, expected two integers for a matrix")
+    rows, columns = (int(n) for n in np.frombuffer(data, about.dtype.value))
     if rows != spec.shape[0] or not 0 < columns < 1 << 40:
         raise view.misfit(
             f"{prefix}.weight_shape", f"is [{rows}, {columns}], the packed weight has {spec.shape[0]} rows"

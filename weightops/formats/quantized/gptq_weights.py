@@ -17,13 +17,15 @@ from weightops.formats.quantized.gptq import (
     read_module,
 )
 from weightops.formats.quantized.gptq_zeros import ZeroOverflow, find_zeros
-from weightops.formats.quantized.weights import AUTO_ROUND, NumberFormat, QuantizedWeight, View
+from weightops.formats.quantized.weights import AUTO_ROUND, NumberFormat, QuantizedWeight, View, refuse_method
 from weightops.io.names import listed
 from weightops.lazy import LazyTensor
 from weightops.ops.gptq.tensors import Zeros, dequantized
 from weightops.ops.numbers.stored_scales import GroupSteps
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
+
+METHODS = frozenset({"gptq"}) | AUTO_ROUND
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,7 @@ class GptqOptions:
 
 def gptq_format(options: GptqOptions) -> NumberFormat:
     """The format, read by `options`."""
-    return NumberFormat(
-        "gptq", frozenset({"gptq"}) | AUTO_ROUND, partial(find, options), (".qzeros", ".scales", ".g_idx")
-    )
+    return NumberFormat("gptq", METHODS, partial(find, options), (".qzeros", ".scales", ".g_idx"))
 
 
 def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:
@@ -46,6 +46,7 @@ def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:
     prefixes = view.ending(".qweight")
     if not prefixes:
         return
+    refuse_method(view, METHODS, prefixes[0], "those of gptq")
     settings = _auto_round(view) if view.method in AUTO_ROUND else read_config(view.checkpoint)
     modules = [read_module(view.checkpoint, prefix, settings) for prefix in prefixes]
     zeros: Zeros = "as-stored"

@@ -18,7 +18,14 @@ from weightops.formats.quantized.mxfp4 import MXFP4
 from weightops.formats.quantized.quanto import QUANTO
 from weightops.formats.quantized.scaled import FP8, SCALED
 from weightops.formats.quantized.torchao import TORCHAO
-from weightops.formats.quantized.weights import DAMAGED, NumberFormat, QuantizedWeight, View, stated
+from weightops.formats.quantized.weights import (
+    DAMAGED,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    refuse_method,
+    stated,
+)
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.lazy import Evaluate
@@ -118,16 +125,11 @@ def find_weights(
 def _found(view: View, number_format: NumberFormat) -> Iterator[QuantizedWeight]:
     """The weights of one format, whose tensors no other is asked for."""
     for weight in _hinted(number_format.find(view)):
+        refuse_method(view, number_format.methods, weight.name, f"{number_format.name}: {weight.scheme}")
         try:
             weight.in_dtype()  # holds the shapes of its parts against each other
         except IncompatibleInputs as error:
             raise view.misfit(weight.name, f"cannot be made of its parts: {error}") from error
-        if view.method is not None and view.method not in number_format.methods:
-            raise IncompatibleInputs(
-                f"{view.where}: {view.stated_in} says quant_method {escape(view.method)}, the tensors of "
-                f"{escape(weight.name)} are {number_format.name}: {weight.scheme}",
-                hint="the configuration is of another model; correct or remove what it says of quantisation",
-            )
         view.taken |= dict.fromkeys(weight.parts.values(), weight.name)
         yield weight
 

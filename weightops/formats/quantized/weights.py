@@ -139,6 +139,16 @@ class View:
         return CorruptInput(f"{self.where}: {escape(name)}: {problem}", hint=hint)
 
 
+def refuse_method(view: View, methods: frozenset[str], name: str, scheme: str) -> None:
+    """Raise `IncompatibleInputs` where the configuration names another method than the tensors of `name` show."""
+    if view.method is not None and view.method not in methods:
+        raise IncompatibleInputs(
+            f"{view.where}: {view.stated_in} says quant_method {escape(view.method)}, the tensors of {escape(name)} "
+            f"are {scheme}",
+            hint="the configuration is of another model; correct or remove what it says of quantisation",
+        )
+
+
 @dataclass(frozen=True)
 class NumberFormat:
     """A published format: the values of `quant_method` that name it, how its weights are found among tensors, and how

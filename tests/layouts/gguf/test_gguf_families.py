@@ -65,7 +65,9 @@ def test_files_are_those_of_the_converter(tmp_path: Path, name: str) -> None:
         assert hashlib.sha256(made.read_bytes()).hexdigest() == DIGESTS[name][kind], kind
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if i % 3 == 0 else pytest.mark.slow) for i, name in enumerate(FAMILIES)]
+)
 def test_there_and_back_is_what_it_was(tmp_path: Path, name: str) -> None:
     model, back = round_trip(tmp_path, name, torch.bfloat16)
     assert same(load_file(back / "model.safetensors"), load_file(tmp_path / "model/model.safetensors"))
