@@ -51,7 +51,8 @@ When a command fails, the document on stdout is an error, `weightops-error/2`, a
 """
 PRINTED = {
     "weightops-write/2": (
-        "`recover`, `convert`, `diff`, `merge`, `merge-lora`, `extract-lora`, `cast`, `shard`, `dequantize` and `pack`",
+        "`recover`, `convert`, `diff`, `merge`, `merge-lora`, `extract-lora`, `cast`, `shard`, `dequantize`, `pack` "
+        "and `repack`",
         "weightops cast ./model --dtype bfloat16 --out ./model-bf16 --json",
     ),
     "weightops-run/2": ("`run`", "weightops run ./release.yaml --dry-run --json"),

@@ -108,7 +108,8 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
     if command in ("extract-lora", "cast"):
         for seed, name in enumerate(("llama-13b", "zhixi", "model")):
             shutil.rmtree(family / name)
-            save_model(family / name, llama(), seed=seed)
+            sizes = {"hidden_size": 96, "intermediate_size": 192} if command == "cast" else {}
+            save_model(family / name, llama(**sizes), seed=seed)
     if command == "shard":
         tensors = {"model.embed_tokens.weight": torch.ones(3, 4), "lm_head.weight": torch.ones(3, 4)}
         write_checkpoint(family / "tied-2023", {**tensors, "model.layers.0.rotary_emb.inv_freq": torch.ones(2)})
@@ -151,6 +152,10 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         tiny = str(Path(__file__).parent.parent / "data" / "tiny-llama")
         (family / "gguf").mkdir()
         assert run(["convert", tiny, "--to", "gguf", "--out", "./gguf/model-Q4_K_M.gguf"]) == 0
+    if command == "repack":
+        save_tiny(family / "tiny", "llama")
+        quantize_tiny(family / "tiny", family / "model-gptq")
+        assert run(["repack", "./model-gptq", "--to", "awq", "--out", "./model-awq"]) == 0
     if command == "pack":
         integers = torch.randint(1, 15, (256, 64), dtype=torch.uint8)
         write_checkpoint(family / "integers", {"fc.q": integers, "fc.scales": torch.full((2, 64), 0.1).half()})

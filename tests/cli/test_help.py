@@ -30,7 +30,9 @@ OWN_WORDS = {
     "--prompts": {"compare"},
     "--seq-len": {"quantize", "eval"},
     "--max-memory": {"quantize"},
-    "--checkpoint-format": {"dequantize"},
+    "--checkpoint-format": {"dequantize", "repack"},
+    "--zero-overflow": {"repack"},
+    "--to": {"repack"},
     "--html": {"check", "quantize", "merge"},
     "--weight": {"merge-lora", "merge"},
 }

@@ -71,6 +71,7 @@ ROWS: dict[str, list[Row]] = {
         row("--keep a* --keep b", "keep", ("a*", "b")),
         row("--on-overflow saturate", "on_overflow", "saturate"),
         row("--scheme fp8", "scheme", "fp8"),
+        row("--scheme fp8-block", "scheme", "fp8-block"),
         row("--strategy tensor", "strategy", "tensor"),
         row("--cast-all", "cast_all", True),
     ],
@@ -99,8 +100,17 @@ ROWS: dict[str, list[Row]] = {
         row("--group-size 64", "group_size", 64),
         row("--checkpoint-format gptq_v2", "checkpoint_format", "gptq_v2"),
     ],
+    "repack": [
+        row("--to awq", "to", "awq"),
+        row("--checkpoint-format gptq_v2", "checkpoint_format", "gptq_v2"),
+        row("--zero-overflow carry", "zero_overflow", "carry"),
+    ],
 }
-REQUIRED = {"convert": {"--to": "hf"}, "pack": {"--bits": "4", "--group-size": "32"}}
+REQUIRED = {
+    "convert": {"--to": "hf"},
+    "pack": {"--bits": "4", "--group-size": "32"},
+    "repack": {"--to": "gptq"},
+}
 FILES = [
     row("--format torch", "format", "torch"),
     row("--max-shard-size 7MB", "max_shard_size", "7MB"),
@@ -197,7 +207,8 @@ def test_an_option_of_an_operation_reaches_it(seen: dict[str, Any], verb: str, o
         with pytest.raises(Reached):
             call(verb, option)
     else:
-        required = {"convert": {"to": "hf"}, "pack": {"bits": 4, "group_size": 32}}.get(verb, {})
+        needed = {"convert": {"to": "hf"}, "pack": {"bits": 4, "group_size": 32}, "repack": {"to": "gptq"}}
+        required = needed.get(verb, {})
         plain = {
             n: v.value if isinstance(v, DType) else list(v) if isinstance(v, tuple) else v
             for n, v in option.arrives.items()

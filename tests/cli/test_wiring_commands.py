@@ -88,6 +88,7 @@ ROWS: dict[str, list[Row]] = {
         row("--skip a* --skip b", {"skip": ("a*", "b")}),
         row("--skip a*", {"skip": "a*"}, skip=("a*",)),
         row("--checkpoint-format gptq_v2", {"checkpoint_format": "gptq_v2"}, checkpoint_format="gptq_v2", v1=False),
+        row("--checkpoint-format awq", {"checkpoint_format": "awq"}, checkpoint_format="awq", v1=False),
         same("--device cpu", device="cpu"),
         row("--max-memory 1GiB", {"max_memory": "1GiB"}, max_nbytes=1 << 30),
         same("--format torch", format="torch"),

@@ -57,6 +57,23 @@ def test_packed_tensors_are_those_of_the_writer(
     assert {key: document[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("container", ["awq", "compressed-tensors"])
+def test_other_containers_hold_what_is_given(tmp_path: Path, container: Any) -> None:
+    scheme = Scheme(sym=False, ends=True, checkpoint_format="gptq_v2")
+    given, _ = layer(scheme)
+    write_checkpoint(tmp_path / "given", given, {"model_type": "llama"})
+    for name in ("gptq_v2", container):
+        weightops.pack(tmp_path / "given", tmp_path / name, bits=4, group_size=32, checkpoint_format=name)
+        weightops.dequantize(tmp_path / name, tmp_path / f"{name}-plain")
+    expected, found = (load_file(tmp_path / f"{n}-plain/model.safetensors") for n in ("gptq_v2", container))
+    assert torch.equal(found["m.weight"], expected["m.weight"])
+    assert torch.equal(found["m.bias"], given["m.bias"])
+    given["m.g_idx"] = given["m.g_idx"].flip(0)
+    write_checkpoint(tmp_path / "other", given, {"model_type": "llama"})
+    with pytest.raises(IncompatibleInputs, match="act-order"):
+        weightops.pack(tmp_path / "other", tmp_path / "out", bits=4, group_size=32, checkpoint_format=container)
+
+
 def test_what_is_not_given_is_symmetric_and_in_order(tmp_path: Path) -> None:
     given, stored = layer(Scheme(group_size=40, checkpoint_format="gptq_v2"))
     del given["m.zeros"], given["m.g_idx"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import evaluate_all, write_checkpoint
+from tiny_models import save_tiny
 
 import weightops
 from weightops.checkpoint import Checkpoint
@@ -106,3 +107,14 @@ def test_blocks_of_gguf_files_are_numbers_to_verbs_that_need_them(tmp_path: Path
     weightops.dequantize(file, tmp_path / "plain")
     weightops.cast(tmp_path / "plain", tmp_path / "again", dtype="float32")
     assert contents(tmp_path / "cast") == contents(tmp_path / "again")
+
+
+def test_a_quantised_model_is_converted_as_the_plain_one(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    weightops.cast(tmp_path / "model", tmp_path / "fp8", scheme="fp8")
+    weightops.dequantize(tmp_path / "fp8", tmp_path / "plain")
+    for source in ("fp8", "plain"):
+        weightops.convert(tmp_path / source, tmp_path / f"meta-{source}", to="meta", tokenizer=False)
+        weightops.convert(tmp_path / source, tmp_path / f"hf-{source}", to="hf", dtype="bfloat16")
+    for layout in ("meta", "hf"):
+        assert contents(tmp_path / f"{layout}-fp8") == contents(tmp_path / f"{layout}-plain")

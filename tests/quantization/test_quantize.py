@@ -116,6 +116,66 @@ def test_rounding_needs_no_text(model: Models, tmp_path: Path) -> None:
         assert (back[name] - tensor).abs().max() <= tensor.abs().max() / 127
 
 
+@pytest.mark.parametrize("container", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize("options", [{}, {"sym": False}, {"act_order": True, "static_groups": True}])
+def test_other_containers_hold_the_same_integers(
+    model: Models, text: Path, tmp_path: Path, container: Any, options: dict[str, Any]
+) -> None:
+    for name, form in (("gptq", "gptq_v2"), ("other", container)):
+        quantize(model("llama"), tmp_path / name, calibration=[text], checkpoint_format=form, **SMALL, **options)
+        weightops.dequantize(tmp_path / name, tmp_path / f"{name}-back", dtype="float32")
+    back, other = tensors(tmp_path / "gptq-back"), tensors(tmp_path / "other-back")
+    assert back.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in back.items())
+    assert not (tmp_path / "other" / "quantize_config.json").exists()
+    config = json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == container
+
+
+def test_scales_of_compressed_tensors_have_the_models_type_before_weights_are_rounded(
+    model: Models, tmp_path: Path
+) -> None:
+    """So loaders that give them this type change nothing."""
+    cast_model = tmp_path / "bfloat16"
+    weightops.cast(model("llama"), cast_model, dtype="bfloat16")
+    options: dict[str, Any] = {"method": "rtn", "group_size": 32, "mse": False}
+    done = quantize(cast_model, tmp_path / "ct", checkpoint_format="compressed-tensors", **options)
+    assert done.result is not None
+    assert not any("round" in text for text in done.result.warnings)
+    scales = {n: t for n, t in tensors(tmp_path / "ct").items() if n.endswith("weight_scale")}
+    assert {t.dtype for t in scales.values()} == {torch.bfloat16}
+    plain = tensors(cast_model)
+    weightops.dequantize(tmp_path / "ct", tmp_path / "back", dtype="float32")
+    for name, tensor in tensors(tmp_path / "back").items():
+        scale = scales.get(f"{name}_scale")
+        if scale is not None:
+            steps = ((tensor - plain[name].float()) / scale.float().repeat_interleave(32, 1)).abs()
+            assert steps.max() <= 0.5 + 8 * 2**-8  # of the greatest, which is eight steps, whose type has eight bits
+
+
+REFUSED_CONTAINERS = [
+    ({"checkpoint_format": "awq", "bits": 8}, "awq holds 4 bits, not 8"),
+    ({"checkpoint_format": "awq", "act_order": True}, "which --act-order changes"),
+    ({"checkpoint_format": "compressed-tensors", "act_order": True}, "which --act-order changes"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED_CONTAINERS)
+def test_what_a_container_cannot_hold_is_refused_before_work(
+    model: Models, text: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        quantize(model("llama"), tmp_path / "out", calibration=[text], **SMALL, **options)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_only_gptq_has_are_refused_before_work(model: Models, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is a Conv1D of transformers, which gptq alone holds"):
+        quantize(model("gpt2"), tmp_path / "out", method="rtn", group_size=32, checkpoint_format="awq")
+    assert list(tmp_path.iterdir()) == []
+
+
 class _Stop(Exception):
     """A run that dies."""
 

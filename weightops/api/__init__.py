@@ -19,6 +19,7 @@ from weightops.api.change import (
     merge_lora,
     pack,
     recover,
+    repack,
     shard,
 )
 from weightops.api.comparison import Comparisons, compare
@@ -58,6 +59,7 @@ __all__ = [
     "quantize",
     "quantize_blocks",
     "recover",
+    "repack",
     "run",
     "save",
     "save_all",

@@ -86,7 +86,7 @@ def cast(
     dtype: str | None = None,
     keep: str | Sequence[str] = (),
     on_overflow: Literal["refuse", "saturate", "inf"] = "refuse",
-    scheme: Literal["fp8"] | None = None,
+    scheme: Literal["fp8", "fp8-block", "mxfp4"] | None = None,
     strategy: Literal["tensor", "channel"] = "channel",
     cast_all: bool = False,
     **output: Unpack[Output],
@@ -113,7 +113,7 @@ def dequantize(
     config: StrPath | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Turn a GPTQ model or a GGUF file back into a plain one; see `weightops.operations.dequantize`."""
+    """Turn a quantised model or a GGUF file back into a plain one; see `weightops.operations.dequantize`."""
     options = {"dtype": dtype, "checkpoint_format": checkpoint_format, "zero_overflow": zero_overflow}
     options["config"] = os.fspath(config) if config is not None else None
     return one("dequantize", {"source": source}, out, output, options)
@@ -125,12 +125,26 @@ def pack(
     *,
     bits: int,
     group_size: int,
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+    checkpoint_format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq",
     **output: Unpack[Output],
 ) -> Result:
-    """Make a GPTQ model of given integers, scales and zero points; see `weightops.operations.pack`."""
+    """Make a quantised model of given integers, scales and zero points; see `weightops.operations.pack`."""
     options = {"bits": bits, "group_size": group_size, "checkpoint_format": checkpoint_format}
     return one("pack", {"source": source}, out, output, options)
+
+
+def repack(
+    source: StrPath,
+    out: StrPath,
+    *,
+    to: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"],
+    checkpoint_format: Literal["gptq", "gptq_v2"] | None = None,
+    zero_overflow: Literal["wrap", "carry", "plus-one"] | None = None,
+    **output: Unpack[Output],
+) -> Result:
+    """Put the integers of a quantised model into another container; see `weightops.operations.repack`."""
+    options = {"to": to, "checkpoint_format": checkpoint_format, "zero_overflow": zero_overflow}
+    return one("repack", {"source": source}, out, output, options)
 
 
 def shard(

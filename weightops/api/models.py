@@ -82,7 +82,7 @@ def quantize(
     damp_percent: float = 0.01,
     mse: bool = True,
     skip: str | Sequence[str] = (),
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+    checkpoint_format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq",
     device: str = "auto",
     max_memory: str | int | None = None,
     **output: Unpack[Output],
@@ -92,14 +92,15 @@ def quantize(
     `calibration`: text or JSONL files, of which `samples` windows of `seq_len` tokens are drawn with `seed`: 2048
     tokens, or as many as the model has positions. `skip`: globs of layers that stay as they are. `device`: where to
     compute; `auto` is a GPU if there is one. Of `max_memory`, or half of what is free, what a block does not need saves
-    time. The same call continues at its block what an earlier one began.
+    time. `checkpoint_format` is what holds the integers. The same call continues at its block what an earlier one
+    began.
     """
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import check_tokens, load_tokenizer
     from weightops.ops.gptq.solver import Settings
     from weightops.quantization.calibration import calibrate, read_documents
     from weightops.quantization.options import Options
-    from weightops.quantization.run import prepare, quantized, sample_length
+    from weightops.quantization.run import prepare, quantized, sample_length, scale_dtype
     from weightops.quantization.work import SCHEMA, blocks_of
 
     files, running = split_output(output)
@@ -126,6 +127,7 @@ def quantize(
             damp_percent=damp_percent,
             mse=mse,
             v1=checkpoint_format == "gptq",
+            scale_dtype=scale_dtype(checkpoint, checkpoint_format),
         )
         options = Options(settings, method, skip=several(skip), checkpoint_format=checkpoint_format)
         tokenizer = data = None

@@ -24,6 +24,10 @@ CHECKPOINT_FORMAT = (
     "How zero points are stored: gptq, which every program reads, stores them minus one; gptq_v2 stores them as they "
     "are."
 )
+CONTAINER = (
+    "What holds the integers: gptq, which most programs read, stores zero points minus one, gptq_v2 as they are; awq "
+    "holds 4 bits; compressed-tensors is what transformers reads with the package of that name. vLLM reads all of them."
+)
 SEED = "Seed of the random numbers: the same seed gives the same result."
 DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 SEQ_LEN = "2048, or as many as the model has positions"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from weightops.checkpoint import Checkpoint
+from weightops.checkpoint import Checkpoint, Written
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io import strict_json
@@ -93,7 +93,7 @@ def beside(checkpoint: Checkpoint, tokenizer: Path | Literal[False] | None) -> C
                 return read_source(tokenizer)[1] if name.endswith(tokenizer.suffix) else None
             companions = LocalStore(tokenizer.parent)
             return companions.get(name) if companions.has(name) else None
-        if folder is None:
+        if folder is None or isinstance(checkpoint.sidecars.get(name), Written):  # which an operation has made
             return checkpoint.sidecar(name)
         if folder.has(name):
             return folder.get(name)

@@ -18,6 +18,7 @@ from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.gguf.metadata import is_typed
+from weightops.formats.quantized.gguf import is_gguf
 from weightops.formats.quantized.table import find_weights
 from weightops.formats.quantized.weights import CONFIG_KEY
 from weightops.formats.sidecars import Kind, kind_of
@@ -29,7 +30,7 @@ from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.dequantize import plain
+from weightops.operations.dequantize import plain, plain_if_quantised
 from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
@@ -115,6 +116,8 @@ def convert(
         raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(WRITERS)}")
     if tokenizer is True:
         raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
+    if not is_gguf(source) and (to not in ("hf", "gguf") or (to == "hf" and dtype is not None)):
+        source = plain_if_quantised(source, evaluate)  # its parts have no place there, or scales would be cast
     files = beside(source, Path(tokenizer) if isinstance(tokenizer, str) else tokenizer)
     opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=tokenizer is None)
     target = Target(model_parallel, dtype, as_in_2023, known.get("pre"))

@@ -1,4 +1,4 @@
-"""Pack: a GPTQ checkpoint from integers, scales and zero points that were computed elsewhere."""
+"""Pack: a quantised checkpoint from integers, scales and zero points that were computed elsewhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.quantized.containers import Container
 from weightops.formats.quantized.gptq import (
     CheckpointFormat,
     QuantizeConfig,
@@ -23,9 +24,11 @@ from weightops.formats.quantized.gptq import (
     prefixes,
     with_config,
 )
+from weightops.formats.quantized.table import find_weights
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.repack import repacked
 from weightops.ops.gptq.tensors import INTEGERS, GroupIndex, Pack, PackZeros, as_codes
 from weightops.ops.measures.loss import counted_cast
 from weightops.ops.numbers.bitpack import period
@@ -51,15 +54,16 @@ def pack(
     *,
     bits: int,
     group_size: int,
-    checkpoint_format: CheckpointFormat = "gptq",
+    checkpoint_format: Container = "gptq",
     evaluate: Evaluate,
 ) -> Checkpoint:
-    """`source` with the packed tensors of GPTQ for every module whose integers it holds; others stay as they are.
+    """`source` with packed tensors for every module whose integers it holds; others stay as they are.
 
     A module `P` of K inputs and N outputs is given by `P.q`, integers `[K, N]` from 0 to `2**bits - 1` in any integer
     type, `P.scales` `[G, N]` of floats, stored as float16, `P.zeros` `[G, N]`, the true zero points (`2**(bits-1)` if
     there are none), and `P.g_idx` `[K]`, the group of each column (`k // group_size` if there is none). A `group_size`
-    of -1 makes one group. `P.bias` stays. Both quantize_config.json and config.json say how it is quantised.
+    of -1 makes one group. `P.bias` stays. config.json says how it is quantised, and of GPTQ quantize_config.json too;
+    other containers than GPTQ's hold what `repack` says.
 
     Raises `UsageError` for bits and group sizes that the format does not have, or where no module is given,
     `IncompatibleInputs` for shapes that do not fit, sizes that are no multiples of 32, integers out of range, a zero
@@ -70,6 +74,7 @@ def pack(
     refuse_parts(source)
     where = escape(source.name)
     period(bits)
+    stored: CheckpointFormat = "gptq" if checkpoint_format == "gptq" else "gptq_v2"
     if group_size != -1 and group_size < 1:
         raise UsageError(f"a group of {group_size} columns holds nothing", hint="give -1 to have one group")
     packed_already = prefixes(source)
@@ -83,7 +88,7 @@ def pack(
             f"{where}: holds no integers to pack, expected tensors named NAME.q, NAME.scales and NAME.zeros",
             hint="`weightops inspect` lists its tensors",
         )
-    made = {p: _pack_module(source, p, bits, group_size, checkpoint_format == "gptq", evaluate) for p in given}
+    made = {p: _pack_module(source, p, bits, group_size, stored == "gptq", evaluate) for p in given}
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in source.items():
@@ -102,7 +107,7 @@ def pack(
         group_size=group_size,
         desc_act=any(module.is_act_order for module in made.values()),
         sym=all(module.is_symmetric for module in made.values()),
-        checkpoint_format=checkpoint_format,
+        checkpoint_format=stored,
         lm_head="lm_head" in made,
         meta={"quantizer": [f"weightops:{__version__}"]},
     )
@@ -110,7 +115,7 @@ def pack(
     notes = []
     if ragged:
         notes.append(f"inputs are no multiple of group_size {group_size}, which vLLM refuses: {listed(ragged, 3)}")
-    if not settings.sym and checkpoint_format == "gptq":
+    if not settings.sym and stored == "gptq":
         notes.append("asymmetric in checkpoint_format gptq: GPTQModel and transformers want gptq_v2 for that")
     if not source.config():
         notes.append(f"{where}: has no config.json, without which models do not load")
@@ -124,7 +129,10 @@ def pack(
         digests={n: d for n, d in source.digests.items() if tensors.get(n) == source.get(n)},
         prefix=None,
     )
-    return with_config(result, settings)
+    packed = with_config(result, settings)
+    if checkpoint_format in ("gptq", "gptq_v2"):
+        return packed
+    return repacked(packed, find_weights(packed, evaluate), checkpoint_format, evaluate)
 
 
 def _pack_module(

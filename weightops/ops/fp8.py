@@ -1,8 +1,11 @@
-"""float8_e4m3fn with a scale for each row or one for the whole, to the bit as compressed-tensors has it.
+"""float8_e4m3fn with scales: for each row or for the whole as compressed-tensors has it, for blocks as DeepSeek has it.
 
 Source: `calculate_qparams` and `quantize` of compressed-tensors 0.20 on the smallest and largest weights. A scale is
 the largest magnitude over 448 in the weights' own type, or the type's epsilon where that is zero. A weight over its
 scale is rounded to its own type first, then to eight bits. -0 becomes 0, because the zero point is added: 0.
+
+Of blocks a scale is the largest magnitude over 448 in float32, and a weight over it is computed in float32 as well: the
+arithmetic of DeepSeek-V3's `inference/kernel.py`. A block of zeros has the scale 1.
 """
 
 from __future__ import annotations
@@ -77,11 +80,7 @@ class Scale(Op, frozen=True):
                 magnitudes &= unit.type((1 << (dtype.bits - 1)) - 1)
                 part = largest[row : row + height] if by_row else largest
                 np.maximum(part, magnitudes.max(axis=1 if by_row else None), out=part)
-        if (largest > FORMATS[dtype].largest).any():
-            raise IncompatibleInputs(
-                f"{escape(self.label)} holds a NaN or an infinity: no scale brings that into float8_e4m3fn",
-                hint=f"--keep {escape(self.label)} leaves it as it is",
-            )
+        _refuse_odd(largest, dtype, self.label)
         scales = _floats(largest.data.cast("B"), dtype)
         scales /= scales.dtype.type(_LARGEST)
         result = bytearray(largest.nbytes)
@@ -132,6 +131,110 @@ class Unscale(Op, frozen=True):
                 position += len(part)
 
 
+class BlockScale(Op, frozen=True):
+    """The scales float32 `[rows / block, columns / block]` of a matrix of whole blocks, which is read once for them.
+
+    Raises `IncompatibleInputs` for a NaN or an infinity, which no scale brings into eight bits.
+    """
+
+    label: str
+    block: int
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return _BLOCK * 8
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if len(source.shape) != 2 or source.dtype not in SCALED or any(n % self.block for n in source.shape):
+            raise IncompatibleInputs(f"{escape(self.label)} is {source}: no matrix of blocks of {self.block}")
+        return TensorSpec(DType.F32, (source.shape[0] // self.block, source.shape[1] // self.block))
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return DType.F32.itemsize
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        scales = read.running.get(tensor)
+        if scales is None:
+            scales = read.running[tensor] = self._scales(tensor, read)
+        out[:] = memoryview(scales)[start : start + len(out)]
+
+    def _scales(self, tensor: LazyTensor, read: Evaluator) -> bytes:
+        import numpy as np
+
+        (source,) = tensor.inputs
+        dtype, (rows, columns) = source.spec.dtype, source.spec.shape
+        unit = np.dtype(f"<u{dtype.itemsize}")
+        largest = np.zeros(tensor.spec.shape, unit)
+        step = max(1, max(_BLOCK, source.grain // dtype.itemsize) // max(1, columns))
+        for top in range(0, rows, step):
+            height = min(step, rows - top)
+            with read.scratch(height * columns * dtype.itemsize) as buffer:
+                read(source, top * columns * dtype.itemsize, buffer)
+                magnitudes = np.frombuffer(buffer, unit).reshape(height, -1, self.block)
+                magnitudes &= unit.type((1 << (dtype.bits - 1)) - 1)
+                np.maximum.at(largest, np.arange(top, top + height) // self.block, magnitudes.max(axis=2))
+        _refuse_odd(largest, dtype, self.label)
+        scales = _floats(largest.data.cast("B"), dtype).astype(np.float32).reshape(largest.shape)
+        is_empty = scales == 0
+        scales /= np.float32(_LARGEST)
+        np.maximum(scales, np.finfo(np.float32).smallest_normal, out=scales)
+        scales[is_empty] = 1
+        return scales.tobytes()
+
+
+class BlockUnscale(Op, frozen=True):
+    """A matrix over the scales of its blocks, in float32."""
+
+    block: int
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return _PIECE * 8
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        source, scale = inputs
+        if scale != TensorSpec(DType.F32, tuple(n // self.block for n in source.shape)):
+            raise IncompatibleInputs(f"{scale} cannot be the scales of {source}")
+        return TensorSpec(DType.F32, source.shape)
+
+    def grain(self, tensor: LazyTensor) -> int:
+        source = tensor.inputs[0]
+        return max(1, source.grain // source.spec.dtype.itemsize) * DType.F32.itemsize
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        source, scale = tensor.inputs
+        dtype, columns = source.spec.dtype, tensor.spec.shape[1]
+        first, stop, width_nbytes = start // 4, (start + len(out)) // 4, 4 * scale.spec.shape[1]
+        top, bottom = first // columns // self.block, -(-stop // (columns * self.block))
+        with read.scratch((bottom - top) * width_nbytes) as held:
+            read(scale, top * width_nbytes, held)
+            scales = np.frombuffer(held, np.float32).reshape(bottom - top, -1).copy()
+        with read.scratch((stop - first) * dtype.itemsize) as buffer:
+            read(source, first * dtype.itemsize, buffer)
+            if dtype is DType.F32:
+                out[:] = buffer
+            else:
+                convert(out, DType.F32, buffer, dtype)
+        position = 0
+        for row, height, column, width in _areas(first, stop, columns, _PIECE):
+            values = np.frombuffer(out[position : position + 4 * height * width], np.float32).reshape(height, width)
+            of_rows = scales[np.arange(row, row + height) // self.block - top]
+            values /= np.repeat(of_rows, self.block, axis=1)[:, column : column + width]
+            position += 4 * height * width
+
+
+def _refuse_odd(largest: Array, dtype: DType, label: str) -> None:
+    """Refuse NaNs and infinities among magnitudes, as bits."""
+    if (largest > FORMATS[dtype].largest).any():
+        raise IncompatibleInputs(
+            f"{escape(label)} holds a NaN or an infinity: no scale brings that into float8_e4m3fn",
+            hint=f"--keep {escape(label)} leaves it as it is",
+        )
+
+
 def _areas(start: int, stop: int, columns: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
     """Elements `[start, stop)` of a matrix in areas of at most `limit`: row, height, column and width.
 
@@ -169,4 +272,11 @@ def scaled_fp8(tensor: LazyTensor, strategy: Strategy, label: str) -> tuple[Lazy
     """A matrix in float8_e4m3fn, with what that loses of `x / scale` counted under `label`; and its scales."""
     scale = LazyTensor.make(Scale(strategy, label), tensor)
     unscaled = LazyTensor.make(Unscale(), tensor, scale)
+    return counted_cast(unscaled, DType.F8_E4M3, label, "saturate"), scale
+
+
+def block_fp8(tensor: LazyTensor, block: int, label: str) -> tuple[LazyTensor, LazyTensor]:
+    """A matrix of whole blocks in float8_e4m3fn, its loss counted as by `scaled_fp8`; and its scales in float32."""
+    scale = LazyTensor.make(BlockScale(label, block), tensor)
+    unscaled = LazyTensor.make(BlockUnscale(block), tensor, scale)
     return counted_cast(unscaled, DType.F8_E4M3, label, "saturate"), scale

@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from torch import Tensor, nn
 
 from weightops.engine.control import Control
 from weightops.errors import UsageError
-from weightops.formats.quantized.gptq import write_module
-from weightops.inference.linears import routers
+from weightops.formats.quantized.gptq import CheckpointFormat, write_module
+from weightops.inference.linears import TransposedLinear, routers
 from weightops.inference.model import BlockModel
 from weightops.io.escape import escape
 from weightops.ops.gptq.solver import Solved
@@ -50,6 +50,11 @@ def find_modules(model: BlockModel, options: Options) -> list[list[str]]:
             full = f"{name}.{inner}"
             if not isinstance(module, nn.Linear) or full in kept or any(fnmatchcase(full, g) for g in options.skip):
                 continue
+            if isinstance(module, TransposedLinear) and options.checkpoint_format not in get_args(CheckpointFormat):
+                raise UsageError(
+                    f"{model.shown}: {escape(full)} is a Conv1D of transformers, which gptq alone holds",
+                    hint="choose --checkpoint-format gptq or gptq_v2",
+                )
             inside.append(inner)
             k, n = module.in_features, module.out_features
             if k % 32 or n % 32 or (size > 0 and k % size):
@@ -109,4 +114,4 @@ def _nbytes(model: BlockModel, i: int, names: Sequence[str]) -> int:
 
 def _packed(name: str, found: Solved, options: Options) -> Mapping[str, Any]:
     q, zeros, scales, g_idx = (t.cpu().numpy() for t in (found.q, found.zeros, found.scales, found.g_idx))
-    return write_module(name, q, zeros, scales, g_idx, None, options.settings.bits, options.checkpoint_format)
+    return write_module(name, q, zeros, scales, g_idx, None, options.settings.bits, options.kept_as)

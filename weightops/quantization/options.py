@@ -7,7 +7,9 @@ from typing import Literal
 
 import msgspec
 
+from weightops.errors import UsageError
 from weightops.formats.modules import NUMBERED
+from weightops.formats.quantized.containers import AWQ_BITS, Container
 from weightops.formats.quantized.gptq import CheckpointFormat
 from weightops.ops.gptq.grid import Settings
 
@@ -16,12 +18,34 @@ Method = Literal["gptq", "rtn"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is done to which layers. `skip`: globs of modules that stay as they are."""
+    """What is done to which layers. `skip`: globs of modules that stay as they are.
+
+    Raises `UsageError` for what the container `checkpoint_format` cannot hold.
+    """
 
     settings: Settings
     method: Method = "gptq"
     skip: tuple[str, ...] = ()
-    checkpoint_format: CheckpointFormat = "gptq"
+    checkpoint_format: Container = "gptq"
+
+    def __post_init__(self) -> None:
+        settings, container = self.settings, self.checkpoint_format
+        if container == "awq" and settings.bits != AWQ_BITS:
+            raise UsageError(
+                f"awq holds {AWQ_BITS} bits, not {settings.bits}",
+                hint="choose another --checkpoint-format: compressed-tensors and gptq hold 2, 3, 4 and 8 bits",
+            )
+        is_reordered = settings.desc_act and not settings.static_groups and settings.group_size != -1
+        if is_reordered and container in ("awq", "compressed-tensors"):
+            raise UsageError(
+                f"{container} has its inputs grouped in the order in which they stand, which --act-order changes",
+                hint="add --static-groups, which keeps it, or choose --checkpoint-format gptq",
+            )
+
+    @property
+    def kept_as(self) -> CheckpointFormat:
+        """How the blocks that are done are kept: other containers are made of them when all is written."""
+        return "gptq" if self.checkpoint_format == "gptq" else "gptq_v2"
 
 
 class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 import torch
@@ -25,7 +25,16 @@ from weightops.engine.work_folder import WorkFolder
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
-from weightops.formats.quantized.gptq import CONFIG_KEY, PARTS, QuantizeConfig, prefixes, with_config
+from weightops.formats.quantized.containers import Container
+from weightops.formats.quantized.gptq import (
+    CONFIG_KEY,
+    PARTS,
+    CheckpointFormat,
+    QuantizeConfig,
+    prefixes,
+    with_config,
+)
+from weightops.formats.quantized.table import find_weights
 from weightops.inference.linears import left_as_they_are
 from weightops.inference.model import BlockModel, max_positions
 from weightops.io.digests import hash_bytes
@@ -34,6 +43,7 @@ from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
 from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor
+from weightops.operations.repack import repacked
 from weightops.plan import identity_of
 from weightops.quantization import report
 from weightops.quantization.calibration import Calibration
@@ -210,13 +220,25 @@ def _warnings(model: BlockModel, modules: Sequence[Sequence[str]], calibration: 
         )
 
 
+def scale_dtype(source: Checkpoint, container: Container) -> Literal["float16", "bfloat16"]:
+    """The type of scales: float16, or in compressed-tensors that of the model, which loaders give them."""
+    if container != "compressed-tensors":
+        return "float16"
+    return "bfloat16" if _usual(source) is DType.BF16 else "float16"
+
+
 def compute_dtype(source: Checkpoint, device: str) -> torch.dtype:
     """What blocks run in: float32 on a CPU; on a GPU the type of most of the weights, whose range activations have."""
+    halves = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
+    return torch.float32 if device == "cpu" else halves.get(_usual(source), torch.float32)
+
+
+def _usual(source: Checkpoint) -> DType:
+    """The type of most of the weights."""
     nbytes: Counter[DType] = Counter()
     for tensor in source.values():
         nbytes[tensor.spec.dtype] += tensor.nbytes
-    halves = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}
-    return torch.float32 if device == "cpu" else halves.get(max(nbytes, key=nbytes.__getitem__), torch.float32)
+    return max(nbytes, key=nbytes.__getitem__)
 
 
 @contextmanager
@@ -266,8 +288,22 @@ def _collect(run: Run, work: Work) -> Quantized:
             if name in shards:
                 shards |= dict.fromkeys(parts, shards.pop(name))
     weights = sum(run.source[name].spec.numel for name in modules)
-    bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / weights
-    return Quantized(_described(run, tensors, shards, reports), tuple(reports), bits, work.work_folder)
+    made = _contained(run, _described(run, tensors, shards, reports))
+    bits = 8 * sum(tensor.nbytes for name, tensor in made.items() if name not in run.source) / weights
+    return Quantized(made, tuple(reports), bits, work.work_folder)
+
+
+def _contained(run: Run, made: Checkpoint) -> Checkpoint:
+    """The checkpoint in its container, for which only zero points and scales are looked at here."""
+    options = run.options
+    if options.checkpoint_format in get_args(CheckpointFormat):
+        return made
+
+    def evaluate(tensors: Sequence[LazyTensor]) -> list[bytes]:
+        return [bytes(tensor.read()) for tensor in tensors]
+
+    scales = DType(options.settings.scale_dtype) if options.checkpoint_format == "compressed-tensors" else None
+    return repacked(made, find_weights(made, evaluate), options.checkpoint_format, evaluate, scales)
 
 
 def _described(
@@ -280,7 +316,7 @@ def _described(
         group_size=settings.group_size,
         desc_act=settings.desc_act,
         sym=settings.sym,
-        checkpoint_format=options.checkpoint_format,
+        checkpoint_format=options.kept_as,
         damp_percent=settings.damp_percent,
         static_groups=settings.static_groups,
         meta={"quantizer": [f"weightops:{library_versions()['weightops']}"]},

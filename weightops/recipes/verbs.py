@@ -21,7 +21,10 @@ from weightops.errors import UsageError
 from weightops.recipes.names import spelled
 from weightops.spec import DType, parse_dtype
 
-VERBS = ("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "merge")
+VERBS = (
+    *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
+    "merge",
+)
 _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 
 

@@ -26,15 +26,15 @@ from weightops.cli.params import GLOB, SOURCE, WRITE_CODES, Command, NumberType,
 )
 @click.option(
     "--scheme",
-    type=OneOf(("fp8",)),
-    help="Write linear layers in 8 bits with scales (float8_e4m3fn) instead of casting everything.",
+    type=OneOf(named("operations.cast", "Scheme")),
+    help="Write linear layers in 8 bits with scales (fp8, fp8-block) or in 4 (mxfp4) instead of casting everything.",
 )
 @click.option(
     "--strategy",
     type=OneOf(named("ops.fp8", "Strategy")),
     default="channel",
     show_default=True,
-    help="With --scheme: one scale for each output channel, or one for each tensor.",
+    help="With --scheme fp8: one scale for each output channel, or one for each tensor.",
 )
 @click.option("--cast-all", is_flag=True, help="Cast also what transformers keeps in float32.")
 @write_options
@@ -49,6 +49,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
       weightops cast ./model --dtype float16 --out ./model-fp16
       weightops cast ./model --dtype bfloat16 --keep '*norm.weight' --out ./model-bf16
       weightops cast ./model --scheme fp8 --out ./model-fp8
+      weightops cast ./model --scheme mxfp4 --out ./model-mxfp4
 
     A number too large for the new type stops the command unless --on-overflow says what to make of it. What
     transformers keeps in float32 in any case, such as the correction biases of routers, stays float32 and is named.
@@ -57,5 +58,10 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     --scheme fp8 makes what vLLM and transformers call FP8_DYNAMIC, in the format of compressed-tensors: linear layers
     are written in 8 bits with a scale beside each, and activations are to be scaled when the model runs. Embeddings,
     output head, norms, vision layers and the routers of experts stay as they are.
+
+    --scheme fp8-block writes the same layers as DeepSeek publishes them, with a scale for each block of 128 x 128.
+    Layers that are no whole blocks stay as they are, and so do those that vLLM joins with one; they are named. --scheme
+    mxfp4 writes 4 bits with an exponent for each 32 weights: in the format of compressed-tensors, with its bits, and of
+    gpt-oss the experts as OpenAI publishes them.
     """
     write(weightops.cast, source, out, **options)

@@ -10,7 +10,7 @@ import click
 import weightops
 from weightops.cli.options import out_option, write, write_options
 from weightops.cli.params import (
-    CHECKPOINT_FORMAT,
+    CONTAINER,
     GROUP_SIZE,
     SOURCE,
     WEIGHT_BITS,
@@ -29,14 +29,14 @@ from weightops.cli.params import (
 @click.option("--group-size", type=int, required=True, metavar="N", help=GROUP_SIZE)
 @click.option(
     "--checkpoint-format",
-    type=OneOf(named("formats.quantized.gptq", "CheckpointFormat")),
+    type=OneOf(named("formats.quantized.containers", "Container")),
     default="gptq",
     show_default=True,
-    help=CHECKPOINT_FORMAT,
+    help=CONTAINER,
 )
 @write_options
 def command(source: Path | str, out: Path, bits: str, **options: Any) -> None:
-    """Make a GPTQ model of integers, scales and zero points that you have.
+    """Make a quantised model of integers, scales and zero points that you have.
 
     Use it when something else has quantised the weights, and the result is to be read by transformers, vLLM, gptqmodel
     or auto-gptq. SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL.
@@ -53,6 +53,7 @@ def command(source: Path | str, out: Path, bits: str, **options: Any) -> None:
       NAME.g_idx   the group of each input; in their order if there is none
       NAME.bias    if the layer has one
 
-    Other tensors are copied.
+    Other tensors are copied. Without --checkpoint-format the model is GPTQ's; awq and compressed-tensors need a
+    config.json in SOURCE, and inputs in the order of their groups.
     """
     write(weightops.pack, source, out, bits=int(bits), **options)

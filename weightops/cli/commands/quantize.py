@@ -15,7 +15,7 @@ from weightops.cli.meter import human, percent
 from weightops.cli.options import out_option, refuse_unused, write_options
 from weightops.cli.output import print_json, running, save_report, table, warn
 from weightops.cli.params import (
-    CHECKPOINT_FORMAT,
+    CONTAINER,
     DEVICE,
     FILE,
     GLOB,
@@ -104,10 +104,10 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 @click.option("--skip", multiple=True, metavar="GLOB", help=f"Leave such layers as they are. {GLOB}")
 @click.option(
     "--checkpoint-format",
-    type=OneOf(named("formats.quantized.gptq", "CheckpointFormat")),
+    type=OneOf(named("formats.quantized.containers", "Container")),
     default="gptq",
     show_default=True,
-    help=CHECKPOINT_FORMAT,
+    help=CONTAINER,
 )
 @click.option(
     "--device",
@@ -138,10 +138,12 @@ def command(
       weightops quantize ./model --out ./model-4bit --calibration ./text.txt
       weightops quantize ./model --out ./model-3bit --bits 3 --act-order --calibration ./text.jsonl --html ./errors.html
       weightops quantize ./model --out ./model-rtn --method rtn --group-size 32
+      weightops quantize ./model --out ./model-w4a16 --checkpoint-format compressed-tensors --calibration ./text.txt
 
     One block of the model is in memory at a time, so that no GPU and little memory are needed; an interrupted run
     continues at its block when the same command is given again. Linear layers are quantised, while embeddings, output
-    head and norms stay as they are. transformers, vLLM, gptqmodel and auto-gptq read the result.
+    head and norms stay as they are. transformers, vLLM, gptqmodel and auto-gptq read the result. The integers are those
+    of GPTQ in awq and compressed-tensors, too: --checkpoint-format says how they are stored, not how they are found.
     """
     if options["method"] == "rtn":
         refuse_unused("with --method rtn, which looks at no text", *_OF_GPTQ)

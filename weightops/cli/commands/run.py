@@ -40,9 +40,9 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         ./zhixi-chat:     {from: chat, dtype: bfloat16, max_shard_size: 5GB}
         ./zhixi-chat-f16: {from: chat, dtype: float16}
 
-    Steps are recover, diff, convert, shard, cast, merge-lora, extract-lora, dequantize and pack, with the options of
-    those commands. Outputs take the options of cast, and those that say how files are written. Paths count from the
-    folder of the recipe.
+    Steps are recover, diff, convert, shard, cast, merge-lora, extract-lora, dequantize, pack and repack, with the
+    options of those commands. Outputs take the options of cast, and those that say how files are written. Paths count
+    from the folder of the recipe.
     """
     # Imported here because help and completion do without them.
     from weightops.cli.results import show_result, what_a_recipe_does

@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from weightops.formats.quantized.weights import AUTO_ROUND, FLOATS, NumberFormat, QuantizedWeight, View, affine
+from weightops.formats.quantized.weights import (
+    AUTO_ROUND,
+    FLOATS,
+    Integers,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    affine,
+)
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
 from weightops.ops.numbers.affine import Affine, Role
@@ -105,7 +113,8 @@ def _module(view: View, prefix: str, layout: Layout) -> QuantizedWeight:
         zeros,
     )
     scheme = f"awq {layout}, 4 bits, groups of {size}"
-    return QuantizedWeight(name, "awq", scheme, parts, view.native(scales), value)
+    integers = Integers(codes, factors, zeros, _BITS, size) if role == "zeros" else None
+    return QuantizedWeight(name, "awq", scheme, parts, view.native(scales), value, integers)
 
 
 def _said(view: View, columns: int) -> int | None:

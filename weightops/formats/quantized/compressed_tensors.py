@@ -13,7 +13,15 @@ from typing import Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.groups import format_of, weight_settings
-from weightops.formats.quantized.weights import FLOATS, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import (
+    FLOATS,
+    Integers,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    affine,
+    reshaped,
+)
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.numbers.affine import Affine, Role, ScalesOverOne, Table
@@ -116,6 +124,7 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
             raise view.misfit(index_name, f"is {g_idx.spec}, expected int32 [{columns}]")
         roles.append("g_idx")
         inputs.append(g_idx)
+    named = dict(zip(roles, inputs[2:], strict=True))
     block = (rows if scales.spec.shape[0] == 1 and rows > 1 else 1, size)
     value = affine(
         lambda dtype, steps: Affine(
@@ -124,7 +133,11 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
         *inputs,
     )
     scheme = f"int{bits}, {'one scale a row' if size >= columns else f'groups of {size}'}"
-    return QuantizedWeight(name, "compressed-tensors", scheme, parts, view.native(scales), value)
+    # One scale for several rows is no grid that another container has.
+    integers = (
+        Integers(inputs[0], scales, named.get("zeros"), bits, size, named.get("g_idx")) if block[0] == 1 else None
+    )
+    return QuantizedWeight(name, "compressed-tensors", scheme, parts, view.native(scales), value, integers)
 
 
 def _bits(view: View, prefix: str, columns: int, words: int) -> tuple[int, Order]:

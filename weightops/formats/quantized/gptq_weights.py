@@ -17,10 +17,18 @@ from weightops.formats.quantized.gptq import (
     read_module,
 )
 from weightops.formats.quantized.gptq_zeros import ZeroOverflow, find_zeros
-from weightops.formats.quantized.weights import AUTO_ROUND, NumberFormat, QuantizedWeight, View, refuse_method
+from weightops.formats.quantized.weights import (
+    AUTO_ROUND,
+    Integers,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    refuse_method,
+)
 from weightops.io.names import listed
 from weightops.lazy import LazyTensor
-from weightops.ops.gptq.tensors import Zeros, dequantized
+from weightops.ops.gptq.tensors import TrueZeros, Zeros, dequantized
+from weightops.ops.numbers.codes import Codes, held
 from weightops.ops.numbers.stored_scales import GroupSteps
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
@@ -96,4 +104,11 @@ def _weight(module: Module, zeros: Zeros, is_transposed: bool) -> QuantizedWeigh
 
     names = {part: f"{module.prefix}.{part}" for part in PARTS if part != "g_idx" or module.g_idx is not None}
     scheme = f"gptq, {module.bits} bits, groups of {size}"
-    return QuantizedWeight(f"{module.prefix}.weight", "gptq", scheme, names, module.scales.spec.dtype, value)
+    integers = None if is_transposed else _integers(module, zeros, size)
+    return QuantizedWeight(f"{module.prefix}.weight", "gptq", scheme, names, module.scales.spec.dtype, value, integers)
+
+
+def _integers(module: Module, zeros: Zeros, size: int) -> Integers:
+    codes = LazyTensor.make(Codes(module.bits, module.in_features), held(transposed(module.qweight)))
+    points = LazyTensor.make(TrueZeros(module.bits, zeros), module.qzeros)
+    return Integers(codes, held(transposed(module.scales)), held(transposed(points)), module.bits, size, module.g_idx)

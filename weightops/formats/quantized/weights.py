@@ -33,10 +33,27 @@ Value = Callable[[DType, bool], LazyTensor]
 
 
 @dataclass(frozen=True)
+class Integers:
+    """A weight `[n, k]` as integers, apart from any container: `scales[:, g] * (codes - zeros[:, g])`.
+
+    `codes` uint8 `[n, k]` of `bits` bits; `scales` floats `[n, g]`; `zeros` uint8 `[n, g]`, or None for
+    `2**(bits-1)` everywhere. Column j is in group `j // group_size`, or where there is `g_idx`, int32 `[k]`, as that
+    says.
+    """
+
+    codes: LazyTensor
+    scales: LazyTensor
+    zeros: LazyTensor | None
+    bits: int
+    group_size: int
+    g_idx: LazyTensor | None = None
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A weight: its `name` in a plain checkpoint, the tensors that make it up by role, the type that the format's own
     library gives it, and its numbers in any of the types of `ops.numbers.affine.DTYPES`. `scheme` says in words how it
-    is stored."""
+    is stored; `integers` are there for formats of integers with scales, whatever words hold them."""
 
     name: str
     format: str
@@ -44,6 +61,7 @@ class QuantizedWeight:
     parts: Mapping[str, str]
     native: DType
     value: Value
+    integers: Integers | None = None
 
     def in_dtype(self, dtype: DType | None = None) -> LazyTensor:
         """Its numbers, in the native type by default."""

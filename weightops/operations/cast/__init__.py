@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from weightops.operations.cast.operation import DTYPES, cast
+from weightops.operations.cast.schemes import Scheme
 
-__all__ = ["DTYPES", "cast"]
+__all__ = ["DTYPES", "Scheme", "cast"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import UsageError
@@ -16,7 +16,7 @@ from weightops.io.names import listed, matching
 from weightops.layouts.families import is_told_by_a_table
 from weightops.layouts.loaded_names import LoadedNames
 from weightops.lazy import Evaluate, LazyTensor, read_each
-from weightops.operations.cast.fp8 import scaled
+from weightops.operations.cast.schemes import Scheme, scaled
 from weightops.operations.dequantize import plain_if_quantised
 from weightops.ops.fp8 import Strategy
 from weightops.ops.measures.loss import Overflow, counted_cast
@@ -32,12 +32,12 @@ def cast(
     dtype: DType | None = None,
     keep: Sequence[str] = (),
     on_overflow: Overflow = "refuse",
-    scheme: Literal["fp8"] | None = None,
+    scheme: Scheme | None = None,
     strategy: Strategy = "channel",
     cast_all: bool = False,
     evaluate: Evaluate = read_each,
 ) -> Checkpoint:
-    """`source` with its floating-point tensors in `dtype`, or its linear layers in fp8 with scales (`scheme`).
+    """`source` with its floating-point tensors in `dtype`, or its linear layers in few bits with scales (`scheme`).
 
     Tensors that match one of the globs `keep` stay as they are, with those that share their memory; so do integers,
     booleans and complex numbers. Rounding is to nearest even, bit for bit as torch rounds. What each tensor loses is
@@ -56,7 +56,13 @@ def cast(
     of each row (`strategy` "channel", `[rows, 1]`) or one for all ("tensor", `[1]`), in the weight's old type.
     Activations are scaled per token at run time. Embeddings, output heads, routers of experts, vision layers and what
     `keep` matches are not quantised, and listed as ignored in `config.json`. The losses are those of the numbers over
-    their scales. See `cast_fp8`.
+    their scales.
+
+    `scheme="fp8-block"` writes the same layers as DeepSeek publishes them: beside each weight its `weight_scale_inv`
+    float32, with which blocks of 128 x 128 are multiplied. Layers that are no whole blocks, and those that vLLM joins
+    with such, stay as they are and are listed, because transformers reads tails wrongly. `scheme="mxfp4"` writes what
+    compressed-tensors calls mxfp4-pack-quantized, four bits with an exponent for each 32 (`ops.mxfp4`), and of gpt-oss
+    its experts as OpenAI publishes them.
 
     Raises `UsageError` for options that contradict each other or match nothing, `IncompatibleInputs` for checkpoints
     that are quantised already, and on writing for numbers beyond the range.
@@ -69,7 +75,7 @@ def cast(
     kept, notes = _kept(source, keep)
     if scheme is not None:
         refuse_adapter(source, "the source")
-        result = scaled(source, kept, strategy)
+        result = scaled(source, kept, scheme, strategy)
     else:
         assert dtype is not None  # _check_options refuses anything else
         wide = set() if cast_all or not dtype.bits < 32 else _in_float32(source, dtype)
@@ -84,15 +90,18 @@ def _check_options(
     """Refuse what cannot be meant together."""
     if scheme is None and dtype is None:
         raise UsageError("a cast needs a type or a scheme", hint="for example --dtype bfloat16, or --scheme fp8")
+    if scheme not in (None, "fp8") and strategy != "channel":
+        raise UsageError(f"--scheme {scheme} has scales of its own kind", hint="leave out --strategy")
     if scheme is None:
         if dtype not in DTYPES:
             names = ", ".join(known.value for known in DTYPES)
             raise UsageError(f"weights are not cast to {dtype.value if dtype else None}", hint=f"choose one of {names}")
         if strategy != "channel":
             raise UsageError("only --scheme fp8 has scales", hint="leave out --strategy, or give --scheme fp8")
-    elif dtype not in (None, DType.F8_E4M3):
+    elif dtype is not None and (dtype is not DType.F8_E4M3 or scheme == "mxfp4"):
+        stores = "float4_e2m1fn" if scheme == "mxfp4" else "float8_e4m3fn"
         raise UsageError(
-            f"--scheme {scheme} stores float8_e4m3fn, --dtype says {dtype.value}",
+            f"--scheme {scheme} stores {stores}, --dtype says {dtype.value}",
             hint="leave out --dtype; to have the rest in another type, cast to that first",
         )
     elif on_overflow != "refuse":

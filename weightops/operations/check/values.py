@@ -121,7 +121,7 @@ def duplicate_findings(
         found = report.statistics
         usual = (
             is_derived(name.rpartition("/")[2])
-            or name.endswith((ROTARY_SUFFIX, *_PER_ELEMENT))
+            or name.endswith((ROTARY_SUFFIX, *_PER_ELEMENT, ".weight_shape"))
             or report.spec.numel < 2
         )
         if report.xxh3_128 is None or name in aliases or usual or (found is not None and found.is_constant):

@@ -4,7 +4,8 @@ A grid has 2^bits points: `scale * (q - zero)` for q from 0 to maxq. It is laid 
 weight of a group, and through 0, as GPTQ's reference implementation does (Frantar et al., arXiv 2210.17323). The
 search shrinks it in 80 steps of 1 % and keeps the one with the least sum of |error|^2.4, for every output.
 
-Scales are what the file will hold, float16, before any weight is rounded with them: never subnormal, zero or infinite.
+Scales are what the file will hold, float16 or bfloat16, before any weight is rounded with them: never subnormal in
+float16, zero or infinite.
 Matrices are transposed, [columns, outputs], so that what belongs to one input column is contiguous.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ FLOOR = 2.0**-14
 """The least normal float16: kernels flush what is smaller."""
 CEILING = 65504.0
 """The greatest float16."""
+_CEILING_BF16 = 65280.0
+"""The greatest bfloat16 that is not beyond it."""
 SHRINK_STEPS = 80
 NORM = 2.4
 _SEARCH_ELEMENTS = 1 << 18
@@ -37,8 +41,9 @@ class Settings:
     not trivial. Without it `group_aware` reorders as far as `g_idx` stays trivial: columns inside groups, and groups
     (Gafni et al., arXiv 2505.14638). `static_groups` finds the grids before the first column is rounded; then columns
     can be taken in any order, and `g_idx` is trivial too. `mse` searches for the best clipping. `v1` keeps asymmetric
-    zero points from being 0, which the v1 format cannot store unambiguously. `reference_order` takes float32 scales,
-    and every operation in the order of gptqmodel's `GPTQ` class, for proofs: the same integers, slower.
+    zero points from being 0, which the v1 format cannot store unambiguously. `scale_dtype` is the type of scales in
+    the file; those of bfloat16 are kept within float16, which then holds them too. `reference_order` takes float32
+    scales, and every operation in the order of gptqmodel's `GPTQ` class, for proofs: the same integers, slower.
 
     Raises UsageError for values outside of what the format or the algorithm knows.
     """
@@ -53,6 +58,7 @@ class Settings:
     mse: bool = True
     v1: bool = True
     block_size: int = 128
+    scale_dtype: Literal["float16", "bfloat16"] = "float16"
     reference_order: bool = False
 
     def __post_init__(self) -> None:
@@ -132,7 +138,11 @@ def _lay(low: Tensor, high: Tensor, settings: Settings) -> tuple[Tensor, Tensor]
 
 
 def _as_stored(scale: Tensor, settings: Settings) -> Tensor:
-    return scale if settings.reference_order else stored(scale).float()
+    if settings.reference_order:
+        return scale
+    if settings.scale_dtype == "bfloat16":
+        scale = scale.clamp(FLOOR, _CEILING_BF16).to(torch.bfloat16)
+    return stored(scale).float()
 
 
 def _search(values: Tensor, low: Tensor, high: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,32 @@ def true_zeros(words: Array, bits: int, zeros: Zeros) -> NDArray[np.int16]:
     return found
 
 
+class TrueZeros(Op, frozen=True):
+    """The zero points uint8 `[G, N]` that the words of qzeros stand for, see `true_zeros`."""
+
+    bits: int
+    zeros: Zeros
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (qzeros,) = inputs
+        if len(qzeros.shape) != 2 or qzeros.dtype is not DType.I32 or qzeros.shape[1] * 32 % self.bits:
+            raise IncompatibleInputs(f"{qzeros} are no packed zero points of {self.bits} bits")
+        return TensorSpec(DType.U8, (qzeros.shape[0], qzeros.shape[1] * 32 // self.bits))
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return max(1, tensor.spec.row_nbytes)
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        (source,) = tensor.inputs
+        row, first = source.spec.row_nbytes, start // self.grain(tensor)
+        with read.scratch(len(out) // self.grain(tensor) * row) as buffer:
+            read(source, first * row, buffer)
+            words = np.frombuffer(buffer, np.int32).reshape(-1, source.spec.shape[1])
+            np.frombuffer(out, np.uint8)[:] = true_zeros(words, self.bits, self.zeros).reshape(-1)
+
+
 class Dequantize(Op, frozen=True):
     """The weight `[N, K]` of a module, from qweight, qzeros, scales and, if there is one, g_idx.
 

@@ -72,7 +72,14 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
         return Loss(**counts, max_relative_error=max(self.max_relative_error, other.max_relative_error))
 
 
-class CountedCast(Cast, frozen=True):
+class Counting:
+    """An op that counts what it loses under its `label`: `running` has how far it came, and the `Loss` until there."""
+
+    __slots__ = ()
+    label: str
+
+
+class CountedCast(Cast, Counting, frozen=True):
     """A cast whose loss is added up under `label` as it streams by from start to end.
 
     Without `on_overflow` every bit is torch's. Raises `IncompatibleInputs` for a number that is too large when
@@ -351,16 +358,16 @@ def counted_cast(tensor: LazyTensor, dtype: DType, label: str, on_overflow: Over
 
 
 def losses_of(tensors: Iterable[LazyTensor], read: Evaluator) -> dict[str, Loss]:
-    """What the last cast of each of these tensors has lost, by label; one that several share counts once."""
+    """What the last op that counts of each of these tensors has lost, by label; one that several share counts once."""
     losses: dict[str, Loss] = {}
     for node in dict.fromkeys(node for tensor in tensors for node in _last_casts(tensor)):
-        if isinstance(node.op, CountedCast) and node in read.running:
+        if isinstance(node.op, Counting) and node in read.running:
             losses[node.op.label] = losses.get(node.op.label, Loss()) + read.running[node][1]
     return losses
 
 
 def _last_casts(tensor: LazyTensor) -> Iterator[LazyTensor]:
-    if isinstance(tensor.op, CountedCast):
+    if isinstance(tensor.op, Counting):
         yield tensor
     else:
         for source in tensor.inputs:

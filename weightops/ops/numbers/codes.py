@@ -189,6 +189,8 @@ class Held(Op, frozen=True):
                 del kept[next(iter(kept))]
             kept[tensor] = memoryview(read.whole(tensor.inputs[0]))
         out[:] = kept[tensor][start : start + len(out)]
+        if start + len(out) == tensor.nbytes:
+            del kept[tensor]  # rows are asked for in their order: whatever comes next is of another weight
 
 
 def held(tensor: LazyTensor) -> LazyTensor:

@@ -1,8 +1,8 @@
-"""The fp8 scheme of cast: which layers are quantised, under which names, and what config.json says of it.
+"""Which layers the schemes of cast quantise, and under which names.
 
-What loads is decided by the loader, compressed-tensors through transformers: it puts a scale beside every Linear layer
-of its own model that config.json does not tell it to ignore, whatever files call it, and folds the scales of single
-experts into the parameter that it stacks them in. Other matrices have no scale that anything would read.
+What loads is decided by the loader, which is transformers: it wants scales beside every Linear layer of its own model
+that config.json does not tell it to ignore, whatever files call it, and folds the scales of single experts into the
+parameter that it stacks them in. Other matrices have no scale that anything would read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
@@ -23,7 +22,6 @@ from weightops.layouts.loaded_names import LoadedNames
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
 from weightops.ops.elementwise import Reinterpret
-from weightops.ops.fp8 import SCALED, Strategy, scaled_fp8
 from weightops.ops.transpose import transposed
 
 _QUANTISED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "SCB")
@@ -35,39 +33,28 @@ _CONV1D = "its layers are Conv1D, with transposed weights, which the scheme does
 _STACKED = re.compile(r"(?P<experts>.+\.experts)\.(?P<layer>gate_up_proj|down_proj)")
 
 
-def scaled(source: Checkpoint, kept: Collection[str], strategy: Strategy) -> Checkpoint:
-    """`source` with its linear layers in fp8 with their scales, in the form of compressed-tensors; not those `kept`."""
-    _check_unquantised(source)
-    layers = _choose(source, kept)
-    tensors: dict[str, LazyTensor] = {}
-    made: dict[LazyTensor, tuple[LazyTensor, LazyTensor]] = {}
-    shards = dict(source.shards)
-    for name, tensor in layers.source.items():
-        tensors[name] = tensor
-        if name not in layers.quantised:
-            continue
-        if tensor.spec.dtype not in SCALED:
-            found = tensor.spec.dtype.value
-            raise IncompatibleInputs(f"{escape(name)} is {found}: not quantised to fp8", hint=f"--keep {escape(name)}")
-        if tensor not in made:
-            made[tensor] = scaled_fp8(tensor, strategy, name)
-        tensors[name], tensors[f"{name}_scale"] = made[tensor]
-        if name in layers.source.shards:
-            shards[name] = shards[f"{name}_scale"] = layers.source.shards[name]
-    if not made:
-        raise UsageError(f"{escape(source.name)}: there is no linear layer to quantise", hint=layers.reason)
-    notes = list(layers.notes)
-    floats = {name for name, tensor in layers.source.items() if tensor.spec.dtype.is_float}
-    stacked = {name for name in floats if len(tensors[name].spec.shape) > 2} - set(kept)
-    if stacked:
-        notes.append(f"no matrices, and left as they are: {listed(stacked)}")
-    result = replace(layers.source, tensors=tensors, shards=shards, warnings=(*source.warnings, *notes))
-    document = quantization_config(strategy, layers.ignored)
-    return result.with_config(lambda config: {**config, "quantization_config": document})
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Layers of a module that vLLM joins: all of them are quantised, or none."""
 
 
 @dataclass(frozen=True)
-class _Layers:
+class Rules:
+    """What a scheme asks of layers: a matrix is `unit` of `block` rows and columns, whole ones.
+
+    `takes_experts_apart`: the loader has a Linear layer for each expert where files stack them, and not one module for
+    all, which then is quantised as a whole or not at all.
+    """
+
+    unit: str = ""
+    block: tuple[int, int] = (1, 1)
+    takes_experts_apart: bool = True
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return all(size % unit == 0 for size, unit in zip(shape, self.block, strict=True))
+
+
+@dataclass(frozen=True)
+class Layers:
     """The weights to quantise, in the tensors that the loader wants, and the modules that it is to ignore.
 
     `reason` says why there may be no weight.
@@ -80,14 +67,40 @@ class _Layers:
     reason: str | None = None
 
 
-def _choose(source: Checkpoint, kept: Collection[str]) -> _Layers:
-    """By the loader's own model where transformers knows it, by names where it does not."""
+def choose(source: Checkpoint, kept: Collection[str], rules: Rules) -> Layers:
+    """By the loader's own model where transformers knows it, by names where it does not; less what does not fit.
+
+    Raises `IncompatibleInputs` for a source that is quantised already, `UsageError` for what cannot be kept.
+    """
+    check_unquantised(source)
+    odd = _odd(source, kept, rules)
+    found = _choose(source, {*kept, *odd}, rules)
+    if not odd:
+        return found
+    modules = [name.removesuffix(".weight") for name in odd]
+    note = f"no whole {rules.unit}, or joined with such layers by vLLM, and left as they are: {listed(modules, 5)}"
+    return replace(found, notes=[*found.notes, note], reason=found.reason or f"its layers are no whole {rules.unit}")
+
+
+def _odd(source: Checkpoint, kept: Collection[str], rules: Rules) -> list[str]:
+    """The matrices that are no whole blocks, and those that are joined with one."""
+    layers = [name for name in _matrices(source) if name not in kept and not is_excluded(name)]
+    odd = {name for name in layers if not rules.fits(source[name].spec.shape)}
+    for name in sorted(odd):
+        outer, _, layer = name.removesuffix(".weight").rpartition(".")
+        joined = next((group for group in _TOGETHER if layer in group and rules.block[0] > 1), ())
+        odd |= {f"{outer}.{each}.weight" for each in joined}
+    return [name for name in layers if name in odd]
+
+
+def _choose(source: Checkpoint, kept: Collection[str], rules: Rules) -> Layers:
     config = source.config()
     if is_told_by_a_table(source, config):
         return _by_names(source, kept)
-    loader = LoadedNames(source, quantised=True)
+    loader = LoadedNames(source, quantised=rules.takes_experts_apart)
     if any(loader.has(loader.of_file(name)) for name in source):
-        return _by_loader(_with_experts_apart(source, loader, kept), loader, kept)
+        apart = _with_experts_apart(source, loader, kept) if rules.takes_experts_apart else source
+        return _by_loader(apart, loader, kept, rules)
     note = (
         f"{escape(source.name)}: transformers makes no model of this config.json to which the names belong, so linear "
         "layers were told by their names; modules with other names may not load"
@@ -100,7 +113,7 @@ def _matrices(source: Checkpoint) -> Iterator[str]:
     return (name for name, tensor in source.items() if name.endswith(".weight") and len(tensor.spec.shape) == 2)
 
 
-def _by_names(source: Checkpoint, kept: Collection[str]) -> _Layers:
+def _by_names(source: Checkpoint, kept: Collection[str]) -> Layers:
     """Every matrix that is not of an embedding or another module that is told by its name."""
     model_type = source.config().get("model_type")
     conv1d = {name.removesuffix(".weight") for name in _matrices(source)}
@@ -117,10 +130,11 @@ def _by_names(source: Checkpoint, kept: Collection[str]) -> _Layers:
     return _layers(source, quantised, ignored, conv1d)
 
 
-def _by_loader(source: Checkpoint, loader: LoadedNames, kept: Collection[str]) -> _Layers:
+def _by_loader(source: Checkpoint, loader: LoadedNames, kept: Collection[str], rules: Rules) -> Layers:
     """The matrices that load into Linear layers, or as those of single experts."""
     loaded = {name: loader.of_file(name) for name in source}
     excluded = {source[name] for name in source if name in kept or is_excluded(name) or is_excluded(loaded[name])}
+    excluded |= {source[name] for name in _matrices(source) if not rules.fits(source[name].spec.shape)}
     experts: dict[str, list[str]] = {}
     quantised: set[str] = set()
     reached: set[str] = set()
@@ -129,21 +143,26 @@ def _by_loader(source: Checkpoint, loader: LoadedNames, kept: Collection[str]) -
         module = loaded[name].removesuffix(".weight")
         merged = loader.merged(name)
         if merged is not None:
-            experts.setdefault(merged, []).append(name)
+            stack = merged if rules.takes_experts_apart else merged.rpartition(".")[0]
+            experts.setdefault(stack, []).append(name)
         if source[name] in excluded or (merged is None and module not in loader.quantisable):
             ignored.append(name.removesuffix(".weight"))
             continue
         quantised.add(name)
         reached.add(module)
     _check_experts(source, experts, quantised)
+    if not rules.takes_experts_apart:
+        stacks = {loaded[name].rpartition(".")[0] for name in source if len(source[name].spec.shape) > 2}
+        stacks |= {stack for stack, names in experts.items() if not quantised.intersection(names)}
+        ignored += sorted(stacks)
     ignored += sorted(loader.quantisable - reached)
     return _layers(source, quantised, ignored, loader.linears - loader.quantisable)
 
 
-def _layers(source: Checkpoint, quantised: set[str], ignored: Sequence[str], conv1d: Collection[str]) -> _Layers:
+def _layers(source: Checkpoint, quantised: set[str], ignored: Sequence[str], conv1d: Collection[str]) -> Layers:
     """With what there is to say of layers that are Conv1D."""
     notes = [f"Conv1D, with transposed weights, and left as they are: {listed(conv1d)}"] if conv1d else []
-    return _Layers(source, quantised, list(dict.fromkeys(ignored)), notes, _CONV1D if conv1d else None)
+    return Layers(source, quantised, list(dict.fromkeys(ignored)), notes, _CONV1D if conv1d else None)
 
 
 def _check_experts(source: Checkpoint, experts: Mapping[str, Sequence[str]], quantised: Collection[str]) -> None:
@@ -153,7 +172,7 @@ def _check_experts(source: Checkpoint, experts: Mapping[str, Sequence[str]], qua
         if left and len(left) < len(names):
             raise UsageError(
                 f"{escape(source.name)}: transformers stacks {len(names)} matrices to {escape(parameter)}, and can read"
-                f" all of them in fp8 or none: {listed(left, 3)} would be kept",
+                f" all of them quantised or none: {listed(left, 3)} would be kept",
                 hint=f"keep them all: --keep '{escape(left[0].rpartition('.experts.')[0])}.experts.*'",
             )
 
@@ -193,7 +212,7 @@ def _apart(name: str, tensor: LazyTensor, loader: LoadedNames) -> dict[str, Lazy
     return found
 
 
-def _check_unquantised(source: Checkpoint) -> None:
+def check_unquantised(source: Checkpoint) -> None:
     """Refuse what is quantised already, or could not be read again."""
     where = escape(source.name)
     method = quantization(source)
@@ -230,34 +249,3 @@ def is_excluded(name: str) -> bool:
         or any("router" in part for part in (*outer, layer))
         or any(part.startswith(_TOWERS) for part in outer)
     )
-
-
-def quantization_config(strategy: Strategy, ignore: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json as compressed-tensors 0.20 writes it for FP8_DYNAMIC."""
-
-    def arguments(strategy: str, dynamic: bool) -> dict[str, Any]:
-        return {
-            "dynamic": dynamic,
-            "group_size": None,
-            "num_bits": 8,
-            "strategy": strategy,
-            "symmetric": True,
-            "type": "float",
-        }
-
-    group = {
-        "format": "float-quantized",
-        "input_activations": arguments("token", True),
-        "output_activations": None,
-        "targets": ["Linear"],
-        "weights": arguments(strategy, False),
-    }
-    return {
-        "config_groups": {"group_0": group},
-        "format": "float-quantized",
-        "global_compression_ratio": None,
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-    }
