@@ -10,6 +10,8 @@ MERGEKIT := .venv-mergekit
 GPTQMODEL := .venv-gptqmodel
 AUTOGPTQ := .venv-autogptq
 LLAMACPP := .venv-llamacpp
+FORMATS := .venv-formats
+FORMATSOLD := .venv-formats-old
 DOCS := .venv-docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -22,7 +24,7 @@ define new
 endef
 
 .PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp mutants gpu clean
+  mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -44,6 +46,7 @@ help:
 	@echo "make gptqmodel       gptqmodel 7.7 and transformers with it, to which test-all holds quantised models"
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make llamacpp        llama-cpp-python 0.3.36 and llama.cpp's converter likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
+	@echo "make formats         the libraries of number formats likewise, to whose weights test-all holds those of dequantize"
 	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
@@ -97,7 +100,7 @@ $(REFERENCE)/.ready:
 
 reference: $(REFERENCE)/.ready
 
-test-all: lint reference mergekit gptqmodel autogptq llamacpp
+test-all: lint reference mergekit gptqmodel autogptq llamacpp formats
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 $(MERGEKIT)/.ready:
@@ -139,6 +142,23 @@ $(LLAMACPP)/.ready:
 	@touch $@
 
 llamacpp: $(LLAMACPP)/.ready
+
+$(FORMATS)/.ready:
+	$(call new,$(FORMATS),a few minutes and 2 GB)
+	@$(FORMATS)/bin/python -m pip install --quiet torch==2.13.0
+	@$(FORMATS)/bin/python -m pip install --quiet transformers==5.23.0 accelerate==1.15.0 compressed-tensors==0.20.0 \
+	  bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 mlx==0.32.4 mlx-cpu==0.32.4 ninja
+	@$(FORMATS)/bin/python -m pip install --quiet nvidia-modelopt==0.47.0 scipy 'pulp<4' omegaconf
+	@touch $@
+
+$(FORMATSOLD)/.ready:
+	$(call new,$(FORMATSOLD),a few minutes and over 1 GB)
+	@$(FORMATSOLD)/bin/python -m pip install --quiet torch==2.13.0
+	@$(FORMATSOLD)/bin/python -m pip install --quiet transformers==4.57.6 accelerate==1.15.0 compressed-tensors==0.12.2 \
+	  hqq==0.2.8.post1
+	@touch $@
+
+formats: $(FORMATS)/.ready $(FORMATSOLD)/.ready
 
 bench-processor: $(READY)
 	$(BIN)/python benchmarks/processor.py $(OPTIONS)
@@ -182,4 +202,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(OPTIONS)
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) $(LLAMACPP) $(DOCS) build dist
+	rm -rf $(VENV) $(REFERENCE) $(MERGEKIT) $(GPTQMODEL) $(AUTOGPTQ) $(LLAMACPP) $(FORMATS) $(FORMATSOLD) $(DOCS) build dist

@@ -20,7 +20,8 @@ def environment(name: str) -> Path:
 def run_script(environment: Path, script: str, *arguments: object) -> str:
     """What a script prints in an environment; skips where that is missing."""
     if not (environment / ".ready").exists():
-        pytest.skip(f"{environment.name} is missing: `make {environment.name.removeprefix('.venv-')}` makes it")
+        target = environment.name.removeprefix(".venv-").removesuffix("-old")
+        pytest.skip(f"{environment.name} is missing: `make {target}` makes it")
     command = [environment / "bin/python", HERE / "oracles" / script, *map(str, arguments)]
     settings = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # In a folder of its own: gptqmodel leaves logs where it runs.

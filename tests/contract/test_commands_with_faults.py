@@ -43,6 +43,7 @@ COMMANDS = [
     "shard raw",
     "pack integers --bits 4 --group-size 32",
     "dequantize packed",
+    "dequantize blocks",
     "repack packed --to gptq_v2",
     "run recipe.yaml",
     "check raw --no-architecture",
@@ -68,6 +69,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(adapter, folder / "adapter/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a", "c"]}
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    codes = {f"{name}.weight": torch.randn(40, 50).to(torch.float8_e4m3fn) for name in "abc"}
+    scales = {f"{name}.weight_scale_inv": torch.rand(3, 2) for name in "abc"}
+    about = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}
+    write_checkpoint(folder / "blocks", {**scales, **codes}, about, shards=2)
     integers = {
         "layer.q": torch.randint(0, 16, (64, 32), dtype=torch.int32),
         "layer.scales": torch.rand(2, 32).half() + 0.5,

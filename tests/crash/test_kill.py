@@ -42,6 +42,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()} | {"e": torch.ones(3)}, small, shards=2)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
     write_checkpoint(folder / "published", {n: torch.randn(40, 50) for n in raw})
+    codes = {f"{name}.weight": torch.randn(40, 50).to(torch.float8_e4m3fn) for name in "abcdef"}
+    scales = {f"{name}.weight_scale_inv": torch.rand(3, 2) for name in "abcdef"}
+    about = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    write_checkpoint(folder / "blocks", {**scales, **codes}, {**small, "quantization_config": about}, shards=3)
     factors = {"lora_A": (2, 50), "lora_B": (40, 2)}
     adapter = {f"base_model.model.{m}.{f}.weight": torch.randn(size) for m in "ac" for f, size in factors.items()}
     (folder / "adapter").mkdir()
@@ -60,6 +64,7 @@ COMMANDS = [
     "convert meta --to hf --set context_length=8 --dtype float16",
     "convert meta --model-parallel 4 --to=meta",
     "merge raw published --base raw --method dare_linear --weight 1 --density 0.5 --dtype float32",
+    "dequantize blocks --dtype float16",
 ]
 """All of them write by the same code, which one killed at each third change has proven: here each twentieth will do.
 The slow tests kill each at every change."""
@@ -77,7 +82,7 @@ The slow tests kill each at every change."""
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path, command: str, step: int) -> None:
-    folders = ("raw", "tuned", "delta", "published", "meta")
+    folders = ("raw", "tuned", "delta", "published", "meta", "blocks")
     name, *words = command.split()
     arguments = [name, *(str(family / word) if word in folders else word for word in words)]
     out = family / "out"

@@ -164,16 +164,16 @@ def test_names_of_wrappers_and_of_parts_in_another_order_are_no_difference() -> 
         assert found.differs is False, change
 
 
-def test_awq_is_named_and_not_guessed_at(tmp_path: Path) -> None:
+def test_what_is_not_read_is_named_and_not_guessed_at(tmp_path: Path) -> None:
     state = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(8, 8, dtype=torch.int32), "norm.weight": torch.ones(8)}
-    config = {"quantization_config": {"quant_method": "awq"}}
-    write_checkpoint(tmp_path / "awq", state, config)
+    config = {"quantization_config": {"quant_method": "aqlm"}}
+    write_checkpoint(tmp_path / "aqlm", state, config)
     write_checkpoint(
         tmp_path / "plain", {"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 64), "norm.weight": torch.ones(8)}
     )
-    found = of(tmp_path / "plain", tmp_path / "awq")
+    found = of(tmp_path / "plain", tmp_path / "aqlm")
     assert {lone.name.rpartition(".")[2] for lone in found.unpaired} == {"weight", "qweight"}
-    assert any("quant_method awq, the tensors" in note for note in found.notes)
+    assert any("quant_method aqlm (codebooks), which is not read" in note for note in found.notes)
 
 
 def test_thousands_of_first_parts_are_no_burden() -> None:

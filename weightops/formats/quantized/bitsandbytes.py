@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightops.formats.quantized.weights import NATIVE, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, affine, reshaped
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
@@ -56,8 +56,9 @@ def _four_bits(view: View, state_name: str, small: Mapping[str, bytes]) -> Quant
         raise view.misfit(parts["absmax"], f"is {scales.spec}, expected {blocks} blocks of {size}")
     if scales.spec.dtype is DType.U8:
         scales = _nested(view, name, state_name, state, scales, parts)
-    elif scales.spec.dtype is not DType.F32:
-        raise view.misfit(parts["absmax"], f"is {scales.spec}, expected float32, or uint8 that are quantised")
+    elif scales.spec.dtype is not DType.F32 or "nested_blocksize" in state:
+        kind = "uint8, for its state describes nested scales" if "nested_blocksize" in state else "float32"
+        raise view.misfit(parts["absmax"], f"is {scales.spec}, expected {kind}")
     numbers = small.get(parts["quant_map"])
     if numbers is None or len(numbers) != 64 or view.checkpoint[parts["quant_map"]].spec.dtype is not DType.F32:
         raise view.misfit(parts["quant_map"], "is not there or no map of 16 numbers in float32")
@@ -66,7 +67,8 @@ def _four_bits(view: View, state_name: str, small: Mapping[str, bytes]) -> Quant
         numbers = numbers[:32] + struct.pack("<f", -0.0) + numbers[36:]
     codes = LazyTensor.make(Codes(4, count, "high"), reshaped(stored, (1, stored.nbytes), DType.U8))
     value = affine(
-        lambda dtype, steps: Affine(name, dtype, (1, size), ("map",), steps=steps),
+        # Scales that are quantised too are sums, and small ones come out below zero.
+        lambda dtype, steps: Affine(name, dtype, (1, size), ("map",), is_signed="nested_absmax" in parts, steps=steps),
         codes,
         reshaped(scales, (1, blocks)),
         LazyTensor.make(Given(DType.F32, (16,), numbers)),
@@ -89,8 +91,14 @@ def _nested(
     if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
         raise view.misfit(state_name, f"has nested_offset {escape(str(offset))}, expected a number")
     count = codes.spec.numel
-    if numbers.spec.numel != 256 or scales.spec.numel != -(-count // size):
-        raise view.misfit(parts["nested_absmax"], f"is {scales.spec} with {numbers.spec} for {count} scales")
+    if (
+        numbers.spec.numel != 256
+        or {numbers.spec.dtype, scales.spec.dtype} != {DType.F32}
+        or scales.spec.numel != -(-count // size)
+    ):
+        raise view.misfit(
+            parts["nested_absmax"], f"is {scales.spec} with {numbers.spec} for {count} scales, expected float32"
+        )
     op = Affine(name, DType.F32, (1, size), ("map",), bias=float(offset))
     grid = reshaped(scales, (1, scales.spec.numel))
     return LazyTensor.make(op, reshaped(codes, (1, count)), grid, reshaped(numbers, (256,)))
@@ -113,11 +121,13 @@ def _number(view: View, where: str, state: Mapping[str, Any], field: str) -> int
 def _eight_bits(view: View, prefix: str) -> QuantizedWeight:
     """LLM.int8: rows over their largest magnitude."""
     name = f"{prefix}.weight"
-    codes, scales = view.need(name, name), view.checkpoint[f"{prefix}.SCB"]
-    if codes.spec.dtype is not DType.I8 or len(codes.spec.shape) != 2 or scales.spec.numel != codes.spec.shape[0]:
-        raise view.misfit(name, f"is {codes.spec} with scales {scales.spec}, expected int8 with one a row")
-    rows, columns = codes.spec.shape
     parts = {"weight": name, "scale": f"{prefix}.SCB"}
+    codes, scales = view.need(name, name), view.checkpoint[parts["scale"]]
+    if codes.spec.dtype is not DType.I8 or len(codes.spec.shape) != 2 or 0 in codes.spec.shape:
+        raise view.misfit(name, f"is {codes.spec}, expected int8 of 2 dimensions")
+    rows, columns = codes.spec.shape
+    if scales.spec.numel != codes.spec.shape[0] or scales.spec.dtype not in FLOATS:
+        raise view.misfit(parts["scale"], f"is {scales.spec}, expected floating-point scales of {rows} rows")
     if view.get(f"{prefix}.weight_format") is not None:
         parts["weight_format"] = f"{prefix}.weight_format"
         if any(view.read([parts["weight_format"]])[parts["weight_format"]]):
@@ -131,4 +141,5 @@ def _eight_bits(view: View, prefix: str) -> QuantizedWeight:
     return QuantizedWeight(name, "bitsandbytes", "int8, one scale a row", parts, native, value)
 
 
-BITSANDBYTES = NumberFormat("bitsandbytes", frozenset({"bitsandbytes"}), find)
+_ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+BITSANDBYTES = NumberFormat("bitsandbytes", frozenset({"bitsandbytes"}), find, _ENDINGS)

@@ -13,18 +13,27 @@ from typing import Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.groups import format_of, weight_settings
-from weightops.formats.quantized.weights import Integers, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import (
+    FLOATS,
+    Integers,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    affine,
+    reshaped,
+)
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.numbers.affine import Affine, Role, ScalesOverOne, Table
 from weightops.ops.numbers.codes import Codes, Order, held
 from weightops.ops.numbers.sparse import Bitmask, Masked24
 from weightops.ops.transpose import transposed
-from weightops.spec import DType
+from weightops.spec import DType, TensorSpec
 
 _INTEGERS = (DType.I64, DType.I32)
 _FP4: Table = "e2m1"
 _FP6: Table = "e2m3"
+_NEWEST = (99,)
 _FUSED = ("weight_input", "weight_output")
 """Where a transform lies whose rotation is part of the stored weight and of its neighbours."""
 
@@ -69,10 +78,11 @@ def _shape(view: View, prefix: str, data: bytes | None, packed: LazyTensor) -> t
     import numpy as np
 
     spec = packed.spec
-    said = view.checkpoint.get(f"{prefix}.weight_shape")
-    if data is None or said is None or said.spec.dtype not in _INTEGERS or said.spec.numel != 2 or len(spec.shape) != 2:
-        raise view.misfit(f"{prefix}.weight_packed", f"is {spec} without a weight_shape of two numbers")
-    rows, columns = (int(n) for n in np.frombuffer(data, said.spec.dtype.value))
+    shape_name = f"{prefix}.weight_shape"
+    about = view.need(shape_name, f"{prefix}.weight").spec
+    if data is None or about.dtype not in _INTEGERS or about.shape != (2,) or len(spec.shape) != 2:
+        raise view.misfit(shape_name, f"is {about} for {spec}, expected two integers for a matrix")
+    rows, columns = (int(n) for n in np.frombuffer(data, about.dtype.value))
     if rows != spec.shape[0] or not 0 < columns < 1 << 40:
         raise view.misfit(
             f"{prefix}.weight_shape", f"is [{rows}, {columns}], the packed weight has {spec.shape[0]} rows"
@@ -86,11 +96,12 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
     if packed.spec.dtype is not DType.I32:
         raise view.misfit(f"{prefix}.weight_packed", f"is {packed.spec}, expected int32 or uint8")
     rows, columns = _shape(view, prefix, shape, packed)
-    scales = view.need(f"{name}_scale", name)
+    scales = view.part(f"{name}_scale", name, FLOATS, 2)
+    settings = weight_settings(view.settings, prefix)
     bits, order = _bits(view, prefix, columns, packed.spec.shape[1])
     parts = {"packed": f"{name}_packed", "scale": f"{name}_scale", "shape": f"{name}_shape"}
     inputs, roles = [LazyTensor.make(Codes(bits, columns, order), packed)], list[Role]()
-    if len(scales.spec.shape) != 2 or scales.spec.shape[0] not in (1, rows):
+    if scales.spec.shape[0] not in (1, rows):
         raise view.misfit(f"{name}_scale", f"is {scales.spec}, expected scales of {rows} rows")
     if scales.spec.numel == 1:
         scales = reshaped(scales, (1, 1))
@@ -98,6 +109,10 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
     inputs.append(scales)
     zero_name, index_name = f"{name}_zero_point", f"{name}_g_idx"
     zeros, g_idx = view.get(zero_name), view.get(index_name)
+    if settings.get("symmetric") is False:
+        zeros = view.need(zero_name, name)
+    if settings.get("actorder") in ("group", True):
+        g_idx = view.need(index_name, name)
     if zeros is not None:
         roles.append("zeros")
         parts["zero_point"] = zero_name
@@ -105,7 +120,7 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
     size = _group_size(view, prefix, columns, count)
     if g_idx is not None:
         parts["g_idx"] = index_name
-        if g_idx.spec.numel != columns or g_idx.spec.dtype is not DType.I32:
+        if g_idx.spec.shape != (columns,) or g_idx.spec.dtype is not DType.I32:
             raise view.misfit(index_name, f"is {g_idx.spec}, expected int32 [{columns}]")
         roles.append("g_idx")
         inputs.append(g_idx)
@@ -128,18 +143,22 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
 def _bits(view: View, prefix: str, columns: int, words: int) -> tuple[int, Order]:
     """The bits of a code and how words hold them, by the configuration and the width of rows.
 
-    Until 0.17 each word held whole codes, and since 0.18 rows are one stream; where both have as many words they differ
-    for 3, 5, 6 and 7 bits, and the version decides.
+    Until 0.17 each word held whole codes, and since 0.18 rows are one stream, which differs for 3, 5, 6 and 7 bits: the
+    version decides, and the width where it is not said.
     """
     said = weight_settings(view.settings, prefix).get("num_bits")
     candidates = [said] if isinstance(said, int) and 2 <= said <= 8 else [4, 8, 2, 3, 5, 6, 7]
+    version = _version(view)
     for bits in candidates:
         dense, padded = -(-columns * bits // 32), -(-columns // (32 // bits))
-        if words not in (dense, padded):
-            continue
-        if 32 % bits == 0 or dense != padded:
-            return bits, "low" if words == dense else "padded"
-        return bits, "padded" if _version(view) < (0, 18) else "low"
+        if 32 % bits == 0 and words == dense:
+            return bits, "low"
+        orders: list[Order] = ["padded", "low"] if version < (0, 18) else ["low", "padded"]
+        # What was built between releases may pack in either way.
+        fitting = orders if (0, 17) <= version <= (0, 18) or version == _NEWEST else orders[:1]
+        found = next((order for order in fitting if words == (dense if order == "low" else padded)), None)
+        if found is not None:
+            return bits, found
     stated = f"{view.stated_in} says num_bits {said}" if said is not None else "no configuration names its bits"
     raise view.misfit(
         f"{prefix}.weight_packed",
@@ -152,7 +171,7 @@ def _version(view: View) -> tuple[int, ...]:
     """The version of compressed-tensors that wrote the checkpoint; the newest where it is not said."""
     said = str(view.settings.get("version") or "")
     found = tuple(int(part) for part in said.split(".")[:2] if part.isdigit())
-    return found or (99,)
+    return found or _NEWEST
 
 
 def _zeros(view: View, name: str, zeros: LazyTensor, bits: int, grid: tuple[int, ...], order: Order) -> LazyTensor:
@@ -160,8 +179,9 @@ def _zeros(view: View, name: str, zeros: LazyTensor, bits: int, grid: tuple[int,
     rows, count = grid
     if zeros.spec.dtype is DType.I8 and zeros.spec.shape == grid:
         raise view.misfit(name, "is not packed beside a packed weight")
-    if zeros.spec.dtype is not DType.I32 or len(zeros.spec.shape) != 2 or zeros.spec.shape[1] != count:
-        raise view.misfit(name, f"is {zeros.spec}, expected int32 [rows of words, {count}]")
+    needed = -(-rows // (32 // bits)) if order == "padded" else -(-rows * bits // 32)
+    if zeros.spec != TensorSpec(DType.I32, (needed, count)):
+        raise view.misfit(name, f"is {zeros.spec}, expected int32 [{needed}, {count}]")
     codes = LazyTensor.make(Codes(bits, rows, order), transposed(zeros))
     return held(transposed(codes))
 
@@ -185,10 +205,11 @@ def _group_size(view: View, prefix: str, columns: int, count: int) -> int:
 def _small_floats(view: View, prefix: str, packed: LazyTensor) -> QuantizedWeight:
     """NVFP4, MXFP4 and MXFP6: floats of 4 or 6 bits in bytes, with a scale for 16 or 32 columns."""
     name = f"{prefix}.weight"
-    scales = view.need(f"{name}_scale", name)
+    packed = view.part(f"{name}_packed", name, [DType.U8])
+    scales = view.part(f"{name}_scale", name, [DType.F8_E4M3, DType.U8, DType.F8_E8M0])
     parts = {"packed": f"{name}_packed", "scale": f"{name}_scale"}
-    if len(packed.spec.shape) < 2 or len(scales.spec.shape) != len(packed.spec.shape):
-        raise view.misfit(f"{name}_packed", f"is {packed.spec} with scales {scales.spec}")
+    if scales.spec.shape[:-1] != packed.spec.shape[:-1]:
+        raise view.misfit(f"{name}_scale", f"is {scales.spec} for {packed.spec}, expected as many rows")
     nbytes, count = packed.spec.shape[-1], scales.spec.shape[-1]
     if view.get(f"{name}_shape") is not None:
         parts["shape"] = f"{name}_shape"
@@ -196,14 +217,15 @@ def _small_floats(view: View, prefix: str, packed: LazyTensor) -> QuantizedWeigh
     table: Table
     if scales.spec.dtype is DType.F8_E4M3:
         one = view.need(global_name, name)
+        if one.spec.numel != 1 or one.spec.dtype not in FLOATS:
+            raise view.misfit(global_name, f"is {one.spec}, expected one floating-point number")
         parts["global_scale"] = global_name
         columns, size, table, kind = 2 * nbytes, 16, _FP4, "nvfp4"
         scales = LazyTensor.make(ScalesOverOne(name), scales, one)
     else:
-        if scales.spec.dtype not in (DType.U8, DType.F8_E8M0):
-            raise view.misfit(f"{name}_scale", f"is {scales.spec}, expected exponents (uint8) or float8_e4m3fn")
         scales = reshaped(scales, scales.spec.shape, DType.F8_E8M0)
-        is_six = format_of(view.settings, prefix).startswith("mxfp6") or nbytes != count * 16
+        said = format_of(view.settings, prefix)
+        is_six = said.startswith("mxfp6") or (not said.startswith("mxfp4") and nbytes == count * 24)
         columns, size = nbytes * 8 // (6 if is_six else 4), 32
         table, kind = (_FP6, "mxfp6") if is_six else (_FP4, "mxfp4")
     if -(-columns // size) != count:
@@ -225,10 +247,12 @@ def _sparse(view: View) -> Iterator[QuantizedWeight]:
         name = f"{stem}.weight" if is_24 and not stem.endswith(".weight") else stem
         values = view.need(f"{stem}.compressed", name)
         mask = view.checkpoint[f"{stem}.bitmask"]
-        data = shapes.get(f"{stem}.shape")
-        shape = tuple(int(n) for n in np.frombuffer(data, np.int64)) if data is not None else ()
         parts = {part: f"{stem}.{part}" for part in ("compressed", "bitmask", "shape")}
-        if len(shape) != 2 or min(shape) < 1 or mask.spec.shape != (shape[0], -(-shape[1] // 8)):
+        about = view.need(parts["shape"], name).spec
+        if about.dtype is not DType.I64 or about.numel != 2:
+            raise view.misfit(parts["shape"], f"is {about}, expected two numbers in int64")
+        shape = tuple(int(n) for n in np.frombuffer(shapes[parts["shape"]], np.int64))
+        if min(shape) < 1 or mask.spec.shape != (shape[0], -(-shape[1] // 8)):
             raise view.misfit(f"{stem}.bitmask", f"is {mask.spec}, for a weight {list(shape)}")
         op: Any
         if is_24:
@@ -247,4 +271,15 @@ def _sparse(view: View) -> Iterator[QuantizedWeight]:
         yield QuantizedWeight(name, "compressed-tensors", scheme, parts, values.spec.dtype, value)
 
 
-COMPRESSED = NumberFormat("compressed-tensors", frozenset({"compressed-tensors"}), find)
+_ENDINGS = (
+    *(
+        ".weight_packed",
+        ".weight_scale",
+        ".weight_shape",
+        ".weight_zero_point",
+        ".weight_g_idx",
+        ".weight_global_scale",
+    ),
+    *(".compressed", ".bitmask", ".row_offsets", ".shape"),
+)
+COMPRESSED = NumberFormat("compressed-tensors", frozenset({"compressed-tensors"}), find, _ENDINGS)

@@ -215,14 +215,20 @@ def read_module(checkpoint: Checkpoint, prefix: str, config: QuantizeConfig | No
     columns, rest = divmod(qweight.spec.shape[0] * 32, bits)
     if rest or columns % MULTIPLE or outputs % MULTIPLE:
         raise CorruptInput(
-            f"{where}: has {columns} inputs and {outputs} outputs at {bits} bits, expected multiples of {MULTIPLE}"
+            f"{where}: has {columns} inputs and {outputs} outputs at {bits} bits, expected multiples of {MULTIPLE}",
+            hint="AWQ packs in another way; otherwise the files are damaged, or of two models",
         )
     for part, size in (("g_idx", columns), ("bias", outputs)):
         tensor = parts[part]
         if tensor is not None and tensor.spec.shape != (size,):
-            raise CorruptInput(f"{where}: {part} is {_shape(tensor)}, expected [{size}]")
+            raise CorruptInput(
+                f"{where}: {part} is {_shape(tensor)}, expected [{size}]",
+                hint="the files are damaged, or of two models",
+            )
     if not 0 < groups <= columns:
-        raise CorruptInput(f"{where}: has {groups} groups for {columns} inputs")
+        raise CorruptInput(
+            f"{where}: has {groups} groups for {columns} inputs", hint="the files are damaged, or of two models"
+        )
     _check_config(where, config, bits, columns, groups)
     group_size = _group_size(config, columns, groups)
     if group_size is None and g_idx is None:

@@ -46,7 +46,7 @@ class GptqOptions:
 
 def gptq_format(options: GptqOptions) -> NumberFormat:
     """The format, read by `options`."""
-    return NumberFormat("gptq", METHODS, partial(find, options))
+    return NumberFormat("gptq", METHODS, partial(find, options), (".qzeros", ".scales", ".g_idx"))
 
 
 def find(options: GptqOptions, view: View) -> Iterator[QuantizedWeight]:

@@ -6,10 +6,13 @@ most specific that matches counts. Source: `match_named_modules` and `is_match` 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from weightops.errors import CorruptInput
+from weightops.io.escape import escape
+
+_TIMEOUT_S = 1
 _CLASSES = ("Linear", "Embedding", "LinearBase")
 
 
@@ -24,7 +27,8 @@ def group_of(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     best = 0
     chosen: Mapping[str, Any] = {}
     for group in groups(settings):
-        for target in group.get("targets") or ():
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
             rank = _rank(str(target), module)
             if rank > best:
                 best, chosen = rank, group
@@ -43,12 +47,24 @@ def format_of(settings: Mapping[str, Any], module: str) -> str:
 
 
 def _rank(target: str, module: str) -> int:
-    """How specifically a target names a module: 3 by name, 2 by pattern, 1 by class, 0 not at all."""
+    """How specifically a target names a module: 3 by name, 2 by pattern, 1 by class, 0 not at all.
+
+    Raises `CorruptInput` for a pattern whose matching does not end.
+    """
+    import regex
+
     if target == module:
         return 3
     if target.startswith("re:"):
+        # Python's own `re` cannot be stopped, and a hostile pattern takes it for years.
         try:
-            return 2 if re.match(target[3:], module) else 0
-        except re.error:
+            return 2 if regex.match(target[3:], module, timeout=_TIMEOUT_S) else 0
+        except (regex.error, OverflowError, RecursionError, MemoryError):
             return 0
+        except TimeoutError:
+            raise CorruptInput(
+                f"the pattern {escape(target)[:80]} of config_groups takes more than {_TIMEOUT_S} s on "
+                f"{escape(module)[:80]}",
+                hint="no library can match it: correct it in config.json",
+            ) from None
     return 1 if target in _CLASSES else 0

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from weightops.errors import IncompatibleInputs
-from weightops.formats.quantized.weights import NATIVE, NumberFormat, QuantizedWeight, View, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, reshaped
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
@@ -44,8 +44,8 @@ def find(view: View) -> Iterator[QuantizedWeight]:
 
 def _module(view: View, prefix: str, small: Mapping[str, bytes]) -> QuantizedWeight:
     name = f"{prefix}.weight"
-    packed = view.checkpoint[f"{prefix}.W_q"]
-    scales, zeros = view.need(f"{prefix}.scale", name), view.need(f"{prefix}.zero", name)
+    packed = view.part(f"{prefix}.W_q", name, [DType.U8, DType.I32], 2)
+    scales, zeros = (view.part(f"{prefix}.{part}", name, FLOATS) for part in ("scale", "zero"))
     for flag in ("quant_scale", "quant_zero", "view_as_float"):
         if any(small.get(f"{prefix}.{flag}", b"")):
             raise IncompatibleInputs(
@@ -57,13 +57,19 @@ def _module(view: View, prefix: str, small: Mapping[str, bytes]) -> QuantizedWei
         raise view.misfit(f"{prefix}.shape", "is no shape of a matrix, or nbits and axis are no numbers")
     planes = _SHIFTS.get(bits[0])
     if planes is not None:
+        if (packed.spec.dtype is DType.I32) != (bits[0] == 3):
+            raise view.misfit(f"{prefix}.W_q", f"is {packed.spec}, expected {bits[0]} bits in int32 for 3, or in uint8")
         packed = LazyTensor.make(RowCodes(bits[0], planes, planes=True), packed)
     elif bits[0] != 8 or packed.spec.dtype is not DType.U8:
         raise view.misfit(f"{prefix}.nbits", f"is {bits[0]}, expected 1, 2, 3, 4 or 8")
-    count = math.prod(shape)
+    count, per_word = math.prod(shape), len(planes or (0,))
     size = count // scales.spec.numel if scales.spec.numel else 0
     rows = count // packed.spec.shape[1]
-    if zeros.spec != scales.spec or rows * packed.spec.shape[1] != count or packed.spec.shape[0] < rows:
+    if (
+        zeros.spec != scales.spec
+        or rows * packed.spec.shape[1] != count
+        or not rows <= packed.spec.shape[0] < rows + per_word
+    ):
         raise view.misfit(f"{prefix}.W_q", f"holds {packed.spec} with scales {scales.spec} for a weight {shape}")
     grid = (scales.spec.numel, 1) if axis[0] else (1, scales.spec.numel)
     expected = (scales.spec.numel, size) if axis[0] else (size, scales.spec.numel)
@@ -97,4 +103,6 @@ def _numbers(view: View, name: str, small: Mapping[str, bytes]) -> list[int]:
     return [int(n) for n in np.frombuffer(data, dtype.value)]
 
 
-HQQ = NumberFormat("hqq", frozenset({"hqq"}), find)
+HQQ = NumberFormat(
+    "hqq", frozenset({"hqq"}), find, tuple(f".{part}" for part in ("scale", "zero", *_NUMBERS, *_TEXTS, *_FLAGS))
+)

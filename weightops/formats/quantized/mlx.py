@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightops.formats.quantized.weights import NATIVE, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, affine, reshaped
 from weightops.lazy import LazyTensor
 from weightops.ops.numbers.affine import Affine, Table
 from weightops.ops.numbers.codes import Codes
@@ -30,11 +30,11 @@ def find(view: View) -> Iterator[QuantizedWeight]:
     """The quantised modules, embeddings and heads among them, and stacks of experts."""
     for prefix in view.ending(".scales"):
         name = f"{prefix}.weight"
-        packed = view.get(name)
-        if packed is None or packed.spec.dtype is not DType.U32 or len(packed.spec.shape) < 2:
-            continue
         biases = view.get(f"{prefix}.biases")
-        scales = view.checkpoint[f"{prefix}.scales"]
+        if view.method != "mlx" and (biases is None or view.get(name) is None):
+            continue  # of GPTQ, or of a plain model
+        packed = view.part(name, name, [DType.U32])
+        scales = view.part(f"{prefix}.scales", name, [DType.U8] if biases is None else FLOATS)
         if scales.spec.shape[:-1] != packed.spec.shape[:-1] or (biases is not None and biases.spec != scales.spec):
             raise view.misfit(name, f"is {packed.spec} with scales {scales.spec}, which do not fit each other")
         said = view.settings.get(prefix)
@@ -98,8 +98,10 @@ def _small_floats(
     view: View, prefix: str, packed: LazyTensor, scales: LazyTensor, settings: Mapping[str, Any]
 ) -> QuantizedWeight:
     name, mode = f"{prefix}.weight", str(settings.get("mode") or "")
-    if mode not in _MODES or scales.spec.dtype is not DType.U8:
-        raise view.misfit(name, f"has scales {scales.spec} without biases, and mode {mode or 'none'} is said")
+    if mode not in _MODES:
+        raise view.misfit(
+            name, f"has no biases, expected them, or one of the modes {', '.join(_MODES)} in {view.stated_in}"
+        )
     bits, size, table = _MODES[mode]
     columns = scales.spec.shape[-1] * size
     if packed.spec.shape[-1] * 32 != columns * bits:
@@ -112,4 +114,4 @@ def _small_floats(
     return QuantizedWeight(name, "mlx", f"mlx {mode}, groups of {size}", parts, view.dtype_named() or DType.BF16, value)
 
 
-MLX = NumberFormat("mlx", frozenset({"mlx"}), find)
+MLX = NumberFormat("mlx", frozenset({"mlx"}), find, (".scales", ".biases"))

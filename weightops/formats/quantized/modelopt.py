@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from weightops.errors import IncompatibleInputs
-from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import FLOATS, NumberFormat, QuantizedWeight, View, affine, reshaped
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.numbers.affine import Affine, ScalesOverOne
@@ -23,20 +23,19 @@ _GROUP = 16
 def find(view: View) -> Iterator[QuantizedWeight]:
     """The weights with a `weight_scale_2`, also of stacked experts; raises as the other formats do."""
     for name in view.ending("_scale_2"):
-        packed, scales = view.need(name, name), view.need(f"{name}_scale", name)
+        packed = view.part(name, name, [DType.U8])
+        scales = view.part(f"{name}_scale", name, [DType.F8_E4M3])
+        one = view.need(f"{name}_scale_2", name)
         if view.get(f"{name.rpartition('.')[0]}.pre_quant_scale") is not None:
             raise IncompatibleInputs(
                 f"{view.where}: {escape(name)} was scaled for AWQ (pre_quant_scale), which is not undone here",
                 hint="take the checkpoint that it was made of",
             )
-        one = view.checkpoint[f"{name}_scale_2"]
-        if packed.spec.dtype is not DType.U8 or len(packed.spec.shape) < 2 or scales.spec.dtype is not DType.F8_E4M3:
-            raise view.misfit(name, f"is {packed.spec} with scales {scales.spec}, expected uint8 with float8_e4m3fn")
         columns = 2 * packed.spec.shape[-1]
         if scales.spec.shape != (*packed.spec.shape[:-1], -(-columns // _GROUP)):
             raise view.misfit(f"{name}_scale", f"is {scales.spec} for {packed.spec}, expected groups of {_GROUP}")
-        if one.spec.numel != 1:
-            raise view.misfit(f"{name}_scale_2", f"is {one.spec}, expected one number")
+        if one.spec.numel != 1 or one.spec.dtype not in FLOATS:
+            raise view.misfit(f"{name}_scale_2", f"is {one.spec}, expected one floating-point number")
         factors = LazyTensor.make(ScalesOverOne(name, is_factor=True), scales, reshaped(one, (1,)))
         codes = LazyTensor.make(Codes(4, columns), packed)
         value = affine(partial(_op, name), codes, factors)

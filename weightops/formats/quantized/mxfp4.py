@@ -21,15 +21,13 @@ _GROUP = 32
 def find(view: View) -> Iterator[QuantizedWeight]:
     """The weights that are stored in blocks; raises `CorruptInput` for blocks and scales that do not fit."""
     for name in view.ending("_blocks"):
-        blocks = view.checkpoint[f"{name}_blocks"]
-        if blocks.spec.dtype is not DType.U8:
+        if view.method != "mxfp4" and view.get(f"{name}_scales") is None:
             continue
-        scales = view.need(f"{name}_scales", name)
+        blocks = view.part(f"{name}_blocks", name, [DType.U8])
+        scales = view.part(f"{name}_scales", name, [DType.U8, DType.F8_E8M0])
         shape = blocks.spec.shape
-        if len(shape) < 3 or shape[-1] != _GROUP // 2 or scales.spec.shape != shape[:-1]:
+        if len(shape) != 4 or shape[-1] != _GROUP // 2 or scales.spec.shape != shape[:-1]:
             raise view.misfit(f"{name}_blocks", f"is {blocks.spec} with scales {scales.spec}, expected [e, n, g, 16]")
-        if scales.spec.dtype not in (DType.U8, DType.F8_E8M0):
-            raise view.misfit(f"{name}_scales", f"is {scales.spec}, expected exponents in uint8")
         flat = reshaped(blocks, (*shape[:-2], shape[-2] * shape[-1]))
         codes = LazyTensor.make(Codes(4, shape[-2] * _GROUP), flat)
         exponents = reshaped(scales, scales.spec.shape, DType.F8_E8M0)
@@ -44,4 +42,4 @@ def find(view: View) -> Iterator[QuantizedWeight]:
         yield QuantizedWeight(name, "mxfp4", f"mxfp4, groups of {_GROUP}", parts, native, value)
 
 
-MXFP4 = NumberFormat("mxfp4", frozenset({"mxfp4"}), find)
+MXFP4 = NumberFormat("mxfp4", frozenset({"mxfp4"}), find, ("_blocks", "_scales"))

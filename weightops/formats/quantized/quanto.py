@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.scaled import scaled_weight
-from weightops.formats.quantized.weights import NATIVE, NumberFormat, QuantizedWeight, View, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, reshaped
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
@@ -25,13 +25,15 @@ def find(view: View) -> Iterator[QuantizedWeight]:
     for name in view.ending("._data._data"):
         yield _packed(view, name)
     for name in view.ending("._data"):
-        view.need(f"{name}._scale", name)
-        yield scaled_weight(view, name, {"weight": f"{name}._data", "scale": f"{name}._scale"}, "quanto", None)
+        parts = {"weight": f"{name}._data", "scale": f"{name}._scale"}
+        yield scaled_weight(view, name, parts, "quanto", view.need(parts["scale"], name).spec.dtype)
 
 
 def _packed(view: View, name: str) -> QuantizedWeight:
     parts = {"data": f"{name}._data._data", "scale": f"{name}._scale", "shift": f"{name}._shift"}
-    packed, scales, shifts = view.checkpoint[parts["data"]], *(view.need(parts[p], name) for p in ("scale", "shift"))
+    packed = view.part(parts["data"], name, [DType.U8], 2)
+    scales = view.part(parts["scale"], name, FLOATS)
+    shifts = view.part(parts["shift"], name, (*FLOATS, DType.I8, DType.U8))
     modules = view.settings.get("modules")
     about = modules.get(name.removesuffix(".weight")) if isinstance(modules, dict) else None
     kind = about.get("weights") if isinstance(about, dict) else None
@@ -43,8 +45,8 @@ def _packed(view: View, name: str) -> QuantizedWeight:
             hint="config.json must name a model that transformers knows",
         )
     count, groups = math.prod(shape), scales.spec.numel
-    if packed.spec.dtype is not DType.U8 or len(packed.spec.shape) != 2 or shifts.spec.numel != groups:
-        raise view.misfit(parts["data"], f"is {packed.spec} with scales {scales.spec} and shifts {shifts.spec}")
+    if shifts.spec.shape != scales.spec.shape:
+        raise view.misfit(parts["shift"], f"is {shifts.spec}, expected the shape of the scales {scales.spec}")
     size = packed.spec.shape[1]
     planes = tuple(range(0, 8, bits))
     if groups * size != count or -(-groups // len(planes)) != packed.spec.shape[0]:
@@ -63,4 +65,4 @@ def _packed(view: View, name: str) -> QuantizedWeight:
     return QuantizedWeight(name, "quanto", f"quanto, {bits} bits, groups of {size}", parts, native, value)
 
 
-QUANTO = NumberFormat("quanto", frozenset({"quanto"}), find)
+QUANTO = NumberFormat("quanto", frozenset({"quanto"}), find, ("._scale", "._shift"))

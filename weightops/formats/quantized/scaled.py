@@ -24,27 +24,25 @@ _SCALES = ("_scale_inv", "_scale")
 """What is added to the full name of a weight."""
 _BESIDE = ("scale", "qscale_weight")
 """What scales are called in the module of a weight."""
-_OF_ACTIVATIONS = ("input_scale", "activation_scale")
 _BLOCK = 128
+_SMALLEST_BLOCK = 16
 
 
 def find(view: View) -> Iterator[QuantizedWeight]:
     """The weights of 8 bits that have scales; raises `CorruptInput` for scales that do not fit."""
-    asked = view.method in ("fp8", "fbgemm_fp8")
     for name in list(view):
         codes = view.get(name)
         if codes is None or codes.spec.dtype not in (*FP8, DType.I8) or len(codes.spec.shape) < 2:
             continue
         scale_name = _scale_of(view, name)
         if scale_name is None:
-            module = name.rpartition(".")[0]
-            is_scaled = asked or any(view.get(f"{module}.{last}") is not None for last in _OF_ACTIVATIONS)
-            if is_scaled and codes.spec.dtype in FP8:
-                view.need(f"{name}{_SCALES[0]}", name)
             continue
         parts = {"weight": name, "scale": scale_name}
-        if view.get(f"{name}_zero_point") is not None:
-            parts["zero_point"] = f"{name}_zero_point"
+        zeros = f"{name}_zero_point"
+        is_asymmetric = weight_settings(view.settings, name.removesuffix(".weight")).get("symmetric") is False
+        if view.get(zeros) is not None or (is_asymmetric and codes.spec.dtype is DType.I8):
+            view.need(zeros, name)
+            parts["zero_point"] = zeros
         yield scaled_weight(view, name, parts, "scaled", None)
 
 
@@ -72,6 +70,9 @@ def scaled_weight(view: View, name: str, parts: dict[str, str], format: str, nat
     is_fp4 = codes.spec.dtype is DType.I8 and scales.spec.dtype is DType.F8_E8M0  # DeepSeek V4's experts
     if is_fp4:
         codes = LazyTensor.make(Codes(4, 2 * codes.spec.shape[-1]), codes)
+    _check_kind(view, name, parts["weight"], is_fp4)
+    if len(codes.spec.shape) < 2 or 0 in codes.spec.shape or 0 in scales.spec.shape:
+        raise view.misfit(parts["weight"], f"is {codes.spec} with scales {scales.spec}, expected a matrix with scales")
     if not scales.spec.dtype.is_float:
         raise view.misfit(parts["scale"], f"is {scales.spec}, expected floating-point scales")
     if zeros is not None and zeros.spec.shape != scales.spec.shape:
@@ -91,6 +92,17 @@ def scaled_weight(view: View, name: str, parts: dict[str, str], format: str, nat
     return QuantizedWeight(name, format, f"{kind}, {_words(block, shape)}", parts, native or view.native(scales), value)
 
 
+def _check_kind(view: View, name: str, codes_name: str, is_fp4: bool) -> None:
+    """Raise `CorruptInput` where the configuration says integers and codes are floats, or the reverse."""
+    codes = view.checkpoint[codes_name]
+    said = weight_settings(view.settings, name.removesuffix(".weight")).get("type")
+    expected = "float" if view.method in ("fp8", "fbgemm_fp8") else said
+    found = "float" if is_fp4 or codes.spec.dtype in FP8 else "int"
+    if expected in ("float", "int") and expected != found:
+        kind = "8-bit floats" if expected == "float" else "int8"
+        raise view.misfit(codes_name, f"is {codes.spec}, expected {kind}, as {view.stated_in} says")
+
+
 def _words(block: tuple[int, int], shape: tuple[int, ...]) -> str:
     if block[0] >= shape[-2] and block[1] >= shape[-1]:
         return "one scale a tensor"
@@ -107,18 +119,20 @@ def _block(
     What the configuration says is taken, and held against the tensors; without it blocks are DeepSeek's where they fit.
     """
     *batch, rows, columns = shape
-    if math.prod(scales) == 1:
+    named = _named_block(view, name)
+    is_grid = len(scales) == len(shape) and list(scales[:-2]) == batch
+    if math.prod(scales) == 1 and not (is_grid and named and (named[0] < rows or named[1] < columns)):
         return (rows, columns), (1, 1)
     if tuple(scales) in ((*batch,), (*batch, 1), (*batch, 1, 1)) and batch:
         return (rows, columns), (*batch, 1, 1)
     if scales in ((*batch, rows), (*batch, rows, 1)):
         return (1, columns), (*batch, rows, 1)
-    if len(scales) == len(shape) and list(scales[:-2]) == batch:
+    if is_grid:
         grid_rows, grid_columns = scales[-2:]
-        named = _named_block(view, name)
         guesses = [named] if named else [(_BLOCK, _BLOCK)]
-        if not named and rows % grid_rows == 0 and columns % grid_columns == 0:
-            guesses.append((rows // grid_rows, columns // grid_columns))
+        guess = -(-rows // grid_rows), -(-columns // grid_columns)
+        if not named and all(_is_usual(size) for size in guess):
+            guesses.append(guess)
         for height, width in guesses:
             if (-(-rows // height), -(-columns // width)) == (grid_rows, grid_columns):
                 return (height, width), scales
@@ -132,12 +146,17 @@ def _block(
     raise view.misfit(name, f"has scales {list(scales)} for {list(shape)}, which are no blocks of one size")
 
 
+def _is_usual(size: int) -> bool:
+    """Whether blocks have such sides: one row, or a power of two; others come of tensors that do not fit."""
+    return size == 1 or (size >= _SMALLEST_BLOCK and size & (size - 1) == 0)
+
+
 def _named_block(view: View, name: str) -> tuple[int, int] | None:
     """The block that the configuration names for a weight."""
     weights: Mapping[str, Any] = weight_settings(view.settings, name.removesuffix(".weight"))
     size = weights.get("group_size")
     found = view.settings.get("weight_block_size") or weights.get("block_structure")
-    if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
+    if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and 0 < n < 1 << 40 for n in found):
         return found[0], found[1]
     return (1, size) if isinstance(size, int) and size > 0 and weights.get("strategy") == "group" else None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import IncompatibleInputs
+from weightops.errors import IncompatibleInputs, WeightopsError
 from weightops.formats.quantized.awq import AWQ_FORMAT
 from weightops.formats.quantized.bitsandbytes import BITSANDBYTES
 from weightops.formats.quantized.compressed_tensors import COMPRESSED
@@ -16,9 +16,16 @@ from weightops.formats.quantized.mlx import MLX
 from weightops.formats.quantized.modelopt import MODELOPT
 from weightops.formats.quantized.mxfp4 import MXFP4
 from weightops.formats.quantized.quanto import QUANTO
-from weightops.formats.quantized.scaled import SCALED
+from weightops.formats.quantized.scaled import FP8, SCALED
 from weightops.formats.quantized.torchao import TORCHAO
-from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, refuse_method, stated
+from weightops.formats.quantized.weights import (
+    DAMAGED,
+    NumberFormat,
+    QuantizedWeight,
+    View,
+    refuse_method,
+    stated,
+)
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.lazy import Evaluate
@@ -98,7 +105,8 @@ def find_weights(
     view = View(checkpoint, evaluate, settings, stated_in, shape_of, shapes_only)
     _refuse_unread(view)
     weights: dict[str, QuantizedWeight] = {}
-    for number_format in (*FORMATS, gptq_format(gptq or GptqOptions())):
+    formats = (*FORMATS, gptq_format(gptq or GptqOptions()))
+    for number_format in formats:
         for weight in _found(view, number_format):
             if weight.name in weights or (weight.name in checkpoint and weight.name not in weight.parts.values()):
                 raise IncompatibleInputs(
@@ -107,7 +115,7 @@ def find_weights(
                 )
             weights[weight.name] = weight
     unused = tuple(name for name in view if weights and name.endswith(_UNUSED))
-    _refuse_orphans(view, weights)
+    _refuse_orphans(view, weights, formats)
     ignored = _ignored_but_quantised(view, weights)
     if ignored:
         view.notes.append(f"{view.where}: {stated_in} lists {listed(ignored, 3)} as not quantised, and the tensors are")
@@ -116,36 +124,67 @@ def find_weights(
 
 def _found(view: View, number_format: NumberFormat) -> Iterator[QuantizedWeight]:
     """The weights of one format, whose tensors no other is asked for."""
-    for weight in number_format.find(view):
+    for weight in _hinted(number_format.find(view)):
         refuse_method(view, number_format.methods, weight.name, f"{number_format.name}: {weight.scheme}")
+        try:
+            weight.in_dtype()  # holds the shapes of its parts against each other
+        except IncompatibleInputs as error:
+            raise view.misfit(weight.name, f"cannot be made of its parts: {error}") from error
         view.taken |= dict.fromkeys(weight.parts.values(), weight.name)
         yield weight
+
+
+def _hinted(weights: Iterator[QuantizedWeight]) -> Iterator[QuantizedWeight]:
+    """The same, with a hint for what raises without one: states that are no JSON, shapes that no op can read."""
+    try:
+        yield from weights
+    except WeightopsError as error:
+        error.hint = error.hint or DAMAGED
+        raise
 
 
 def _refuse_unread(view: View) -> None:
     reason = _UNREAD.get(view.method or "")
     if reason is not None:
         raise IncompatibleInputs(
-            f"{view.where}: quantised by {view.method} ({reason}), which is not read",
+            f"{view.where}: {view.stated_in} says quant_method {view.method} ({reason}), which is not read",
             hint="take the checkpoint that it was made of, or dequantise it with its own library",
         )
 
 
-def _refuse_orphans(view: View, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Refuse scales whose weight is plain or not there, and plain weights that are said to be quantised."""
+def _refuse_orphans(view: View, weights: Mapping[str, QuantizedWeight], formats: Sequence[NumberFormat]) -> None:
+    """Refuse parts whose weight is plain or not there, and plain weights that are said to be quantised."""
+    used = {weight.format for weight in weights.values()}
+    endings = (*_SCALES, *(e for f in formats if f.name in used or view.method in f.methods for e in f.endings))
     for name in view:
-        if name.endswith(_SCALES) and not name.endswith(_UNUSED):
-            weight = f"{name.rpartition('.')[0]}.weight"
-            what = "is plain" if weight in view.checkpoint else "is not there"
+        if name.endswith(endings) and not name.endswith(_UNUSED):
             raise IncompatibleInputs(
-                f"{view.where}: {escape(name)} belongs to a quantised weight, and {escape(weight)} {what}",
+                f"{view.where}: {escape(name)} is a part of a quantised weight, and {_of(view, name)}",
                 hint="a file is missing, or the weights were dequantised and their scales kept",
             )
-    if view.method is not None and not weights:
+    if not weights and view.method is None:
+        return
+    for name in view:
+        spec = view.checkpoint[name].spec
+        is_code = spec.dtype in FP8 or (not spec.dtype.is_float and name.endswith(".weight"))
+        if is_code and len(spec.shape) >= 2:
+            raise view.misfit(
+                name,
+                f"is {spec} and has no scales, expected them or plain numbers",
+                "is a file of the model missing? its scales may lie in another shard",
+            )
+    if not weights:
         raise IncompatibleInputs(
-            f"{view.where}: {view.stated_in} says quant_method {escape(view.method)}, and every weight is plain",
+            f"{view.where}: {view.stated_in} says quant_method {escape(str(view.method))}, and every weight is plain",
             hint="it was dequantised and the configuration kept: remove what it says of quantisation",
         )
+
+
+def _of(view: View, name: str) -> str:
+    """What there is of the weight that a part belongs to."""
+    module = name.rpartition(".")[0]
+    weight = next((n for n in (f"{module}.weight", module) if n in view.checkpoint), None)
+    return f"{escape(weight)} is plain" if weight is not None else "the others of its parts are not there"
 
 
 def _ignored_but_quantised(view: View, weights: Mapping[str, QuantizedWeight]) -> list[str]:

@@ -33,10 +33,15 @@ def find(view: View) -> Iterator[QuantizedWeight]:
                 f"expected one of {', '.join(_TYPES)}",
                 hint="dequantise it with torchao",
             )
+        if kind is not None and (codes.spec.dtype is DType.I8) == kind.startswith("Float8"):
+            raise view.misfit(data, f"is {codes.spec}, expected the codes of {kind}")
         parts = {"weight": data, "scale": f"{prefix}_weight_scale"}
-        view.need(parts["scale"], name)
-        if view.get(f"{prefix}_weight_zero_point") is not None:
-            parts["zero_point"] = f"{prefix}_weight_zero_point"
+        listed = about.get("_tensor_data_names")
+        zeros = f"{prefix}_weight_zero_point"
+        if view.get(zeros) is not None or (isinstance(listed, list) and "zero_point" in listed):
+            parts["zero_point"] = zeros
+        for part in parts.values():
+            view.need(part, name)
         inner = about.get("_data")
         said = inner.get("dtype") if isinstance(inner, Mapping) else None
         named = str(said.get("_data") if isinstance(said, Mapping) else said)
@@ -55,4 +60,5 @@ def _about(view: View, name: str) -> Mapping[str, Any]:
         return {}
 
 
-TORCHAO = NumberFormat("torchao", frozenset({"torchao"}), find)
+_ENDINGS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
+TORCHAO = NumberFormat("torchao", frozenset({"torchao"}), find, _ENDINGS)

@@ -6,7 +6,7 @@ the two contradict each other that is said by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from weightops.spec import DType
 CONFIG_KEY = "quantization_config"
 _NESTED = ("text_config", "vision_config", "llm_config", "language_config", "thinker_config")
 NATIVE = (DType.F16, DType.BF16)
+FLOATS = (*NATIVE, DType.F32)
+DAMAGED = "the files are damaged, or of two models"
 AUTO_ROUND = frozenset({"auto-round", "intel/auto-round"})
 """Names of the method of auto-round, which packs as GPTQ or as AWQ."""
 
@@ -118,6 +120,20 @@ class View:
             )
         return found
 
+    def part(self, name: str, of: str, dtypes: Collection[DType], dimensions: int | None = None) -> LazyTensor:
+        """`need`, where it is not empty and of one of these types, with so many dimensions, or two and more.
+
+        Raises `CorruptInput`.
+        """
+        found = self.need(name, of)
+        shape = found.spec.shape
+        fits = len(shape) == dimensions or (dimensions is None and len(shape) >= 2)
+        if found.spec.dtype not in dtypes or not fits or 0 in shape:
+            kinds = " or ".join(dtype.value for dtype in dtypes)
+            many = f"{dimensions} dimensions" if dimensions is not None else "2 dimensions or more"
+            raise self.misfit(name, f"is {found.spec}, expected {kinds} of {many}")
+        return found
+
     def read(self, names: Iterable[str]) -> dict[str, bytes]:
         """The bytes of small tensors by name, read together."""
         listed = list(names)
@@ -136,7 +152,7 @@ class View:
             return DType.F32
         return scales.spec.dtype if scales.spec.dtype in NATIVE else self.dtype_named() or DType.BF16
 
-    def misfit(self, name: str, problem: str, hint: str = "the files are damaged, or of two models") -> CorruptInput:
+    def misfit(self, name: str, problem: str, hint: str = DAMAGED) -> CorruptInput:
         """The error for tensors that do not belong together."""
         return CorruptInput(f"{self.where}: {escape(name)}: {problem}", hint=hint)
 
@@ -153,11 +169,13 @@ def refuse_method(view: View, methods: frozenset[str], name: str, scheme: str) -
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A published format: the values of `quant_method` that name it, and how its weights are found among tensors."""
+    """A published format: the values of `quant_method` that name it, how its weights are found among tensors, and how
+    the names of their parts end."""
 
     name: str
     methods: frozenset[str]
     find: Callable[[View], Iterator[QuantizedWeight]]
+    endings: tuple[str, ...] = ()
 
 
 def named_dtype(config: Mapping[str, Any]) -> DType | None:
@@ -179,7 +197,8 @@ def stated(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
         for key in (CONFIG_KEY, "quantization"):
             found = part.get(key)
             if isinstance(found, Mapping):
-                return ({"quant_method": "mlx", **found} if _is_mlx(config, found) else found), "config.json"
+                is_mlx = "quantization" in part and "quant_method" not in found
+                return ({"quant_method": "mlx", **found} if is_mlx else found), "config.json"
             if found is not None and key == CONFIG_KEY:
                 raise CorruptInput(
                     f"{escape(checkpoint.name)}: config.json: {key} is {type(found).__name__}, expected an object"
@@ -201,10 +220,6 @@ def refuse_quantised(checkpoint: Checkpoint, role: str, reason: str) -> None:
             f"{role}, {escape(checkpoint.name)}, is quantised ({method}, says {file}): {reason}",
             hint="`weightops dequantize` makes a plain checkpoint of it",
         )
-
-
-def _is_mlx(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    return "quant_method" not in settings and "bits" in settings and "group_size" in settings
 
 
 def _from_file(name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,6 +37,8 @@ column; `map` float32, the number that each code stands for."""
 Table = Literal["", "e2m1", "e2m3", "e4m3"]
 _TABLES = {"e2m1": (1, 1, 4), "e2m3": (3, 1, 6)}
 """Bits of the mantissa, bias of the exponent, and bits in all."""
+_WORDS = {"scales": "scale", "zeros": "zero point", "biases": "bias", "shifts": "shift", "map": "number"}
+"""What one of an input is called."""
 _ROUNDED_BEFORE = 1 + 2.0**-4
 _PIECE = 1 << 17
 """Weights that are computed at once: in float32 they fit into a core's cache."""
@@ -72,16 +74,24 @@ class Affine(Op, frozen=True):
 
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         codes, scales, *others = inputs
-        if len(codes.shape) < 2 or codes.dtype.itemsize != 1 or codes.dtype.is_packed or self.dtype not in DTYPES:
+        if (
+            len(codes.shape) < 2
+            or 0 in codes.shape
+            or min(self.block) < 1
+            or codes.dtype.itemsize != 1
+            or codes.dtype.is_packed
+            or self.dtype not in DTYPES
+        ):
             raise IncompatibleInputs(f"{escape(self.label)}: cannot make {self.dtype.value} of codes {codes}")
         *batch, rows, columns = codes.shape
         width = scales.shape[-1] if "g_idx" in self.roles and scales.shape else -(-columns // self.block[1])
         grid = (*batch, -(-rows // self.block[0]), width)
         for role, other in zip(("scales", *self.roles), (scales, *others), strict=True):
             shape = {"g_idx": (columns,), "map": other.shape}.get(role, grid)
-            if other.shape != shape or not (other.dtype is DType.I32 if role == "g_idx" else _is_number(other.dtype)):
+            if other.shape != shape or not _is_kind(role, other.dtype):
+                kind = {"g_idx": "int32", "scales": "floating-point numbers"}.get(role, "numbers")
                 raise IncompatibleInputs(
-                    f"{escape(self.label)}: the {role} {other} do not fit the codes {codes}, expected {list(shape)}"
+                    f"{escape(self.label)}: the {role} are {other} for codes {codes}, expected {kind} {list(shape)}"
                 )
         return TensorSpec(self.dtype, codes.shape)
 
@@ -132,6 +142,7 @@ class Affine(Op, frozen=True):
             return _numbers_of(self.table, tensor.inputs[0].spec.dtype, self.steps)
         given = tensor.inputs[2 + self.roles.index("map")]
         values = as_float32(read.whole(given), given.spec.dtype)
+        self._check(values, "map", 0, is_magnitude=False)
         numbers = np.zeros(256, np.float32)
         numbers[: len(values)] = _gaps(values) if self.steps else values
         return numbers
@@ -193,22 +204,27 @@ class Affine(Op, frozen=True):
 
     def _grid(self, role: str, given: LazyTensor, first: int, count: int, read: Evaluator) -> Floats:
         """`count` of the scales, or what has their shape, from `first` on, in float32."""
-        import numpy as np
 
         itemsize = given.spec.dtype.itemsize
         with read.scratch(count * itemsize) as buffer:
             read(given, first * itemsize, buffer)
             found = as_float32(buffer, given.spec.dtype)
-        if role == "scales":
-            bad = ~np.isfinite(found) if self.is_signed else ~(np.isfinite(found) & (found >= 0))
-            if bad.any():
-                at = int(bad.argmax())
-                raise CorruptInput(
-                    f"{escape(self.label)}: scale {first + at} is {found[at]:g}, expected a finite number"
-                    + ("" if self.is_signed else " that is not negative"),
-                    hint="the weights cannot be computed from it: the file is damaged, or the model was never good",
-                )
+        is_magnitude = role == "scales" and not self.is_signed
+        self._check(found, role, first, is_magnitude)
         return found
+
+    def _check(self, found: Floats, role: str, first: int, is_magnitude: bool) -> None:
+        """Refuse what no weight can be computed from."""
+        import numpy as np
+
+        bad = ~(np.isfinite(found) & (found >= 0)) if is_magnitude else ~np.isfinite(found)
+        if bad.any():
+            at = int(bad.argmax())
+            raise CorruptInput(
+                f"{escape(self.label)}: {_WORDS[role]} {first + at} is {found[at]:g}, expected a finite number"
+                + (" that is not negative" if is_magnitude else ""),
+                hint="the weights cannot be computed from it: the file is damaged, or the model was never good",
+            )
 
     def _apply(self, values: Floats, factors: dict[str, Floats]) -> None:
         """Numbers of codes to numbers of weights, in place."""
@@ -265,8 +281,12 @@ def _widen(words: Array, dtype: DType, numbers: Floats | None, out: Floats) -> N
             out[nan] = np.nan
 
 
-def _is_number(dtype: DType) -> bool:
-    return not dtype.is_packed and (dtype.is_float or dtype.itemsize == 1)
+def _is_kind(role: str, dtype: DType) -> bool:
+    """Whether an input can have this type: small integers stand for numbers too, but no scale is one."""
+    if role == "g_idx":
+        return dtype is DType.I32
+    is_float = dtype.is_float and not dtype.is_packed and dtype.itemsize <= 4
+    return is_float or (role != "scales" and dtype in (DType.I8, DType.U8))
 
 
 @cache

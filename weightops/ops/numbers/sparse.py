@@ -21,6 +21,8 @@ _PIECE = 1 << 20
 
 def _masked(op: Any, values: TensorSpec, mask: TensorSpec) -> TensorSpec:
     rows, columns = op.shape
+    if not values.dtype.is_float:
+        raise IncompatibleInputs(f"{escape(op.label)}: its values are {values}, expected floating-point numbers")
     if mask != TensorSpec(DType.U8, (rows, -(-columns // 8))):
         raise IncompatibleInputs(f"{escape(op.label)}: {mask} is no mask of {list(op.shape)}")
     return TensorSpec(values.dtype, op.shape)
