@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from environments import environment, run_script
+from gguf_models import TINY_LLAMA
 from sentencepiece import SentencePieceProcessor
 from small_tokenizers import mixed_strings
 from tokenizer_folders import CHATML, ENDS, KINDS, STARTS, Files, spm_converted
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from weightops import api
 
@@ -21,6 +22,8 @@ LLAMACPP = environment("llamacpp")
 CHATS = [
     f"<|im_start|>user\n{text}<|im_end|>\n" for text in ("tensor streaming", "\u6d41\u5f0f, 128 GB?", "def read():")
 ]
+_TIE = 0.1
+"""Logits that are no farther apart may change places when activations are rounded to 8 bits."""
 TEXTS = [text for text in mixed_strings() if "<|" not in text]
 
 
@@ -97,6 +100,29 @@ def test_greedy_tokens_and_ends_are_those_of_transformers(tmp_path: Path, kind: 
     assert [each["answer"] for each in found["answers"]] == expected
     assert found["eos"] == tokenizer.eos_token_id
     assert found["template"] == CHATML
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["q4_k_m", "q6_k", "q8_0"])
+def test_a_quantised_file_answers_as_the_weights_that_it_stands_for(tmp_path: Path, dtype: str) -> None:
+    """The trained model's answers, but for what llama.cpp may turn by rounding what goes into a layer to 8 bits."""
+    lines = (TINY_LLAMA / "heldout.txt").read_text().splitlines()
+    prompts = [line[:60] for line in lines if len(line) > 60][:12]
+    api.convert(TINY_LLAMA, tmp_path / "model.gguf", to="gguf", dtype=dtype)
+    api.convert(tmp_path / "model.gguf", tmp_path / "back", to="hf", dtype="float32")
+    (tmp_path / "asked.json").write_text(json.dumps({"texts": [], "prompts": prompts}))
+    found = json.loads(run_script(LLAMACPP, "llamacpp_greedy.py", tmp_path / "model.gguf", tmp_path / "asked.json"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    alike = list[bool]()
+    for each in found["answers"]:
+        tokens = torch.tensor([each["prompt"] + each["answer"]])
+        with torch.no_grad():
+            best = model(tokens).logits[0, len(each["prompt"]) - 1 : -1].topk(2)
+        same = best.indices[:, 0] == torch.tensor(each["answer"])
+        assert all(best.values[~same, 0] - best.values[~same, 1] < _TIE), "another token, and not by a rounding"
+        alike += same.tolist()
+    assert sum(alike) > 0.95 * len(alike)
+    print(f"{sum(alike)} of {len(alike)} tokens")
 
 
 @pytest.mark.slow

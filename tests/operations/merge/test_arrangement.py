@@ -311,7 +311,7 @@ def test_what_is_passed_through_is_the_very_tensor() -> None:
         ),
         (
             model("b", edit=lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)})),
-            r"b: model\.layers\.0\.mlp\.up_proj\.weight_scale belongs to a quantised weight, and .*weight is plain",
+            r"b: model\.layers\.0\.mlp\.up_proj\.weight_scale is a part of a quantised weight, and .*weight is plain",
             "their scales kept",
         ),
     ],

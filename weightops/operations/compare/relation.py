@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from weightops.formats.modules import NUMBERED
@@ -42,7 +42,7 @@ def _body(own: Sequence[TensorChange], relative: float | None, angle: float | No
     kinds = {tensor.kind for tensor in changed}
     if not changed:
         if all(tensor.kind == "identical" for tensor in own):
-            forms = {side: next((_form(tensor, side) for tensor in own if _form(tensor, side)), None) for side in "AB"}
+            forms = {side: _usual_form(own, side) for side in "AB"}
             sides = [side for side, form in forms.items() if form]
             if len(sides) == 1:
                 other = "B" if sides == ["A"] else "A"
@@ -53,12 +53,12 @@ def _body(own: Sequence[TensorChange], relative: float | None, angle: float | No
     others = [f"the other {_tensors(rest)} {'is' if rest == 1 else 'are'} equal"] if rest else []
     if kinds in ({"cast"}, {"cast-of-b"}):
         one, other = ("B", "A") if kinds == {"cast"} else ("A", "B")
-        form = next((_form(tensor, other) for tensor in changed if _form(tensor, other)), None)
+        form = _usual_form(changed, other)
         what = f"{other} ({form}), dequantised and" if form else other
         return [f"{one} is {what} rounded to {_dtypes(changed, one)}, exactly", *others]
     if "quantised" in kinds and kinds <= set(ROUNDED):
         packed = [tensor for tensor in changed if tensor.kind == "quantised"]
-        form_a, form_b = (next((_form(t, side) for t in packed if _form(t, side)), None) for side in "AB")
+        form_a, form_b = (_usual_form(packed, side) for side in "AB")
         if form_a and form_b:
             how = f"({form_a} and {form_b}) in {_tensors(len(packed))}"
             return [f"A and B are quantised forms of the same weights, to within a step {how}", *others]
@@ -212,6 +212,15 @@ def _stored(own: Sequence[TensorChange]) -> str:
     forms = {(t.a.form or t.a.dtype.value, t.b.form or t.b.dtype.value) for t in own if t.kind == "equal"}
     differing = sorted(f"{b} in the place of {a}" for a, b in forms if a != b)
     return f" ({', '.join(differing[:2])})" if differing else ", in another form"
+
+
+def _usual_form(tensors: Sequence[TensorChange], side: str) -> str | None:
+    """How most of the tensors that are quantised in A or in B are."""
+    forms = Counter(form for tensor in tensors if (form := _form(tensor, side)))
+    if not forms:
+        return None
+    ((usual, _),) = forms.most_common(1)
+    return usual if len(forms) == 1 else f"mostly {usual}"
 
 
 def _form(tensor: TensorChange, side: str) -> str | None:
