@@ -54,12 +54,14 @@ def _units(tensors: Tensors) -> list[tuple[list[str], int]]:
 
     Loaders of bitsandbytes and of fused kernels look for the parts of a weight in the file that they read it from.
     """
-    modules = {module for name in tensors if (module := module_of_part(name)) is not None}
+    part_of = {name: module_of_part(name) for name in tensors}
+    modules = set(part_of.values())
     units: dict[str, tuple[list[str], int]] = {}
     for name, tensor in tensors.items():
-        module = module_of_part(name) or name.rpartition(".")[0]
-        names, nbytes = units.setdefault(f"{module}." if module in modules else name, ([], 0))
-        units[f"{module}." if module in modules else name] = ([*names, name], nbytes + tensor.nbytes)
+        module = part_of[name] or name.rpartition(".")[0]
+        unit = f"{module}." if module in modules else name
+        names, nbytes = units.setdefault(unit, ([], 0))
+        units[unit] = ([*names, name], nbytes + tensor.nbytes)
     return list(units.values())
 
 

@@ -128,8 +128,9 @@ def plain_if_quantised(source: Checkpoint, evaluate: Evaluate) -> Checkpoint:
     found = find_weights(source, evaluate, shape_of=shapes_of(source))
     if not found:
         return source
-    weights = [weight.in_dtype() for weight in found.weights.values()]
-    return plain(source, found, notes=[_note(source, found.schemes, weights)])
+    made = plain(source, found)
+    note = _note(source, found.schemes, [made[name] for name in found.weights])
+    return replace(made, warnings=(*made.warnings, note))
 
 
 def _note(source: Checkpoint, schemes: Iterable[str], weights: Collection[LazyTensor]) -> str:

@@ -77,7 +77,7 @@ def _four_bits(view: View, state_name: str, small: Mapping[str, bytes]) -> Quant
     said = next((dtype for dtype in DTYPES if dtype.value == str(state.get("dtype")).removeprefix("torch.")), None)
     twice = ", scales quantised too" if "nested_absmax" in parts else ""
     scheme = f"{kind}, blocks of {size}{twice}"
-    return QuantizedWeight(name, "bitsandbytes", scheme, parts, said or view.dtype_named() or DType.BF16, value)
+    return QuantizedWeight(name, "bitsandbytes", scheme, parts, said or view.model_dtype(), value)
 
 
 def _nested(

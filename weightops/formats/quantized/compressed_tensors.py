@@ -232,7 +232,7 @@ def _small_floats(view: View, prefix: str, packed: LazyTensor) -> QuantizedWeigh
         raise view.misfit(f"{name}_scale", f"has {count} groups for {columns} columns, {kind} has groups of {size}")
     codes = LazyTensor.make(Codes(6 if kind == "mxfp6" else 4, columns), packed)
     value = affine(lambda dtype, steps: Affine(name, dtype, (1, size), table=table, steps=steps), codes, scales)
-    native = view.dtype_named() or DType.BF16
+    native = view.model_dtype()
     return QuantizedWeight(name, "compressed-tensors", f"{kind}, groups of {size}", parts, native, value)
 
 
@@ -272,14 +272,15 @@ def _sparse(view: View) -> Iterator[QuantizedWeight]:
 
 
 _ENDINGS = (
-    *(
-        ".weight_packed",
-        ".weight_scale",
-        ".weight_shape",
-        ".weight_zero_point",
-        ".weight_g_idx",
-        ".weight_global_scale",
-    ),
-    *(".compressed", ".bitmask", ".row_offsets", ".shape"),
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".weight_g_idx",
+    ".weight_global_scale",
+    ".compressed",
+    ".bitmask",
+    ".row_offsets",
+    ".shape",
 )
 COMPRESSED = NumberFormat("compressed-tensors", frozenset({"compressed-tensors"}), find, _ENDINGS)

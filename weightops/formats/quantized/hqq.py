@@ -71,13 +71,13 @@ def _module(view: View, prefix: str, small: Mapping[str, bytes]) -> QuantizedWei
         or not rows <= packed.spec.shape[0] < rows + per_word
     ):
         raise view.misfit(f"{prefix}.W_q", f"holds {packed.spec} with scales {scales.spec} for a weight {shape}")
-    grid = (scales.spec.numel, 1) if axis[0] else (1, scales.spec.numel)
     expected = (scales.spec.numel, size) if axis[0] else (size, scales.spec.numel)
     codes = cut(packed, 0, 0, rows)
     if size * scales.spec.numel != count or codes.spec.shape != expected:
         raise view.misfit(f"{prefix}.W_q", f"holds {codes.spec} with {scales.spec.numel} scales for a weight {shape}")
     if not axis[0]:  # a group is a column
-        codes, grid = held(transposed(codes)), (scales.spec.numel, 1)
+        codes = held(transposed(codes))
+    grid = (scales.spec.numel, 1)
     native = scales.spec.dtype
 
     def value(dtype: DType, steps: bool) -> LazyTensor:

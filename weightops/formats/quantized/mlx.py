@@ -111,7 +111,7 @@ def _small_floats(
     factors = reshaped(scales, scales.spec.shape, kind)
     value = affine(lambda dtype, steps: Affine(name, dtype, (1, size), table=table, steps=steps), codes, factors)
     parts = {"weight": name, "scales": f"{prefix}.scales"}
-    return QuantizedWeight(name, "mlx", f"mlx {mode}, groups of {size}", parts, view.dtype_named() or DType.BF16, value)
+    return QuantizedWeight(name, "mlx", f"mlx {mode}, groups of {size}", parts, view.model_dtype(), value)
 
 
 MLX = NumberFormat("mlx", frozenset({"mlx"}), find, (".scales", ".biases"))

@@ -40,7 +40,7 @@ def find(view: View) -> Iterator[QuantizedWeight]:
         codes = LazyTensor.make(Codes(4, columns), packed)
         value = affine(partial(_op, name), codes, factors)
         parts = {"weight": name, "scale": f"{name}_scale", "scale_2": f"{name}_scale_2"}
-        native = view.dtype_named() or DType.BF16
+        native = view.model_dtype()
         yield QuantizedWeight(name, "modelopt", f"nvfp4, groups of {_GROUP}", parts, native, value)
 
 

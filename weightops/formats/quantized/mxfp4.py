@@ -38,7 +38,7 @@ def find(view: View) -> Iterator[QuantizedWeight]:
             return transposed(LazyTensor.make(Affine(name, dtype, (1, _GROUP), table="e2m1", steps=steps), *inputs))
 
         parts = {"blocks": f"{name}_blocks", "scales": f"{name}_scales"}
-        native = view.dtype_named() or DType.BF16
+        native = view.model_dtype()
         yield QuantizedWeight(name, "mxfp4", f"mxfp4, groups of {_GROUP}", parts, native, value)
 
 

@@ -45,19 +45,26 @@ _UNREAD = {
 }
 """Methods that are not read, and why."""
 _UNUSED = (
-    *(
-        ".input_scale",
-        ".output_scale",
-        ".activation_scale",
-        ".input_global_scale",
-        ".input_scale_ub",
-        ".input_zero_point",
-    ),
-    *(".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".output_zero_point", ".qscale_act", ".weight_format"),
-    *(".weight_quantizer._amax", ".input_quantizer._amax", ".k_proj.output_scale", ".v_proj.output_scale"),
+    ".input_scale",
+    ".output_scale",
+    ".activation_scale",
+    ".input_global_scale",
+    ".input_scale_ub",
+    ".input_zero_point",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".prob_scale",
+    ".output_zero_point",
+    ".qscale_act",
+    ".weight_format",
+    ".weight_quantizer._amax",
+    ".input_quantizer._amax",
+    ".k_proj.output_scale",
+    ".v_proj.output_scale",
 )
 """What calibration leaves of activations, by the ends of names."""
-_SCALES = (*(".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point", ".weight_packed", ".SCB"),)
+_SCALES = (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point", ".weight_packed", ".SCB")
 """Tensors that mean nothing without a quantised weight."""
 
 

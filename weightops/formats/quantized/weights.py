@@ -143,6 +143,10 @@ class View:
         """The type of 16 bits that config.json names for the model."""
         return named_dtype(self.checkpoint.config())
 
+    def model_dtype(self) -> DType:
+        """The same, or bfloat16 where it names none."""
+        return self.dtype_named() or DType.BF16
+
     def native(self, scales: LazyTensor) -> DType:
         """The type of weights: that of the scales where it has 16 bits, or else the model's, or bfloat16.
 
@@ -150,7 +154,7 @@ class View:
         """
         if self.method == "compressed-tensors" and scales.spec.dtype is DType.F32:
             return DType.F32
-        return scales.spec.dtype if scales.spec.dtype in NATIVE else self.dtype_named() or DType.BF16
+        return scales.spec.dtype if scales.spec.dtype in NATIVE else self.model_dtype()
 
     def misfit(self, name: str, problem: str, hint: str = DAMAGED) -> CorruptInput:
         """The error for tensors that do not belong together."""
