@@ -10,6 +10,7 @@ arithmetic of DeepSeek-V3's `inference/kernel.py`. A block of zeros has the scal
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,25 +38,12 @@ _PIECE = 1 << 17
 """Elements that are divided at once."""
 
 
-class Scale(Op, frozen=True):
-    """The scales of a matrix, which is read once for all of them. `label` names it in errors.
-
-    Raises `IncompatibleInputs` for a NaN or an infinity, which no scale brings into eight bits.
-    """
-
-    strategy: Strategy
-    label: str
+class _Scales(Op, frozen=True):
+    """Scales that are computed once, when the first of them is asked for."""
 
     @property
     def scratch_nbytes(self) -> int:
         return _BLOCK * 8
-
-    def spec(self, *inputs: TensorSpec) -> TensorSpec:
-        (source,) = inputs
-        if len(source.shape) != 2 or source.dtype not in SCALED:
-            types = ", ".join(dtype.value for dtype in SCALED)
-            raise IncompatibleInputs(f"{escape(self.label)} is {source}: only matrices of {types} are given scales")
-        return TensorSpec(source.dtype, (source.shape[0], 1) if self.strategy == "channel" else (1,))
 
     def grain(self, tensor: LazyTensor) -> int:
         return tensor.spec.dtype.itemsize
@@ -65,6 +53,27 @@ class Scale(Op, frozen=True):
         if scales is None:
             scales = read.running[tensor] = self._scales(tensor.inputs[0], read)
         out[:] = memoryview(scales)[start : start + len(out)]
+
+    @abstractmethod
+    def _scales(self, source: LazyTensor, read: Evaluator) -> bytes | bytearray:
+        """The bytes of all scales of the matrix `source`."""
+
+
+class Scale(_Scales, frozen=True):
+    """The scales of a matrix, which is read once for all of them. `label` names it in errors.
+
+    Raises `IncompatibleInputs` for a NaN or an infinity, which no scale brings into eight bits.
+    """
+
+    strategy: Strategy
+    label: str
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if len(source.shape) != 2 or source.dtype not in SCALED:
+            types = ", ".join(dtype.value for dtype in SCALED)
+            raise IncompatibleInputs(f"{escape(self.label)} is {source}: only matrices of {types} are given scales")
+        return TensorSpec(source.dtype, (source.shape[0], 1) if self.strategy == "channel" else (1,))
 
     def _scales(self, source: LazyTensor, read: Evaluator) -> bytearray:
         import numpy as np
@@ -131,7 +140,7 @@ class Unscale(Op, frozen=True):
                 position += len(part)
 
 
-class BlockScale(Op, frozen=True):
+class BlockScale(_Scales, frozen=True):
     """The scales float32 `[rows / block, columns / block]` of a matrix of whole blocks, which is read once for them.
 
     Raises `IncompatibleInputs` for a NaN or an infinity, which no scale brings into eight bits.
@@ -140,32 +149,18 @@ class BlockScale(Op, frozen=True):
     label: str
     block: int
 
-    @property
-    def scratch_nbytes(self) -> int:
-        return _BLOCK * 8
-
     def spec(self, *inputs: TensorSpec) -> TensorSpec:
         (source,) = inputs
         if len(source.shape) != 2 or source.dtype not in SCALED or any(n % self.block for n in source.shape):
             raise IncompatibleInputs(f"{escape(self.label)} is {source}: no matrix of blocks of {self.block}")
         return TensorSpec(DType.F32, (source.shape[0] // self.block, source.shape[1] // self.block))
 
-    def grain(self, tensor: LazyTensor) -> int:
-        return DType.F32.itemsize
-
-    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
-        scales = read.running.get(tensor)
-        if scales is None:
-            scales = read.running[tensor] = self._scales(tensor, read)
-        out[:] = memoryview(scales)[start : start + len(out)]
-
-    def _scales(self, tensor: LazyTensor, read: Evaluator) -> bytes:
+    def _scales(self, source: LazyTensor, read: Evaluator) -> bytes:
         import numpy as np
 
-        (source,) = tensor.inputs
         dtype, (rows, columns) = source.spec.dtype, source.spec.shape
         unit = np.dtype(f"<u{dtype.itemsize}")
-        largest = np.zeros(tensor.spec.shape, unit)
+        largest = np.zeros((rows // self.block, columns // self.block), unit)
         step = max(1, max(_BLOCK, source.grain // dtype.itemsize) // max(1, columns))
         for top in range(0, rows, step):
             height = min(step, rows - top)

@@ -42,7 +42,7 @@ from weightops.io.escape import escape
 from weightops.io.platform.machine import available_memory
 from weightops.io.strict_json import as_json
 from weightops.layouts.skeleton import read_config
-from weightops.lazy import LazyTensor
+from weightops.lazy import LazyTensor, read_each
 from weightops.operations.repack import repacked
 from weightops.plan import identity_of
 from weightops.quantization import report
@@ -314,11 +314,8 @@ def _contained(run: Run, made: Checkpoint) -> Checkpoint:
     if options.checkpoint_format in get_args(CheckpointFormat):
         return made
 
-    def evaluate(tensors: Sequence[LazyTensor]) -> list[bytes]:
-        return [bytes(tensor.read()) for tensor in tensors]
-
     scales = DType(options.settings.scale_dtype) if options.checkpoint_format == "compressed-tensors" else None
-    return repacked(made, find_weights(made, evaluate), options.checkpoint_format, evaluate, scales)
+    return repacked(made, find_weights(made, read_each), options.checkpoint_format, read_each, scales)
 
 
 def _described(

@@ -98,7 +98,7 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
     rows, columns = _shape(view, prefix, shape, packed)
     scales = view.part(f"{name}_scale", name, FLOATS, 2)
     settings = weight_settings(view.settings, prefix)
-    bits, order = _bits(view, prefix, columns, packed.spec.shape[1])
+    bits, order = _bits(view, prefix, settings.get("num_bits"), columns, packed.spec.shape[1])
     parts = {"packed": f"{name}_packed", "scale": f"{name}_scale", "shape": f"{name}_shape"}
     inputs, roles = [LazyTensor.make(Codes(bits, columns, order), packed)], list[Role]()
     if scales.spec.shape[0] not in (1, rows):
@@ -117,7 +117,7 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
         roles.append("zeros")
         parts["zero_point"] = zero_name
         inputs.append(_zeros(view, zero_name, zeros, bits, scales.spec.shape, order))
-    size = _group_size(view, prefix, columns, count)
+    size = _group_size(view, prefix, settings.get("group_size"), columns, count)
     if g_idx is not None:
         parts["g_idx"] = index_name
         if g_idx.spec.shape != (columns,) or g_idx.spec.dtype is not DType.I32:
@@ -140,13 +140,12 @@ def _integers(view: View, prefix: str, packed: LazyTensor, shape: bytes | None) 
     return QuantizedWeight(name, "compressed-tensors", scheme, parts, view.native(scales), value, integers)
 
 
-def _bits(view: View, prefix: str, columns: int, words: int) -> tuple[int, Order]:
+def _bits(view: View, prefix: str, said: Any, columns: int, words: int) -> tuple[int, Order]:
     """The bits of a code and how words hold them, by the configuration and the width of rows.
 
     Until 0.17 each word held whole codes, and since 0.18 rows are one stream, which differs for 3, 5, 6 and 7 bits: the
     version decides, and the width where it is not said.
     """
-    said = weight_settings(view.settings, prefix).get("num_bits")
     candidates = [said] if isinstance(said, int) and 2 <= said <= 8 else [4, 8, 2, 3, 5, 6, 7]
     version = _version(view)
     for bits in candidates:
@@ -186,11 +185,10 @@ def _zeros(view: View, name: str, zeros: LazyTensor, bits: int, grid: tuple[int,
     return held(transposed(codes))
 
 
-def _group_size(view: View, prefix: str, columns: int, count: int) -> int:
+def _group_size(view: View, prefix: str, said: Any, columns: int, count: int) -> int:
     """Columns in a group: what the configuration says where it fits, or else as many as share evenly."""
     if count == 1:
         return columns
-    said = weight_settings(view.settings, prefix).get("group_size")
     if isinstance(said, int) and said > 0 and -(-columns // said) == count:
         return said
     if columns % count == 0 and said in (None, -1):
