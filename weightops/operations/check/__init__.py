@@ -6,6 +6,7 @@ from weightops.operations.check.architecture import architecture_findings
 from weightops.operations.check.files import tokens_without_rows
 from weightops.operations.check.operation import check
 from weightops.operations.check.report import CODES, CheckDocument, CheckOptions, CheckReport, Finding
+from weightops.operations.check.result import held_to_class
 
 __all__ = [
     "CODES",
@@ -15,5 +16,6 @@ __all__ = [
     "Finding",
     "architecture_findings",
     "check",
+    "held_to_class",
     "tokens_without_rows",
 ]
