@@ -163,6 +163,23 @@ class Checkpoint(Mapping[str, LazyTensor]):
             return self
         return replace(self, sidecars={**self.sidecars, "config.json": written_json(edited)})
 
+    def warned(self, *notes: str) -> Checkpoint:
+        """This checkpoint with more to say of it."""
+        return replace(self, warnings=(*self.warnings, *notes)) if notes else self
+
+    def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
+        """This checkpoint with these tensors instead; what is known of those that it has stays."""
+        names = {id(tensor): name for name, tensor in self.items()}
+        origins = {new: names[id(tensor)] for new, tensor in tensors.items() if id(tensor) in names}
+        return replace(
+            self,
+            tensors=dict(tensors),
+            shards={new: self.shards[old] for new, old in origins.items() if old in self.shards},
+            digests={new: self.digests[old] for new, old in origins.items() if old in self.digests},
+            total_size=None,
+            content_id=None,
+        )
+
     def with_dtype(self, dtype: DType) -> Checkpoint:
         """This checkpoint with `dtype` named in its config.json, under the key that is there."""
 

@@ -9,6 +9,7 @@ from typing import Literal
 from weightops.errors import CorruptInput, IncompatibleInputs
 from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor, Op
+from weightops.ops.elementwise import reshaped
 from weightops.spec import TensorSpec
 
 _BLOCK_NBYTES = 4 << 20
@@ -163,6 +164,31 @@ class Agreed(Op, frozen=True):
 def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
     """`parts` joined along `axis`; the only one itself."""
     return parts[0] if len(parts) == 1 else LazyTensor.make(Concat(axis), *parts)
+
+
+def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """`[n, ...]` of `n` tensors of one shape; raises `IncompatibleInputs` if they are not."""
+    shape = parts[0].spec.shape
+    odd = next((part for part in parts if part.spec != parts[0].spec), None)
+    if odd is not None:
+        raise IncompatibleInputs(f"cannot stack {parts[0].spec} and {odd.spec}")
+    return concat([reshaped(part, (1, *shape)) for part in parts], 0)
+
+
+def taken(tensor: LazyTensor, axis: int, numbers: Sequence[int]) -> LazyTensor:
+    """What lies at these places along an axis, in their order; places may be there more than once."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, number + 1])
+    return concat([cut(tensor, axis, start, stop) for start, stop in runs], axis)
+
+
+def one_of(stack: LazyTensor, number: int) -> LazyTensor:
+    """One of the tensors that are stacked along the first dimension."""
+    return reshaped(cut(stack, 0, number, number + 1), stack.spec.shape[1:])
 
 
 def cut(tensor: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:

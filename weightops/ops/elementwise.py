@@ -140,3 +140,10 @@ class Reinterpret(Op, frozen=True):
 def cast(tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """`tensor` in `dtype`; itself when it is so already."""
     return tensor if tensor.spec.dtype is dtype else LazyTensor.make(Cast(dtype), tensor)
+
+
+def reshaped(tensor: LazyTensor, shape: tuple[int, ...], dtype: DType | None = None) -> LazyTensor:
+    """The same bytes in another shape, or as another type; itself where nothing changes."""
+    made = (dtype or tensor.spec.dtype, shape)
+    same = made == (tensor.spec.dtype, tensor.spec.shape)
+    return tensor if same else LazyTensor.make(Reinterpret(*made), tensor)

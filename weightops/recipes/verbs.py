@@ -23,7 +23,7 @@ from weightops.spec import DType, parse_dtype
 
 VERBS = (
     *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
-    "merge",
+    *("merge", "experts", "part", "edit"),
 )
 _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 

@@ -12,10 +12,11 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, affine
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import DTYPES, Affine
 from weightops.ops.numbers.codes import Codes
 from weightops.ops.rows import Given

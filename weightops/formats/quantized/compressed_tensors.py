@@ -20,10 +20,10 @@ from weightops.formats.quantized.weights import (
     QuantizedWeight,
     View,
     affine,
-    reshaped,
 )
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine, Role, ScalesOverOne, Table
 from weightops.ops.numbers.codes import Codes, Order, held
 from weightops.ops.numbers.sparse import Bitmask, Masked24

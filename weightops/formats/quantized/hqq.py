@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Mapping
 
 from weightops.errors import IncompatibleInputs
-from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine
 from weightops.ops.numbers.codes import RowCodes, held
 from weightops.ops.transpose import transposed

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, affine
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine, Table
 from weightops.ops.numbers.codes import Codes
 from weightops.spec import DType

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from weightops.errors import IncompatibleInputs
-from weightops.formats.quantized.weights import FLOATS, NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import FLOATS, NumberFormat, QuantizedWeight, View, affine
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine, ScalesOverOne
 from weightops.ops.numbers.codes import Codes
 from weightops.spec import DType

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, reshaped
+from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine
 from weightops.ops.numbers.codes import Codes
 from weightops.ops.transpose import transposed

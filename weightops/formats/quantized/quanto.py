@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 from weightops.errors import IncompatibleInputs
 from weightops.formats.quantized.scaled import scaled_weight
-from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View, reshaped
+from weightops.formats.quantized.weights import FLOATS, NATIVE, NumberFormat, QuantizedWeight, View
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import cut
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine, Role
 from weightops.ops.numbers.codes import RowCodes
 from weightops.spec import DType

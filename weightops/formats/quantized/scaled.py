@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weightops.formats.quantized.groups import weight_settings
-from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, affine, reshaped
+from weightops.formats.quantized.weights import NumberFormat, QuantizedWeight, View, affine
 from weightops.lazy import LazyTensor
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine, Role, Table
 from weightops.ops.numbers.codes import Codes
 from weightops.spec import DType

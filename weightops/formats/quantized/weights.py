@@ -16,7 +16,7 @@ from weightops.formats.sidecars import QUANTISED
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.ops.elementwise import Reinterpret
+from weightops.ops.elementwise import reshaped
 from weightops.ops.numbers.affine import Affine
 from weightops.spec import DType
 
@@ -245,13 +245,6 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(plain.get(key), dict):
             plain[key] = without_quantization(plain[key])
     return plain
-
-
-def reshaped(tensor: LazyTensor, shape: tuple[int, ...], dtype: DType | None = None) -> LazyTensor:
-    """The same bytes in another shape, or as another type; itself where nothing changes."""
-    made = (dtype or tensor.spec.dtype, shape)
-    same = made == (tensor.spec.dtype, tensor.spec.shape)
-    return tensor if same else LazyTensor.make(Reinterpret(*made), tensor)
 
 
 def affine(op: Callable[[DType, bool], Affine], *inputs: LazyTensor, shape: tuple[int, ...] | None = None) -> Value:

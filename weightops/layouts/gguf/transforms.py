@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from weightops.lazy import LazyTensor
-from weightops.ops.arrange import concat, cut, halves_to_pairs, pairs_to_halves
-from weightops.ops.elementwise import Reinterpret, Shift, cast
+from weightops.ops.arrange import concat, cut, halves_to_pairs, one_of, pairs_to_halves, stacked
+from weightops.ops.elementwise import Shift, cast, reshaped
 from weightops.ops.ggml.mxfp4 import Mxfp4Blocks
 from weightops.ops.transpose import transposed
 from weightops.spec import DType
@@ -73,11 +73,11 @@ class Stacked:
     """Matrices of experts, one after another in a tensor of three dimensions."""
 
     def out(self, tensors: Tensors) -> list[LazyTensor]:
-        return [_stack(tensors)]
+        return [stacked(tensors)]
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
         (tensor,) = tensors
-        return [_matrix(tensor, i) for i in range(tensor.spec.shape[0])]
+        return [one_of(tensor, i) for i in range(tensor.spec.shape[0])]
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class KeysAndValues:
         (tensor,) = tensors
         rows, columns = tensor.spec.shape
         size = rows // self.heads
-        heads = _shaped(tensor, (self.heads, size, columns))
+        heads = reshaped(tensor, (self.heads, size, columns))
         return [transposed(cut(heads, 1, 0, self.keys)), cut(heads, 1, self.keys, size)]
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
         keys, values = tensors
         heads = concat([transposed(keys), values], 1)
         count, size, columns = heads.spec.shape
-        return [_shaped(heads, (count * size, columns))]
+        return [reshaped(heads, (count * size, columns))]
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ class GateAndUp:
     def out(self, tensors: Tensors) -> list[LazyTensor]:
         (tensor,) = tensors
         experts, columns, rows = tensor.spec.shape
-        alternating = _shaped(transposed(tensor), (experts * rows, columns))
-        both = _shaped(pairs_to_halves(alternating, experts), (experts, rows, columns))
+        alternating = reshaped(transposed(tensor), (experts * rows, columns))
+        both = reshaped(pairs_to_halves(alternating, experts), (experts, rows, columns))
         return [cut(both, 1, 0, rows // 2), cut(both, 1, rows // 2, rows)]
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
         both = concat(tensors, 1)
         experts, rows, columns = both.spec.shape
-        alternating = halves_to_pairs(_shaped(both, (experts * rows, columns)), experts)
-        return [transposed(_shaped(alternating, (experts, rows, columns)))]
+        alternating = halves_to_pairs(reshaped(both, (experts * rows, columns)), experts)
+        return [transposed(reshaped(alternating, (experts, rows, columns)))]
 
 
 @dataclass(frozen=True)
@@ -153,27 +153,12 @@ class GateAndUpBias:
     def out(self, tensors: Tensors) -> list[LazyTensor]:
         (tensor,) = tensors
         experts, width = tensor.spec.shape
-        halves = pairs_to_halves(_shaped(tensor, (experts * width,)), experts)
-        both = pairs_to_halves(_shaped(halves, (2 * experts, width // 2)), 1)
+        halves = pairs_to_halves(reshaped(tensor, (experts * width,)), experts)
+        both = pairs_to_halves(reshaped(halves, (2 * experts, width // 2)), 1)
         return [cut(both, 0, 0, experts), cut(both, 0, experts, 2 * experts)]
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
         gates, ups = tensors
         experts, width = gates.spec.shape
         halves = halves_to_pairs(concat([gates, ups], 0), 1)
-        return [_shaped(halves_to_pairs(_shaped(halves, (2 * experts * width,)), experts), (experts, 2 * width))]
-
-
-def _shaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    return LazyTensor.make(Reinterpret(tensor.spec.dtype, shape), tensor)
-
-
-def _stack(matrices: Tensors) -> LazyTensor:
-    joined = concat(matrices, 0)
-    return _shaped(joined, (len(matrices), *matrices[0].spec.shape))
-
-
-def _matrix(tensor: LazyTensor, i: int) -> LazyTensor:
-    """One of the matrices that are stacked in a tensor."""
-    count, rows, columns = tensor.spec.shape
-    return cut(_shaped(tensor, (count * rows, columns)), 0, i * rows, (i + 1) * rows)
+        return [reshaped(halves_to_pairs(reshaped(halves, (2 * experts * width,)), experts), (experts, 2 * width))]

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.formats.quantized.weights import CONFIG_KEY, reshaped
+from weightops.formats.quantized.weights import CONFIG_KEY
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.lazy import LazyTensor
 from weightops.operations.cast.layers import Rules, check_unquantised, choose
 from weightops.ops import mxfp4
+from weightops.ops.elementwise import reshaped
 from weightops.ops.fp8 import SCALED, Strategy, block_fp8, scaled_fp8
 from weightops.ops.transpose import transposed
 from weightops.spec import DType

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 
 from weightops.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ def held_to_class(result: Checkpoint, source: Checkpoint | None = None) -> Check
     held = held_against(result, result.config(), None, wanted=True)
     if held.by is None and not held.is_beyond_files:
         note = f"names and shapes of the result were held against no model of transformers: {held.reason}"
-        return replace(result, warnings=(*result.warnings, note))
+        return result.warned(note)
     found = list(_fatal(result, held))
     known = _known(source) if found and source is not None else set()
     fresh = next((finding for finding in found if (finding.code, finding.subject) not in known), None)

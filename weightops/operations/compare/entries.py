@@ -20,8 +20,7 @@ from weightops.layouts.names import LAYER, count_layers, find_layout, is_derived
 from weightops.layouts.source import Source, beside
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.compare.plain import as_plain
-from weightops.ops.arrange import cut, pairs_to_halves
-from weightops.ops.elementwise import Reinterpret
+from weightops.ops.arrange import cut, one_of, pairs_to_halves
 
 _TIED_BY_DEFAULT = ("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text", "bloom", "opt", "falcon", "cohere", "cohere2")
 """Kinds of models whose head is the embedding unless config.json says otherwise."""
@@ -205,7 +204,7 @@ def _experts_apart(by_key: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
         module, _, last = key.removesuffix(".weight").rpartition(".")
         is_usual = _is_usual(by_key, module) and last in ("gate_up_proj", "down_proj")
         for number in range(shape[0]):
-            one = entry.of(lambda tensor, number=number: _matrix(tensor, number), f"{entry.name}[{number}]")
+            one = entry.of(lambda tensor, number=number: one_of(tensor, number), f"{entry.name}[{number}]")
             if not is_usual:
                 yield f"{module}.{number}.{last}", one
             elif last == "down_proj":
@@ -228,9 +227,3 @@ def _is_usual(by_key: Mapping[str, Entry], module: str) -> bool:
 
 def _stacks(key: str) -> bool:
     return ".experts." in key or key.endswith((".input_linear.weight", ".output_linear.weight"))
-
-
-def _matrix(tensor: LazyTensor, number: int) -> LazyTensor:
-    """One of the matrices that a tensor stacks."""
-    one = cut(tensor, 0, number, number + 1)
-    return LazyTensor.make(Reinterpret(one.spec.dtype, one.spec.shape[1:]), one)

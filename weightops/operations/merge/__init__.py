@@ -5,7 +5,7 @@ from __future__ import annotations
 from weightops.operations.merge.document import parse_stage, parse_stages
 from weightops.operations.merge.operation import Made, MergePlan, explain, merge
 from weightops.operations.merge.proof import MergeProof, prove
-from weightops.operations.merge.references import HUB, Reference, References
+from weightops.operations.merge.references import HUB, Reference, References, reference
 from weightops.operations.merge.stage import Stage
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "parse_stage",
     "parse_stages",
     "prove",
+    "reference",
 ]

@@ -65,7 +65,7 @@ def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
     order = [*chosen, *range(stack.count - stack.n_mtp, stack.count)]
     result = _with_parts(with_names(source, _renumbered(source, stack, order)), stack.count - stack.n_mtp, chosen)
     if not config:
-        return _warned(result, [f"there is no config.json to say that the model has {len(chosen)} layers"])
+        return result.warned(f"there is no config.json to say that the model has {len(chosen)} layers")
     edited, notes = edit_config(config, order, stack.n_mtp, f"{escape(source.name)}/config.json")
     if order != list(range(stack.count)):
         settings = {key: renumbered(value, stack.prefix, order) for key, value in edited.items()}
@@ -73,7 +73,7 @@ def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
         named = [key for key, (_, is_left) in settings.items() if is_left]
         if named:
             notes.append(f"{escape(source.name)}/config.json: names layers by their old numbers, in {listed(named)}")
-    result = _warned(result.with_config(lambda _: edited), notes)
+    result = result.with_config(lambda _: edited).warned(*notes)
     if order != list(range(stack.count)):
         hold(source, result, chosen)
     return result
@@ -98,10 +98,6 @@ def _with_parts(checkpoint: Checkpoint, count: int, chosen: Sequence[int]) -> Ch
         tensors[name] = concat([cut(tensor, axis, layer * width, (layer + 1) * width) for layer in chosen], axis)
     digests = {name: found for name, found in checkpoint.digests.items() if tensors[name] is checkpoint[name]}
     return replace(checkpoint, tensors=tensors, digests=digests)
-
-
-def _warned(checkpoint: Checkpoint, notes: Iterable[str]) -> Checkpoint:
-    return replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
 
 
 def _renumbered(names: Iterable[str], stack: Stack, order: Sequence[int]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,12 @@ from weightops.io.names import listed, matching
 from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.layouts.layer_config import TEXT_CONFIGS
 from weightops.layouts.layers import with_names
+from weightops.layouts.renamed import renamed
 from weightops.lazy import LazyTensor
 from weightops.operations.shard.layers import keep_layers
 from weightops.ops.arrange import Agreed
 
 _TIE = "tie_word_embeddings"
-_QUANTISATION = ("quantization_config", "compression_config", "quantization")
 _MAX_LISTED = 50
 
 
@@ -65,7 +65,7 @@ def shard(
     for pattern, replacement in rename.items():
         result = _replaced(result, pattern, replacement)
     if add_prefix is not None:
-        result = _renamed(result, {name: f"{add_prefix}{name}" for name in result})
+        result = renamed(result, {name: f"{add_prefix}{name}" for name in result})
     if layers is not None:
         result = keep_layers(result, layers)
     if tie:
@@ -83,7 +83,7 @@ def _without(source: Checkpoint, globs: Sequence[str]) -> Checkpoint:
     dropped = matching(source, globs)
     if len(dropped) == len(source):
         raise UsageError(f"{escape(source.name)}: all {len(source)} tensors would be left out")
-    return _warned(_left_out(source, dropped, "matches --drop"), f"left out: {listed(dropped, _MAX_LISTED)}")
+    return _left_out(source, dropped, "matches --drop").warned(f"left out: {listed(dropped, _MAX_LISTED)}")
 
 
 def _left_out(source: Checkpoint, names: Collection[str], reason: str) -> Checkpoint:
@@ -98,10 +98,10 @@ def _without_prefix(source: Checkpoint, prefix: str) -> Checkpoint:
             f"{escape(source.name)}: no tensor's name begins with {escape(prefix)!r}",
             hint=f"names are like {escape(next(iter(source), ''))!r}",
         )
-    result = _renamed(source, {name: name.removeprefix(prefix) for name in source})
+    result = renamed(source, {name: name.removeprefix(prefix) for name in source})
     if not others:
         return result
-    return _warned(result, f"not under {escape(prefix)}, and named as before: {listed(others, _MAX_LISTED)}")
+    return result.warned(f"not under {escape(prefix)}, and named as before: {listed(others, _MAX_LISTED)}")
 
 
 def _replaced(source: Checkpoint, pattern: str, replacement: str) -> Checkpoint:
@@ -118,72 +118,7 @@ def _replaced(source: Checkpoint, pattern: str, replacement: str) -> Checkpoint:
             f"{escape(source.name)}: no tensor's name holds '{escape(pattern)}'",
             hint="edits are made one after the other; weightops inspect shows the names before the first",
         )
-    return _renamed(source, names)
-
-
-def _renamed(source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """The tensors under the names that old ones map to; raises `UsageError` for names that no file can hold."""
-    origins: dict[str, str] = {}
-    for old, new in names.items():
-        if new in origins:
-            raise UsageError(
-                f"{escape(origins[new])} and {escape(old)} would both be named {escape(new)}",
-                hint="choose other names, or leave one of them out with --drop",
-            )
-        if not new or new == "__metadata__" or not _is_text(new):
-            raise UsageError(f"{escape(old)} would be named {escape(new)!r}, which no tensor can be")
-        origins[new] = old
-    result = with_names(source, origins.items()).with_config(lambda config: _with_modules(config, names))
-    stale = [key for key in _QUANTISATION if _names_any(result, key, names)]
-    return _warned(result, *(f"config.json: {key} names modules as they were named before" for key in stale))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _with_modules(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration whose lists of modules that are quantised, or are not, have the modules' new names."""
-    known: dict[str, str] = {}
-
-    def renamed(text: str) -> str:
-        if text not in known:
-            found = {
-                new.removesuffix(old.removeprefix(text))
-                for old, new in names.items()
-                if old.startswith(f"{text}.") and new.endswith(old.removeprefix(text))
-            }
-            known[text] = found.pop() if len(found) == 1 else text
-        return known[text]
-
-    def edited(value: Any) -> Any:
-        if isinstance(value, str):
-            return renamed(value)
-        if isinstance(value, list):
-            return [edited(part) for part in value]
-        return {renamed(key): edited(part) for key, part in value.items()} if isinstance(value, dict) else value
-
-    return {key: edited(value) if key in _QUANTISATION else value for key, value in config.items()}
-
-
-def _names_any(source: Checkpoint, key: str, names: Mapping[str, str]) -> bool:
-    """Whether a setting of config.json names a module whose tensors get other names."""
-    settings = source.config().get(key)
-    moved = [old for old, new in names.items() if old != new] if settings else []
-    return any(old.startswith(f"{text}.") for text in _texts(settings) for old in moved)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value:
-            yield from _texts(part)
-        if isinstance(value, dict):
-            yield from _texts(list(value.values()))
+    return renamed(source, names)
 
 
 def _tied(source: Checkpoint) -> Checkpoint:
@@ -245,7 +180,3 @@ def _with_tie(checkpoint: Checkpoint, tied: bool) -> Checkpoint:
         return {**config, _TIE: tied, **parts}
 
     return checkpoint.with_config(edit)
-
-
-def _warned(checkpoint: Checkpoint, *notes: str) -> Checkpoint:
-    return replace(checkpoint, warnings=(*checkpoint.warnings, *notes))

@@ -1,0 +1,78 @@
+"""The same tensors under other names, with what config.json says of modules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import UsageError
+from weightops.io.escape import escape
+from weightops.layouts.layers import with_names
+
+_QUANTISATION = ("quantization_config", "compression_config", "quantization")
+
+
+def renamed(source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The tensors under the names that old ones map to; raises `UsageError` for names that no file can hold."""
+    origins: dict[str, str] = {}
+    for old, new in names.items():
+        if new in origins:
+            raise UsageError(
+                f"{escape(origins[new])} and {escape(old)} would both be named {escape(new)}",
+                hint="choose other names, or leave one of them out with --drop",
+            )
+        if not new or new == "__metadata__" or not _is_text(new):
+            raise UsageError(f"{escape(old)} would be named {escape(new)!r}, which no tensor can be")
+        origins[new] = old
+    result = with_names(source, origins.items()).with_config(lambda config: with_modules(config, names))
+    stale = [key for key in _QUANTISATION if _names_any(result, key, names)]
+    return result.warned(*(f"config.json: {key} names modules as they were named before" for key in stale))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def with_modules(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration whose lists of modules that are quantised, or are not, have the modules' new names."""
+    known: dict[str, str] = {}
+
+    def renamed(text: str) -> str:
+        if text not in known:
+            found = {
+                new.removesuffix(old.removeprefix(text))
+                for old, new in names.items()
+                if old.startswith(f"{text}.") and new.endswith(old.removeprefix(text))
+            }
+            known[text] = found.pop() if len(found) == 1 else text
+        return known[text]
+
+    def edited(value: Any) -> Any:
+        if isinstance(value, str):
+            return renamed(value)
+        if isinstance(value, list):
+            return [edited(part) for part in value]
+        return {renamed(key): edited(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    return {key: edited(value) if key in _QUANTISATION else value for key, value in config.items()}
+
+
+def _names_any(source: Checkpoint, key: str, names: Mapping[str, str]) -> bool:
+    """Whether a setting of config.json names a module whose tensors get other names."""
+    settings = source.config().get(key)
+    moved = [old for old, new in names.items() if old != new] if settings else []
+    return any(old.startswith(f"{text}.") for text in _texts(settings) for old in moved)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value:
+            yield from _texts(part)
+        if isinstance(value, dict):
+            yield from _texts(list(value.values()))
