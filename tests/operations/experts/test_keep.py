@@ -1,0 +1,151 @@
+"""Some of the experts: rows of routers, corrections and counts follow; what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from families import COMMON, FAMILIES
+from safetensors.torch import load_file
+from tiny_models import tiny
+from transformers import AutoModelForCausalLM
+
+import weightops
+from weightops.errors import SourceMissing, UsageError
+
+KEPT = [0, 2, 3]
+
+
+def saved(kind: str, folder: Path, **changes: Any) -> Path:
+    tiny(kind, **{**COMMON, **FAMILIES[kind], **changes}).save_pretrained(folder)
+    return folder
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "llama4_text", "gpt_oss", "ernie4_5_moe"]
+)
+def test_what_is_kept_is_a_slice_of_all_that_counts_experts(kind: str, tmp_path: Path) -> None:
+    source = saved(kind, tmp_path / "model")
+    weightops.experts(source, tmp_path / "out", keep=KEPT)
+    before, after = state(source), state(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = set()
+    for name, tensor in before.items():
+        if tensor.shape != after[name].shape:
+            axis = next(i for i, (a, b) in enumerate(zip(tensor.shape, after[name].shape, strict=True)) if a != b)
+            assert torch.equal(after[name], tensor.index_select(axis, torch.tensor(KEPT)))
+            changed.add(name.rpartition(".")[2])
+        else:
+            assert torch.equal(after[name], tensor)
+    assert {"gate_up_proj", "down_proj"} <= changed or "weight" in changed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {
+        config[k] for k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if k in config
+    } == {3}
+
+
+def test_lists_by_layer_from_a_file(tmp_path: Path) -> None:
+    source = saved("qwen3_moe", tmp_path / "model")
+    (tmp_path / "keep.json").write_text(json.dumps({"1": [3, 1], "2": [0, 1], "3": [2, 3]}))
+    weightops.experts(source, tmp_path / "out", keep=str(tmp_path / "keep.json"))
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for layer, chosen in ((1, [1, 3]), (2, [0, 1]), (3, [2, 3])):
+        gate = f"model.layers.{layer}.mlp.gate.weight"
+        assert torch.equal(after[gate], before[gate][chosen])
+        for new, old in enumerate(chosen):
+            name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
+            assert torch.equal(after[name.format(new)], before[name.format(old)])
+
+
+def test_quantised_stacks_and_experts_are_kept_as_they_are(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = saved("qwen3_moe", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name.replace("weight", "weight_scale_inv")] = torch.tensor([[float(len(tensors))]])
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"]["modules_to_not_convert"] = ["model.layers.1.mlp.experts.3.up_proj"]
+    (source / "config.json").write_text(json.dumps(config))
+    weightops.experts(source, tmp_path / "out", keep="1,3")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for part in ("weight", "weight_scale_inv"):
+        name = f"model.layers.2.mlp.experts.{{}}.up_proj.{part}"
+        assert torch.equal(after[name.format(1)].float(), tensors[name.format(3)].float())
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["quantization_config"]["modules_to_not_convert"] == ["model.layers.1.mlp.experts.1.up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("0", "a token takes 2 experts .num_experts_per_tok., and 1 would be left"),
+        ("0,4", "there is no expert 4"),
+        ("0,0,1", "expert 0 is named twice"),
+        ({"1": [0, 1], "2": [0, 1, 2], "3": [0, 1]}, "would keep 2 experts and .*layers.2.* 3"),
+        ({"1": [0, 1], "2": [0, 1]}, "no list of experts for layer 3"),
+        ({"0": [0, 1], "1": [0, 1], "2": [0, 1], "3": [0, 1]}, "layer 0 has no experts"),
+        ("3-1", "cannot read the experts"),
+    ],
+)
+def test_what_cannot_be_kept(keep: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        weightops.experts(saved("qwen3_moe", tmp_path / "model"), tmp_path / "out", keep=keep)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SourceMissing, match="no such file, and no list of experts"):
+        weightops.experts(saved("qwen3_moe", tmp_path / "model"), tmp_path / "out", keep="keep.json")
+
+
+class TestGroups:
+    """DeepSeek's router takes the best groups of experts first."""
+
+    GROUPED: ClassVar = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+
+    def test_as_many_of_every_group(self, tmp_path: Path) -> None:
+        source = saved("deepseek_v3", tmp_path / "model", **self.GROUPED)
+        weightops.experts(source, tmp_path / "out", keep="1,3,4,7")
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["n_group"] == 2
+        state(tmp_path / "out")
+
+    def test_more_of_one_group_is_refused(self, tmp_path: Path) -> None:
+        source = saved("deepseek_v3", tmp_path / "model", **self.GROUPED)
+        with pytest.raises(UsageError, match="2 groups of 4 experts, which would keep 3, 1"):
+            weightops.experts(source, tmp_path / "out", keep="0-2,4")
+
+    def test_unless_there_are_to_be_no_groups(self, tmp_path: Path) -> None:
+        source = saved("deepseek_v3", tmp_path / "model", **self.GROUPED)
+        result = weightops.experts(source, tmp_path / "out", keep="0-2,4", ungroup=True)
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert (config["n_group"], config["topk_group"]) == (1, 1)
+        assert any("not by groups" in warning for warning in result.warnings)
+
+
+def test_how_many_a_token_takes_is_a_setting(tmp_path: Path) -> None:
+    source = saved("qwen3_moe", tmp_path / "model")
+    weightops.experts(source, tmp_path / "out", per_token=1)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts_per_tok"] == 1
+    with pytest.raises(UsageError, match="cannot take 5 experts"):
+        weightops.experts(source, tmp_path / "other", per_token=5)
+
+
+def test_fewer_and_stacked_at_once(tmp_path: Path) -> None:
+    source = saved("mixtral", tmp_path / "model")
+    weightops.experts(source, tmp_path / "out", keep="0-2", layout="stacked")
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"].shape[0] == 3
+    state(tmp_path / "out")
