@@ -180,6 +180,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
             content_id=None,
         )
 
+    def with_sidecars(self, sidecars: Mapping[str, Sidecar]) -> Checkpoint:
+        """This checkpoint with these files beside it."""
+        return replace(self, sidecars=dict(sidecars))
+
+    def with_digests(self, digests: Digests) -> Checkpoint:
+        """This checkpoint with these digests of its tensors."""
+        return replace(self, digests=digests)
+
     def with_dtype(self, dtype: DType) -> Checkpoint:
         """This checkpoint with `dtype` named in its config.json, under the key that is there."""
 

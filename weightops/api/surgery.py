@@ -17,6 +17,35 @@ from weightops.recipes.steps import Location
 
 if TYPE_CHECKING:
     from weightops.layouts.experts import Layout
+    from weightops.layouts.parts import Part
+    from weightops.operations.part import Droppable, Head, Init
+
+
+def part(
+    source: StrPath,
+    out: StrPath,
+    *,
+    take: Part | None = None,
+    graft: StrPath | None = None,
+    drop: Droppable | Sequence[Droppable] = (),
+    mtp: StrPath | None = None,
+    head: Head | None = None,
+    labels: int | None = None,
+    init: Init = "zero",
+    seed: int = 0,
+    **output: Unpack[Output],
+) -> Result:
+    """Cut a part out of a model, put one in its place, or leave one out; see `weightops.operations.part`."""
+    sources = {"source": source, "graft": graft, "mtp": mtp}
+    options = {
+        "take": take,
+        "drop": (drop,) if isinstance(drop, str) else tuple(drop),
+        "head": head,
+        "labels": labels,
+        "init": init,
+        "seed": seed,
+    }
+    return one("part", {role: path for role, path in sources.items() if path is not None}, out, output, options)
 
 
 def experts(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
@@ -11,6 +12,13 @@ from weightops.io.escape import escape
 from weightops.layouts.layers import with_names
 
 _QUANTISATION = ("quantization_config", "compression_config", "quantization")
+
+
+def without_names(source: Checkpoint, names: Collection[str], reason: str) -> Checkpoint:
+    """`source` without these tensors, which are recorded with the reason."""
+    gone = set(names)
+    result = with_names(source, ((name, name) for name in source if name not in gone))
+    return replace(result, dropped={**source.dropped, **dict.fromkeys(sorted(gone), reason)})
 
 
 def renamed(source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:

@@ -32,7 +32,7 @@ _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 class Verb:
     """An operation. `roles` says of each source whether there may be several; `options` gives types by name.
 
-    Options without a default must be given.
+    Sources and options without a default must be given.
     """
 
     name: str
@@ -82,6 +82,8 @@ def find_verb(name: str) -> Verb:
         kind = hints[parameter.name]
         if kind in (Checkpoint, Sequence[Checkpoint]):
             roles[parameter.name] = kind is not Checkpoint
+            if parameter.default is not parameter.empty:
+                defaults[parameter.name] = parameter.default
         elif parameter.name not in _SUPPLIED:
             options[parameter.name] = kind
             if parameter.default is not parameter.empty:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from weightops.io.names import listed, matching
 from weightops.layouts.embeddings import embeddings_and_heads
 from weightops.layouts.layer_config import TEXT_CONFIGS
 from weightops.layouts.layers import with_names
-from weightops.layouts.renamed import renamed
+from weightops.layouts.renamed import renamed, without_names
 from weightops.lazy import LazyTensor
 from weightops.operations.shard.layers import keep_layers
 from weightops.ops.arrange import Agreed
@@ -83,12 +83,7 @@ def _without(source: Checkpoint, globs: Sequence[str]) -> Checkpoint:
     dropped = matching(source, globs)
     if len(dropped) == len(source):
         raise UsageError(f"{escape(source.name)}: all {len(source)} tensors would be left out")
-    return _left_out(source, dropped, "matches --drop").warned(f"left out: {listed(dropped, _MAX_LISTED)}")
-
-
-def _left_out(source: Checkpoint, names: Collection[str], reason: str) -> Checkpoint:
-    result = with_names(source, ((name, name) for name in source if name not in names))
-    return replace(result, dropped={**source.dropped, **dict.fromkeys(sorted(names), reason)})
+    return without_names(source, dropped, "matches --drop").warned(f"left out: {listed(dropped, _MAX_LISTED)}")
 
 
 def _without_prefix(source: Checkpoint, prefix: str) -> Checkpoint:
@@ -131,7 +126,7 @@ def _tied(source: Checkpoint) -> Checkpoint:
             f"{source[head].spec}: they cannot be tied",
             hint="the model has two embeddings: leave --tie out",
         )
-    result = _left_out(source, [head], f"tied to {embedding}, which holds the same")
+    result = without_names(source, [head], f"tied to {embedding}, which holds the same")
     if source[embedding] != source[head]:
         problem, hint = f"{source.name}: {head} cannot be tied to {embedding}", "leave --tie out"
         agreed = LazyTensor.make(Agreed(problem, "incompatible", hint), source[embedding], source[head])

@@ -1,0 +1,66 @@
+"""Part: what belongs together in a model, cut out, put back, left out or added; no value is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from weightops.checkpoint import Checkpoint
+from weightops.errors import UsageError
+from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
+from weightops.formats.folder import refuse_parts
+from weightops.layouts.parts import Part
+from weightops.operations.check import held_to_class
+from weightops.operations.part.ends import Head, Init, with_head, with_mtp, without_mtp
+from weightops.operations.part.text import grafted, text_part, tower
+
+Droppable = Literal["mtp"]
+
+
+def part(
+    source: Checkpoint,
+    graft: Sequence[Checkpoint] = (),
+    mtp: Sequence[Checkpoint] = (),
+    *,
+    take: Part | None = None,
+    drop: Sequence[Droppable] = (),
+    head: Head | None = None,
+    labels: int | None = None,
+    init: Init = "zero",
+    seed: int = 0,
+) -> Checkpoint:
+    """A part of a model alone, or the model with a part put in its place, left out or added; all else to the bit.
+
+    `take`: "text" is the language model of one that also sees or hears, as its own class loads it; "vision" and
+    "audio" are towers. `graft`: a language model that takes the place of the one in `source`. `drop`: "mtp" are the
+    layers that predict further tokens. `mtp`: a model from which those are taken. `head`, `labels`, `init` and `seed`:
+    see `with_head`.
+
+    The edits are made in this order. The result is held against transformers' class for it. Raises `UsageError` for
+    what cannot be meant, `IncompatibleInputs` for models that do not belong together.
+    """
+    for each in (source, *graft, *mtp):
+        refuse_parts(each)
+        refuse_delta(each, "the source")
+        refuse_adapter(each, "the source")
+    if len(graft) > 1 or len(mtp) > 1:
+        raise UsageError("one model is grafted, or gives its layers", hint="name one")
+    if not (take or graft or drop or mtp or head):
+        raise UsageError("nothing is to be done", hint="--take, --graft, --drop, --mtp or --head says what")
+    if take is not None and graft:
+        raise UsageError("a part is taken or put back, not both", hint="take two steps")
+    if head is None and (labels is not None or init != "zero" or seed):
+        raise UsageError("labels, init and seed are those of a new head", hint="--head classifier --labels 2")
+    result = source
+    if take is not None:
+        result = text_part(result) if take == "text" else tower(result, take)
+    for each in graft:
+        result = grafted(result, each)
+    if drop:
+        result = without_mtp(result)
+    for each in mtp:
+        result = with_mtp(result, each)
+    if head is not None:
+        result = with_head(result, head, labels, init, seed)
+    return held_to_class(result, source)
