@@ -31,7 +31,7 @@ def held_to_class(result: Checkpoint, source: Checkpoint | None = None) -> Check
     known = _known(source) if found and source is not None else set()
     fresh = next((finding for finding in found if (finding.code, finding.subject) not in known), None)
     if fresh is not None:
-        hint = f"nothing was written; this would load with random weights, or not at all ({fresh.hint or 'a fault'})"
+        hint = "nothing was written: transformers would make up what is missing, and leave out what is too many"
         raise IncompatibleInputs(f"{escape(result.name)}: the result would not load: {fresh.message}", hint=hint)
     return result
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import UsageError
+from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
@@ -63,4 +63,12 @@ def part(
         result = with_mtp(result, each)
     if head is not None:
         result = with_head(result, head, labels, init, seed)
-    return held_to_class(result, source)
+    try:
+        return held_to_class(result, source)
+    except IncompatibleInputs as error:
+        if mtp:
+            error.hint = (
+                "transformers passes over such layers under the numbers of the published model alone: keep its number of "
+                "layers, or leave them out, with num_nextn_predict_layers 0 (--drop mtp)"
+            )
+        raise
