@@ -184,6 +184,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """This checkpoint with these files beside it."""
         return replace(self, sidecars=dict(sidecars))
 
+    def with_dropped(self, dropped: Mapping[str, str]) -> Checkpoint:
+        """This checkpoint, of which these tensors were left out, each with the reason."""
+        return replace(self, dropped={**self.dropped, **dict(sorted(dropped.items()))})
+
     def with_digests(self, digests: Digests) -> Checkpoint:
         """This checkpoint with these digests of its tensors."""
         return replace(self, digests=digests)

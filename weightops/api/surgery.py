@@ -8,17 +8,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from weightops.api.outputs import Output, local, one, split_output
+from weightops.errors import UsageError
 from weightops.io.escape import escape
-from weightops.io.yaml_document import read_document
+from weightops.io.names import listed
+from weightops.io.yaml_document import Document, read_document
+from weightops.recipes.editing import with_sources
 from weightops.recipes.execute import Result, StrPath, execute
-from weightops.recipes.merging import read_text
-from weightops.recipes.recipe import one_step
-from weightops.recipes.steps import Location
+from weightops.recipes.merging import Expanded, read_text
+from weightops.recipes.recipe import Destination, Recipe, location, one_step, place_of, plain_step
+from weightops.recipes.steps import Location, Step
 
 if TYPE_CHECKING:
     from weightops.layouts.experts import Layout
     from weightops.layouts.parts import Part
     from weightops.operations.part import Droppable, Head, Init
+
+
+def edit(
+    steps: StrPath | Sequence[Mapping[str, Any]],
+    out: StrPath,
+    *,
+    source: StrPath | None = None,
+    sources: Mapping[str, StrPath] = {},
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    check: bool = True,
+    **output: Unpack[Output],
+) -> Result:
+    """Change tensors and settings by steps; see `weightops.operations.edit`.
+
+    `steps` is a YAML file with an `edit` block and its `sources`, or a list of steps, which are made of `source`.
+    `sources` are places by name, of what the steps mention; in a file places count from its folder.
+    """
+    files, running = split_output(output)
+    named = {name: os.fspath(place) for name, place in sources.items()}
+    if isinstance(steps, str | os.PathLike):
+        if source is not None or config is not None or tokenizer is not None:
+            raise UsageError(f"{escape(os.fspath(steps))} says what is edited, and how", hint="write it into the file")
+        places, step, document = _read_edit(Path(steps), named)
+    else:
+        if source is None:
+            raise UsageError("there is no model to edit", hint="source= says which")
+        given = {"source": os.fspath(source), "steps": list(steps), "config": config, "tokenizer": tokenizer}
+        document = Document({"edit": {**{k: v for k, v in given.items() if v is not None}, "check": check}}, "edit")
+        places, step, document = _parse_edit(document, Path(), named)
+    recipe = Recipe(places, {"result": step}, {str(local(out)): Destination("result", {}, files)}, document)
+    return execute(recipe, running)[local(out)]
 
 
 def part(
@@ -96,3 +131,36 @@ def _kept(keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None) -> Any
     from weightops.operations.experts import parse_keep
 
     return parse_keep(keep) if isinstance(keep, str) else keep
+
+
+def _read_edit(path: Path, sources: Mapping[str, str]) -> tuple[dict[str, Location], Step, Document]:
+    """Sources and step of a file with an `edit` and maybe `sources`; places count from the file's folder.
+
+    `sources` are places by name that stand for those in the file. Raises `SourceMissing`, `UsageError` with lines.
+    """
+    return _parse_edit(read_document(read_text(path), escape(str(path))), path.parent, sources)
+
+
+def _parse_edit(
+    document: Document, folder: Path, sources: Mapping[str, str]
+) -> tuple[dict[str, Location], Step, Document]:
+    """The same of a document; places count from `folder`."""
+    for name in document.data:
+        if name not in ("sources", "edit"):
+            document.fail((name,), "unknown field", hint="such a file has sources and edit")
+    if "edit" not in document.data:
+        document.fail((), "has no edit", hint="edit: {source: ./model, steps: [...]}")
+    known = {
+        name: location(document, name, value, folder)
+        for name, value in document.mapping(("sources",), document.data.get("sources", {})).items()
+    }
+    known |= {name: Location(place) for name, place in sources.items()}
+    given, found = with_sources(
+        document, ("edit",), document.data["edit"], known, Expanded(), lambda text: place_of(text, folder)
+    )
+    named = {given["source"], *given.get("others", ())}
+    unused = sorted(known.keys() - named)
+    if unused:
+        document.fail(("sources", unused[0]), "is used by no step", hint=f"used are {listed(named)}")
+    step = plain_step(document, (), "edit", given, {*known, *found})
+    return {**known, **found}, step, document

@@ -41,6 +41,7 @@ GROUPS = {
         "dequantize": "Turn a quantised model back into a plain one.",
         "pack": "Make a quantised model of integers and scales that you have.",
         "repack": "Put the integers of a quantised model into another container.",
+        "edit": "Change tensors and settings by steps that a file lists.",
         "part": "Cut a part out of a model, or put one into it.",
         "experts": "Stack, take apart, drop or make a mixture's experts.",
         "shard": "Rewrite a model in other files, names or layers.",

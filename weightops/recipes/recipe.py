@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document, Place, read_document
 from weightops.plan import parse_size
+from weightops.recipes.editing import with_sources
 from weightops.recipes.merging import Expanded, expand_step, read_text
 from weightops.recipes.names import FILE_FIELDS as FILE_FIELDS
 from weightops.recipes.names import OUTPUT, field_of, parameter_of
@@ -129,7 +130,7 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
     parts = {name: document.mapping((name,), document.data.get(name, {})) for name in fields}
     if not parts["outputs"]:
         document.fail((), "has no outputs")
-    sources = {name: _location(document, name, value, folder) for name, value in parts["sources"].items()}
+    sources = {name: location(document, name, value, folder) for name, value in parts["sources"].items()}
     twice = next((name for name in parts["tensors"] if name in sources), None)
     if twice is not None:
         document.fail(("tensors", twice), "is the name of a source already")
@@ -143,7 +144,7 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
         document.fail((), "has no sources")
     outputs = {}
     for name, value in parts["outputs"].items():
-        outputs[_path(name, folder)] = _destination(document, name, value, known, folder)
+        outputs[place_of(name, folder)] = _destination(document, name, value, known, folder)
     recipe = Recipe(sources, steps, outputs, document)
     recipe.order()
     used = set().union(*(recipe.behind(destination.name) for destination in outputs.values()))
@@ -154,18 +155,20 @@ def parse_recipe(document: Document, folder: Path = Path()) -> Recipe:
     return recipe
 
 
-def _location(document: Document, name: str, value: Any, folder: Path) -> Location:
+def location(document: Document, name: str, value: Any, folder: Path) -> Location:
+    """Where a source lies: a path, or a mapping with `path` and `weights`; raises `UsageError`."""
     place: Place = ("sources", name)
     if not isinstance(value, Mapping):
-        return Location(_path(document.text(place, value), folder))
+        return Location(place_of(document.text(place, value), folder))
     unknown = next((key for key in value if key not in ("path", "weights")), None)
     if unknown is not None:
         document.fail((*place, unknown), "unknown field", hint="a source has path and weights")
     path, weights = document.text((*place, "path"), value.get("path")), value.get("weights")
-    return Location(_path(path, folder), None if weights is None else document.text((*place, "weights"), weights))
+    return Location(place_of(path, folder), None if weights is None else document.text((*place, "weights"), weights))
 
 
-def _path(text: str, folder: Path) -> str:
+def place_of(text: str, folder: Path) -> str:
+    """A place as a document says it, a path in it counting from `folder`."""
     # Of a ~NAME that is nobody's home, the path is what it says.
     return text if is_remote(text) else str(folder / os.path.expanduser(text))
 
@@ -180,11 +183,17 @@ def _step(document: Document, name: str, value: Any, known: set[str], there: Exp
     if verb_name == "merge":
         given = document.mapping((*place, verb_name), arguments)
         place = (*place, verb_name)
-        return expand_step(document, place, name, given, known, there, folder, lambda text: _path(text, folder))
-    return Expanded(steps={name: _plain_step(document, place, verb_name, arguments, known)})
+        return expand_step(document, place, name, given, known, there, folder, lambda text: place_of(text, folder))
+    if verb_name == "edit":
+        given, sources = with_sources(
+            document, (*place, "edit"), arguments, known, there, lambda text: place_of(text, folder)
+        )
+        return Expanded(sources, {name: plain_step(document, place, verb_name, given, {*known, *sources})})
+    return Expanded(steps={name: plain_step(document, place, verb_name, arguments, known)})
 
 
-def _plain_step(document: Document, place: Place, verb_name: str, arguments: Any, known: set[str]) -> Step:
+def plain_step(document: Document, place: Place, verb_name: str, arguments: Any, known: Collection[str]) -> Step:
+    """One operation as it stands in a document, checked; raises `UsageError` with line and field."""
     try:
         verb = find_verb(verb_name)
     except WeightopsError as error:
@@ -223,7 +232,7 @@ def _checked(document: Document, place: Place, verb: Verb, name: str, value: Any
     return value
 
 
-def _references(document: Document, place: Place, given: Any, known: set[str], several: bool) -> tuple[str, ...]:
+def _references(document: Document, place: Place, given: Any, known: Collection[str], several: bool) -> tuple[str, ...]:
     names = document.names(place, given)
     if not names or (len(names) > 1 and not several):
         document.fail(place, f"expected one name, found {len(names)}")

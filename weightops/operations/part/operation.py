@@ -68,7 +68,7 @@ def part(
     except IncompatibleInputs as error:
         if mtp:
             error.hint = (
-                "transformers passes over such layers under the numbers of the published model alone: keep its number of "
-                "layers, or leave them out, with num_nextn_predict_layers 0 (--drop mtp)"
+                "transformers passes over such layers under the numbers of the published model alone: keep its "
+                "number of layers, or leave them out, with num_nextn_predict_layers 0 (--drop mtp)"
             )
         raise
