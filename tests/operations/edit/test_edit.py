@@ -1,0 +1,245 @@
+"""Edits of models: from files, recipes and Python; what they make answers as transformers says it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from families import COMMON, FAMILIES
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny, tiny
+from transformers import AutoModelForCausalLM
+
+import weightops
+from weightops.cli.main import cli
+from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+
+IDS = torch.tensor([[3, 5, 9, 17, 33]])
+AS_LLAMA: list[dict[str, Any]] = [
+    {
+        "select": r"(?P<p>model\.layers\.\d+\.self_attn)\.qkv_proj\.weight",
+        "split": {"heads": ["q", "k", "v"]},
+        "name": ["{p}.q_proj.weight", "{p}.k_proj.weight", "{p}.v_proj.weight"],
+    },
+    {
+        "select": r"(?P<p>model\.layers\.\d+\.mlp)\.gate_up_proj\.weight",
+        "split": {"parts": 2},
+        "name": ["{p}.gate_proj.weight", "{p}.up_proj.weight"],
+    },
+]
+LLAMA = {"set": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}}
+
+
+def saved(kind: str, folder: Path, **changes: Any) -> Path:
+    tiny(kind, **{**COMMON, **FAMILIES.get(kind, {}), **changes}).save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        return model.eval()(IDS).logits  # type: ignore[no-any-return]
+
+
+def written(path: Path, document: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def test_one_file_makes_phi_a_llama(tmp_path: Path) -> None:
+    source = saved("phi3", tmp_path / "phi")
+    file = written(tmp_path / "steps.yml", {"edit": {"source": "./phi", "steps": AS_LLAMA, "config": LLAMA}})
+    result = CliRunner().invoke(cli, ["edit", str(file), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(logits(tmp_path / "out"), logits(source))
+
+
+def test_a_recipe_and_python_give_the_same(tmp_path: Path) -> None:
+    source = saved("phi3", tmp_path / "phi")
+    weightops.edit(AS_LLAMA, tmp_path / "one", source=source, config=LLAMA)
+    document = {
+        "sources": {"phi": str(source)},
+        "tensors": {"llama": {"edit": {"source": "phi", "steps": AS_LLAMA, "config": LLAMA}}},
+        "outputs": {str(tmp_path / "two"): {"from": "llama"}},
+    }
+    weightops.run(document)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_the_way_back_is_the_same_file(tmp_path: Path) -> None:
+    source = saved("phi3", tmp_path / "phi")
+    weightops.edit(AS_LLAMA, tmp_path / "llama", source=source, config=LLAMA)
+    back = [
+        {
+            "select": r"(?P<p>model\.layers\.\d+\.self_attn)\.(?P<x>[qkv])_proj\.weight",
+            "concat": {"by": "x", "order": ["q", "k", "v"]},
+            "name": "{p}.qkv_proj.weight",
+        },
+        {
+            "select": r"(?P<p>model\.layers\.\d+\.mlp)\.(?P<x>gate|up)_proj\.weight",
+            "concat": {"by": "x", "order": ["gate", "up"]},
+            "name": "{p}.gate_up_proj.weight",
+        },
+    ]
+    phi = {"set": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}}
+    weightops.edit(back, tmp_path / "out", source=tmp_path / "llama", config=phi)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_heads_pooled_in_groups_and_repeated_again(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model", num_key_value_heads=4)
+    pooled = [
+        {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "view": ["heads", "head_dim", "hidden"], "name": "{0}"},
+        {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "view": [2, 2, -1]},
+        {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "take": {"axis": 1, "list": [0]}, "name": "{0}.0", "keep": True},
+        {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "take": {"axis": 1, "list": [1]}},
+        {
+            "select": r"(?P<p>.*\.[kv]_proj)\.weight",
+            "combine": {"weight": 0.5, "with": [{"tensor": "{0}.0", "weight": 0.5}]},
+        },
+        {"select": r".*\.weight\.0", "drop": True},
+        {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "view": [32, "hidden"]},
+    ]
+    weightops.edit(pooled, tmp_path / "out", source=source, config={"set": {"num_key_value_heads": 2}})
+    logits(tmp_path / "out")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(after[name], before[name].view(2, 2, 16, 64).mean(1).reshape(32, 64))
+    repeated = [
+        {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "take": {"unit": "head_dim", "list": [0, 0, 1, 1]}},
+    ]
+    config = {"set": {"num_key_value_heads": 4}}
+    weightops.edit(repeated, tmp_path / "again", source=tmp_path / "out", config=config)
+    torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "out"), rtol=0, atol=1e-5)
+
+
+class TestFold:
+    NORMS = r".*(input_layernorm|post_attention_layernorm)\.weight|model\.norm\.weight"
+
+    @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma", "phi3"])
+    def test_a_folded_model_answers_alike(self, kind: str, tmp_path: Path) -> None:
+        source = saved(kind, tmp_path / "model", tie_word_embeddings=False)
+        weightops.edit([{"select": self.NORMS, "fold": True}], tmp_path / "out", source=source)
+        before = logits(source)
+        torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=0, atol=2e-6 * float(before.abs().max()))
+        left = 0.0 if kind == "gemma" else 1.0
+        folded = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(bool((t == left).all()) for n, t in folded.items() if n.endswith("layernorm.weight"))
+
+    def test_a_tied_head_is_refused(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model", tie_word_embeddings=True)
+        with pytest.raises(UsageError, match="the head is the embedding") as raised:
+            weightops.edit([{"select": r"model\.norm\.weight", "fold": True}], tmp_path / "out", source=source)
+        assert "--untie" in str(raised.value.hint)
+
+    def test_a_norm_behind_attention_is_refused(self, tmp_path: Path) -> None:
+        source = saved("gemma2", tmp_path / "model")
+        with pytest.raises(UsageError, match="follows attention"):
+            weightops.edit(
+                [{"select": r".*post_attention_layernorm\.weight", "fold": True}], tmp_path / "out", source=source
+            )
+
+    def test_a_norm_with_a_bias_is_refused(self, tmp_path: Path) -> None:
+        source = saved("phi", tmp_path / "model")
+        with pytest.raises(UsageError, match="no RMS norm"):
+            weightops.edit([{"select": r".*input_layernorm\.weight", "fold": True}], tmp_path / "out", source=source)
+
+
+def test_a_direction_is_taken_out_of_what_writes_it(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "model")
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    save_file({"refusal": direction / direction.norm()}, tmp_path / "direction.safetensors")
+    document = {
+        "edit": {
+            "source": "model",
+            "steps": [
+                {
+                    "select": r".*\.(o_proj|down_proj)\.weight",
+                    "project": {"onto": "direction.safetensors", "side": "output"},
+                },
+                {"select": r"model\.embed_tokens\.weight", "project": {"onto": "direction.safetensors"}},
+            ],
+        }
+    }
+    weightops.edit(written(tmp_path / "steps.yml", document), tmp_path / "out")
+    unit = (direction / direction.norm()).double()
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert float((unit @ tensor.double()).norm()) < 1e-5
+        elif "embed" in name:
+            assert float((tensor.double() @ unit).norm()) < 1e-5
+    manifest = json.loads((tmp_path / "out" / "weightops-manifest.json").read_text())
+    assert "direction.safetensors" in json.dumps(manifest["sources"])
+
+
+def test_the_tokenizer_of_another(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "one", "llama")
+    save_tiny(tmp_path / "two", "llama")
+    (tmp_path / "two" / "chat_template.jinja").write_text("{{ messages }}")
+    steps = [{"select": r"model\.norm\.weight", "scale": {"by": 1.0}}]
+    document = {"edit": {"source": "one", "steps": steps, "tokenizer": "two"}}
+    weightops.edit(written(tmp_path / "steps.yml", document), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+class TestRefused:
+    def test_a_result_that_would_not_load(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model")
+        with pytest.raises(IncompatibleInputs, match=r"would not load: .*model\.norm\.weight"):
+            weightops.edit([{"select": r"model\.norm\.weight", "drop": True}], tmp_path / "out", source=source)
+        assert not (tmp_path / "out").exists()
+        weightops.edit([{"select": r"model\.norm\.weight", "drop": True}], tmp_path / "out", source=source, check=False)
+        assert "model.norm.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+    def test_quantised_tensors_are_only_moved(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model")
+        tensors = load_file(source / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (source / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UsageError, match="part of a quantised weight") as raised:
+            weightops.edit(
+                [{"select": r".*0\.mlp\.up_proj\.weight", "take": {"list": [0]}}], tmp_path / "out", source=source
+            )
+        assert "dequantize" in str(raised.value.hint)
+        renaming = [{"select": r"model\.(.*)", "name": "inner.{1}"}]
+        weightops.edit(renaming, tmp_path / "out", source=source, check=False)
+        assert "inner.layers.0.mlp.up_proj.weight_scale_inv" in load_file(tmp_path / "out" / "model.safetensors")
+
+    @pytest.mark.parametrize(
+        ("document", "message"),
+        [
+            ({"edit": {"steps": AS_LLAMA}}, r"steps\.yml:\d+: edit: lacks source"),
+            ({"edit": {"source": "model", "step": []}}, r"edit\.step: unknown field"),
+            ({"tensors": {}}, "unknown field"),
+            ({"sources": {"a": "model", "b": "model"}, "edit": {"source": "a", "steps": AS_LLAMA}}, "used by no step"),
+            ({"edit": {"source": "model"}}, "nothing is to be done"),
+            ({"edit": {"source": "model", "config": {"unset": "zzz"}}}, r"config\.json has no zzz"),
+            ({"edit": {"source": "model", "config": {"sett": {}}}}, "unknown field"),
+            ({"edit": {"source": "model", "steps": AS_LLAMA, "tokenizer": "model"}}, "has no tokenizer"),
+        ],
+    )
+    def test_a_file_that_cannot_be_meant(self, document: dict[str, Any], message: str, tmp_path: Path) -> None:
+        saved("phi3", tmp_path / "model")
+        with pytest.raises(UsageError, match=message):
+            weightops.edit(written(tmp_path / "steps.yml", document), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_source_that_is_not_there(self, tmp_path: Path) -> None:
+        document = {"edit": {"source": "nowhere", "steps": AS_LLAMA}}
+        with pytest.raises(SourceMissing, match="nowhere"):
+            weightops.edit(written(tmp_path / "steps.yml", document), tmp_path / "out")
