@@ -52,7 +52,7 @@ def edited(config: Config, order: list[int], n_mtp: int = 0) -> tuple[Config, li
     [("0-2", [0, 1, 2]), ("5", [5]), (" 0 - 1 , 4-5", [0, 1, 4, 5]), ("0-1,1-2,1", [0, 1, 1, 2, 1]), ("3,2", [3, 2])],
 )
 def test_layers_are_ranges_and_numbers_in_order(text: str, expected: list[int]) -> None:
-    assert parse_layers(text, 6) == expected
+    assert parse_layers(text, 6) == (expected, frozenset())
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_the_edited_model_computes_what_the_edited_stack_computes(
     assert not any(report.values())
     body = whole.model if hasattr(whole, "model") else whole.transformer
     name = "layers" if hasattr(body, "layers") else "h"
-    order = parse_layers(layers, 4)
+    order, _ = parse_layers(layers, 4)
     setattr(body, name, torch.nn.ModuleList([getattr(body, name)[i] for i in order]))
     body.config.num_hidden_layers = len(order)
     _choose_packed(body, order, 4)

@@ -28,7 +28,12 @@ from weightops.cli.params import GLOB, SOURCE, WRITE_CODES, Command, epilog
     "several times.",
 )
 @click.option("--add-prefix", metavar="TEXT", help="Put this text before every name.")
-@click.option("--layers", metavar="LIST", help="Keep these layers, in this order: 0-15,20-31. A layer may come twice.")
+@click.option(
+    "--layers",
+    metavar="LIST",
+    help="Keep these layers, in this order: 0-15,20-31. A layer may come twice; 3= is a copy of layer 3 that changes "
+    "nothing until it is trained.",
+)
 @click.option("--tie", is_flag=True, help="Leave out the output embedding, if it is equal to the input embedding.")
 @click.option("--untie", is_flag=True, help="Write the input embedding once more, as the output embedding.")
 @write_options
@@ -45,6 +50,7 @@ def command(source: Path | str, out: Path, rename: tuple[tuple[str, str], ...], 
       weightops shard ./tied-2023 --drop '*.rotary_emb.inv_freq' --tie --out ./tied-lean
       weightops shard ./trained --drop-prefix module. --rename '^transformer\\.' model. --out ./renamed
       weightops shard ./llama-7b --layers 0-19,12-31 --out ./llama-40-layers
+      weightops shard ./llama-7b --layers 0-15,15=,16-31,31= --out ./llama-34-layers
 
     Several edits are made in the order of the options below, each on the names that the one before gave. config.json is
     changed with them.

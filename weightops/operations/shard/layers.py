@@ -16,16 +16,21 @@ from weightops.io.names import listed
 from weightops.layouts.layer_config import MAX_LAYERS, edit_config, renumbered
 from weightops.layouts.layers import NUMBERED, PACKED_LAYERS, Stack, find_stack, with_names
 from weightops.operations.shard.held import hold
+from weightops.operations.shard.silent import silenced
 from weightops.ops.arrange import concat, cut
 
 _MAX_COPIES = 100
 
 
-def parse_layers(text: str, count: int) -> list[int]:
-    """The numbers in `0-15,20-31`, in that order; raises `UsageError` unless each is that of one of `count` layers."""
+def parse_layers(text: str, count: int) -> tuple[list[int], frozenset[int]]:
+    """The numbers in `0-15,20-31`, in that order, and the places of those that `=` stands behind, as in `0-3,3=,4-7`.
+
+    Raises `UsageError` unless each is that of one of `count` layers.
+    """
     chosen: list[int] = []
+    silent: set[int] = set()
     for part in text.split(","):
-        matched = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
+        matched = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?(=)?\s*", part, re.ASCII)
         if matched is None:
             raise UsageError(f"cannot read the layers {part!r} of {text!r}", hint="write them as 0-15,20-31 or 0,2,4")
         first, last = int(matched[1]), int(matched[2] or matched[1])
@@ -33,20 +38,23 @@ def parse_layers(text: str, count: int) -> list[int]:
             raise UsageError(f"the layers {part.strip()} go backwards", hint="name them one by one: 3,2,1")
         if last >= count:
             raise UsageError(f"there is no layer {last}: the model has {count}, 0 to {count - 1}")
+        if matched[3]:
+            silent |= set(range(len(chosen), len(chosen) + last + 1 - first))
         chosen += range(first, last + 1)
         if len(chosen) > MAX_LAYERS:
             raise UsageError(f"more than {MAX_LAYERS} layers")
     ((most, times),) = Counter(chosen).most_common(1)
     if times > _MAX_COPIES:
         raise UsageError(f"layer {most} is named {times} times, at most {_MAX_COPIES} are written")
-    return chosen
+    return chosen, frozenset(silent)
 
 
 def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
     """The model with those of its layers that `layers` names, in that order and numbered anew; see `parse_layers`.
 
     A layer that is named twice is there twice (a "frankenmerge", or mergekit's passthrough), see `with_names`. Layers
-    come in their new order, where the first of them was.
+    come in their new order, where the first of them was. One with `=` behind it is a copy that changes nothing until
+    it is trained: what its blocks add to the residual is zero (LLaMA-Pro, Wu and others, 2401.02415).
 
     config.json gets the new number of layers, and its settings of single layers follow them; those that nobody here
     knows are named in a warning. Tensors with a part for each layer get those of the chosen ones. The result is held
@@ -61,9 +69,11 @@ def keep_layers(source: Checkpoint, layers: str) -> Checkpoint:
             f"{escape(source.name)}: has params.json, which is not edited", hint="weightops convert --to hf first"
         )
     stack = find_stack(source, config, escape(source.name))
-    chosen = parse_layers(layers, stack.count - stack.n_mtp)
+    chosen, silent = parse_layers(layers, stack.count - stack.n_mtp)
     order = [*chosen, *range(stack.count - stack.n_mtp, stack.count)]
     result = _with_parts(with_names(source, _renumbered(source, stack, order)), stack.count - stack.n_mtp, chosen)
+    if silent:
+        result = silenced(result, stack.prefix, silent)
     if not config:
         return result.warned(f"there is no config.json to say that the model has {len(chosen)} layers")
     edited, notes = edit_config(config, order, stack.n_mtp, f"{escape(source.name)}/config.json")

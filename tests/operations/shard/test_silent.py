@@ -1,0 +1,56 @@
+"""Copies of layers that change nothing until they are trained (LLaMA-Pro), held against transformers' logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import COMMON, FAMILIES
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny
+from transformers import AutoModelForCausalLM
+
+import weightops
+from weightops.errors import UsageError
+
+IDS = torch.tensor([[3, 5, 9, 17, 33]])
+KINDS = ["llama", "qwen2", "gemma2", "olmo2", "gpt2", "gpt_neox", "bloom", "mixtral", "qwen3_moe", "granitemoe", "phi"]
+
+
+def logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=dtype)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        return model.eval()(IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
+    settings = {**COMMON, **FAMILIES[kind], "mlp_only_layers": []}
+    if "layer_types" in settings:
+        settings |= {"layer_types": ["full_attention"] * 4}
+    tiny(kind, **settings).save_pretrained(tmp_path / "model")
+    result = weightops.shard(tmp_path / "model", tmp_path / "out", layers="0-1,1=,2-3,3=")
+    assert any("layers 2, 5 are silent" in warning for warning in result.warnings)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(logits(tmp_path / "out", dtype), logits(tmp_path / "model", dtype))
+
+
+def test_what_a_block_writes_is_not_known(tmp_path: Path) -> None:
+    tiny("llama", **COMMON).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    renamed = {name.replace("down_proj", "somewhere"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"cannot tell what model\.layers\.1\.mlp adds to the residual"):
+        weightops.shard(tmp_path / "model", tmp_path / "out", layers="0,0=,1-3")
+
+
+def test_a_quantised_layer_is_not_silenced(tmp_path: Path) -> None:
+    tiny("llama", **COMMON).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UsageError, match="part of a quantised weight"):
+        weightops.shard(tmp_path / "model", tmp_path / "out", layers="0,0=,1-3")
