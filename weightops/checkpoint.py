@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,6 +166,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def warned(self, *notes: str) -> Checkpoint:
         """This checkpoint with more to say of it."""
         return replace(self, warnings=(*self.warnings, *notes)) if notes else self
+
+    def with_warnings(self, notes: Sequence[str]) -> Checkpoint:
+        """This checkpoint with this to say of it, and nothing else."""
+        return replace(self, warnings=tuple(notes))
 
     def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
         """This checkpoint with these tensors instead; what is known of those that it has stays."""

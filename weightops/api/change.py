@@ -194,7 +194,8 @@ def convert(
 ) -> Result:
     """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
 
-    `to`: hf, meta, tencentpretrain, llama_inference or gguf; safetensors or torch change the container alone.
+    `to`: hf, meta, tencentpretrain, llama_inference or gguf; llama is a model of another family as a Llama;
+    safetensors or torch change the container alone.
     `dtype`: a number type, or for GGUF a file type of llama-quantize such as `"q4_k_m"`; of that `pure` takes one type
     for all tensors, `imatrix` the file of an importance matrix, `tensor_type` texts `REGEX=TYPE` and the next two types
     of single tensors; `allow_requantize` takes a source that is quantised already.

@@ -32,6 +32,7 @@ from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTE
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.dequantize import plain, plain_if_quantised
+from weightops.operations.edit import as_llama
 from weightops.ops.arrange import Agreed
 from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
@@ -66,6 +67,8 @@ WRITERS: Mapping[str, Callable[[Model, Target], Checkpoint]] = {
     "llama_inference": lambda model, target: tencentpretrain.write(model, "llama_inference"),
     "gguf": lambda model, target: _to_gguf(gguf.from_model(model), target),
 }
+LLAMA = "llama"
+"""Not a layout, but the names and settings of Llama for models that compute the same."""
 _ANYWHERE = frozenset({Kind.NOTICE, Kind.CARD})
 _IN_A_FOLDER = _ANYWHERE | {Kind.TOKENIZER, Kind.TEMPLATE, Kind.GENERATION}
 _PLACES: Mapping[str, frozenset[Kind]] = {
@@ -115,6 +118,8 @@ def convert(
 ) -> Checkpoint:
     """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; only LLaMA is in all of them.
 
+    With `to` "llama" a model of another family that computes what Llama does, as a Llama: see `as_llama`.
+
     `from_` is the layout of the source, found from its tensors by default. `model_parallel`: parts in Meta's layout.
     `dtype`: a number type, or for GGUF a file type of llama-quantize, of which the options up to `allow_requantize` are
     too: `pure` is one type for all, `imatrix` an importance matrix, `tensor_type` are `REGEX=TYPE`.
@@ -122,8 +127,14 @@ def convert(
     `as_in_2023`: see `weightops.layouts.hf.write`. Raises as `convert_model` does.
     """
     known = parse_settings(set or {})
-    if to not in WRITERS:
-        raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(WRITERS)}")
+    if to not in (*WRITERS, LLAMA):
+        raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join((*WRITERS, LLAMA))}")
+    if to == LLAMA:
+        if known.keys() - {"context_length"} or any((from_, model_parallel, dtype, tokenizer is not None, as_in_2023)):
+            raise UsageError(
+                "a Llama of another family has its settings and its tokenizer", hint="weightops cast casts"
+            )
+        return as_llama(plain_if_quantised(source, evaluate), known.get("context_length"), evaluate)
     if tokenizer is True:
         raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
     if not is_gguf(source) and (to not in ("hf", "gguf") or (to == "hf" and dtype is not None)):

@@ -91,6 +91,27 @@ class Along(Op, frozen=True):
                 rows *= factors[first : first + len(rows), None]
 
 
+class UnitRows(Op, frozen=True):
+    """The rows of a matrix divided by their lengths, or by 1e-12 where those are less (torch's `normalize`)."""
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if len(source.shape) != 2:
+            raise IncompatibleInputs(f"{source} has no rows to be made unit vectors")
+        return source
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return max(1, tensor.spec.row_nbytes)
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        read(tensor.inputs[0], start, out)
+        rows = np.frombuffer(out, tensor.spec.dtype.value).reshape(-1, tensor.spec.shape[1])
+        for line in rows:
+            line /= max(float(np.linalg.norm(line)), 1e-12)
+
+
 class Projected(Op, frozen=True):
     """A matrix `[rows, columns]` less `weight` times its part along a unit vector, which is its second input.
 

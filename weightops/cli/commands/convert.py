@@ -13,7 +13,7 @@ from weightops.cli.params import SEVERAL, SOURCE, WRITE_CODES, Command, NumberTy
 
 
 def _targets() -> tuple[str, ...]:
-    return (*named("operations.convert", "WRITERS")(), "safetensors", "torch")
+    return (*named("operations.convert", "WRITERS")(), "llama", "safetensors", "torch")
 
 
 def _settings(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -98,12 +98,17 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
       tencentpretrain  TencentPretrain: one .bin file, or several with an index
       llama_inference  llama_inference: the same under other names
       gguf             llama.cpp: one file
+      llama            transformers' Llama, of a model that computes what Llama does
       safetensors      any model: other weight files, and nothing else changed
       torch            the same, as torch saves them
 
     LLaMA and Mistral models go from any layout into any other. Between hf and gguf go Mixtral, Qwen 2, Qwen 3 and their
     mixtures of experts, Gemma 1 to 3, Phi-3, Granite, OLMo 2, StarCoder2, Command R, DeepSeek V2 and V3, gpt-oss too,
     byte for byte as llama.cpp's own converter writes them, and back into what transformers saves.
+
+    With --to llama a Mistral, Qwen 2, Phi-3, Granite, MiniCPM, InternLM2, Baichuan 7B or Qwen 1 model becomes a Llama,
+    which every program runs: fused projections are taken apart, missing biases are zero, factors of the settings go
+    into the weights. It gives the same answers; where numbers are rounded for that, the report says so.
 
     A tensor that has no place in the new layout is named, with the reason. What the old files do not say, such as the
     context length of Meta's, is taken from the published model of just these sizes, and reported, or has to be said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightops.operations.edit.document import sources_of_steps
+from weightops.operations.edit.llama import as_llama
 from weightops.operations.edit.operation import edit
 
-__all__ = ["edit", "sources_of_steps"]
+__all__ = ["as_llama", "edit"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import msgspec
 
@@ -125,6 +125,7 @@ PRIMITIVES: Mapping[str, Any] = {
     "lowrank": LowRank,
     "combine": Combine,
     "project": Project,
+    "normalize": Literal[True],
     "fold": Literal[True],
 }
 """What a step may do with what it selects, and what is said of it; without any it renames, or copies."""
@@ -227,26 +228,3 @@ def fill_in(template: str, match: re.Match[str], n: int | None = None) -> str:
         return known[found[1]]
 
     return re.sub(r"\{(\w+)\}", value, template)
-
-
-def sources_of_steps(steps: Any) -> Iterator[str]:
-    """The names of other sources that steps mention, as they are written."""
-    for step in steps if isinstance(steps, Sequence) and not isinstance(steps, str) else ():
-        yield from _mentioned(step)
-
-
-def _mentioned(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, below in value.items():
-            if key in ("from", "onto") and isinstance(below, str):
-                yield below
-            else:
-                yield from _mentioned(below)
-    elif isinstance(value, list | tuple):
-        for below in value:
-            yield from _mentioned(below)
-
-
-def refuse(document: Document, step: Step, message: str, hint: str | None = None) -> NoReturn:
-    """Raise `UsageError` that names the step."""
-    document.fail((*step.place, step.primitive) if step.primitive != "name" else step.place, message, hint)

@@ -26,7 +26,7 @@ from weightops.operations.edit.document import (
 )
 from weightops.ops.arrange import concat, cut, one_of, stacked, taken
 from weightops.ops.elementwise import cast, reshaped
-from weightops.ops.linear import Along, Projected, Weighted, wide
+from weightops.ops.linear import Along, Projected, UnitRows, Weighted, wide
 from weightops.ops.lora.factors import Lora
 from weightops.ops.lora.product import Part
 from weightops.ops.measures.loss import counted_cast
@@ -286,6 +286,11 @@ def project(one: Selected, given: Project, around: Tensors) -> LazyTensor:
     return _rounded(one, LazyTensor.make(Projected(given.weight, side == "output"), values, along))
 
 
+def normalize(one: Selected, given: Any, around: Tensors) -> LazyTensor:
+    """Each row as a unit vector, in float32, rounded once."""
+    return _rounded(one, LazyTensor.make(UnitRows(), wide(one.tensor)))
+
+
 def _direction(one: Selected, given: Project, around: Tensors) -> NDArray[Any]:
     """The unit vector for a tensor, in float64; raises `UsageError` for what is no direction."""
     import numpy as np
@@ -328,6 +333,7 @@ ONE: Mapping[str, Callable[[Selected, Any, Tensors], LazyTensor]] = {
     "lowrank": lowrank,
     "combine": combine,
     "project": project,
+    "normalize": normalize,
 }
 SEVERAL: Mapping[str, Callable[[Selected, Any, Tensors], list[LazyTensor]]] = {"split": split, "unstack": unstack}
 JOINED = ("concat", "stack")
