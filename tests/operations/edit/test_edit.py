@@ -243,3 +243,39 @@ class TestRefused:
         document = {"edit": {"source": "nowhere", "steps": AS_LLAMA}}
         with pytest.raises(SourceMissing, match="nowhere"):
             weightops.edit(written(tmp_path / "steps.yml", document), tmp_path / "out")
+
+
+class TestSettings:
+    def test_rotary_settings_are_written_for_all_versions(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model")
+        arguments = ["edit", str(source), "--out", str(tmp_path / "out"), "--set", "rope.type=yarn"]
+        arguments += ["--set", "rope.factor=4.0", "--set", "rope.original_max_position_embeddings=128"]
+        arguments += ["--set", "max_position_embeddings=512", "--set", "rope.theta=20000"]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 20000
+        assert config["rope_scaling"]["type"] == config["rope_parameters"]["rope_type"] == "yarn"
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert model.config.rope_parameters["factor"] == 4.0
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (["rope.type=yarn"], "yarn lacks factor"),
+            (["rope.type=yran", "rope.factor=2"], "rope_type yran is not known"),
+            (["rope.type=linear", "rope.factor=0.5"], "factor is 0.5, expected a number of at least 1"),
+            (["rope.type=longrope", "rope.short_factor=[1, 1]", "rope.long_factor=[1]"], "short_factor has 2 numbers"),
+            (["rope.theta=-1"], "rope_theta is -1"),
+            (["text_config.vocab_size=3"], "has no text_config to set vocab_size in"),
+            (["vocab_size=3"], "would not load"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, settings: list[str], message: str, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model")
+        options = [part for setting in settings for part in ("--set", setting)]
+        result = CliRunner().invoke(cli, ["edit", str(source), "--out", str(tmp_path / "out"), *options])
+        assert result.exit_code in (1, 2)
+        assert message in str(result.exception or result.output)
+        assert not (tmp_path / "out").exists()

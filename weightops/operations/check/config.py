@@ -16,6 +16,7 @@ from weightops.layouts.embeddings import embedding_and_head, is_vocabulary
 from weightops.layouts.families import PLAIN, why_unknown
 from weightops.layouts.names import EMBEDDING, HEAD, LAYER, NORM, PROJECTIONS, is_derived
 from weightops.layouts.restored import ROTARY_SUFFIX
+from weightops.layouts.rope import rope_problems
 from weightops.operations.check.layers import Layers, layer_count_findings, layer_findings, layers_of
 from weightops.operations.check.report import Finding, Severity
 from weightops.spec import DType, parse_dtype
@@ -72,6 +73,12 @@ def config_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterat
         yield from _shape_findings(checkpoint, config)
     elif why:
         yield from _embedding_findings(checkpoint, config)
+
+
+def rope_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Rotary settings with which the model does not load, or computes something else than is meant."""
+    for problem in rope_problems(config):
+        yield Finding(problem.severity, "config", "config.json", problem.message, problem.hint)
 
 
 def dtype_findings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:

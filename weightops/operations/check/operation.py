@@ -26,7 +26,7 @@ from weightops.lazy import Evaluate
 from weightops.operations.check import gptq as check_gptq
 from weightops.operations.check import values as check_values
 from weightops.operations.check.architecture import Held, architecture_findings, held_against
-from weightops.operations.check.config import config_findings, dtype_findings, tie_findings
+from weightops.operations.check.config import config_findings, dtype_findings, rope_findings, tie_findings
 from weightops.operations.check.files import file_findings, leftover_findings, opening_findings, token_findings
 from weightops.operations.check.quantized import Understood, quantised_findings, understand
 from weightops.operations.check.report import CODES, SEVERITIES, CheckReport, Finding
@@ -144,6 +144,7 @@ def _findings(
         of_gptq = list(check_gptq.gptq_findings(checkpoint, tensors, evaluate))
         yield from of_gptq
         yield from quantised_findings(subject.understood, tensors, is_told=bool(of_gptq))
+        yield from rope_findings(config)
         yield from _held_findings(subject, tensors)
         yield from token_findings(checkpoint, config, beside(checkpoint, None), vocabulary_rows(checkpoint))
         yield from tie_findings(subject.plain, config, tensors, missing=subject.held.architecture is None)

@@ -9,10 +9,17 @@ from typing import Any
 import msgspec
 
 from weightops.io.yaml_document import Document
+from weightops.layouts.rope import rope_problems, with_rope
+
+ROPE = "rope."
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True):
-    """`set` values by path, `text_config.vocab_size` being what lies within text_config; `unset` takes paths out."""
+    """`set` values by path, `text_config.vocab_size` being what lies within text_config; `unset` takes paths out.
+
+    `rope.type`, `rope.factor` and the like are rotary settings, which are written as all versions of transformers read
+    them.
+    """
 
     set: dict[str, Any] = {}
     unset: list[str] | str = []
@@ -46,12 +53,21 @@ def with_settings(
         if inner is None or last not in inner:
             document.fail(("config", "unset"), f"{where}/config.json has no {path}")
         del inner[last]
-    for path, value in (settings.set if settings else {}).items():
+    given = settings.set if settings else {}
+    rope = {path.removeprefix(ROPE): value for path, value in given.items() if path.startswith(ROPE)}
+    for path, value in given.items():
+        if path.startswith(ROPE):
+            continue
         *above, last = path.split(".")
         inner = _inner(edited, above)
         if inner is None:
             document.fail(("config", "set"), f"{where}/config.json has no {'.'.join(above)} to set {last} in")
         inner[last] = value
+    edited = with_rope(edited, rope) if rope else edited
+    before = {problem.message for problem in rope_problems(config)}
+    problem = next((p for p in rope_problems(edited) if p.severity == "error" and p.message not in before), None)
+    if problem is not None:
+        document.fail(("config", "set"), f"{where}: {problem.message}", hint=problem.hint)
     return edited
 
 
