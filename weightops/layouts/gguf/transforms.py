@@ -164,6 +164,20 @@ class GateAndUpBias:
         return [_shaped(halves_to_pairs(_shaped(halves, (2 * experts * width,)), experts), (experts, 2 * width))]
 
 
+def of_factors(transform: Transform) -> tuple[Transform, Transform] | None:
+    """What a transform of weights is to the factors A `[rank, in]` and B `[out, rank]` of a change of them.
+
+    None where what comes of the weights has no such factors, or llama.cpp's converter has no way to them.
+    """
+    match transform:
+        case Same() | Stacked():
+            return transform, transform
+        case Rotary():  # of rows, which are B's
+            return SAME, transform
+        case _:
+            return None
+
+
 def _shaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     return LazyTensor.make(Reinterpret(tensor.spec.dtype, shape), tensor)
 

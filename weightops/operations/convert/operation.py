@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
-from weightops.errors import CorruptInput, UsageError
+from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.gguf.metadata import is_typed
 from weightops.formats.quantized.gguf import is_gguf
@@ -31,9 +29,10 @@ from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.convert.adapters import convert_adapter, is_lora
+from weightops.operations.convert.said import check_norms, check_settings, with_settings
 from weightops.operations.dequantize import plain, plain_if_quantised
 from weightops.ops.arrange import Agreed
-from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
 from weightops.spec import DType
 
@@ -76,14 +75,6 @@ _PLACES: Mapping[str, frozenset[Kind]] = {
 """The kinds of files that a layout takes along as they are; Meta's code and TencentPretrain's pass over the others."""
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REWRITTEN = ("config.json", "params.json")
-_FIELDS = {
-    "context_length": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "n_heads": "num_attention_heads",
-    "rope_theta": "rope_theta",
-    "rope_factor": "factor",
-}
-"""Where config.json says what users may say."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +101,7 @@ def convert(
     allow_requantize: bool = False,
     set: Mapping[str, str] | None = None,
     tokenizer: str | bool | None = None,
+    base: str | None = None,
     as_in_2023: bool = False,
     evaluate: Evaluate,
 ) -> Checkpoint:
@@ -119,20 +111,28 @@ def convert(
     `dtype`: a number type, or for GGUF a file type of llama-quantize, of which the options up to `allow_requantize` are
     too: `pure` is one type for all, `imatrix` an importance matrix, `tensor_type` are `REGEX=TYPE`.
     `set`: what its files leave unsaid. `tokenizer`: the path of one elsewhere, or False for none.
-    `as_in_2023`: see `weightops.layouts.hf.write`. Raises as `convert_model` does.
+    `as_in_2023`: see `weightops.layouts.hf.write`. A LoRA adapter goes from what peft saves to GGUF and back; `base` is
+    then where its model's config.json is. Raises as `convert_model` and `convert_adapter` do.
     """
     known = parse_settings(set or {})
     if to not in WRITERS:
         raise UsageError(f"unknown layout {to!r}", hint=f"known are {', '.join(WRITERS)}")
     if tokenizer is True:
         raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
+    own: dict[str, Any] = {"pure": pure, "imatrix": imatrix, "tensor_type": tensor_type}
+    own |= {"output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type}
+    number, mixed = gguf.parse_types(to, dtype, {**own, "requantise": allow_requantize})
+    if is_lora(source):
+        options = {"model_parallel": model_parallel, "set": set, "tokenizer": tokenizer, "from": from_}
+        options |= {**own, "allow_requantize": allow_requantize or None, "pure": pure or None}
+        return convert_adapter(source, to=to, base=base, dtype=number, mix=mixed, options=options)
+    if base is not None:
+        hint = "leave --base out"
+        raise UsageError(f"{escape(source.name)} is no LoRA adapter, which a base could be for", hint=hint)
     if not is_gguf(source) and (to not in ("hf", "gguf") or (to == "hf" and dtype is not None)):
         source = plain_if_quantised(source, evaluate)  # its parts have no place there, or scales would be cast
     files = beside(source, Path(tokenizer) if isinstance(tokenizer, str) else tokenizer)
     opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=tokenizer is None)
-    own: dict[str, Any] = {"pure": pure, "imatrix": imatrix, "tensor_type": tensor_type}
-    own |= {"output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type}
-    number, mixed = gguf.parse_types(to, dtype, {**own, "requantise": allow_requantize})
     target = Target(model_parallel, number, mixed, as_in_2023, known.get("pre"))
     converted = convert_model(opened, to, target, from_)
     return replace(converted.checkpoint, dropped=converted.dropped)
@@ -161,8 +161,8 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     target = replace(target, parts=target.parts or own_parts)
     source, layout_read = (_as_hf(source), "hf") if layout == "gguf" else (source, layout)
     model = READERS[layout_read](source)
-    _check_settings(model, source)
-    _check_norms(model.tensors, source)
+    check_settings(model, source)
+    check_norms(model.tensors, source)
     unchanged = ("params.json",) if to == layout and target.parts == own_parts else ()
     model = _with_tokenizer(model, source, layout=layout_read, to=to)
     sidecars, notes = _sidecars(model.files, source, to=to, unchanged=unchanged)
@@ -184,7 +184,7 @@ def _by_saved(source: Source, to: str, target: Target, layout: str) -> Converted
         saved = gguf.read(source, target.dtype if to == "hf" else None)
     else:
         saved = _read_saved(_dequantised(source, is_exact=(target.dtype or target.mix) is not None))
-    _check_norms(saved.tensors, source)
+    check_norms(saved.tensors, source)
     rows = saved.config.get("vocab_size")
     n_tokens = count_tokens(saved.files, rows) if saved.files.is_hugging_face and type(rows) is int else None
     result = _to_gguf(saved, target) if to == "gguf" else _written(saved)
@@ -242,26 +242,13 @@ def _read_saved(source: Source) -> gguf.Saved:
         tensors[tied[0]] = LazyTensor.make(Agreed(problem), tensors[tied[0]], tensors[tied[1]])
     return gguf.Saved(
         name=source.checkpoint.name,
-        config=_with_settings(config, source),
+        config=with_settings(config, source),
         tensors={name: tensors[name] for name in order},
         files=files,
         card=source.read_file("README.md"),
         sidecars=sidecars,
         warnings=notes,
     )
-
-
-def _with_settings(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """config.json with what the user says, where that is not there; raises `UsageError` where it is something else."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    result = dict(config)
-    for name, key in _FIELDS.items():
-        stated = result.get(key, rope.get(key) if isinstance(rope, dict) else None)
-        if name in source.settings and stated is None:
-            result[key] = source.settings[name]
-        elif name in source.settings and stated != source.settings[name]:
-            raise UsageError(f"{source.where}: by its own files, {name} is {stated}, not {source.settings[name]}")
-    return result
 
 
 def _written(saved: gguf.Saved) -> Checkpoint:
@@ -314,36 +301,6 @@ def _in_dtype(checkpoint: Checkpoint, dtype: DType | None, layout: str) -> Check
     tensors = checkpoint.items()
     converted = {name: counted_cast(t, dtype, name) if t.spec.dtype.is_float else t for name, t in tensors}
     return replace(checkpoint.with_dtype(dtype) if layout == "hf" else checkpoint, tensors=converted)
-
-
-def _check_settings(model: Model, source: Source) -> None:
-    """Refuse what the user says of a model whose files say something else."""
-    h = model.hyperparameters
-    found = {
-        "context_length": h.context_length,
-        "n_heads": h.n_heads,
-        "norm_eps": h.norm_eps,
-        "rope_theta": h.rope_theta,
-        "rope_factor": h.rope_scaling.factor if h.rope_scaling else None,
-    }
-    for name, value in found.items():
-        given = source.settings.get(name)
-        if given is not None and given != value:
-            raise UsageError(f"{source.where}: by its own files, {name} is {value}, not {given}")
-
-
-def _check_norms(tensors: Mapping[str, LazyTensor], source: Source) -> None:
-    """Refuse norms with values that are no numbers: they are small, and a model with one says nothing."""
-    for name, tensor in tensors.items():
-        if len(tensor.spec.shape) == 1 and not np.isfinite(_values(tensor, source)).all():
-            raise CorruptInput(
-                f"{source.where}: {escape(name)} holds values that are no numbers",
-                hint="the file was damaged, or saved from a training run that had failed",
-            )
-
-
-def _values(tensor: LazyTensor, source: Source) -> np.ndarray:
-    return np.frombuffer(source.evaluate(cast(tensor, DType.F32)), dtype=np.float32)
 
 
 def _with_tokenizer(model: Model, source: Source, *, layout: str, to: str) -> Model:
