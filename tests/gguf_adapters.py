@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 PREFIX = "base_model.model."
-_NOT_THERE = re.compile(r"(.*\.kv_b_proj|.*\.experts\.(gate_up|down)_proj.*|.*_norm|.*\.router|lm_head|.*embed_tokens)\.weight")
+_NOT_THERE = re.compile(
+    r"(.*\.kv_b_proj|.*\.experts\.(gate_up|down)_proj.*|.*_norm|.*\.router|lm_head|.*embed_tokens)\.weight"
+)
 """Weights that llama.cpp takes apart, that are no Linear layers, and those that only some tests give factors."""
 
 
@@ -47,7 +49,8 @@ def save_lora(
     for name, shape in shapes_of(base).items():
         module = name.removesuffix(".weight")
         if norms and name.endswith("layernorm.weight"):
-            tensors[f"{PREFIX}{name}"] = drawn(*shape)
+            # Multiples of 2**-8, which come back from Gemma's sums with 1 as they were.
+            tensors[f"{PREFIX}{name}"] = (drawn(*shape) * 64).round() / 256 + 0.0
             whole.append(module)
         elif embedding and name == "model.embed_tokens.weight":
             tensors[f"{PREFIX}{module}.lora_embedding_A"] = drawn(rank, shape[0])

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from adapters import quietly
 from environments import environment, run_script
 from gguf_adapters import save_lora
 from gguf_models import FAMILIES, save_family
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from weightops import api
 
 LLAMACPP = environment("llamacpp")
 TYPES = {"f32": None, "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+PROMPTS = ["the ten", "tensor the ten sor", "then"]
+_TIE = 0.02
+"""llama.cpp keeps keys and values in float16: tokens that are so near to each other may change places."""
 CARD = b"---\nbase_model: someone/Tiny-Base-7B\nlicense: apache-2.0\ntags: [lora, peft]\n---\n# An adapter\n"
 
 
@@ -45,3 +52,41 @@ def test_adapters_of_every_family_in_every_type_are_the_converters(tmp_path: Pat
         if made.read_bytes() != expected.read_bytes():
             differ.append(expected.name)
     assert differ == []
+
+
+def answers(model: Path, lora: Path | None, asked: Path) -> list[dict[str, list[int]]]:
+    """What llama.cpp answers: the tokens of each prompt, and those that follow it."""
+    asked.write_text(json.dumps({"texts": [], "prompts": PROMPTS, "lora": str(lora) if lora else None}))
+    found: list[dict[str, list[int]]] = json.loads(run_script(LLAMACPP, "llamacpp_greedy.py", model, asked))["answers"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 9}}),
+        ("llama", {"use_rslora": True}),
+        ("qwen2", {"embedding": True}),
+        ("gemma2", {}),
+        ("phi3", {}),
+        ("mixtral", {"only": r"self_attn"}),
+    ],
+)
+def test_greedy_tokens_with_an_adapter_are_those_of_peft(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    base = tmp_path / "base"
+    windowless = {"sliding_window": 256} if name == "phi3" else {}  # where llama.cpp counts a window otherwise
+    save_family(base, name, torch.float32, **windowless)
+    adapter = save_lora(tmp_path / "lora", base, **settings)
+    api.convert(base, tmp_path / "base.gguf", to="gguf", dtype="float32")
+    api.convert(adapter, tmp_path / "lora.gguf", to="gguf")
+    alone = answers(tmp_path / "base.gguf", None, tmp_path / "asked.json")
+    found = answers(tmp_path / "base.gguf", tmp_path / "lora.gguf", tmp_path / "asked.json")
+    with quietly(), torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+        for each in found:
+            tokens = torch.tensor([each["prompt"] + each["answer"]])
+            logits = model(input_ids=tokens).logits[0, len(each["prompt"]) - 1 : -1]
+            chosen = logits.gather(1, torch.tensor(each["answer"])[:, None])[:, 0]
+            assert (logits.max(1).values - chosen).max() < _TIE * logits.std()
+    assert all(with_it["answer"] != without["answer"] for with_it, without in zip(found, alone, strict=True))

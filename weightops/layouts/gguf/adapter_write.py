@@ -107,6 +107,7 @@ def _specs(tensors: Mapping[str, LazyTensor]) -> dict[str, TensorSpec]:
 def _modules(adapter: Adapter, base: Base, where: str) -> tuple[dict[str, _Module], dict[str, str]]:
     """What has factors, by the name of its weight; and what is left out, with the reason."""
     found, dropped = dict[str, _Module](), dict[str, str]()
+    tied = {name for group in base.architecture.tied for name in group}
     sees = base.language.get("model_type") != base.config.get("model_type")
     for (path, depth), factors in adapter.factors.items():
         name = f"{path}.weight"
@@ -118,6 +119,8 @@ def _modules(adapter: Adapter, base: Base, where: str) -> tuple[dict[str, _Modul
         alpha = _alpha(adapter, path, factors, where)
         if name in found:
             raise CorruptInput(f"{where}: {escape(path)} is in the files under another name as well")
+        if name in tied:
+            raise _no_place(where, path, f"factors, and {base.where} has one tensor for both of its embeddings")
         found[name] = _Module(path, factors, alpha)
     for name in adapter.base:
         if not name.endswith(".weight"):
