@@ -17,6 +17,7 @@ import torch
 from adapters import edit_config, edit_tensors, evaluate, quietly
 from gguf_adapters import PREFIX, save_lora, shapes_of
 from gguf_models import save_family
+from hub import Hub
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import weightops
 from weightops import api
 from weightops.checkpoint import Checkpoint
+from weightops.cli.main import run
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError, WeightopsError
 from weightops.formats.folder import open_checkpoint
 from weightops.layouts import gguf
@@ -178,6 +180,28 @@ def test_the_base_is_a_folder_a_config_or_a_gguf_file_of_it(tmp_path: Path, lora
         api.convert(lora, tmp_path / "x.gguf", to="gguf")
     with pytest.raises(SourceMissing, match=r"has no config\.json, and is no GGUF file"):
         api.convert(lora, tmp_path / "x.gguf", to="gguf", base=made() / "llama/model.safetensors")
+
+
+def test_adapter_and_base_may_be_on_a_hub(tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.convert(lora, tmp_path / "expected.gguf", to="gguf", base=made() / "llama")
+    with Hub() as hub:
+        hub.add("someone/tiny", {"config.json": (made() / "llama/config.json").read_bytes()})
+        hub.add("someone/lora", {path.name: path.read_bytes() for path in lora.iterdir()})
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        options = ["--base", "hf://someone/tiny", "--out", str(tmp_path / "found.gguf")]
+        assert run(["convert", "hf://someone/lora", "--to", "gguf", *options]) == 0
+    expected, found = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("expected", "found"))
+    assert evaluate(list(found.values())) == evaluate(list(expected.values()))
+    assert found.metadata["general.type"] == {"string": "adapter"}
+
+
+@pytest.mark.parametrize("named", ["a\0b", "x" * 5000, "/proc/self/mem", "someone/tiny\x1b[31m"])
+def test_what_an_adapter_calls_its_base_may_be_anything(tmp_path: Path, lora: Path, named: str) -> None:
+    edit_config(lora, base_model_name_or_path=named)
+    with pytest.raises(UsageError, match="is not on this machine") as caught:
+        api.convert(lora, tmp_path / "x.gguf", to="gguf")
+    assert "\x1b" not in f"{caught.value} {caught.value.hint}"
+    assert len(f"{caught.value}") < 400
 
 
 def test_the_base_is_called_as_the_card_calls_it(tmp_path: Path, lora: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from weightops.layouts import gguf
 from weightops.layouts.source import beside
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TokenizerFiles
 from weightops.spec import DType
-from weightops.stores.local import LocalStore
+from weightops.stores.local import LocalStore, read_source
 from weightops.stores.stores import Stores
 
 _GOES = (Kind.NOTICE, Kind.CARD)
@@ -48,12 +48,13 @@ def convert_adapter(
     source: Checkpoint,
     *,
     to: str,
-    base: str | None,
+    find: Callable[[str | None], gguf.Base],
     dtype: DType | None,
     mix: gguf.Mix | None,
     options: Mapping[str, Any],
 ) -> Checkpoint:
-    """An adapter in GGUF, or one in GGUF as peft saves it; `base` is where the model that it is for can be found.
+    """An adapter in GGUF, or one in GGUF as peft saves it; `find` gives the model that it is
+    for, told what the adapter itself calls it (`find_base`).
 
     Raises `UsageError` for other layouts and for `options`, which are those of models, and without a base;
     `IncompatibleInputs` for layouts of models, and as `gguf.write_adapter` and `gguf.read_adapter` do.
@@ -70,7 +71,7 @@ def convert_adapter(
     if given is not None:
         raise UsageError(f"{where} is a LoRA adapter, for which {given} has no use", hint="leave it out")
     if to == "hf":
-        return gguf.read_adapter(source, _find_base(source, base, None), dtype)
+        return gguf.read_adapter(source, find(None), dtype)
     if mix is not None and not (mix.is_plain and mix.name.lower() == DType.Q8_0.value):
         hint = "choose float32, float16, bfloat16 or q8_0"
         raise UsageError(f"adapters are not written in {mix.name.lower()}", hint=hint)
@@ -79,7 +80,7 @@ def convert_adapter(
     _refuse_beside(source)
     adapter = read_adapter(source)
     named = strict_json.load_object(source.sidecar(CONFIG_NAME) or b"{}", f"{where}: {CONFIG_NAME}").get(_NAMED)
-    found = _find_base(source, base, named if isinstance(named, str) and named else None)
+    found = find(named if isinstance(named, str) and named else None)
     return gguf.write_adapter(adapter, found, _about(source), (DType.Q8_0 if mix else dtype) or DType.F32)
 
 
@@ -114,13 +115,13 @@ def _about(source: Checkpoint) -> gguf.Saved:
     )
 
 
-def _find_base(source: Checkpoint, path: str | None, named: str | None) -> gguf.Base:
+def find_base(source: Checkpoint, path: str | None, stores: Stores | None, named: str | None) -> gguf.Base:
     """The base at `path`, or else in the folder that the adapter's own config names, if that is on this machine."""
     if path is not None:
-        return _read_base(path)
-    if named is not None and LocalStore(Path(named)).has(CONFIG):
-        return _read_base(named)
-    what = f"the base, {escape(named)}, is not on this machine" if named else "nothing says what its base is"
+        return _read_base(path, stores or Stores())
+    if named is not None and _is_here(named):
+        return _read_base(named, stores or Stores())
+    what = f"the base, {escape(named)[:200]}, is not on this machine" if named else "nothing says what its base is"
     is_name = named is not None and is_repository_name(named)
     raise UsageError(
         f"{escape(source.name)}: {what}, and how rows and layers lie in GGUF depends on its config.json",
@@ -130,16 +131,23 @@ def _find_base(source: Checkpoint, path: str | None, named: str | None) -> gguf.
     )
 
 
-def _read_base(path: str) -> gguf.Base:
+def _is_here(named: str) -> bool:
+    """Whether a text that a file holds is the path of a folder with a config.json."""
+    try:
+        return LocalStore(Path(named)).has(CONFIG)
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
+def _read_base(path: str, stores: Stores) -> gguf.Base:
     """The config of the model in a folder, here or on a hub, in a config.json itself, or in a GGUF file."""
-    with Stores().connected() as stores:
+    with stores.connected():
         place = find_place(path, stores)
-        if isinstance(place, SourceFile) and place.name.endswith(".json"):
-            data: bytes | None = Path(place.path).read_bytes()
-        elif isinstance(place, SourceFile):
-            data = None
-        else:
+        data: bytes | None = None
+        if not isinstance(place, SourceFile):
             data = place.get(CONFIG) if place.has(CONFIG) else None
+        elif place.name.endswith(".json") and not place.is_remote:
+            data = read_source(Path(place.path))[1]
         if data is not None:
             where = escape(place.name)
             return gguf.Base(strict_json.load_object(data, f"{where}/{CONFIG}", constants=True), where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +30,13 @@ from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.operations.convert.adapters import convert_adapter, is_lora
+from weightops.operations.convert.adapters import convert_adapter, find_base, is_lora
 from weightops.operations.convert.said import check_norms, check_settings, with_settings
 from weightops.operations.dequantize import plain, plain_if_quantised
 from weightops.ops.arrange import Agreed
 from weightops.ops.measures.loss import counted_cast
 from weightops.spec import DType
+from weightops.stores.stores import Stores
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def convert(
     base: str | None = None,
     as_in_2023: bool = False,
     evaluate: Evaluate,
+    stores: Stores | None = None,
 ) -> Checkpoint:
     """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; only LLaMA is in all of them.
 
@@ -125,7 +128,8 @@ def convert(
     if is_lora(source):
         options = {"model_parallel": model_parallel, "set": set, "tokenizer": tokenizer, "from": from_}
         options |= {**own, "allow_requantize": allow_requantize or None, "pure": pure or None}
-        return convert_adapter(source, to=to, base=base, dtype=number, mix=mixed, options=options)
+        find = partial(find_base, source, base, stores)
+        return convert_adapter(source, to=to, find=find, dtype=number, mix=mixed, options=options)
     if base is not None:
         hint = "leave --base out"
         raise UsageError(f"{escape(source.name)} is no LoRA adapter, which a base could be for", hint=hint)

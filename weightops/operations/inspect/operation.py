@@ -21,7 +21,6 @@ from weightops.formats.quantized.table import Quantized, find_weights
 from weightops.io.escape import escape
 from weightops.io.names import listed, matching
 from weightops.io.source_file import SourceFile
-from weightops.layouts import gguf
 from weightops.operations.dequantize import shapes_of
 from weightops.operations.inspect.adapter import AdapterReport, report_adapter
 from weightops.operations.inspect.report import Inspection
@@ -59,6 +58,8 @@ def inspect(
         found = manifest.parse_manifest(place.get(manifest.NAME), f"{place.shown}/{manifest.NAME}")
     has_other_names = adapter is None and base is not None and is_gguf_adapter(checkpoint)
     if has_other_names and base is not None:
+        from weightops.layouts import gguf  # imported here because few adapters are in GGUF
+
         adapter = gguf.read_adapter(checkpoint, gguf.Base(base.config(), escape(base.name)))
     if adapter is None and base is not None:
         raise UsageError(f"{escape(path)} is no adapter, which a base could be for", hint="leave the base out")

@@ -17,7 +17,6 @@ from weightops.formats.adapter.lora import Adapter, read_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
 from weightops.io.escape import escape
-from weightops.layouts import gguf
 from weightops.layouts.embeddings import vocabulary_rows
 from weightops.lazy import Evaluate
 from weightops.operations.check import tokens_without_rows
@@ -79,6 +78,8 @@ def merge_lora(
 
 def _as_peft_saves_it(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
     """An adapter that lies in a GGUF file, which says nothing of the heads and the layers that its base has."""
+    from weightops.layouts import gguf  # imported here because few adapters are in GGUF
+
     found = gguf.read_adapter(adapter, gguf.Base(base.config(), escape(base.name)))
     return replace(found, warnings=(*adapter.warnings, *found.warnings))
 
