@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import quietly
+from adapters import quietly, save_adapter
 from environments import environment, run_script
 from gguf_adapters import save_lora
-from gguf_models import FAMILIES, save_family
+from gguf_models import FAMILIES, save_family, save_with_sight
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +44,9 @@ def test_adapters_of_every_family_in_every_type_are_the_converters(tmp_path: Pat
     for name, settings in {"gemma": {"norms": True}, "qwen2": {"embedding": True, "norms": True}}.items():
         adapter = save_lora(tmp_path / f"{name}-more", tmp_path / name, **settings)  # type: ignore[arg-type]
         wanted += [(adapter, tmp_path / name, kind, tmp_path / f"{name}-more-{kind}.gguf") for kind in TYPES]
+    save_with_sight(tmp_path / "sight")
+    adapter = save_adapter(tmp_path / "sight-lora", tmp_path / "sight", target_modules=["q_proj", "down_proj", "fc1"])
+    wanted += [(adapter, tmp_path / "sight", kind, tmp_path / f"sight-{kind}.gguf") for kind in TYPES]
     theirs(wanted)
     differ = []
     for adapter, base, kind, expected in wanted:
@@ -71,6 +74,8 @@ def answers(model: Path, lora: Path | None, asked: Path) -> list[dict[str, list[
         ("gemma2", {}),
         ("phi3", {}),
         ("mixtral", {"only": r"self_attn"}),
+        ("mixtral", {}),
+        ("qwen3moe", {}),
     ],
 )
 def test_greedy_tokens_with_an_adapter_are_those_of_peft(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import edit_config, edit_tensors, evaluate, quietly
+from adapters import edit_config, edit_tensors, evaluate, load_model, quietly, save_adapter
 from gguf_adapters import PREFIX, save_lora, shapes_of
-from gguf_models import save_family
+from gguf_models import save_family, save_with_sight
 from hub import Hub
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -77,6 +77,23 @@ def test_there_and_back_it_is_the_same_file(tmp_path: Path, name: str) -> None:
         assert after[field] == before[field], field
     assert sorted(after["modules_to_save"] or ()) == sorted(before["modules_to_save"] or ())
     assert after["rank_pattern"] == {}
+
+
+def test_of_a_model_that_sees_the_language_model_is_changed(tmp_path: Path) -> None:
+    """peft makes the adapter of all of it, finds what comes back there, and nothing that sees is a target of it."""
+    save_with_sight(tmp_path / "base")
+    save_adapter(tmp_path / "all", tmp_path / "base", target_modules=["q_proj", "down_proj", "fc1"])
+    result = api.convert(tmp_path / "all", tmp_path / "lora.gguf", to="gguf", base=tmp_path / "base")
+    assert any("which llama.cpp has in a file of its own (mmproj)" in each for each in result.warnings)
+    api.convert(tmp_path / "lora.gguf", tmp_path / "back", to="hf", base=tmp_path / "base")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("all", "back"))
+    assert after.keys() == {name for name in before if "vision" not in name}
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    with quietly():
+        loaded = PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "back")
+        found = {name.replace(".default", ""): tensor for name, tensor in loaded.named_parameters() if "lora_" in name}
+    assert found.keys() == after.keys()
+    assert all(torch.equal(found[name], after[name]) for name in after)
 
 
 def test_rows_of_q_and_k_lie_in_pairs_as_those_of_the_model(tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ class Base:
         """The config of its language model, and nothing of how its weights are quantised."""
         return {key: value for key, value in language_config(self.config).items() if key != "quantization_config"}
 
+    @property
+    def sees(self) -> bool:
+        """Whether the language model is a part of it, beside one that sees."""
+        return self.language.get("model_type") != self.config.get("model_type")
+
     @cached_property
     def family(self) -> Family:
         """Raises `UsageError` for families that are not known here."""
@@ -50,8 +55,21 @@ class Base:
     def architecture(self) -> Architecture:
         """Its tensors; raises `CorruptInput` where transformers makes none of the config."""
         _ = self.family
+        return self._found(self.language)
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """The modules of peft's model, by what files of the language model call them; others by their own names."""
+        if self.sees:
+            names = {name.replace("language_model.", ""): name for name in self._found(self.config).loaded}
+        else:
+            names = {name: name for name in self.architecture.stored}
+        end = ".weight"
+        return {own.removesuffix(end): name.removesuffix(end) for own, name in names.items() if name.endswith(end)}
+
+    def _found(self, config: Mapping[str, Any]) -> Architecture:
         try:
-            return find_without_files({key: value for key, value in self.language.items() if key != "auto_map"})
+            return find_without_files({key: value for key, value in config.items() if key != "auto_map"})
         except NotKnown as error:
             raise CorruptInput(f"{self.where}: {error}") from None
 

@@ -58,7 +58,7 @@ def read(checkpoint: Checkpoint, base: Base, dtype: DType | None = None) -> Chec
     tensors, ranks = dict[str, LazyTensor](), dict[str, int]()
     for name, pair in pairs.items():
         for weight, a, b in _factors(links[name], pair, base, where):
-            path = weight.removesuffix(".weight")
+            path = base.modules[weight.removesuffix(".weight")]
             first, second = _EMBEDDING_SIDES if name == EMBEDDING else _SIDES
             ranks[path] = a.spec.shape[0]
             tensors |= {f"{_PREFIX}{path}.{first}": a, f"{_PREFIX}{path}.{second}": b}
@@ -67,11 +67,11 @@ def read(checkpoint: Checkpoint, base: Base, dtype: DType | None = None) -> Chec
         (weight,) = links[name].saved
         (norm,) = links[name].back([plain_tensor(tensor, DType.F32)], where)
         _check(weight, norm.spec.shape, base, where)
-        kept.append(weight.removesuffix(".weight"))
-        tensors[f"{_PREFIX}{weight}"] = norm
+        kept.append(base.modules[weight.removesuffix(".weight")])
+        tensors[f"{_PREFIX}{kept[-1]}.weight"] = norm
     wanted = {name: counted_cast(t, dtype, name) if dtype else t for name, t in tensors.items()}
-    known = [name.removesuffix(".weight") for name, shape in base.architecture.stored.items() if len(shape) > 1]
-    config = _config(alpha, ranks, kept, shortest(ranks, known), _base_name(metadata, base))
+    targets = shortest(ranks, base.modules.values())
+    config = _config(alpha, ranks, kept, targets, _base_name(metadata, base))
     return Checkpoint(
         checkpoint.name.removesuffix(".gguf"),
         wanted,

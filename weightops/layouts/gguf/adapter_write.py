@@ -96,6 +96,7 @@ def write(adapter: Adapter, base: Base, about: Saved, dtype: DType = DType.F32) 
         warnings=(*about.warnings, *adapter.notes, *card, *said),
         metadata=metadata,
         container="gguf",
+        in_one_file=True,  # llama.cpp puts parts of models together, not of adapters
         dropped={**about.dropped, **dropped},
     )
 
@@ -108,14 +109,13 @@ def _modules(adapter: Adapter, base: Base, where: str) -> tuple[dict[str, _Modul
     """What has factors, by the name of its weight; and what is left out, with the reason."""
     found, dropped = dict[str, _Module](), dict[str, str]()
     tied = {name for group in base.architecture.tied for name in group}
-    sees = base.language.get("model_type") != base.config.get("model_type")
     for (path, depth), factors in adapter.factors.items():
         name = f"{path}.weight"
-        if sees and SIGHT.search(name):
+        if base.sees and SIGHT.search(name):
             dropped[path] = OF_SIGHT
             continue
         _refuse_more(adapter, path, depth, factors, where)
-        name = name.replace("language_model.", "") if sees else name
+        name = name.replace("language_model.", "") if base.sees else name
         alpha = _alpha(adapter, path, factors, where)
         if name in found:
             raise CorruptInput(f"{where}: {escape(path)} is in the files under another name as well")

@@ -30,6 +30,7 @@ from weightops.io.source_file import SourceFile
 from weightops.layouts import gguf
 from weightops.layouts.source import beside
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TokenizerFiles
+from weightops.operations.convert.said import left_out
 from weightops.spec import DType
 from weightops.stores.local import LocalStore, read_source
 from weightops.stores.stores import Stores
@@ -81,7 +82,8 @@ def convert_adapter(
     adapter = read_adapter(source)
     named = strict_json.load_object(source.sidecar(CONFIG_NAME) or b"{}", f"{where}: {CONFIG_NAME}").get(_NAMED)
     found = find(named if isinstance(named, str) and named else None)
-    return gguf.write_adapter(adapter, found, _about(source), (DType.Q8_0 if mix else dtype) or DType.F32)
+    made = gguf.write_adapter(adapter, found, _about(source), (DType.Q8_0 if mix else dtype) or DType.F32)
+    return replace(made, warnings=(*made.warnings, *left_out(made.dropped)))
 
 
 def _refuse_beside(source: Checkpoint) -> None:

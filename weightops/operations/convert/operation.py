@@ -31,7 +31,7 @@ from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTE
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.convert.adapters import convert_adapter, find_base, is_lora
-from weightops.operations.convert.said import check_norms, check_settings, with_settings
+from weightops.operations.convert.said import check_norms, check_settings, left_out, with_settings
 from weightops.operations.dequantize import plain, plain_if_quantised
 from weightops.ops.arrange import Agreed
 from weightops.ops.measures.loss import counted_cast
@@ -281,10 +281,7 @@ def _check_target(to: str, target: Target) -> None:
 
 def _warnings(source: Source, result: Checkpoint, notes: Sequence[str], dropped: Mapping[str, str]) -> tuple[str, ...]:
     """What there is to say of the source, of what was derived, and of what is not in the result."""
-    said = [*source.checkpoint.warnings, *notes, *result.warnings]
-    said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]
-    if len(dropped) > 1:
-        said.append(f"and {len(dropped) - 1} more are left out; the manifest names them")
+    said = [*source.checkpoint.warnings, *notes, *result.warnings, *left_out(dropped)]
     keys = sorted(key for key, value in source.checkpoint.metadata.items() if key != "format" and not is_typed(value))
     if result.container == "gguf" and keys:
         said.append(f"{', '.join(map(escape, keys))} of the source's __metadata__: left out, as gguf has its own")

@@ -1,4 +1,4 @@
-"""What a user says of a model, held against what its files say; and files that say nothing."""
+"""What a user says of a model, held against what its files say; and what the user is told."""
 
 from __future__ import annotations
 
@@ -66,3 +66,9 @@ def check_norms(tensors: Mapping[str, LazyTensor], source: Source) -> None:
 
 def _values(tensor: LazyTensor, source: Source) -> np.ndarray:
     return np.frombuffer(source.evaluate(cast(tensor, DType.F32)), dtype=np.float32)
+
+
+def left_out(dropped: Mapping[str, str]) -> list[str]:
+    """What there is to say of tensors that are left out, each with its reason."""
+    said = [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]
+    return [*said, f"and {len(dropped) - 1} more are left out; the manifest names them"] if len(dropped) > 1 else said
