@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gguf_models import save_family
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -65,4 +68,16 @@ def save_lora(
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "base_model_name_or_path": str(base)}
     config |= {"target_modules": sorted(targets), "modules_to_save": whole or None, "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+@functools.cache
+def made() -> Path:
+    """Bases, each made once for the tests of a process, with an adapter for each."""
+    folder = Path(tempfile.mkdtemp())
+    for name in ("llama", "qwen2", "gemma", "mixtral", "deepseek3"):
+        save_family(folder / name, name)
+    more: dict[str, dict[str, Any]] = {"qwen2": {"embedding": True, "norms": True}, "gemma": {"norms": True}}
+    for name in ("llama", "qwen2", "gemma", "mixtral", "deepseek3"):
+        save_lora(folder / f"{name}-lora", folder / name, **more.get(name, {}))
     return folder

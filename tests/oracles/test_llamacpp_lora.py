@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from environments import environment, run_script
 from gguf_adapters import save_lora
 from gguf_models import FAMILIES, save_family, save_with_sight
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from weightops import api
@@ -44,6 +46,11 @@ def test_adapters_of_every_family_in_every_type_are_the_converters(tmp_path: Pat
     for name, settings in {"gemma": {"norms": True}, "qwen2": {"embedding": True, "norms": True}}.items():
         adapter = save_lora(tmp_path / f"{name}-more", tmp_path / name, **settings)  # type: ignore[arg-type]
         wanted += [(adapter, tmp_path / name, kind, tmp_path / f"{name}-more-{kind}.gguf") for kind in TYPES]
+    adapter = Path(shutil.copytree(tmp_path / "llama-lora", tmp_path / "in-torch"))
+    state = load_file(adapter / "adapter_model.safetensors")
+    torch.save(dict(reversed(state.items())), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    wanted += [(adapter, tmp_path / "llama", kind, tmp_path / f"torch-{kind}.gguf") for kind in TYPES]
     save_with_sight(tmp_path / "sight")
     adapter = save_adapter(tmp_path / "sight-lora", tmp_path / "sight", target_modules=["q_proj", "down_proj", "fc1"])
     wanted += [(adapter, tmp_path / "sight", kind, tmp_path / f"sight-{kind}.gguf") for kind in TYPES]

@@ -141,6 +141,8 @@ def _factors(
     left = replace(link, transform=sides[0]).back([a], where)
     right = replace(link, transform=sides[1]).back([b], where)
     for weight, first, second in zip(link.saved, left, right, strict=True):
+        if len(first.spec.shape) != 2:
+            raise CorruptInput(f"{where}: {escape(name)} has lora_a {a.spec}, expected a matrix")
         out, inner = second.spec.shape[0], first.spec.shape[-1]
         _check(weight, (inner, out) if name == EMBEDDING else (out, inner), base, where)
     return list(zip(link.saved, left, right, strict=True))
