@@ -79,6 +79,7 @@ def biases(folder: Path) -> None:
         (setting(lora_alpha=0), CorruptInput, r"lora_alpha of model\.layers\.0\.\S+ is 0"),
         (setting(lora_alpha=1e40), CorruptInput, r"lora_alpha of \S+ is 1e\+40"),
         (setting(r=8), CorruptInput, r"has factors of rank 4, adapter_config\.json says 8"),
+        (setting(alpha_pattern={"q_proj": 6e9}), UsageError, r"q_proj has 1e\+09 times the scale of other modules"),
         (setting(alora_invocation_tokens=[1, 2]), IncompatibleInputs, "alora_invocation_tokens"),
         (adding("model.layers.0.self_attn.q_proj.base_layer.bias", 64), UsageError, "a bias beside factors"),
         (adding("lm_head.weight", 300, 64), UsageError, r"lm_head\.weight has no factors, and is kept whole"),

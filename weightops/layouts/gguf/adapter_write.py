@@ -30,13 +30,15 @@ from weightops.layouts.gguf.write import EMBEDDING, OF_SIGHT, SIGHT, fitting, st
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import Scale, cast
 from weightops.ops.transpose import transposed
-from weightops.spec import DType, TensorSpec
+from weightops.spec import DType
 
 ALPHA = "adapter.lora.alpha"
 DTYPES = (DType.F32, DType.F16, DType.BF16, DType.Q8_0)
 """The types that the converter writes; float32 is its default."""
 NORM = "_norm.weight"
 """The end of the names of tensors that llama.cpp lets an adapter have beside factors."""
+_MOST = 1e6
+"""By how much scales may differ: beyond, factors would leave float16, or float32, and be of no use."""
 _OTHER_MODEL = "is this the model that the adapter was trained on?"
 _MERGE = "`weightops merge-lora` puts it into the base, and `weightops convert` makes a GGUF file of that"
 
@@ -82,7 +84,7 @@ def write(adapter: Adapter, base: Base, about: Saved, dtype: DType = DType.F32) 
     if scaled:
         what = f"the scales of {len(scaled)} modules are multiplied into their lora_B"
         said.append(f"{where}: GGUF has one alpha, which is {alpha:g} here; {what}")
-    about_it, card = general(replace(about, name=adapter.name), _specs(tensors), adapter=True)
+    about_it, card = general(about, {name: tensor.spec for name, tensor in tensors.items()}, adapter=True)
     metadata = {
         "general.architecture": {"string": base.family.arch},
         **about_it,
@@ -99,10 +101,6 @@ def write(adapter: Adapter, base: Base, about: Saved, dtype: DType = DType.F32) 
         in_one_file=True,  # llama.cpp puts parts of models together, not of adapters
         dropped={**about.dropped, **dropped},
     )
-
-
-def _specs(tensors: Mapping[str, LazyTensor]) -> dict[str, TensorSpec]:
-    return {name: tensor.spec for name, tensor in tensors.items()}
 
 
 def _modules(adapter: Adapter, base: Base, where: str) -> tuple[dict[str, _Module], dict[str, str]]:
@@ -171,13 +169,16 @@ def _alpha(adapter: Adapter, path: str, factors: Factors, where: str) -> float:
 
 def _norms(adapter: Adapter, base: Base, where: str) -> dict[str, LazyTensor]:
     """The norms that are kept whole, by name; raises `UsageError` for anything else that is."""
-    for name, tensor in adapter.whole.items():
+    found = dict[str, LazyTensor]()
+    for path, tensor in adapter.whole.items():
+        name = path.replace("language_model.", "") if base.sees else path
         known = base.shape(name)
         if not name.endswith("norm.weight") or len(tensor.spec.shape) != 1:
-            raise _no_place(where, name, "no factors, and is kept whole (modules_to_save)")
+            raise _no_place(where, path, "no factors, and is kept whole (modules_to_save)")
         if known not in (None, tensor.spec.shape):
-            raise _does_not_fit(where, name, tensor.spec.shape, known, base)
-    return dict(adapter.whole)
+            raise _does_not_fit(where, path, tensor.spec.shape, known, base)
+        found[name] = tensor
+    return found
 
 
 def _norm(link: Link, norms: Mapping[str, LazyTensor], where: str) -> Iterator[tuple[str, LazyTensor]]:
@@ -194,6 +195,9 @@ def _factors(
     if sides is None:
         raise _no_place(where, own[0].path, "factors of a tensor that llama.cpp takes apart")
     for name, module in zip(link.saved, own, strict=True):
+        if module.factors.is_embedding != (link.packed[0] == EMBEDDING):
+            kind = "an embedding" if module.factors.is_embedding else "a linear layer"
+            raise CorruptInput(f"{where}: {escape(module.path)} has factors of {kind}, and is none", hint=EDITED)
         out, inner = module.factors.b.spec.shape[0], module.factors.a.spec.shape[1]
         shape = (inner, out) if module.factors.is_embedding else (out, inner)
         known = base.shape(name)
@@ -207,16 +211,21 @@ def _factors(
             hint=_MERGE,
         )
     left = replace(link, transform=sides[0]).out([module.factors.a for module in own], where)
-    right = replace(link, transform=sides[1]).out([_scaled(module, alpha) for module in own], where)
+    right = replace(link, transform=sides[1]).out([_scaled(module, alpha, where) for module in own], where)
     for name, a, b in zip(link.packed, left, right, strict=True):
         # llama.cpp looks rows of A up, by token.
         yield f"{name}.lora_a", transposed(a) if name == EMBEDDING else a
         yield f"{name}.lora_b", b
 
 
-def _scaled(module: _Module, alpha: float) -> LazyTensor:
-    b = module.factors.b
-    return b if module.alpha == alpha else LazyTensor.make(Scale(module.alpha / alpha), cast(b, DType.F32))
+def _scaled(module: _Module, alpha: float, where: str) -> LazyTensor:
+    b, by = module.factors.b, module.alpha / alpha
+    if not 1 / _MOST < abs(by) < _MOST:
+        raise UsageError(
+            f"{where}: {escape(module.path)} has {by:g} times the scale of other modules, and GGUF has one alpha",
+            hint=_MERGE,
+        )
+    return b if by == 1 else LazyTensor.make(Scale(by), cast(b, DType.F32))
 
 
 def _does_not_fit(
@@ -230,5 +239,6 @@ def _does_not_fit(
 
 def _typed(name: str, tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """A tensor as the converter stores it: factors of routers are not kept from being small, as routers are."""
-    plain = tensor if tensor.spec.dtype in (DType.F32, DType.F16) else cast(tensor, DType.F32)
-    return stored(name, plain, DType.F32 if name.endswith(NORM) else fitting(dtype, tensor.spec))
+    chosen = DType.F32 if name.endswith(NORM) else fitting(dtype, tensor.spec)
+    is_narrow = chosen is not DType.F32 and tensor.spec.dtype not in (DType.F32, DType.F16)
+    return stored(name, cast(tensor, DType.F32) if is_narrow else tensor, chosen)

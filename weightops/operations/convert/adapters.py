@@ -77,7 +77,8 @@ def convert_adapter(
         hint = "choose float32, float16, bfloat16 or q8_0"
         raise UsageError(f"adapters are not written in {mix.name.lower()}", hint=hint)
     if CONFIG_NAME not in source.sidecars and source.folder is not None:  # a weight file, named by itself
-        source = replace(source, sidecars={CONFIG_NAME: Written(source.folder.get(CONFIG_NAME))})
+        config = Written(source.folder.get(CONFIG_NAME))
+        source = replace(source, name=source.folder.name, sidecars={CONFIG_NAME: config})
     _refuse_beside(source)
     adapter = read_adapter(source)
     named = strict_json.load_object(source.sidecar(CONFIG_NAME) or b"{}", f"{where}: {CONFIG_NAME}").get(_NAMED)
