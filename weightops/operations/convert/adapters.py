@@ -37,7 +37,7 @@ from weightops.stores.stores import Stores
 
 _GOES = (Kind.NOTICE, Kind.CARD)
 _NAMED = "base_model_name_or_path"
-_ASK = "--base DIR, the model's folder, its config.json, a GGUF file of it or hf://org/name; its weights are not read"
+_ASK = "--base: the model's folder, its config.json, a GGUF file of it or hf://org/name; its weights are not read"
 
 
 def is_lora(source: Checkpoint) -> bool:
