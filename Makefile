@@ -23,7 +23,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-gguf bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make mutants   what the tests notice of 200 small changes to the code (under two hours; continues when killed)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench-convert   and the part about convert"
+	@echo "make bench-gguf      and the part about GGUF files in and out, and the memory of imatrix"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
 	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
@@ -175,6 +176,9 @@ bench-download: $(READY)
 
 bench-convert: $(READY) reference
 	$(BIN)/python benchmarks/convert.py --sizes $(or $(SIZES),1b,3b)
+
+bench-gguf: $(READY)
+	$(BIN)/python benchmarks/gguf_files.py --size $(or $(SIZE),1b)
 
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)

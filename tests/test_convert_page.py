@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gguf_adapters import save_lora
+from gguf_models import save_family
 from hub import Hub
 from meta_model import meta_download
 
@@ -42,6 +44,16 @@ def test_from_a_download_of_meta_to_llama_cpp_and_back(tmp_path: Path, monkeypat
     with FileReader() as files:
         header = read_gguf(SourceFile.at(tmp_path / "llama-2-7b-gguf/model.gguf"), files)
     assert header.metadata["llama.context_length"] == {"uint32": 4096}
+
+
+def test_adapters_to_gguf_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_family(tmp_path / "qwen3-8b", "qwen3")
+    save_lora(tmp_path / "my-lora", tmp_path / "qwen3-8b")
+    for arguments in commands("LoRA adapters in GGUF"):
+        assert run(arguments) == 0, arguments
+    before, after = (tmp_path / name / "adapter_model.safetensors" for name in ("my-lora", "my-lora-again"))
+    assert before.read_bytes() == after.read_bytes()
 
 
 def test_knowlm_from_metas_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

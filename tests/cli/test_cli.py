@@ -21,6 +21,7 @@ import click
 import pytest
 import torch
 from adapters import llama, save_adapter, save_model
+from gguf_adapters import save_lora
 from gguf_models import save_family
 from hub import Hub
 from meta_model import meta_download
@@ -79,6 +80,7 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0
         save_family(family / "qwen3-8b", "qwen3")
         save_family(family / "gemma", "gemma2")
+        save_lora(family / "my-lora", family / "qwen3-8b")
         (family / "gguf").mkdir(exist_ok=True)
         assert run(["convert", "./gemma", "--to", "gguf", "--out", "./gguf/gemma-2-9b-Q4_K_M.gguf"]) == 0
     if command == "merge-lora":

@@ -61,6 +61,7 @@ ROWS: dict[str, list[Row]] = {
         row("--set context_length=7", "set", {"context_length": "7"}),
         row("--tokenizer tokenizer.model", "tokenizer", "tokenizer.model"),
         row("--no-tokenizer", "tokenizer", False),
+        row("--base hf://org/name", "base", "hf://org/name"),
         row("--format torch-1.12", "format", "torch-1.12", as_in_2023=True),
     ],
     "shard": [

@@ -45,6 +45,8 @@ COMMANDS = [
     "dequantize packed",
     "dequantize blocks",
     "repack packed --to gptq_v2",
+    "convert lora --to gguf --base llama",
+    "convert lora.gguf --to hf --base llama",
     "run recipe.yaml",
     "check raw --no-architecture",
     "compare raw tuned --workers 1",
@@ -69,6 +71,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(adapter, folder / "adapter/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a", "c"]}
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    write_checkpoint(folder / "llama", {}, {"model_type": "llama", "vocab_size": 48, **sizes})
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    write_checkpoint(folder / "lora", {f"{module}.{f}.weight": torch.randn(32, 32) for f in factors})
+    (folder / "lora/model.safetensors").rename(folder / "lora/adapter_model.safetensors")
+    (folder / "lora/adapter_config.json").write_text(json.dumps({**config, "r": 32}))
+    weightops.convert(folder / "lora", folder / "lora.gguf", to="gguf", base=folder / "llama")
     codes = {f"{name}.weight": torch.randn(40, 50).to(torch.float8_e4m3fn) for name in "abc"}
     scales = {f"{name}.weight_scale_inv": torch.rand(3, 2) for name in "abc"}
     about = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}

@@ -1,18 +1,21 @@
 """Run by `.venv-llamacpp/bin/python`: what llama.cpp reads in a GGUF file, and does with it.
 
-Arguments: the file, and JSON with `texts`, to be cut into tokens, and `prompts`, tokens to go on from until an end.
+Arguments: the file, and JSON with `texts`, to be cut into tokens, `prompts`, tokens to go on from until an end, and
+perhaps `lora`, the file of an adapter.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import llama_cpp
 
 
-def main(path: str, asked: dict[str, list[str]]) -> dict[str, object]:
-    model = llama_cpp.Llama(path, n_ctx=256, n_threads=1, verbose=False, vocab_only=not asked["prompts"])
+def main(path: str, asked: dict[str, Any]) -> dict[str, object]:
+    how = {"n_ctx": 256, "n_threads": 1, "verbose": False, "vocab_only": not asked["prompts"]}
+    model = llama_cpp.Llama(path, lora_path=asked.get("lora"), **how)
     vocab = llama_cpp.llama_model_get_vocab(model.model)
     answers = []
     for prompt in asked["prompts"]:

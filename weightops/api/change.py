@@ -189,10 +189,11 @@ def convert(
     allow_requantize: bool = False,
     set: Mapping[str, str] | None = None,
     tokenizer: StrPath | Literal[False] | None = None,
+    base: StrPath | None = None,
     check: bool = False,
     **output: Unpack[Output],
 ) -> Result:
-    """Convert a LLaMA model into another layout; see `weightops.operations.convert`.
+    """Convert a model or a LoRA adapter into another layout; see `weightops.operations.convert`.
 
     `to`: hf, meta, tencentpretrain, llama_inference or gguf; llama is a model of another family as a Llama;
     safetensors or torch change the container alone.
@@ -200,8 +201,9 @@ def convert(
     for all tensors, `imatrix` the file of an importance matrix, `tensor_type` texts `REGEX=TYPE` and the next two types
     of single tensors; `allow_requantize` takes a source that is quantised already.
     `from_`: the layout of the source, found from its tensors by default. `set`: what its files leave unsaid.
-    `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `check`: hold the source first
-    against its checklist.chk.
+    `tokenizer`: a tokenizer.model or tokenizer.json elsewhere, or False for none. `base`: the model that an adapter is
+    for, a folder, its config.json, a GGUF file or hf://org/name. `check`: hold the source first against its
+    checklist.chk.
     """
     if check:
         hold_checklist(local(source))
@@ -218,6 +220,7 @@ def convert(
         "allow_requantize": allow_requantize,
         "set": dict(set or {}),
         "tokenizer": os.fspath(tokenizer) if tokenizer else tokenizer,
+        "base": os.fspath(base) if base is not None else None,
         "as_in_2023": output.get("format") == "torch-1.12",
     }
     if to in ("safetensors", "torch"):

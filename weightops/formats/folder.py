@@ -118,7 +118,7 @@ def _open_adapter(place: Store | SourceFile, stores: Stores, weights: str | None
     if not isinstance(place, SourceFile):
         return _read_folder(place, stores, weights, find_adapter(place.names()) if weights is None else None)
     folder = store_beside(place)
-    if folder is None:
+    if folder is None or place.name.endswith(".gguf"):  # which says all by itself
         return read_place(place, stores)
     is_named = is_weights(place.name)
     return _read_folder(folder, stores, None, place.name if is_named else find_adapter(folder.names()))

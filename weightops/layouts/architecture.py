@@ -17,7 +17,7 @@ import msgspec
 from weightops.checkpoint import Checkpoint
 from weightops.errors import WeightopsError
 from weightops.io.atomic import write_whole
-from weightops.layouts.counts import beyond_files, numbers
+from weightops.layouts.counts import beyond_files, beyond_models, numbers
 from weightops.version import library_versions
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config", "use_cache")
 _MAX_NBYTES = 100 << 20
+_TENSORS = 20_000
+"""About as many as the largest models have, in the form in which transformers holds them."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -75,6 +77,14 @@ def find(config: Mapping[str, Any], checkpoint: Checkpoint, cache: Path | None) 
     if cache is not None:
         _write(cache / f"{key}.json", found)
     return found
+
+
+def find_without_files(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a config.json whose files are not at hand; raises as `find` does."""
+    excess = beyond_models(config)
+    if excess:
+        raise BeyondFiles(excess)
+    return _look(config, _TENSORS)
 
 
 def _digest(config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from weightops.io.escape import escape
 _COUNTS = re.compile(r"(?!max_)(.*_)?(n_layer|(hidden_|n_)?layers|num_.*layer|num_blocks|(n|num)_.*blocks|depth)")
 _EXPERTS = re.compile(r"(n|num)_(.*_)?experts")
 """Keys of config.json that count layers, and experts."""
+_MOST = 2048
 
 
 def beyond_files(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
@@ -21,11 +22,23 @@ def beyond_files(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | Non
     """
     most = len(checkpoint)
     experts = max([most, *(tensor.spec.shape[0] for tensor in checkpoint.values() if tensor.spec.shape)])
+    found = _above(config, most, experts)
+    return None if found is None else f"{found}, the files have {most} tensors"
+
+
+def beyond_models(config: Mapping[str, Any]) -> str | None:
+    """The same of a config without files, of more layers or experts than any model has."""
+    found = _above(config, _MOST, _MOST)
+    return None if found is None else f"{found}, no model has more than {_MOST}"
+
+
+def _above(config: Mapping[str, Any], layers: int, experts: int) -> str | None:
+    """What the first count of layers or experts is that is above these, if one is."""
     for key, value in numbers(config):
         name = key.rpartition(".")[2]
-        limit = most if _COUNTS.fullmatch(name) else experts if _EXPERTS.fullmatch(name) else None
+        limit = layers if _COUNTS.fullmatch(name) else experts if _EXPERTS.fullmatch(name) else None
         if limit is not None and value > limit:
-            return f"config.json: {escape(key)} is {str(value)[:80]}, the files have {most} tensors"
+            return f"config.json: {escape(key)} is {str(value)[:80]}"
     return None
 
 

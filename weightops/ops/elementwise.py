@@ -77,6 +77,26 @@ class Shift(Op, frozen=True):
             np.add(values, values.dtype.type(self.by), out=values)
 
 
+class Scale(Op, frozen=True):
+    """Its input, float32, with each element multiplied by `by` in float32, one rounding."""
+
+    by: float
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        (source,) = inputs
+        if source.dtype is not DType.F32:
+            raise UsageError(f"float32 is multiplied by a number here, not {source.dtype.value}")
+        return source
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        read(tensor.inputs[0], start, out)
+        values = np.frombuffer(out, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(values, np.float32(self.by), out=values)
+
+
 class Cast(Op, frozen=True):
     """Its input in another dtype: round to nearest even, overflow to infinity where the type has one."""
 

@@ -37,6 +37,7 @@ from weightops.recipes.observe import observe
 from weightops.recipes.recipe import Recipe
 from weightops.recipes.steps import Location, Step
 from weightops.recipes.verbs import find_verb
+from weightops.stores.stores import Stores
 
 _LOG = logging.getLogger(__name__)
 CARD = "README.md"
@@ -154,7 +155,7 @@ def derive(recipe: Recipe, control: Control, without: str | None = None) -> Iter
         sources, evaluate = dict(made), _evaluate(control)
         for name in recipe.order():
             if name != without:
-                made[name] = _apply(recipe.steps[name], made, evaluate)
+                made[name] = _apply(recipe.steps[name], made, evaluate, stores)
         yield Derived(made, sources, evaluate)
 
 
@@ -168,7 +169,7 @@ def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
             checkpoint = made.checkpoints[destination.name]
             if destination.cast:
                 cast = Step("cast", {"source": (destination.name,)}, destination.cast)
-                checkpoint = _apply(cast, made.checkpoints, made.evaluate)
+                checkpoint = _apply(cast, made.checkpoints, made.evaluate, control.stores)
             behind = recipe.behind(destination.name)
             origins = {role: source for role, source in made.sources.items() if role in behind}
             files: Files = {**destination.files}  # type: ignore[typeddict-item]  # checked when the recipe was read
@@ -176,7 +177,7 @@ def execute(recipe: Recipe, running: Running) -> dict[Path, Result]:
         return write_all(wanted, running)
 
 
-def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate) -> Checkpoint:
+def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate, stores: Stores) -> Checkpoint:
     """The checkpoint that a step makes, with the warnings of all that went into it."""
     verb = find_verb(step.verb)
     inputs: dict[str, Any] = {}
@@ -184,7 +185,7 @@ def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate) -> Ch
         inputs[role] = [made[name] for name in names] if verb.roles[role] else made[names[0]]
     options = {name: verb.option(name, value) for name, value in step.options.items()}
     sources = [name for names in step.inputs.values() for name in names]
-    known = {"evaluate": evaluate, "names": sources, **step.given}
+    known = {"evaluate": evaluate, "stores": stores, "names": sources, **step.given}
     supplied = {name: known[name] for name in verb.supplied if name in known}
     result = verb.function(**inputs, **options, **supplied)
     of = ", ".join(map(escape, sources))

@@ -1,8 +1,8 @@
 """The operations by name. An operation's signature is its schema: what it takes from, and what may be said of it.
 
 Parameters that take a `Checkpoint`, or a sequence of them, are its sources; keyword-only ones are its options;
-`evaluate` is handed in by whoever runs it, and so are `names`, those of its sources in their order, and what a step is
-given besides.
+`evaluate` is handed in by whoever runs it, and so are `stores`, the places beyond paths, `names`, those of its
+sources in their order, and what a step is given besides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERBS = (
     *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
     *("merge", "experts", "part", "edit"),
 )
-_SUPPLIED = ("evaluate", "names", "text", "file", "said")
+_SUPPLIED = ("evaluate", "stores", "names", "text", "file", "said")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "merge-lora": lambda adapter, out: weightops.merge_lora(adapter, adapter, out),
     "extract-lora": lambda adapter, out: weightops.extract_lora(adapter, adapter, out, rank=2),
     "cast": lambda adapter, out: weightops.cast(adapter, out, scheme="fp8"),
-    "convert": lambda adapter, out: weightops.convert(adapter, out, to="gguf"),
+    "convert": lambda adapter, out: weightops.convert(adapter, out, to="meta"),
     "dequantize": lambda adapter, out: weightops.dequantize(adapter, out),
     "pack": lambda adapter, out: weightops.pack(adapter, out, bits=4, group_size=32),
     "quantize": lambda adapter, out: weightops.quantize(adapter, out, method="rtn"),

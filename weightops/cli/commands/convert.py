@@ -76,10 +76,16 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
     help="Take this tokenizer.model or tokenizer.json, with what lies beside it; default: that of the source.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Convert the weights without a tokenizer.")
+@click.option(
+    "--base",
+    type=SOURCE,
+    help="The model that a LoRA adapter is for: a folder, its config.json, a GGUF file of it or hf://org/name; "
+    "only the configuration of it is read. Default: what adapter_config.json names, where that is a folder.",
+)
 @click.option("--check", is_flag=True, help="First check the source against its checklist.chk.")
 @write_options
 def command(source: Path | str, out: Path, **options: Any) -> None:
-    """Convert a model into the files that another program reads.
+    """Convert a model, or a LoRA adapter, into the files that another program reads.
 
     SOURCE is a folder, a weight file, hf://org/name[@revision] or a URL. Every bit of the weights is kept unless
     --dtype asks for another number type.
@@ -90,6 +96,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
       weightops convert ./llama-2-7b-hf --to meta --model-parallel 2 --out ./llama-2-7b-mp2
       weightops convert ./qwen3-8b --to gguf --dtype q4_k_m --out ./qwen3-8b-q4_k_m.gguf
       weightops convert ./gguf/gemma-2-9b-Q4_K_M.gguf --to hf --out ./gemma-2-9b
+      weightops convert ./my-lora --to gguf --base ./qwen3-8b --out ./my-lora.gguf
 
     \b
     What programs read is called a layout here:
@@ -104,7 +111,8 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
 
     LLaMA and Mistral models go from any layout into any other. Between hf and gguf go Mixtral, Qwen 2, Qwen 3 and their
     mixtures of experts, Gemma 1 to 3, Phi-3, Granite, OLMo 2, StarCoder2, Command R, DeepSeek V2 and V3, gpt-oss too,
-    byte for byte as llama.cpp's own converter writes them, and back into what transformers saves.
+    byte for byte as llama.cpp's own converter writes them, and back into what transformers saves. LoRA adapters for
+    all of these go from what peft saves (hf) to gguf and back, in float32 or --dtype float16, bfloat16 or q8_0.
 
     With --to llama a Mistral, Qwen 2, Phi-3, Granite, MiniCPM, InternLM2, Baichuan 7B or Qwen 1 model becomes a Llama,
     which every program runs: fused projections are taken apart, missing biases are zero, factors of the settings go

@@ -24,7 +24,8 @@ from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
     type=SOURCE,
     required=True,
     multiple=True,
-    help="The adapter: a folder with adapter_config.json, or the weight file in it. Can be given several times.",
+    help="The adapter: a folder with adapter_config.json, the weight file in it, or a GGUF file. "
+    "Can be given several times.",
 )
 @out_option
 @click.option(

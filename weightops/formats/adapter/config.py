@@ -14,6 +14,7 @@ import msgspec
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing
 from weightops.formats.adapter.files import CONFIG_NAME
+from weightops.formats.gguf.metadata import is_typed
 from weightops.io import strict_json
 from weightops.io.escape import escape
 
@@ -86,7 +87,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[AdapterConfig, tuple[str, ...]]
     where = escape(checkpoint.name)
     data = checkpoint.sidecar(CONFIG_NAME)
     if data is None:
-        is_model = "config.json" in checkpoint.sidecars
+        is_model = "config.json" in checkpoint.sidecars or any(map(is_typed, checkpoint.metadata.values()))
         raise SourceMissing(
             f"{where}: has no {CONFIG_NAME}",
             hint="this is a model, not an adapter"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
+from weightops.formats.gguf.metadata import is_typed, kind_of
 from weightops.io.escape import escape
 
 CONFIG_NAME = "adapter_config.json"
@@ -61,9 +62,14 @@ def looks_like_adapter(checkpoint: Checkpoint) -> bool:
     return any(".lora_" in name for name in checkpoint) and checkpoint.folder.has(CONFIG_NAME)
 
 
+def is_gguf_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint was read from a GGUF file that holds an adapter."""
+    return any(map(is_typed, checkpoint.metadata.values())) and kind_of(checkpoint.metadata) == "adapter"
+
+
 def refuse_adapter(checkpoint: Checkpoint, role: str) -> None:
     """An adapter is a part of a model; raises `IncompatibleInputs`."""
-    if is_adapter(checkpoint):
+    if is_adapter(checkpoint) or is_gguf_adapter(checkpoint):
         raise IncompatibleInputs(
             f"{role} {escape(checkpoint.name)} is a LoRA adapter, not a model",
             hint="`weightops merge-lora` makes a model of it and the base that it was trained on",

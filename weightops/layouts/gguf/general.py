@@ -5,6 +5,7 @@ Names, sizes and versions are found in the names of folders and in model cards b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -35,10 +36,13 @@ _SAMPLING: Mapping[str, tuple[str, type]] = {
 _KINDS = {str: "string", int: "int32", float: "float32", bool: "bool"}
 
 
-def general(saved: Saved, tensors: Mapping[str, TensorSpec]) -> tuple[Metadata, tuple[str, ...]]:
+def general(
+    saved: Saved, tensors: Mapping[str, TensorSpec], *, adapter: bool = False
+) -> tuple[Metadata, tuple[str, ...]]:
     """The keys, in their order, of a model with these tensors in GGUF; and what there is to say of a card left out."""
     named, warnings = _named(saved, tensors)
-    return {"general.type": {"string": "model"}, **_sampling(saved.files), **named}, warnings
+    kind = {"general.type": "adapter", "adapter.type": "lora"} if adapter else {"general.type": "model"}
+    return {**{key: {"string": value} for key, value in kind.items()}, **_sampling(saved.files), **named}, warnings
 
 
 def _sampling(files: TokenizerFiles) -> Metadata:
@@ -71,7 +75,8 @@ def _named(saved: Saved, tensors: Mapping[str, TensorSpec]) -> tuple[Metadata, t
         found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, path, total)  # type: ignore[arg-type]
         warnings = (f"{saved.name}: README.md: its front matter is not what gguf takes; left out",)
     found.name = found.name or saved.name
-    found.size_label = found.size_label or gguf.size_label(total, shared, experts, count)
+    if total > 0:
+        found.size_label = found.size_label or gguf.size_label(total, shared, experts, count)
     writer = gguf.GGUFWriter(path=None, arch="")
     before = set(writer.kv_data[0])
     found.set_gguf_meta_model(writer)
@@ -90,19 +95,26 @@ def _typed(value: Any) -> dict[str, Any]:
 def _counts(tensors: Mapping[str, TensorSpec]) -> tuple[int, int, int, int]:
     """Parameters in all, shared ones, those of one expert of each layer, and how many experts a layer has.
 
+    Of an adapter they are those that its factors change, in all as a number below zero.
     Source: gguf's `GGUFWriter.get_total_parameter_count`.
     """
     total = shared = one = counted = stacks = 0
+    columns: int | None = None
     for name, spec in tensors.items():
-        total += spec.numel
-        if "_exps." in name and len(spec.shape) >= 3:
-            count = spec.shape[-2 if ".bias" in name else -3]
-            one += spec.numel // count
+        if name.endswith(".lora_a"):
+            columns = spec.shape[-1]
+            continue
+        shape = (*spec.shape[:-1], columns) if columns is not None and name.endswith(".lora_b") else spec.shape
+        numel = math.prod(shape)
+        total += numel
+        if "_exps." in name and len(shape) >= 3:
+            count = shape[-2 if ".bias" in name else -3]
+            one += numel // count
             counted += count
             stacks += 1
         else:
-            shared += spec.numel
-    return total, shared, one, counted // stacks if stacks else 0
+            shared += numel
+    return total if columns is None else -total, shared, one, counted // stacks if stacks else 0
 
 
 def _card(saved: Saved) -> tuple[dict[str, Any], tuple[str, ...]]:

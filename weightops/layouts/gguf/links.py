@@ -101,11 +101,13 @@ def find_links(family: Family, config: Mapping[str, Any], names: Iterable[str], 
                 found += _stacks(family, config, layer, [waiting.pop(key) for key in keys])
         else:
             found += _links(name, family, config, where)
-    if waiting:
-        (layer, part), experts = next(iter(waiting.items()))
+    if waiting and family.experts is not None:
+        count, layer = _experts(config), next(iter(waiting))[0]
+        there = {part: len(waiting.get((layer, part), ())) for part in family.experts.parts}
+        part = next((part for part, number in there.items() if number != count), family.experts.parts[0])
         raise CorruptInput(
-            f"{where}: layer {layer} has {len(experts)} experts with a {part}, expected {_experts(config)}",
-            hint="is a file of the model missing?",
+            f"{where}: layer {layer} has {there[part]} experts with a {part}, expected {count}",
+            hint="is a file of it missing? llama.cpp has all experts of a layer in one tensor",
         )
     found.sort(key=lambda link: not isinstance(link.transform, Mxfp4))  # which the converter repacks first
     return Links(tuple(found), dropped)

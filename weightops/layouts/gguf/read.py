@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightops.checkpoint import written_json
+from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.gguf.metadata import kind_of
 from weightops.formats.quantized.gguf import native_dtype, plain_tensor
@@ -49,12 +49,8 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
     tokenizers that are not known here; `CorruptInput` where keys and tensors do not fit.
     """
     metadata, tensors, where = source.checkpoint.metadata, dict(source.checkpoint), source.where
-    kind = kind_of(metadata)
-    if kind != "model":
-        raise UsageError(f"{where}: holds no model, but is of general.type {escape(kind)[:80]}")
-    has_experts = any("_exps." in name for name in tensors)
-    family = family_of(metadata, has_experts, any(".exp_probs_b." in name for name in tensors), where)
-    config = config_of(family, metadata, tensors, where)
+    config = config_in(source.checkpoint)
+    family = BY_TYPE[config["model_type"]]
     _put_factors(config, tensors, source)
     files, ids, ends = _tokenizer(source, metadata, config)
     native = dtype or native_dtype(source.checkpoint)
@@ -97,6 +93,17 @@ def read(source: Source, dtype: DType | None = None) -> Saved:
         sidecars={GENERATION: written_json({"_from_model_config": not _asked(metadata), **generation})},
         dropped={name: reason for name in _FOLLOWS if name in tensors},
     )
+
+
+def config_in(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of config.json that a GGUF file says, but for the tokenizer's ids; raises as `read` does."""
+    metadata, tensors, where = checkpoint.metadata, checkpoint.tensors, escape(checkpoint.name)
+    kind = kind_of(metadata)
+    if kind != "model":
+        raise UsageError(f"{where}: holds no model, but is of general.type {escape(kind)[:80]}")
+    has_experts = any("_exps." in name for name in tensors)
+    family = family_of(metadata, has_experts, any(".exp_probs_b." in name for name in tensors), where)
+    return config_of(family, metadata, tensors, where)
 
 
 def _asked(metadata: Mapping[str, Any]) -> dict[str, Any]:

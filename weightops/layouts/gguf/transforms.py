@@ -77,7 +77,8 @@ class Stacked:
 
     def back(self, tensors: Tensors) -> list[LazyTensor]:
         (tensor,) = tensors
-        return [one_of(tensor, i) for i in range(tensor.spec.shape[0])]
+        count, _, _ = tensor.spec.shape
+        return [one_of(tensor, i) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -162,3 +163,17 @@ class GateAndUpBias:
         experts, width = gates.spec.shape
         halves = halves_to_pairs(concat([gates, ups], 0), 1)
         return [reshaped(halves_to_pairs(reshaped(halves, (2 * experts * width,)), experts), (experts, 2 * width))]
+
+
+def of_factors(transform: Transform) -> tuple[Transform, Transform] | None:
+    """What a transform of weights is to the factors A `[rank, in]` and B `[out, rank]` of a change of them.
+
+    None where what comes of the weights has no such factors, or llama.cpp's converter has no way to them.
+    """
+    match transform:
+        case Same() | Stacked():
+            return transform, transform
+        case Rotary():  # of rows, which are B's
+            return SAME, transform
+        case _:
+            return None

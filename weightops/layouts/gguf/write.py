@@ -36,7 +36,8 @@ FILE_TYPES = {ggml_mix.FILE_TYPES[dtype.name].base: ggml_mix.FILE_TYPES[dtype.na
 """The types that the converter has for most matrices, and q4_0, with llama.cpp's numbers of such files."""
 _MXFP4_MOE = 38
 EMBEDDING = "token_embd.weight"
-_SIGHT = re.compile(r"vision_|projector\.")
+SIGHT = re.compile(r"vision_|projector\.")
+OF_SIGHT = "of what the model sees with, which llama.cpp has in a file of its own (mmproj)"
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
 _FULL = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 """Ends of the names of matrices that stay float32; vectors and biases do too."""
@@ -99,16 +100,22 @@ def write(saved: Saved, dtype: DType | None, pre: str | None = None) -> Checkpoi
 
 def _language_model(saved: Saved) -> Saved:
     """What of a model that sees as well is its language model, the rest being left out by name."""
-    text, kind = saved.config.get("text_config"), WITH_SIGHT.get(str(saved.config.get("model_type")))
-    if kind is None or not isinstance(text, dict):
+    config = language_config(saved.config)
+    if config is saved.config:
         return saved
-    seen = {name for name in saved.tensors if _SIGHT.search(name)}
+    seen = {name for name in saved.tensors if SIGHT.search(name)}
     tensors = {name.replace("language_model.", ""): t for name, t in saved.tensors.items() if name not in seen}
-    reason = "of what the model sees with, which llama.cpp has in a file of its own (mmproj)"
-    config = {**saved.config, **text, "model_type": kind, "architectures": [BY_TYPE[kind].architecture]}
-    del config["text_config"]
-    config.pop("vision_config", None)
-    return replace(saved, config=config, tensors=tensors, dropped={**saved.dropped, **dict.fromkeys(seen, reason)})
+    dropped = {**saved.dropped, **dict.fromkeys(seen, OF_SIGHT)}
+    return replace(saved, config=config, tensors=tensors, dropped=dropped)
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json as that of the language model alone, of models that see as well; any other as it is."""
+    text, kind = config.get("text_config"), WITH_SIGHT.get(str(config.get("model_type")))
+    if kind is None or not isinstance(text, dict):
+        return config
+    own = {**config, **text, "model_type": kind, "architectures": [BY_TYPE[kind].architecture]}
+    return {name: value for name, value in own.items() if name not in ("text_config", "vision_config")}
 
 
 def _tensors(
@@ -132,7 +139,7 @@ def _tensors(
             if name in tensors:
                 raise CorruptInput(f"{where}: {escape(link.saved[0])} is in the files under another name as well")
             chosen = type_of(name, tensor.spec, dtype)
-            tensors[name] = _stored(name, tensor, chosen)
+            tensors[name] = stored(name, tensor, chosen)
             if dtype is not None and dtype.is_packed and chosen is DType.F16:
                 short.append(name)
     said = []
@@ -179,10 +186,15 @@ def type_of(name: str, spec: TensorSpec, wanted: DType | None) -> DType:
     if target not in FILE_TYPES:
         types = ", ".join(known.value for known in FILE_TYPES)
         raise UsageError(f"{name}: llama.cpp computes with no {target.value}", hint=f"choose one of {types}")
+    return fitting(target, spec)
+
+
+def fitting(target: DType, spec: TensorSpec) -> DType:
+    """`target`, or float16 where rows are no whole blocks of it."""
     return DType.F16 if target.is_packed and spec.shape[-1] % target.block[0] else target
 
 
-def _stored(name: str, tensor: LazyTensor, dtype: DType) -> LazyTensor:
+def stored(name: str, tensor: LazyTensor, dtype: DType) -> LazyTensor:
     """A tensor as it goes into the file."""
     if len(tensor.spec.shape) < 2 or tensor.spec.dtype is dtype:
         return cast(tensor, dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from weightops.checkpoint import Checkpoint
-from weightops.formats.modules import last_part
+from weightops.formats.modules import last_part, shortest
 from weightops.layouts.loaded_names import LoadedNames
 
 _CONVERTED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -89,11 +89,8 @@ class Places:
         return f"{target}.weight" if self._stacked and last_part(target) in _CONVERTED else None
 
     def shortest(self, modules: Iterable[str]) -> list[str]:
-        """`target_modules` that fits these and no others: the ends of their paths if those say it, else paths."""
-        wanted = set(modules)
-        ends = {last_part(module) for module in wanted}
-        alike = {module for module in self.modules if last_part(module) in ends}
-        return sorted(ends) if alike == wanted else sorted(wanted)
+        """`target_modules` that fits these and no others of the model's."""
+        return shortest(modules, self.modules)
 
 
 def _place(name: str, stacked: str | None) -> Place:

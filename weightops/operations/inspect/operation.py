@@ -13,6 +13,7 @@ from weightops.engine.proof import unproven
 from weightops.engine.values import values
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
 from weightops.formats import delta
+from weightops.formats.adapter.files import is_gguf_adapter
 from weightops.formats.containers import find_aliases
 from weightops.formats.gguf.metadata import ARCHITECTURE_KEY, kind_of, text
 from weightops.formats.proofs import manifest
@@ -55,6 +56,11 @@ def inspect(
     found = None
     if not isinstance(place, SourceFile) and place.has(manifest.NAME):
         found = manifest.parse_manifest(place.get(manifest.NAME), f"{place.shown}/{manifest.NAME}")
+    has_other_names = adapter is None and base is not None and is_gguf_adapter(checkpoint)
+    if has_other_names and base is not None:
+        from weightops.layouts import gguf  # imported here because few adapters are in GGUF
+
+        adapter = gguf.read_adapter(checkpoint, gguf.Base(base.config(), escape(base.name)))
     if adapter is None and base is not None:
         raise UsageError(f"{escape(path)} is no adapter, which a base could be for", hint="leave the base out")
     everything, checkpoint = checkpoint, _included(checkpoint, include)
@@ -65,7 +71,7 @@ def inspect(
         try:
             report, notes = report_adapter(
                 adapter,
-                wanted=set(checkpoint.values()) if include else None,
+                wanted=set(checkpoint.values()) if include and not has_other_names else None,
                 base=base,
                 base_path=base_path,
                 evaluate=partial(values, control=control) if stats else None,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats import ungathered
-from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.adapter.files import is_gguf_adapter, refuse_adapter
 from weightops.formats.adapter.lora import Adapter, read_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
@@ -45,12 +45,14 @@ def merge_lora(
     `safe_merge=True`, which rounds each change before it is added. float64 rounds once, and gives the same bits on
     every machine. Embeddings are untied where the adapter holds one of them for itself, and config.json says so.
 
-    A quantised base (QLoRA) is merged into as the plain model that it stands for, each weight in its native type.
+    A quantised base (QLoRA) is merged into as the plain model that it stands for, each weight in its native type. An
+    adapter may lie in a GGUF file.
 
     Raises `IncompatibleInputs` for adapters that are not for this base, are not plain LoRA or DoRA, or change nothing,
     `CorruptInput` for damaged ones, `UsageError` for weights that cannot be meant.
     """
     _check_base(base)
+    adapter = [_as_peft_saves_it(each, base) if is_gguf_adapter(each) else each for each in adapter]
     base = plain_if_quantised(base, evaluate)
     adapters = _read(adapter, weight)
     merging = Merging(base, adapters, precision, two_roundings)
@@ -72,6 +74,14 @@ def merge_lora(
     rows = vocabulary_rows(merged)
     rowless = [f"{each.message}: {_ROWLESS}" for each in tokens_without_rows(merged.sidecar, rows)] if rows else []
     return replace(merged, warnings=(*merged.warnings, *rowless))
+
+
+def _as_peft_saves_it(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """An adapter that lies in a GGUF file, which says nothing of the heads and the layers that its base has."""
+    from weightops.layouts import gguf  # imported here because few adapters are in GGUF
+
+    found = gguf.read_adapter(adapter, gguf.Base(base.config(), escape(base.name)))
+    return replace(found, warnings=(*adapter.warnings, *found.warnings))
 
 
 def _check_base(base: Checkpoint) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
-from weightops.errors import CorruptInput, UsageError
+from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.gguf.metadata import is_typed
 from weightops.formats.quantized.gguf import is_gguf
@@ -31,12 +30,14 @@ from weightops.layouts.source import Source, beside, parse_settings
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, SENTENCEPIECE, TokenizerFiles
 from weightops.layouts.tokenizers.read import count_tokens, read_tokenizer, refuse_larger
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.convert.adapters import convert_adapter, find_base, is_lora
+from weightops.operations.convert.said import check_norms, check_settings, left_out, with_settings
 from weightops.operations.dequantize import plain, plain_if_quantised
 from weightops.operations.edit import as_llama
 from weightops.ops.arrange import Agreed
-from weightops.ops.elementwise import cast
 from weightops.ops.measures.loss import counted_cast
 from weightops.spec import DType
+from weightops.stores.stores import Stores
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,6 @@ _PLACES: Mapping[str, frozenset[Kind]] = {
 """The kinds of files that a layout takes along as they are; Meta's code and TencentPretrain's pass over the others."""
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REWRITTEN = ("config.json", "params.json")
-_FIELDS = {
-    "context_length": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "n_heads": "num_attention_heads",
-    "rope_theta": "rope_theta",
-    "rope_factor": "factor",
-}
-"""Where config.json says what users may say."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +106,10 @@ def convert(
     allow_requantize: bool = False,
     set: Mapping[str, str] | None = None,
     tokenizer: str | bool | None = None,
+    base: str | None = None,
     as_in_2023: bool = False,
     evaluate: Evaluate,
+    stores: Stores | None = None,
 ) -> Checkpoint:
     """A model in the layout `to`: hf, meta, tencentpretrain, llama_inference or gguf; only LLaMA is in all of them.
 
@@ -124,7 +119,8 @@ def convert(
     `dtype`: a number type, or for GGUF a file type of llama-quantize, of which the options up to `allow_requantize` are
     too: `pure` is one type for all, `imatrix` an importance matrix, `tensor_type` are `REGEX=TYPE`.
     `set`: what its files leave unsaid. `tokenizer`: the path of one elsewhere, or False for none.
-    `as_in_2023`: see `weightops.layouts.hf.write`. Raises as `convert_model` does.
+    `as_in_2023`: see `weightops.layouts.hf.write`. A LoRA adapter goes from what peft saves to GGUF and back; `base` is
+    then where its model's config.json is. Raises as `convert_model` and `convert_adapter` do.
     """
     known = parse_settings(set or {})
     if to not in (*WRITERS, LLAMA):
@@ -137,13 +133,21 @@ def convert(
         return as_llama(plain_if_quantised(source, evaluate), known.get("context_length"), evaluate)
     if tokenizer is True:
         raise UsageError("a tokenizer is given by its path", hint="leave it out for the one that lies with the source")
+    own: dict[str, Any] = {"pure": pure, "imatrix": imatrix, "tensor_type": tensor_type}
+    own |= {"output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type}
+    number, mixed = gguf.parse_types(to, dtype, {**own, "requantise": allow_requantize})
+    if is_lora(source):
+        options = {"model_parallel": model_parallel, "set": set, "tokenizer": tokenizer, "from": from_}
+        options |= {**own, "allow_requantize": allow_requantize or None, "pure": pure or None}
+        find = partial(find_base, source, base, stores)
+        return convert_adapter(source, to=to, find=find, dtype=number, mix=mixed, options=options)
+    if base is not None:
+        hint = "leave --base out"
+        raise UsageError(f"{escape(source.name)} is no LoRA adapter, which a base could be for", hint=hint)
     if not is_gguf(source) and (to not in ("hf", "gguf") or (to == "hf" and dtype is not None)):
         source = plain_if_quantised(source, evaluate)  # its parts have no place there, or scales would be cast
     files = beside(source, Path(tokenizer) if isinstance(tokenizer, str) else tokenizer)
     opened = Source(source, files, lambda tensor: evaluate([tensor])[0], known, has_own_tokenizer=tokenizer is None)
-    own: dict[str, Any] = {"pure": pure, "imatrix": imatrix, "tensor_type": tensor_type}
-    own |= {"output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type}
-    number, mixed = gguf.parse_types(to, dtype, {**own, "requantise": allow_requantize})
     target = Target(model_parallel, number, mixed, as_in_2023, known.get("pre"))
     converted = convert_model(opened, to, target, from_)
     return replace(converted.checkpoint, dropped=converted.dropped)
@@ -172,8 +176,8 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     target = replace(target, parts=target.parts or own_parts)
     source, layout_read = (_as_hf(source), "hf") if layout == "gguf" else (source, layout)
     model = READERS[layout_read](source)
-    _check_settings(model, source)
-    _check_norms(model.tensors, source)
+    check_settings(model, source)
+    check_norms(model.tensors, source)
     unchanged = ("params.json",) if to == layout and target.parts == own_parts else ()
     model = _with_tokenizer(model, source, layout=layout_read, to=to)
     sidecars, notes = _sidecars(model.files, source, to=to, unchanged=unchanged)
@@ -195,7 +199,7 @@ def _by_saved(source: Source, to: str, target: Target, layout: str) -> Converted
         saved = gguf.read(source, target.dtype if to == "hf" else None)
     else:
         saved = _read_saved(_dequantised(source, is_exact=(target.dtype or target.mix) is not None))
-    _check_norms(saved.tensors, source)
+    check_norms(saved.tensors, source)
     rows = saved.config.get("vocab_size")
     n_tokens = count_tokens(saved.files, rows) if saved.files.is_hugging_face and type(rows) is int else None
     result = _to_gguf(saved, target) if to == "gguf" else _written(saved)
@@ -253,26 +257,13 @@ def _read_saved(source: Source) -> gguf.Saved:
         tensors[tied[0]] = LazyTensor.make(Agreed(problem), tensors[tied[0]], tensors[tied[1]])
     return gguf.Saved(
         name=source.checkpoint.name,
-        config=_with_settings(config, source),
+        config=with_settings(config, source),
         tensors={name: tensors[name] for name in order},
         files=files,
         card=source.read_file("README.md"),
         sidecars=sidecars,
         warnings=notes,
     )
-
-
-def _with_settings(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """config.json with what the user says, where that is not there; raises `UsageError` where it is something else."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    result = dict(config)
-    for name, key in _FIELDS.items():
-        stated = result.get(key, rope.get(key) if isinstance(rope, dict) else None)
-        if name in source.settings and stated is None:
-            result[key] = source.settings[name]
-        elif name in source.settings and stated != source.settings[name]:
-            raise UsageError(f"{source.where}: by its own files, {name} is {stated}, not {source.settings[name]}")
-    return result
 
 
 def _written(saved: gguf.Saved) -> Checkpoint:
@@ -301,10 +292,7 @@ def _check_target(to: str, target: Target) -> None:
 
 def _warnings(source: Source, result: Checkpoint, notes: Sequence[str], dropped: Mapping[str, str]) -> tuple[str, ...]:
     """What there is to say of the source, of what was derived, and of what is not in the result."""
-    said = [*source.checkpoint.warnings, *notes, *result.warnings]
-    said += [f"{escape(name)} is left out: {reason}" for name, reason in sorted(dropped.items())[:1]]
-    if len(dropped) > 1:
-        said.append(f"and {len(dropped) - 1} more are left out; the manifest names them")
+    said = [*source.checkpoint.warnings, *notes, *result.warnings, *left_out(dropped)]
     keys = sorted(key for key, value in source.checkpoint.metadata.items() if key != "format" and not is_typed(value))
     if result.container == "gguf" and keys:
         said.append(f"{', '.join(map(escape, keys))} of the source's __metadata__: left out, as gguf has its own")
@@ -325,36 +313,6 @@ def _in_dtype(checkpoint: Checkpoint, dtype: DType | None, layout: str) -> Check
     tensors = checkpoint.items()
     converted = {name: counted_cast(t, dtype, name) if t.spec.dtype.is_float else t for name, t in tensors}
     return replace(checkpoint.with_dtype(dtype) if layout == "hf" else checkpoint, tensors=converted)
-
-
-def _check_settings(model: Model, source: Source) -> None:
-    """Refuse what the user says of a model whose files say something else."""
-    h = model.hyperparameters
-    found = {
-        "context_length": h.context_length,
-        "n_heads": h.n_heads,
-        "norm_eps": h.norm_eps,
-        "rope_theta": h.rope_theta,
-        "rope_factor": h.rope_scaling.factor if h.rope_scaling else None,
-    }
-    for name, value in found.items():
-        given = source.settings.get(name)
-        if given is not None and given != value:
-            raise UsageError(f"{source.where}: by its own files, {name} is {value}, not {given}")
-
-
-def _check_norms(tensors: Mapping[str, LazyTensor], source: Source) -> None:
-    """Refuse norms with values that are no numbers: they are small, and a model with one says nothing."""
-    for name, tensor in tensors.items():
-        if len(tensor.spec.shape) == 1 and not np.isfinite(_values(tensor, source)).all():
-            raise CorruptInput(
-                f"{source.where}: {escape(name)} holds values that are no numbers",
-                hint="the file was damaged, or saved from a training run that had failed",
-            )
-
-
-def _values(tensor: LazyTensor, source: Source) -> np.ndarray:
-    return np.frombuffer(source.evaluate(cast(tensor, DType.F32)), dtype=np.float32)
 
 
 def _with_tokenizer(model: Model, source: Source, *, layout: str, to: str) -> Model:
