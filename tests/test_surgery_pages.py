@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import COMMON, FAMILIES
-from safetensors.torch import load_file, save_file
+from mtp_models import save_with_mtp
+from safetensors.torch import save_file
 from tiny_models import save_tiny, tiny
 from transformers import AutoModelForCausalLM
 from vision_models import save_whole
@@ -49,10 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> P
 
 def test_parts(here: Path) -> None:
     save_whole("gemma3", here / "gemma-3-4b")
-    saved("qwen3_next", here / "original")
-    tensors = load_file(here / "original" / "model.safetensors")
-    further = {"mtp.fc.weight": torch.ones(64, 128), "mtp.norm.weight": torch.ones(64)}
-    save_file({**tensors, **further}, here / "original" / "model.safetensors", {"format": "pt"})
+    save_with_mtp(here / "original")
     (here / "tuned").symlink_to(here / "original")
     save_tiny(here / "chat", "llama")
     for arguments in commands("parts.md"):

@@ -25,10 +25,12 @@ from gguf_adapters import save_lora
 from gguf_models import save_family
 from hub import Hub
 from meta_model import meta_download
+from mtp_models import save_with_mtp
 from safetensors.torch import load_file
 from support import digests, write_checkpoint
 from systems import needs_itself
 from tiny_models import quantize_tiny, save_tiny, save_tokenizer, text
+from vision_models import save_whole
 
 from weightops import cli as package
 from weightops import errors
@@ -116,7 +118,7 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         tensors = {"model.embed_tokens.weight": torch.ones(3, 4), "lm_head.weight": torch.ones(3, 4)}
         write_checkpoint(family / "tied-2023", {**tensors, "model.layers.0.rotary_emb.inv_freq": torch.ones(2)})
         write_checkpoint(family / "trained", {"module.transformer.norm.weight": torch.ones(4)})
-        layers = {f"model.layers.{i}.mlp.weight": torch.full((2,), float(i)) for i in range(32)}
+        layers = {f"model.layers.{i}.mlp.down_proj.weight": torch.full((2,), float(i)) for i in range(32)}
         write_checkpoint(family / "llama-7b", layers, {"num_hidden_layers": 32})
     if command == "chat":
         save_model(family / "llama-7b", llama(vocab_size=320))
@@ -165,6 +167,21 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
     if command == "pack":
         integers = torch.randint(1, 15, (256, 64), dtype=torch.uint8)
         write_checkpoint(family / "integers", {"fc.q": integers, "fc.scales": torch.full((2, 64), 0.1).half()})
+    if command == "part":
+        save_whole("gemma3", family / "gemma-3-4b-it")
+        assert run(["part", "./gemma-3-4b-it", "--take", "text", "--out", "./gemma-3-4b-text-tuned"]) == 0
+        save_with_mtp(family / "deepseek-original", family / "deepseek-tuned")
+    if command == "experts":
+        save_family(family / "qwen3-moe", "qwen3moe")
+        for name in ("chat", "code"):
+            save_tiny(family / name, "llama")
+        mixture = {"base_model": "./chat", "gate_mode": "random"}
+        experts = [{"source_model": "./chat"}, {"source_model": "./code"}]
+        (family / "moe.yml").write_text(json.dumps({**mixture, "experts": experts}))
+    if command == "edit":
+        save_family(family / "qwen3-8b", "qwen3")
+        steps = [{"select": r"model\.norm\.weight", "scale": {"by": 2}}]
+        (family / "steps.yml").write_text(json.dumps({"edit": {"source": "qwen3-8b", "steps": steps}}))
     if command == "run":
         recipe = {"sources": {"raw": "./llama-13b"}, "outputs": {"./out": {"from": "raw", "dtype": "bfloat16"}}}
         (family / "release.yaml").write_text(json.dumps(recipe))

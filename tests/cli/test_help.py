@@ -20,7 +20,7 @@ OWN_WORDS = {
     "--dry-run": {"download", "serve"},
     "--manifest": set(),
     "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize", "merge"},
-    "--drop": {"recover", "shard"},
+    "--drop": {"recover", "shard", "part"},
     "--method": {"diff", "quantize", "merge"},
     "--base": {"merge-lora", "extract-lora", "inspect", "merge"},
     "--include": {"download", "inspect"},
@@ -35,6 +35,8 @@ OWN_WORDS = {
     "--to": {"repack"},
     "--html": {"check", "quantize", "merge"},
     "--weight": {"merge-lora", "merge"},
+    "--keep": {"experts"},
+    "--set": {"convert", "edit"},
 }
 """Options whose words differ from those of the same name elsewhere, by the commands that have words of their own."""
 AMERICAN = re.compile(r"\b(quantiz(ed|ing|ation)|colors?|licenses?|normaliz\w+|optimiz\w+|behaviors?)\b", re.IGNORECASE)

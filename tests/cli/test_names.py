@@ -48,6 +48,8 @@ OF_THE_COMMAND = {
 of Python do (`explain_merge`, `verify_merge`). A cache is a flag there, and a folder for Python."""
 MAPPINGS = {"merge": {"parameters": set(PARAMETERS)}}
 """What is a mapping for Python, and options by its keys on the command line."""
+OF_A_FILE = {"edit": {"steps", "tokenizer"}}
+"""What the command line has in a file, and Python as keywords too."""
 DOCUMENTS = {
     "merge": {"config": {*("method", "base", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template")}}
 }
@@ -87,7 +89,7 @@ def test_options_are_called_as_keywords_of_python(name: str) -> None:
         assert keys <= names
         names = names - keys | {mapping}
     options = {each if each in known else each.removeprefix("no_") for each in names}
-    assert options - SHOWN - OF_THE_COMMAND.get(name, set()) == known
+    assert options - SHOWN - OF_THE_COMMAND.get(name, set()) == known - OF_A_FILE.get(name, set())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -145,7 +147,7 @@ def test_the_page_about_python_has_the_signatures() -> None:
 
 
 def recipe(verb: str, fields: Mapping[str, Any], **output: Any) -> Recipe:
-    roles = {role: role for role in find_verb(verb).roles}
+    roles = {role: role for role in find_verb(verb).roles if role not in find_verb(verb).defaults}
     sources = {role: f"./{role}" for role in roles}
     document = {"sources": sources, "tensors": {"x": {verb: {**roles, **fields}}}}
     return parse_recipe(Document({**document, "outputs": {"./out": {"from": "x", **output}}}, "recipe"))

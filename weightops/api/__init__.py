@@ -28,7 +28,7 @@ from weightops.api.merging import compare_merge, explain_merge, merge, verify_me
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
-from weightops.api.surgery import edit, experts, experts_from_dense, part
+from weightops.api.surgery import edit, experts, part
 from weightops.api.talk import chat, generate_all, open_pool
 from weightops.formats.folder import open_checkpoint
 
@@ -49,7 +49,6 @@ __all__ = [
     "edit",
     "evaluate",
     "experts",
-    "experts_from_dense",
     "explain_merge",
     "extract_lora",
     "generate",

@@ -13,9 +13,9 @@ from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.io.yaml_document import Document, read_document
 from weightops.recipes.editing import with_sources
-from weightops.recipes.execute import Result, StrPath, execute
+from weightops.recipes.execute import Result, StrPath, execute, several
 from weightops.recipes.merging import Expanded, read_text
-from weightops.recipes.recipe import Destination, Recipe, location, one_step, place_of, plain_step
+from weightops.recipes.recipe import Destination, Recipe, location, place_of, plain_step
 from weightops.recipes.steps import Location, Step
 
 if TYPE_CHECKING:
@@ -25,33 +25,35 @@ if TYPE_CHECKING:
 
 
 def edit(
-    steps: StrPath | Sequence[Mapping[str, Any]],
+    source: StrPath,
     out: StrPath,
     *,
-    source: StrPath | None = None,
-    sources: Mapping[str, StrPath] = {},
-    config: Mapping[str, Any] | None = None,
+    steps: Sequence[Mapping[str, Any]] = (),
+    other: Mapping[str, StrPath] = {},
+    set: Mapping[str, Any] = {},
+    unset: str | Sequence[str] = (),
     tokenizer: str | None = None,
-    check: bool = True,
+    architecture: bool = True,
     **output: Unpack[Output],
 ) -> Result:
     """Change tensors and settings by steps; see `weightops.operations.edit`.
 
-    `steps` is a YAML file with an `edit` block and its `sources`, or a list of steps, which are made of `source`.
-    `sources` are places by name, of what the steps mention; in a file places count from its folder.
+    `source` is the model, or a YAML file with an `edit` block and its `sources`, which says all but where `other`
+    sources lie: places by name, of what the steps mention.
     """
     files, running = split_output(output)
-    named = {name: os.fspath(place) for name, place in sources.items()}
-    if isinstance(steps, str | os.PathLike):
-        if source is not None or config is not None or tokenizer is not None:
-            raise UsageError(f"{escape(os.fspath(steps))} says what is edited, and how", hint="write it into the file")
-        places, step, document = _read_edit(Path(steps), named)
+    named = {name: os.fspath(place) for name, place in other.items()}
+    config = {"set": dict(set), "unset": list(several(unset))}
+    if os.fspath(source).endswith((".yml", ".yaml")):
+        if steps or set or unset or tokenizer is not None:
+            raise UsageError(
+                f"{escape(os.fspath(source))} says what is edited, and how", hint="write it into the file, under edit"
+            )
+        document, folder = read_document(read_text(Path(source)), escape(os.fspath(source))), Path(source).parent
     else:
-        if source is None:
-            raise UsageError("there is no model to edit", hint="source= says which")
         given = {"source": os.fspath(source), "steps": list(steps), "config": config, "tokenizer": tokenizer}
-        document = Document({"edit": {**{k: v for k, v in given.items() if v is not None}, "check": check}}, "edit")
-        places, step, document = _parse_edit(document, Path(), named)
+        document, folder = Document({"edit": {k: v for k, v in given.items() if v is not None}}, "edit"), Path()
+    places, step = _edit(document, folder, named, architecture)
     recipe = Recipe(places, {"result": step}, {str(local(out)): Destination("result", {}, files)}, document)
     return execute(recipe, running)[local(out)]
 
@@ -84,42 +86,37 @@ def part(
 
 
 def experts(
-    source: StrPath,
+    source: StrPath | None,
     out: StrPath,
     *,
     layout: Layout | None = None,
     keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     per_token: int | None = None,
     ungroup: bool = False,
+    from_dense: StrPath | Mapping[str, Any] | None = None,
+    seed: int | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Stack the experts of a mixture or take them apart, or keep some of them; see `weightops.operations.experts`."""
-    options = {"layout": layout, "keep": _kept(keep), "per_token": per_token, "ungroup": ungroup}
-    return one("experts", {"source": source}, out, output, options)
+    """Stack the experts of a mixture or take them apart, keep some of them, or make a mixture of dense models.
 
-
-def experts_from_dense(
-    mixture: StrPath | Mapping[str, Any], out: StrPath, *, seed: int | None = None, **output: Unpack[Output]
-) -> Result:
-    """Make a mixture of experts of dense models, as mergekit-moe's file says, or a mapping of the same fields.
-
-    Its places of models count from the working directory, as mergekit has it; `org/name` that is no folder here is on
-    the hub. See `weightops.operations.experts`.
+    For the last `source` is None, and `from_dense` mergekit-moe's file, or a mapping of the same fields: its places of
+    models count from the working directory, as mergekit has it; `org/name` that is no folder here is on the hub. See
+    `weightops.operations.experts`.
     """
+    options = {"layout": layout, "keep": _kept(keep), "per_token": per_token, "ungroup": ungroup, "seed": seed}
+    if from_dense is None:
+        if source is None:
+            raise UsageError("there is no model to edit", hint="weightops experts SOURCE --layout stacked --out DIR")
+        return one("experts", {"source": source}, out, output, options)
     from weightops.operations.experts import with_names
 
-    document = mixture if isinstance(mixture, Mapping) else _document(mixture)
-    where = "the mixture" if isinstance(mixture, Mapping) else escape(os.fspath(mixture))
+    if source is not None:
+        raise UsageError("from_dense makes a mixture of the models in its file, and has no source to edit")
+    document = from_dense if isinstance(from_dense, Mapping) else _document(from_dense)
+    where = "the mixture" if isinstance(from_dense, Mapping) else escape(os.fspath(from_dense))
     named, places = with_names(document, where, os.path.exists)
-    files, running = split_output(output)
-    recipe = one_step(
-        "experts",
-        {"source": tuple(Location(place) for place in places)},
-        {"from_dense": named("source" if len(places) == 1 else "source-{}"), "seed": seed},
-        str(local(out)),
-        files,
-    )
-    return execute(recipe, running)[local(out)]
+    options["from_dense"] = named("source" if len(places) == 1 else "source-{}")
+    return one("experts", {"source": places}, out, output, options)
 
 
 def _document(path: StrPath) -> Mapping[str, Any]:
@@ -133,18 +130,13 @@ def _kept(keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None) -> Any
     return parse_keep(keep) if isinstance(keep, str) else keep
 
 
-def _read_edit(path: Path, sources: Mapping[str, str]) -> tuple[dict[str, Location], Step, Document]:
-    """Sources and step of a file with an `edit` and maybe `sources`; places count from the file's folder.
+def _edit(
+    document: Document, folder: Path, other: Mapping[str, str], architecture: bool
+) -> tuple[dict[str, Location], Step]:
+    """Sources and step of a document with an `edit` and maybe `sources`; places in it count from `folder`.
 
-    `sources` are places by name that stand for those in the file. Raises `SourceMissing`, `UsageError` with lines.
+    `other` are places by name that stand for those in it. Raises `UsageError` with lines.
     """
-    return _parse_edit(read_document(read_text(path), escape(str(path))), path.parent, sources)
-
-
-def _parse_edit(
-    document: Document, folder: Path, sources: Mapping[str, str]
-) -> tuple[dict[str, Location], Step, Document]:
-    """The same of a document; places count from `folder`."""
     for name in document.data:
         if name not in ("sources", "edit"):
             document.fail((name,), "unknown field", hint="such a file has sources and edit")
@@ -154,13 +146,14 @@ def _parse_edit(
         name: location(document, name, value, folder)
         for name, value in document.mapping(("sources",), document.data.get("sources", {})).items()
     }
-    known |= {name: Location(place) for name, place in sources.items()}
+    known |= {name: Location(place) for name, place in other.items()}
     given, found = with_sources(
         document, ("edit",), document.data["edit"], known, Expanded(), lambda text: place_of(text, folder)
     )
-    named = {given["source"], *given.get("others", ())}
+    named = {given["source"], *given.get("other", ())}
     unused = sorted(known.keys() - named)
     if unused:
         document.fail(("sources", unused[0]), "is used by no step", hint=f"used are {listed(named)}")
-    step = plain_step(document, (), "edit", given, {*known, *found})
-    return {**known, **found}, step, document
+    if not architecture:
+        given["architecture"] = False
+    return {**known, **found}, plain_step(document, (), "edit", given, {*known, *found})

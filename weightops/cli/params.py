@@ -28,6 +28,7 @@ CONTAINER = (
     "What holds the integers: gptq, which most programs read, stores zero points minus one, gptq_v2 as they are; awq "
     "holds 4 bits; compressed-tensors is what transformers reads with the package of that name. vLLM reads all of them."
 )
+NO_ARCHITECTURE = "Do not ask transformers which tensors the model should have, which takes some seconds."
 SEED = "Seed of the random numbers: the same seed gives the same result."
 DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 SEQ_LEN = "2048, or as many as the model has positions"

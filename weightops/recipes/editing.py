@@ -9,7 +9,7 @@ from weightops.io.yaml_document import Document, Place
 from weightops.recipes.merging import Expanded
 from weightops.recipes.steps import Location
 
-_FIELDS = ("source", "steps", "config", "tokenizer", "check")
+_FIELDS = ("source", "steps", "config", "tokenizer", "architecture")
 _NAMES = ("source", "from", "onto", "tokenizer")
 """The fields that name a source, at any depth."""
 
@@ -22,7 +22,7 @@ def with_sources(
     there: Expanded,
     locate: Callable[[str], str],
 ) -> tuple[dict[str, Any], dict[str, Location]]:
-    """An edit that names its sources, `others` among them; and the sources that it says the places of.
+    """An edit that names its sources, `other` among them; and the sources that it says the places of.
 
     What is no name of `known` is a place. Raises `UsageError` for fields that an edit has not.
     """
@@ -48,8 +48,12 @@ def with_sources(
 
     edited: dict[str, Any] = _named(fields, named)
     mentioned = list(dict.fromkeys(_mentions(edited)))
-    others = [name for name in mentioned if name != edited["source"]]
-    return {**edited, **({"others": others} if others else {})}, found
+    other = [name for name in mentioned if name != edited["source"]]
+    config = document.mapping((*place, "config"), edited.pop("config", {}))
+    unknown = next((key for key in config if key not in ("set", "unset")), None)
+    if unknown is not None:
+        document.fail((*place, "config", unknown), "unknown field", hint="config: {set: {...}, unset: [...]}")
+    return {**edited, **config, **({"other": other} if other else {})}, found
 
 
 def _named(value: Any, named: Callable[[str], str]) -> Any:

@@ -63,7 +63,7 @@ def test_one_file_makes_phi_a_llama(tmp_path: Path) -> None:
 
 def test_a_recipe_and_python_give_the_same(tmp_path: Path) -> None:
     source = saved("phi3", tmp_path / "phi")
-    weightops.edit(AS_LLAMA, tmp_path / "one", source=source, config=LLAMA)
+    weightops.edit(source, tmp_path / "one", steps=AS_LLAMA, **LLAMA)
     document = {
         "sources": {"phi": str(source)},
         "tensors": {"llama": {"edit": {"source": "phi", "steps": AS_LLAMA, "config": LLAMA}}},
@@ -76,7 +76,7 @@ def test_a_recipe_and_python_give_the_same(tmp_path: Path) -> None:
 
 def test_the_way_back_is_the_same_file(tmp_path: Path) -> None:
     source = saved("phi3", tmp_path / "phi")
-    weightops.edit(AS_LLAMA, tmp_path / "llama", source=source, config=LLAMA)
+    weightops.edit(source, tmp_path / "llama", steps=AS_LLAMA, **LLAMA)
     back = [
         {
             "select": r"(?P<p>model\.layers\.\d+\.self_attn)\.(?P<x>[qkv])_proj\.weight",
@@ -90,7 +90,7 @@ def test_the_way_back_is_the_same_file(tmp_path: Path) -> None:
         },
     ]
     phi = {"set": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}}
-    weightops.edit(back, tmp_path / "out", source=tmp_path / "llama", config=phi)
+    weightops.edit(tmp_path / "llama", tmp_path / "out", steps=back, **phi)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -110,7 +110,7 @@ def test_heads_pooled_in_groups_and_repeated_again(tmp_path: Path) -> None:
         {"select": r".*\.weight\.0", "drop": True},
         {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "view": [32, "hidden"]},
     ]
-    weightops.edit(pooled, tmp_path / "out", source=source, config={"set": {"num_key_value_heads": 2}})
+    weightops.edit(source, tmp_path / "out", steps=pooled, set={"num_key_value_heads": 2})
     logits(tmp_path / "out")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -118,8 +118,7 @@ def test_heads_pooled_in_groups_and_repeated_again(tmp_path: Path) -> None:
     repeated = [
         {"select": r"(?P<p>.*\.[kv]_proj)\.weight", "take": {"unit": "head_dim", "list": [0, 0, 1, 1]}},
     ]
-    config = {"set": {"num_key_value_heads": 4}}
-    weightops.edit(repeated, tmp_path / "again", source=tmp_path / "out", config=config)
+    weightops.edit(tmp_path / "out", tmp_path / "again", steps=repeated, set={"num_key_value_heads": 4})
     torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "out"), rtol=0, atol=1e-5)
 
 
@@ -129,7 +128,7 @@ class TestFold:
     @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma", "phi3"])
     def test_a_folded_model_answers_alike(self, kind: str, tmp_path: Path) -> None:
         source = saved(kind, tmp_path / "model", tie_word_embeddings=False)
-        weightops.edit([{"select": self.NORMS, "fold": True}], tmp_path / "out", source=source)
+        weightops.edit(source, tmp_path / "out", steps=[{"select": self.NORMS, "fold": True}])
         before = logits(source)
         torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=0, atol=2e-6 * float(before.abs().max()))
         left = 0.0 if kind == "gemma" else 1.0
@@ -139,20 +138,20 @@ class TestFold:
     def test_a_tied_head_is_refused(self, tmp_path: Path) -> None:
         source = saved("llama", tmp_path / "model", tie_word_embeddings=True)
         with pytest.raises(UsageError, match="the head is the embedding") as raised:
-            weightops.edit([{"select": r"model\.norm\.weight", "fold": True}], tmp_path / "out", source=source)
+            weightops.edit(source, tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "fold": True}])
         assert "--untie" in str(raised.value.hint)
 
     def test_a_norm_behind_attention_is_refused(self, tmp_path: Path) -> None:
         source = saved("gemma2", tmp_path / "model")
         with pytest.raises(UsageError, match="follows attention"):
             weightops.edit(
-                [{"select": r".*post_attention_layernorm\.weight", "fold": True}], tmp_path / "out", source=source
+                source, tmp_path / "out", steps=[{"select": r".*post_attention_layernorm\.weight", "fold": True}]
             )
 
     def test_a_norm_with_a_bias_is_refused(self, tmp_path: Path) -> None:
         source = saved("phi", tmp_path / "model")
         with pytest.raises(UsageError, match="no RMS norm"):
-            weightops.edit([{"select": r".*input_layernorm\.weight", "fold": True}], tmp_path / "out", source=source)
+            weightops.edit(source, tmp_path / "out", steps=[{"select": r".*input_layernorm\.weight", "fold": True}])
 
 
 def test_a_direction_is_taken_out_of_what_writes_it(tmp_path: Path) -> None:
@@ -196,9 +195,11 @@ class TestRefused:
     def test_a_result_that_would_not_load(self, tmp_path: Path) -> None:
         source = saved("llama", tmp_path / "model")
         with pytest.raises(IncompatibleInputs, match=r"would not load: .*model\.norm\.weight"):
-            weightops.edit([{"select": r"model\.norm\.weight", "drop": True}], tmp_path / "out", source=source)
+            weightops.edit(source, tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "drop": True}])
         assert not (tmp_path / "out").exists()
-        weightops.edit([{"select": r"model\.norm\.weight", "drop": True}], tmp_path / "out", source=source, check=False)
+        weightops.edit(
+            source, tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "drop": True}], architecture=False
+        )
         assert "model.norm.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
     def test_quantised_tensors_are_only_moved(self, tmp_path: Path) -> None:
@@ -213,11 +214,11 @@ class TestRefused:
         (source / "config.json").write_text(json.dumps(config))
         with pytest.raises(UsageError, match="part of a quantised weight") as raised:
             weightops.edit(
-                [{"select": r".*0\.mlp\.up_proj\.weight", "take": {"list": [0]}}], tmp_path / "out", source=source
+                source, tmp_path / "out", steps=[{"select": r".*0\.mlp\.up_proj\.weight", "take": {"list": [0]}}]
             )
         assert "dequantize" in str(raised.value.hint)
         renaming = [{"select": r"model\.(.*)", "name": "inner.{1}"}]
-        weightops.edit(renaming, tmp_path / "out", source=source, check=False)
+        weightops.edit(source, tmp_path / "out", steps=renaming, architecture=False)
         assert "inner.layers.0.mlp.up_proj.weight_scale_inv" in load_file(tmp_path / "out" / "model.safetensors")
 
     @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def checkpoint(arrays: dict[str, Array], name: str = "model") -> Checkpoint:
 
 def edited(arrays: dict[str, Array], *steps: dict[str, Any], **others: dict[str, Array]) -> dict[str, Array]:
     sources = [checkpoint(each, name) for name, each in others.items()]
-    made = edit(checkpoint(arrays), sources, steps=steps, check=False, names=("model", *others), evaluate=read_each)
+    made = edit(
+        checkpoint(arrays), sources, steps=steps, architecture=False, names=("model", *others), evaluate=read_each
+    )
     return {name: tensor.numpy() for name, tensor in made.items()}
 
 
@@ -211,7 +213,7 @@ def test_steps_in_any_order_are_those_of_numpy_on_whole_tensors(data: DataObject
         step, by_numpy = data.draw(steps_for(wanted.shape))
         steps.append({"select": "x", **step})
         wanted = by_numpy(wanted)
-    made = edit(checkpoint({"x": array}), steps=steps, check=False, names=("model",), evaluate=read_each)["x"]
+    made = edit(checkpoint({"x": array}), steps=steps, architecture=False, names=("model",), evaluate=read_each)["x"]
     assert made.spec.shape == wanted.shape
     whole = wanted.astype("float32").tobytes()
     start = data.draw(st.integers(0, len(whole)))
@@ -281,7 +283,9 @@ class TestRefused:
 
 def test_what_no_step_selects_keeps_its_digest(tmp_path: Path) -> None:
     source = checkpoint({"a": numbers(3), "b": numbers(2)}).with_digests({"a": "1", "b": "2"})
-    made = edit(source, steps=[{"select": "a", "scale": {"by": 2}}], check=False, names=("m",), evaluate=read_each)
+    made = edit(
+        source, steps=[{"select": "a", "scale": {"by": 2}}], architecture=False, names=("m",), evaluate=read_each
+    )
     assert made.digests == {"b": "2"}
-    moved = edit(source, steps=[{"select": "a", "name": "c"}], check=False, names=("m",), evaluate=read_each)
+    moved = edit(source, steps=[{"select": "a", "name": "c"}], architecture=False, names=("m",), evaluate=read_each)
     assert moved.digests == {"c": "1", "b": "2"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import COMMON, FAMILIES
+from mtp_models import FURTHER, save_with_mtp
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
@@ -42,16 +43,13 @@ def test_dropped_with_their_count(tmp_path: Path) -> None:
 
 
 def test_those_of_qwen_are_told_by_their_name(tmp_path: Path) -> None:
-    settings = {**COMMON, **FAMILIES["qwen3_next"]}
-    tiny("qwen3_next", **settings).save_pretrained(tmp_path / "model")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    further = {"mtp.fc.weight": torch.ones(64, 128), "mtp.norm.weight": torch.ones(64)}
-    save_file({**tensors, **further}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    save_with_mtp(tmp_path / "model", tmp_path / "without")
+    tensors = load_file(tmp_path / "without" / "model.safetensors")
     weightops.part(tmp_path / "model", tmp_path / "out", drop="mtp")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
     weightops.part(tmp_path / "out", tmp_path / "again", mtp=tmp_path / "model")
     again = load_file(tmp_path / "again" / "model.safetensors")
-    assert all(torch.equal(again[name], tensor) for name, tensor in {**tensors, **further}.items())
+    assert all(torch.equal(again[name], tensor) for name, tensor in {**tensors, **FURTHER}.items())
 
 
 def test_one_that_transformers_would_take_for_a_layer_too_many_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from weightops.cli.colour import Kind, say, styled
 from weightops.cli.meter import human
 from weightops.cli.options import cache_folder, report_options, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, table
-from weightops.cli.params import FILE, SOURCE, Command, OneOf, epilog, named
+from weightops.cli.params import FILE, NO_ARCHITECTURE, SOURCE, Command, OneOf, epilog, named
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _SHOWN = 10
 @click.option(
     "--no-architecture",
     is_flag=True,
-    help="Do not ask transformers which tensors the model should have, which takes some seconds.",
+    help=NO_ARCHITECTURE,
 )
 @click.option("--max-abs", type=float, metavar="X", help="Warn of numbers whose magnitude is above X.")
 @click.option(

@@ -10,17 +10,16 @@ import click
 
 import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import SEVERAL, SOURCE, WRITE_CODES, Command, epilog
+from weightops.cli.params import NO_ARCHITECTURE, SEVERAL, SOURCE, WRITE_CODES, Command, epilog
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 
 
 @click.command("edit", cls=Command, epilog=epilog(WRITE_CODES))
-@click.argument("steps", type=SOURCE, metavar="STEPS|SOURCE")
+@click.argument("source", type=SOURCE)
 @out_option
 @click.option(
     "--set",
-    "settings",
     multiple=True,
     metavar="NAME=VALUE",
     help="Of a model: set this in config.json. Dots stand for what is within, as in text_config.vocab_size; a value is "
@@ -29,36 +28,36 @@ from weightops.io.escape import escape
 )
 @click.option("--unset", multiple=True, metavar="NAME", help=f"Of a model: take this out of config.json. {SEVERAL}")
 @click.option(
-    "--source",
-    "sources",
+    "--other",
     multiple=True,
     metavar="NAME=PLACE",
-    help="Where a source of the file lies; overrides what the file says.",
+    help=f"Of a file of steps: where a source that it names lies, whatever the file says. {SEVERAL}",
 )
+@click.option("--no-architecture", is_flag=True, help=NO_ARCHITECTURE)
 @write_options
 def command(
-    steps: Path | str,
+    source: Path | str,
     out: Path,
-    settings: Sequence[str],
+    set: Sequence[str],
     unset: Sequence[str],
-    sources: Sequence[str],
+    other: Sequence[str],
+    no_architecture: bool,
     **options: Any,
 ) -> None:
     """Change the tensors and settings of a model by steps that a file lists.
 
-    STEPS is a YAML file; places in it count from its folder. With a model (SOURCE) in its stead, only settings of its
-    config.json are changed. What cannot be, such as a rotary scaling that the model would not load with, is refused.
-
-    Each step selects tensors by a regular expression that whole names match, does one thing with them, and names the
-    results. What no step selects stays what it is, to the bit.
+    SOURCE is a YAML file of steps, in which places count from its folder; or a model, of which --set and --unset change
+    settings alone. What no step selects stays what it is, to the bit.
 
     \b
     Example:
       weightops edit steps.yml --out ./edited
       weightops edit ./qwen3-8b --set rope.type=yarn --set rope.factor=4 --out ./qwen3-8b-long
 
+    Each step selects tensors by a regular expression that whole names match, does one thing with them, and names the
+    results:
+
     \b
-    where steps.yml is
       edit:
         source: ./phi-3
         steps:
@@ -68,19 +67,13 @@ def command(
         config: {set: {model_type: llama, architectures: [LlamaForCausalLM]}}
 
     A step does one of: drop, take, split, concat, stack, unstack, transpose, view, fill, scale, lowrank, combine,
-    project, fold; without any of them it renames. A step that selects nothing is an error, and so are two tensors of
-    one name. The documentation describes each.
+    project, fold, unit_rows; without any of them it renames. A step that selects nothing is an error, and so are two
+    tensors of one name. The documentation describes each.
     """
-    named = dict(_pair(text, "--source base=./model") for text in sources)
-    if str(steps).endswith((".yml", ".yaml")):
-        if settings or unset:
-            raise UsageError("--set and --unset are for a model; a file of steps says them", hint="config: {set: {}}")
-        write(weightops.edit, steps, out, sources=named, **options)
-        return
-    if named:
-        raise UsageError("--source says where sources of a file of steps lie", hint="weightops edit steps.yml")
-    config = {"set": {name: _value(text) for name, text in (_pair(s, "--set name=value") for s in settings)}}
-    write(weightops.edit, (), out, source=steps, config={**config, "unset": list(unset)}, **options)
+    settings = {name: _value(text) for name, text in (_pair(s, "--set name=value") for s in set)}
+    others = dict(_pair(text, "--other base=./model") for text in other)
+    more: dict[str, Any] = {"set": settings, "unset": unset, "other": others, "architecture": not no_architecture}
+    write(weightops.edit, source, out, **more, **options)
 
 
 def _pair(text: str, example: str) -> tuple[str, str]:

@@ -9,8 +9,7 @@ import click
 
 import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog, named
-from weightops.errors import UsageError
+from weightops.cli.params import SEED, SOURCE, WRITE_CODES, Command, OneOf, epilog, named
 
 
 @click.command("experts", cls=Command, epilog=epilog(WRITE_CODES))
@@ -19,13 +18,13 @@ from weightops.errors import UsageError
 @click.option(
     "--layout",
     type=OneOf(named("layouts.experts", "Layout")),
-    help="stacked: the experts of a layer in two tensors, as transformers 5 holds them; separate: each in its own, as "
-    "most models are published.",
+    help="How the experts of a layer are to lie: stacked in two tensors, as transformers 5 holds them, or each in its "
+    "own, as most models are published.",
 )
 @click.option(
     "--keep",
     metavar="LIST|FILE",
-    help="The experts to keep: 0,2,4-7 for all layers, or a JSON file with a list, or one for each layer.",
+    help="Keep these experts: 0,2,4-7 in all layers, or a JSON file with a list, or with one for each layer.",
 )
 @click.option("--per-token", type=click.IntRange(min=1), help="How many experts a token takes from now on.")
 @click.option(
@@ -38,13 +37,11 @@ from weightops.errors import UsageError
     "--from-dense",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Make a mixture of dense models: a YAML file in mergekit-moe's language. No SOURCE then.",
+    help="Make a mixture of dense models: a YAML file in mergekit-moe's language. There is no SOURCE then.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="With --from-dense, of random routers. Default: 0.")
+@click.option("--seed", type=click.IntRange(min=0), help=SEED)
 @write_options
-def command(
-    source: Path | str | None, out: Path, from_dense: Path | None, seed: int | None, ungroup: bool, **options: Any
-) -> None:
+def command(source: Path | str | None, out: Path, **options: Any) -> None:
     """Stack, take apart, drop or make the experts of a mixture.
 
     Programs differ in how they want the experts of a layer: all in one tensor, or each apart. Both hold the same
@@ -54,26 +51,15 @@ def command(
     \b
     Example:
       weightops experts ./qwen3-moe --layout stacked --out ./qwen3-moe-stacked
-      weightops experts ./qwen3-moe --keep 0-63 --out ./qwen3-moe-64
+      weightops experts ./qwen3-moe --keep 0-1 --out ./qwen3-moe-2
       weightops experts --from-dense moe.yml --out ./mixture
 
     With --keep the experts that are left are numbered anew; their rows of the router follow, and so does every count in
     config.json. What cannot be is refused before anything is written: fewer experts than a token takes, other numbers
-    in different layers, groups of different sizes. Which experts to keep is for you to say: weightops eval prints how
-    often each is chosen.
+    in different layers, groups of different sizes.
 
     A mixture of dense models (--from-dense) has the attention and embeddings of the base and the MLPs of each model.
     With gate_mode cheap_embed the router goes by the embeddings of the prompts in the file, with random or
-    uniform_random it is to be trained.
+    uniform_random it is drawn from --seed and is to be trained.
     """
-    editing = {name: options.pop(name) for name in ("layout", "keep", "per_token")}
-    if from_dense is not None:
-        if source is not None or ungroup or any(value is not None for value in editing.values()):
-            raise UsageError("--from-dense makes a mixture of the models in its file, and has no SOURCE to edit")
-        write(weightops.experts_from_dense, from_dense, out, seed=seed, **options)
-        return
-    if source is None:
-        raise UsageError("there is no model to edit", hint="weightops experts SOURCE --layout stacked --out DIR")
-    if seed is not None:
-        raise UsageError("--seed is that of random routers, which --from-dense makes")
-    write(weightops.experts, source, out, ungroup=ungroup, **editing, **options)
+    write(weightops.experts, source, out, **options)

@@ -9,7 +9,7 @@ import click
 
 import weightops
 from weightops.cli.options import out_option, write, write_options
-from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog, named
+from weightops.cli.params import SEED, SOURCE, WRITE_CODES, Command, OneOf, epilog, named
 
 
 @click.command("part", cls=Command, epilog=epilog(WRITE_CODES))
@@ -41,7 +41,7 @@ from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog, na
     show_default=True,
     help="Of a new head, what it is before it is trained; normal is random, by --seed.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of a random head. Default: 0.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help=SEED)
 @write_options
 def command(source: Path | str, out: Path, **options: Any) -> None:
     """Cut a part out of a model, or put one into it.
@@ -55,7 +55,7 @@ def command(source: Path | str, out: Path, **options: Any) -> None:
     Example:
       weightops part ./gemma-3-4b-it --take text --out ./gemma-3-4b-text
       weightops part ./gemma-3-4b-it --graft ./gemma-3-4b-text-tuned --out ./gemma-3-4b-tuned
-      weightops part ./deepseek-tuned --mtp hf://deepseek-ai/DeepSeek-V3 --out ./deepseek-with-mtp
+      weightops part ./deepseek-tuned --mtp ./deepseek-original --out ./deepseek-with-mtp
 
     The result is held against transformers' class for it before anything is written: a model that would load with
     random weights is refused. A language model that goes back must have the same tensors in the same shapes: rows of

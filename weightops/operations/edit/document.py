@@ -125,7 +125,7 @@ PRIMITIVES: Mapping[str, Any] = {
     "lowrank": LowRank,
     "combine": Combine,
     "project": Project,
-    "normalize": Literal[True],
+    "unit_rows": Literal[True],
     "fold": Literal[True],
 }
 """What a step may do with what it selects, and what is said of it; without any it renames, or copies."""

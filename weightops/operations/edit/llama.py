@@ -164,7 +164,7 @@ def _baichuan(config: Config, source: Checkpoint) -> Plan:
     ]
     notes: list[str] = []
     if "z_loss_weight" in config or config.get("vocab_size") == 125696:
-        steps.append({"select": r"lm_head\.weight", "normalize": True})
+        steps.append({"select": r"lm_head\.weight", "unit_rows": True})
         notes.append("Baichuan 2 makes each row of its head a unit vector when it runs: the rows are unit vectors now")
     return Plan([s for s in steps if s], {"attention_bias": False}, ("z_loss_weight", "model_max_length"), notes)
 
@@ -264,9 +264,7 @@ def as_llama(source: Checkpoint, context_length: int | None, evaluate: Evaluate)
     settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **plan.settings, **length}
     unset = [key for key in plan.unset if key in config]
     bare = _without_code(source)
-    result = edit(
-        bare, steps=plan.steps, config={"set": settings, "unset": unset}, names=("source",), evaluate=evaluate
-    )
+    result = edit(bare, steps=plan.steps, set=settings, unset=unset, names=("source",), evaluate=evaluate)
     said = [warning for warning in result.warnings if not warning.startswith("step ")]
     notes = [f"{where}: {note}" for note in plan.notes]
     return result.with_warnings(said).warned(f"{where}: a {kind} model as Llama", *notes, *_on_tokenizer(source))

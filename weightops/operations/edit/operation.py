@@ -21,47 +21,47 @@ from weightops.operations.check import held_to_class
 from weightops.operations.edit.document import Step, fill_in, parse_steps
 from weightops.operations.edit.fold import folded
 from weightops.operations.edit.primitives import JOINED, MOVES, ONE, SEVERAL, Selected, Tensors, join
-from weightops.operations.edit.settings import parse_config, with_settings
+from weightops.operations.edit.settings import with_settings
 
 
 def edit(
     source: Checkpoint,
-    others: Sequence[Checkpoint] = (),
+    other: Sequence[Checkpoint] = (),
     *,
     steps: Sequence[Mapping[str, Any]] = (),
-    config: Mapping[str, Any] | None = None,
+    set: Mapping[str, Any] = {},
+    unset: Sequence[str] = (),
     tokenizer: str | None = None,
-    check: bool = True,
+    architecture: bool = True,
     names: Sequence[str] = (),
     evaluate: Evaluate,
 ) -> Checkpoint:
-    """The model that the steps make of `source`; `others` are what they call by `names` besides.
+    """The model that the steps make of `source`; `other` are what they call by `names` besides.
 
     Each step selects tensors by a regular expression that whole names match, does one thing with them and names the
-    results; see `PRIMITIVES`. `config`: what to `set` and `unset` in config.json, dots standing for what is within.
-    `tokenizer`: the source whose tokenizer and chat template the result has. With `check` the result is held against
-    transformers' class for it.
+    results; see `PRIMITIVES`. `set` and `unset`: what to change in config.json, and what to take out of it, dots
+    standing for what is within. `tokenizer`: the source whose tokenizer and chat template the result has. With
+    `architecture` the result is held against transformers' class for it.
 
     Arithmetic is done in float32 and rounded once, and what that changes is counted. Raises `UsageError` with the step
     for one that selects nothing, makes a name twice, or cannot be done, and for quantised tensors that are not only
     moved.
     """
-    document = Document({"steps": steps, **({"config": config} if config is not None else {})}, "edit")
-    for each in (source, *others):
+    document = Document({"steps": steps}, "edit")
+    for each in (source, *other):
         refuse_parts(each)
         refuse_delta(each, "the source")
         refuse_adapter(each, "the source")
-    settings = parse_config(document, config)
-    by_name = dict(zip(names, (source, *others), strict=True)) if names else {}
-    if not (steps or settings or tokenizer):
+    by_name = dict(zip(names, (source, *other), strict=True)) if names else {}
+    if not (steps or set or unset or tokenizer):
         raise UsageError("nothing is to be done", hint="an edit has steps, config or tokenizer")
     work = _Work(document, source, by_name, evaluate)
     for step in parse_steps(document, list(steps)) if steps else ():
         work.apply(step)
-    result = work.result().with_config(lambda known: with_settings(known, settings, document, escape(source.name)))
+    result = work.result().with_config(lambda known: with_settings(known, set, unset, escape(source.name)))
     if tokenizer is not None:
         result = _with_tokenizer(result, by_name, tokenizer)
-    return held_to_class(result, source) if check else result
+    return held_to_class(result, source) if architecture else result
 
 
 def _with_tokenizer(result: Checkpoint, by_name: Mapping[str, Checkpoint], name: str) -> Checkpoint:

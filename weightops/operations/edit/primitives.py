@@ -286,7 +286,7 @@ def project(one: Selected, given: Project, around: Tensors) -> LazyTensor:
     return _rounded(one, LazyTensor.make(Projected(given.weight, side == "output"), values, along))
 
 
-def normalize(one: Selected, given: Any, around: Tensors) -> LazyTensor:
+def unit_rows(one: Selected, given: Any, around: Tensors) -> LazyTensor:
     """Each row as a unit vector, in float32, rounded once."""
     return _rounded(one, LazyTensor.make(UnitRows(), wide(one.tensor)))
 
@@ -333,7 +333,7 @@ ONE: Mapping[str, Callable[[Selected, Any, Tensors], LazyTensor]] = {
     "lowrank": lowrank,
     "combine": combine,
     "project": project,
-    "normalize": normalize,
+    "unit_rows": unit_rows,
 }
 SEVERAL: Mapping[str, Callable[[Selected, Any, Tensors], list[LazyTensor]]] = {"split": split, "unstack": unstack}
 JOINED = ("concat", "stack")
