@@ -32,6 +32,13 @@ tensors:
 outputs:
   out: {from: chat, max_shard_size: 9KB}
 """
+STEPS = """\
+edit:
+  source: raw
+  steps:
+    - {select: '(?P<x>[ab])\\.weight', concat: {by: x, order: [b, a]}, name: ab.weight}
+    - {select: 'c\\.weight', combine: {weight: 0.5, with: [{from: tuned, weight: 0.5}]}}
+"""
 COMMANDS = [
     "recover --raw raw --diff delta",
     "diff --raw raw --tuned tuned",
@@ -47,6 +54,7 @@ COMMANDS = [
     "repack packed --to gptq_v2",
     "convert lora --to gguf --base llama",
     "convert lora.gguf --to hf --base llama",
+    "edit steps.yml --no-architecture",
     "run recipe.yaml",
     "check raw --no-architecture",
     "compare raw tuned --workers 1",
@@ -91,6 +99,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab": 48}
     make_meta(folder / "meta", **sizes, parts=2, dtype=torch.float32)
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "steps.yml").write_text(STEPS)
     return folder
 
 

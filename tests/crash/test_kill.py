@@ -32,6 +32,16 @@ outputs:
 """
 
 
+STEPS = """\
+edit:
+  source: raw
+  steps:
+    - {select: '(?P<x>[ab])\\.weight', concat: {by: x, order: [b, a]}, name: ab.weight}
+    - {select: 'c\\.weight', combine: {weight: 0.5, with: [{from: tuned, weight: 0.5}]}}
+    - {select: 'd\\.weight', transpose: true}
+"""
+
+
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
@@ -54,6 +64,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab": 48}
     make_meta(folder / "meta", **sizes, parts=2, dtype=torch.float32)
+    (folder / "steps.yml").write_text(STEPS)
     return folder
 
 
@@ -65,6 +76,7 @@ COMMANDS = [
     "convert meta --model-parallel 4 --to=meta",
     "merge raw published --base raw --method dare_linear --weight 1 --density 0.5 --dtype float32",
     "dequantize blocks --dtype float16",
+    "edit steps.yml --no-architecture",
 ]
 """All of them write by the same code, which one killed at each third change has proven: here each twentieth will do.
 The slow tests kill each at every change."""
@@ -82,7 +94,7 @@ The slow tests kill each at every change."""
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path, command: str, step: int) -> None:
-    folders = ("raw", "tuned", "delta", "published", "meta", "blocks")
+    folders = ("raw", "tuned", "delta", "published", "meta", "blocks", "steps.yml")
     name, *words = command.split()
     arguments = [name, *(str(family / word) if word in folders else word for word in words)]
     out = family / "out"
