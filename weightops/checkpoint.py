@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,7 +86,8 @@ class Document(msgspec.Struct, frozen=True, tag_field="document", tag=str.lower)
 class Checkpoint(Mapping[str, LazyTensor]):
     """Tensors in state-dict order, sidecar files by name, and what is known of where they came from.
 
-    `shards` gives the source file of each tensor; `watch` are tensors to be evaluated before anything is
+    `shards` gives the source file of each tensor; `warnings` are what there is to be careful of, `done` what operations
+    have done, a sentence each; `watch` are tensors to be evaluated before anything is
     written, for the checks and digests in them; `documents` are files that depend on digests. `container` is what it
     has to be written in, and `prefix` the first part of its files' names, where the layout leaves no choice;
     `in_one_file`, whatever its size, where loaders know no index.
@@ -102,6 +103,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     shards: Mapping[str, str] = field(default_factory=dict)
     total_size: int | None = None
     warnings: tuple[str, ...] = ()
+    done: tuple[str, ...] = ()
     watch: tuple[LazyTensor, ...] = ()
     documents: tuple[Document, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=lambda: {"format": "pt"})
@@ -167,9 +169,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """This checkpoint with more to say of it."""
         return replace(self, warnings=(*self.warnings, *notes)) if notes else self
 
-    def with_warnings(self, notes: Sequence[str]) -> Checkpoint:
-        """This checkpoint with this to say of it, and nothing else."""
-        return replace(self, warnings=tuple(notes))
+    def did(self, *sentences: str) -> Checkpoint:
+        """This checkpoint with more that was done to make it."""
+        return replace(self, done=(*self.done, *sentences)) if sentences else self
 
     def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
         """This checkpoint with these tensors instead; what is known of those that it has stays."""

@@ -89,6 +89,7 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             f"memory   at most {human(memory)}",
             f"disk     {human(plan.total_nbytes)} of {human(free_disk(result.out))} free",
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
+            *(f"{'does' if not i else '':<8} {sentence}" for i, sentence in enumerate(result.done)),
         ]
     )
 

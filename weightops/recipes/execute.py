@@ -107,6 +107,8 @@ class Result:
     resumed: tuple[str, ...]
     warnings: tuple[str, ...]
     skipped: bool = False
+    done: tuple[str, ...] = ()
+    """What operations do to make it, a sentence each."""
 
     __repr__ = brief
 
@@ -192,8 +194,14 @@ def _apply(step: Step, made: Mapping[str, Checkpoint], evaluate: Evaluate, store
     by = "".join(f", {escape(name)} {escape(str(value))}" for name, value in step.said.items())
     _LOG.info("%s of %s%s: %d tensors", step.verb, of, by, len(result))
     said = [warning for name in sources for warning in made[name].warnings]
+    before = [sentence for name in sources for sentence in made[name].done]
     # What lay beside a source says nothing of what was made of it.
-    return replace(result, warnings=tuple(dict.fromkeys((*said, *result.warnings))), folder=None)
+    return replace(
+        result,
+        warnings=tuple(dict.fromkeys((*said, *result.warnings))),
+        done=tuple(dict.fromkeys((*before, *result.done))),
+        folder=None,
+    )
 
 
 def _log_opened(name: str, place: Location, found: Checkpoint) -> None:
@@ -220,7 +228,9 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
             "%s: %d weight files of %s bytes, beside them %s; plan %s", escape(str(out)), count, nbytes, others, mark
         )
     said = {out: (*each.checkpoint.warnings, *_without_place(each, plans[out])) for out, each in wanted.items()}
-    results = {out: Result(out, plan, None, (), said[out]) for out, plan in plans.items()}
+    results = {
+        out: Result(out, plan, None, (), said[out], done=wanted[out].checkpoint.done) for out, plan in plans.items()
+    }
     results |= {out: replace(results[out], manifest=made, skipped=True) for out, made in _made(plans, running).items()}
     if running.get("dry_run"):
         return results
@@ -235,9 +245,11 @@ def write_all(wanted: Mapping[Path, Wanted], running: Running) -> dict[Path, Res
             control=control,
             beside={out: each.beside for out, each in wanted.items() if each.beside is not None},
         )
-    for (out, plan), done in zip(missing.items(), outcomes, strict=True):
+    for out, done in zip(missing, outcomes, strict=True):
         warnings = (*said[out], *done.warnings, *doubts(done.manifest.notes))
-        results[out] = Result(done.out, plan, done.manifest, done.resumed, warnings)
+        results[out] = replace(
+            results[out], out=done.out, manifest=done.manifest, resumed=done.resumed, warnings=warnings
+        )
     return results
 
 

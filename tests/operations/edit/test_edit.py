@@ -61,6 +61,15 @@ def test_one_file_makes_phi_a_llama(tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "out"), logits(source))
 
 
+def test_a_dry_run_says_what_each_step_does(tmp_path: Path) -> None:
+    saved("phi3", tmp_path / "phi")
+    file = written(tmp_path / "steps.yml", {"edit": {"source": "./phi", "steps": AS_LLAMA, "config": LLAMA}})
+    result = CliRunner().invoke(cli, ["edit", str(file), "--out", str(tmp_path / "out"), "--dry-run"])
+    assert "2. split: model.layers.0.mlp.gate_up_proj.weight float32 [192, 64] becomes" in result.output
+    assert "model.layers.0.mlp.up_proj.weight float32 [96, 64]; in all 4 become 8" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_and_python_give_the_same(tmp_path: Path) -> None:
     source = saved("phi3", tmp_path / "phi")
     weightops.edit(source, tmp_path / "one", steps=AS_LLAMA, **LLAMA)

@@ -265,9 +265,7 @@ def as_llama(source: Checkpoint, context_length: int | None, evaluate: Evaluate)
     unset = [key for key in plan.unset if key in config]
     bare = _without_code(source)
     result = edit(bare, steps=plan.steps, set=settings, unset=unset, names=("source",), evaluate=evaluate)
-    said = [warning for warning in result.warnings if not warning.startswith("step ")]
-    notes = [f"{where}: {note}" for note in plan.notes]
-    return result.with_warnings(said).warned(f"{where}: a {kind} model as Llama", *notes, *_on_tokenizer(source))
+    return result.warned(*(f"{where}: {note}" for note in plan.notes), *_on_tokenizer(source))
 
 
 def _length(config: Config, wanted: int | None) -> Config:

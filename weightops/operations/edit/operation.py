@@ -85,6 +85,7 @@ class _Work:
     tensors: dict[str, LazyTensor] = field(init=False)
     renamed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,8 +120,7 @@ class _Work:
             self._refuse_packed(selected)
         made = list(self._made(step, selected))
         self._put(step, selected, made)
-        what = "left out" if step.primitive == "drop" else f"{step.primitive}: {len(made)} made"
-        self.notes.append(f"step {int(step.place[1]) + 1}: {len(selected)} selected, {what}")
+        self.done.append(_said(step, selected, made))
 
     def _made(self, step: Step, selected: Sequence[Selected]) -> Iterator[tuple[str, LazyTensor, Selected]]:
         """Names and tensors of the results, each with what it comes from."""
@@ -214,4 +214,14 @@ class _Work:
         if self.dropped:
             result = result.with_dropped(self.dropped)
         result = result.with_config(lambda config: with_modules(config, self.renamed))
-        return result.warned(*self.notes)
+        return result.warned(*self.notes).did(*self.done)
+
+
+def _said(step: Step, selected: Sequence[Selected], made: Sequence[tuple[str, LazyTensor, Selected]]) -> str:
+    """What a step does, by its first tensor."""
+    first = selected[0]
+    shown = f"{int(step.place[1]) + 1}. {step.primitive}: {escape(first.name)} {first.tensor.spec}"
+    if step.primitive == "drop":
+        return f"{shown}, {len(selected)} in all, left out"
+    results = [f"{escape(name)} {tensor.spec}" for name, tensor, one in made if one is first]
+    return f"{shown} becomes {', '.join(results)}; in all {len(selected)} become {len(made)}"

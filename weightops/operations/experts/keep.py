@@ -98,7 +98,7 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Keep, *, ungroup: bool =
             "those that are kept"
         )
     said = f"experts: {left} of {count} kept in {len(blocks)} layers"
-    return result.warned(f"{said}; {gone} left out" if gone else said, *notes)
+    return result.did(f"{said}; {gone} left out" if gone else said).warned(*notes)
 
 
 def _names(block: Block) -> list[str]:

@@ -67,7 +67,7 @@ def experts(
         family = find_family(result, blocks)
         result = result.with_tensors(arranged(result, blocks, family, layout))
         moved = sum(block.count for block in blocks if bool(block.stacks) != (layout == "stacked"))
-        result = result.warned(
+        result = result.did(
             f"experts: {moved} in {len(blocks)} layers are {layout} now" if moved else f"experts: were {layout} already"
         )
     return held_to_class(result, model)

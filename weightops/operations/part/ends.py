@@ -45,7 +45,7 @@ def without_mtp(source: Checkpoint) -> Checkpoint:
     result = without_names(source, names, "predicts further tokens") if names else source
     result = result.with_config(lambda config: with_numbers(config, dict.fromkeys(known, 0)))
     counts = ", ".join(f"{key} is 0 now" for key in known)
-    return result.warned(f"{where}: {len(names)} tensors of layers that predict further tokens left out; {counts}")
+    return result.did(f"{len(names)} tensors of layers that predict further tokens left out; {counts}")
 
 
 def with_mtp(source: Checkpoint, original: Checkpoint) -> Checkpoint:
@@ -79,7 +79,7 @@ def with_mtp(source: Checkpoint, original: Checkpoint) -> Checkpoint:
         taken[f"{before}layers.{int(number) - count + ours}.{leaf}" if numbered else name] = original[name]
     known = {key: value for key, value in stated(theirs, MTP_COUNTS).items() if value}
     result = source.with_tensors({**source.tensors, **taken}).with_config(lambda config: _with_counts(config, known))
-    return result.warned(f"{where}: {len(taken)} tensors of layers that predict further tokens are those of {shown}")
+    return result.did(f"{len(taken)} tensors of layers that predict further tokens are those of {shown}")
 
 
 def _with_counts(config: dict[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def with_head(source: Checkpoint, head: Head, labels: int | None, init: Init, se
         names = {n: n.removeprefix(prefix) for n in result}
         result = renamed(result, names) if all(n.startswith(prefix) for n in result) else result
         edited = {**config, "architectures": [name]}
-        return result.with_config(lambda _: edited).warned(f"{where}: {listed(gone) or 'no head'} left out")
+        return result.with_config(lambda _: edited).did(f"{listed(gone) or 'no head'} left out")
     assert labels is not None
     embedding = next((source[n] for n, _ in embeddings_and_heads(source)), None)
     if embedding is None or not 1 <= labels <= 1 << 20:
@@ -123,7 +123,7 @@ def with_head(source: Checkpoint, head: Head, labels: int | None, init: Init, se
     edited["label2id"] = {label: int(number) for number, label in id2label.items()}
     said = "zero" if init == "zero" else f"random (seed {seed})"
     result = result.with_tensors(tensors).with_config(lambda _: edited)
-    return result.warned(f"{where}: the head for {labels} labels is {said}: it is to be trained")
+    return result.did(f"the head for {labels} labels is {said}: it is to be trained")
 
 
 def _fresh(shape: tuple[int, ...], dtype: DType, init: Init, deviation: float, seed: int) -> LazyTensor:

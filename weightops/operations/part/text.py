@@ -52,7 +52,7 @@ def text_part(source: Checkpoint) -> Checkpoint:
         blocks = find_blocks(of_whole)
         result = result.with_tensors(arranged(of_whole, blocks, find_family(of_whole, blocks), "separate"))
     kinds = sorted({name.split(".")[1 if name.startswith("model.") else 0] for name in rest})
-    return result.warned(f"{where}: {len(names)} tensors are the language model; left out: {listed(kinds)}")
+    return result.did(f"{len(names)} tensors are the language model of {where}; left out: {listed(kinds)}")
 
 
 def _spelling(source: Checkpoint, config: Mapping[str, Any]) -> Spelling:
@@ -131,7 +131,7 @@ def _with_files(source: Checkpoint, config: Mapping[str, Any], where: str) -> Ch
     gone = sorted(name for name in source.sidecars if kind_of(name) is Kind.PROCESSOR)
     sidecars = {name: file for name, file in source.sidecars.items() if name not in gone}
     result = source.with_sidecars({**sidecars, "config.json": written_json(config)})
-    return result.warned(f"{where}: no use without images, left out: {listed(gone)}") if gone else result
+    return result.did(f"left out, as there are no images: {listed(gone)}") if gone else result
 
 
 def tower(source: Checkpoint, kind: str) -> Checkpoint:
@@ -157,7 +157,7 @@ def tower(source: Checkpoint, kind: str) -> Checkpoint:
         }
         | {"config.json": written_json({**({"architectures": [known]} if known else {}), **own})}
     )
-    return result.warned(f"{where}: {len(names)} tensors are the {kind} tower; its projector is not part of it")
+    return result.did(f"{len(names)} tensors are the {kind} tower of {where}; its projector is not part of it")
 
 
 def _tower_class(kind: str) -> str | None:
@@ -199,14 +199,15 @@ def grafted(source: Checkpoint, text: Checkpoint) -> Checkpoint:
                 f"{shown}: {escape(given[new])} is {list(found)}, expected {list(expected)} as in {where}", hint=hint
             )
     graft = {name: text[given[new]] for new, name in wanted.items()}
-    notes = [f"{len(wanted)} tensors of the language model are those of {shown}", *_other_settings(source, text)]
+    notes = _other_settings(source, text)
     odd = {tensor.spec.dtype for name, tensor in graft.items() if tensor.spec.dtype != source[name].spec.dtype}
     if odd:
         kinds = ", ".join(sorted(dtype.value for dtype in odd))
         notes.append(f"{shown}: is {kinds}, other than in {where}; weightops cast makes them one type")
     result = source.with_tensors({**source.tensors, **graft})
     of_text = {name: text.digests[given[new]] for new, name in wanted.items() if given[new] in text.digests}
-    return result.with_digests({**result.digests, **of_text}).warned(*notes)
+    result = result.with_digests({**result.digests, **of_text}).warned(*notes)
+    return result.did(f"{len(wanted)} tensors of the language model of {where} are those of {shown}")
 
 
 def _other_settings(source: Checkpoint, text: Checkpoint) -> list[str]:

@@ -52,4 +52,4 @@ def silenced(source: Checkpoint, prefix: str, layers: Collection[int]) -> Checkp
             tensors[name] = LazyTensor.make(Repeat(spec.dtype, spec.shape, bytes(spec.dtype.itemsize)))
     result = source.with_tensors(tensors)
     numbers = listed(list(map(str, sorted(layers))), 100)
-    return result.warned(f"{escape(source.name)}: layers {numbers} are silent: training usually freezes all others")
+    return result.did(f"layers {numbers} are silent: training usually freezes all others")
