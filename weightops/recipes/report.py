@@ -29,7 +29,8 @@ class WriteDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     `nbytes` are those of the weight files, `fetched_nbytes` what comes over the network, `peak_memory_nbytes` the most
     memory that the run needs. Equal fingerprints are of plans that write equal files. `resumed` are the files that an
     earlier run had finished. `losses` tells of every tensor that was cast what that cost, `notes` what else there is to
-    say of tensors in numbers. `content_id` is that of the manifest, null before anything is written.
+    say of tensors in numbers. `content_id` is that of the manifest, null before anything is written. `done` says in
+    sentences what operations do to make the result.
     """
 
     out: str
@@ -45,6 +46,7 @@ class WriteDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     notes: dict[str, dict[str, float]]
     content_id: str | None
     warnings: tuple[str, ...]
+    done: tuple[str, ...]
 
 
 class RunDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-run/2"):
@@ -70,6 +72,7 @@ def write_document(result: Result, workers: int | None) -> WriteDocument:
         notes={name: dict(note) for name, note in made.notes.items()} if made else {},
         content_id=made.content_id if made else None,
         warnings=result.warnings,
+        done=result.done,
     )
 
 
