@@ -23,7 +23,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-gguf bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-gguf bench-surgery bench-release bench-compare bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
 	@echo "make bench-convert   and the part about convert"
 	@echo "make bench-gguf      and the part about GGUF files in and out, and the memory of imatrix"
+	@echo "make bench-surgery   and the part about parts, experts, layers and vocabularies"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
 	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
@@ -179,6 +180,9 @@ bench-convert: $(READY) reference
 
 bench-gguf: $(READY)
 	$(BIN)/python benchmarks/gguf_files.py --size $(or $(SIZE),1b)
+
+bench-surgery: $(READY)
+	$(BIN)/python benchmarks/surgery.py --size $(or $(SIZE),3b)
 
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
