@@ -71,6 +71,17 @@ TEXT_TYPES: Mapping[str, str] = {
     "qwen3_vl_moe_text": "qwen3_moe",
 }
 """The model_type of a language model alone, where it has none of its own within the whole."""
+CLASSES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+"""transformers' classes of the usual language models, so that its tables, which take seconds, need not be read."""
 CROSS_ATTENTION = ("mllama", "mllama_text_model")
 """Whose language model attends to images in layers of their own, and is not one without them."""
 OF_IMAGES = re.compile(r"^(image|video|audio|vision|boi|eoi|boa|eoa)_")

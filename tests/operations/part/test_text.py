@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vision_models import WHOLES, save_whole
 
 import weightops
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.layouts.parts import CLASSES
 
 IDS = torch.tensor([[5, 9, 17, 33, 64, 12]])
 
@@ -123,3 +125,7 @@ class TestRefused:
         with pytest.raises(IncompatibleInputs, match=r"the result would not load: .*model\.norm\.weight"):
             weightops.part(tmp_path / "whole", tmp_path / "out", take="text")
         assert not (tmp_path / "out").exists()
+
+
+def test_classes_are_those_of_transformers() -> None:
+    assert all(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] == name for kind, name in CLASSES.items())

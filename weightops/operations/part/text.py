@@ -12,6 +12,7 @@ from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.experts import find_blocks, find_family
 from weightops.layouts.parts import (
+    CLASSES,
     CROSS_ATTENTION,
     OF_IMAGES,
     TEXT_TYPES,
@@ -113,6 +114,8 @@ def _as_type(inner: Mapping[str, Any], kind: str, target: str, where: str) -> di
 
 
 def _class_of(kind: str, where: str) -> str:
+    if kind in CLASSES:
+        return CLASSES[kind]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
