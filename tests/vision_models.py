@@ -40,6 +40,7 @@ _QWEN = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
 _TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 WHOLES: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {**_TEXT, "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]},
@@ -69,6 +70,28 @@ WHOLES: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "rope_parameters": _ROPE},
         "vision_config": {**_QWEN, "fullatt_block_indexes": [0]},
         **_TOKENS,
+    },
+    "qwen3_vl_moe": {
+        "text_config": {**_TEXT, **_EXPERTS, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
+        "vision_config": {**_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 4},
+        **_TOKENS,
+    },
+    "qwen2_vl": {
+        "text_config": {**_TEXT, "rope_parameters": _ROPE},
+        "vision_config": {
+            "depth": 1,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+        },
+        **_TOKENS,
+    },
+    "idefics3": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": _VISION,
+        "image_token_id": 90,
     },
     "qwen3_vl": {
         "text_config": {**_TEXT, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},

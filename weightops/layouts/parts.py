@@ -71,6 +71,8 @@ TEXT_TYPES: Mapping[str, str] = {
     "qwen3_vl_moe_text": "qwen3_moe",
 }
 """The model_type of a language model alone, where it has none of its own within the whole."""
+TEXT_SETTINGS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+"""What a language model does within the whole without a setting for it, and alone by one."""
 CLASSES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

@@ -15,6 +15,7 @@ from weightops.layouts.parts import (
     CLASSES,
     CROSS_ATTENTION,
     OF_IMAGES,
+    TEXT_SETTINGS,
     TEXT_TYPES,
     TOWERS,
     Spelling,
@@ -24,12 +25,19 @@ from weightops.layouts.parts import (
     tower_prefix,
 )
 from weightops.layouts.renamed import renamed, without_names
+from weightops.lazy import LazyTensor
 from weightops.operations.experts import arranged
+from weightops.ops.transpose import transposed
 
 _TIE = "tie_word_embeddings"
 _OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "quantization_config")
 """What config.json may say outside for the language model too."""
 _NOT_OF_TEXT = ("_name_or_path", "_attn_implementation", "architectures", "auto_map", "vision_config", "audio_config")
+_OF_ANY = (
+    *("transformers_version", "rope_scaling", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder"),
+    *("output_attentions", "output_hidden_states", "problem_type", "return_dict"),
+)
+"""What every config of transformers has, and says nothing of the model."""
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _COMPARED = ("rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act", "sliding_window")
 
@@ -102,15 +110,16 @@ def _as_type(inner: Mapping[str, Any], kind: str, target: str, where: str) -> di
     own = f"{kind}_text" if f"{kind}_text" in CONFIG_MAPPING else kind
     full = parse_config({**inner, "model_type": own}, where).to_dict()
     wanted = CONFIG_MAPPING[target]().to_dict()
-    found = {k: v for k, v in full.items() if k in wanted and k not in _NOT_OF_TEXT and k != "transformers_version"}
+    found = {k: v for k, v in full.items() if k in (*wanted, *inner) and k not in (*_NOT_OF_TEXT, *_OF_ANY)}
     rope = found.get("rope_parameters")
     if isinstance(rope, dict):  # positions of text are the same in all three dimensions
         kept = {k: v for k, v in rope.items() if not k.startswith("mrope") and k != "type"}
-        kind = "default" if rope.get("rope_type") == "mrope" else rope["rope_type"]
-        found["rope_parameters"] = {**kept, "rope_type": kind}
+        turned = "default" if rope.get("rope_type") == "mrope" else rope["rope_type"]
+        found["rope_parameters"] = {**kept, "rope_type": turned}
         found["rope_theta"] = rope["rope_theta"]  # for transformers before 5
     dtype = {k: v for k, v in inner.items() if k in ("dtype", "torch_dtype")}
-    return {**{k: v for k, v in found.items() if k not in ("dtype", "torch_dtype")}, **dtype, "model_type": target}
+    plain = {k: v for k, v in found.items() if k not in ("dtype", "torch_dtype")}
+    return {**plain, **TEXT_SETTINGS.get(kind, {}), **dtype, "model_type": target}
 
 
 def _class_of(kind: str, where: str) -> str:
@@ -181,6 +190,7 @@ def grafted(source: Checkpoint, text: Checkpoint) -> Checkpoint:
     text = text_part(text) if is_whole(text.config()) else text
     shown = escape(text.name)
     wanted = {new: name for name in source if (new := spelling.text(name)) is not None}
+    text = _stacked_alike(text, {new: source[name] for new, name in wanted.items()})
     given = {name.removeprefix("base_model."): name for name in text}
     lacking, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     heads = [name for name in (*lacking, *extra) if name in _HEADS]
@@ -211,6 +221,20 @@ def grafted(source: Checkpoint, text: Checkpoint) -> Checkpoint:
     of_text = {name: text.digests[given[new]] for new, name in wanted.items() if given[new] in text.digests}
     result = result.with_digests({**result.digests, **of_text}).warned(*notes)
     return result.did(f"{len(wanted)} tensors of the language model of {where} are those of {shown}")
+
+
+def _stacked_alike(text: Checkpoint, wanted: Mapping[str, LazyTensor]) -> Checkpoint:
+    """A language model whose experts are stacked where those of the whole are, rows or columns as there."""
+    stacks = [name for name in wanted if name.endswith(".experts.gate_up_proj")]
+    if not stacks or stacks[0] in text:
+        return text
+    blocks = find_blocks(text)
+    found = arranged(text, blocks, find_family(text, blocks), "stacked")
+    for name, tensor in found.items():
+        like = wanted.get(name)
+        if like is not None and len(like.spec.shape) == 3 and like.spec.shape == transposed(tensor).spec.shape:
+            found[name] = tensor if like.spec.shape == tensor.spec.shape else transposed(tensor)
+    return text.with_tensors(found)
 
 
 def _other_settings(source: Checkpoint, text: Checkpoint) -> list[str]:
