@@ -24,6 +24,7 @@ from weightops.spec import DType, parse_dtype
 VERBS = (
     *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
     "merge",
+    *("combine-adapters", "resize-adapter", "convert-adapter"),
 )
 _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 
@@ -32,7 +33,7 @@ _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 class Verb:
     """An operation. `roles` says of each source whether there may be several; `options` gives types by name.
 
-    Options without a default must be given.
+    Sources and options without a default must be given.
     """
 
     name: str
@@ -84,7 +85,7 @@ def find_verb(name: str) -> Verb:
             roles[parameter.name] = kind is not Checkpoint
         elif parameter.name not in _SUPPLIED:
             options[parameter.name] = kind
-            if parameter.default is not parameter.empty:
-                defaults[parameter.name] = parameter.default
+        if parameter.default is not parameter.empty:
+            defaults[parameter.name] = parameter.default
     supplied = frozenset(_SUPPLIED) & parameters.keys()
     return Verb(name, function, roles, options, defaults, supplied)
