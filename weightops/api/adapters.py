@@ -26,3 +26,19 @@ def combine_adapters(
     options: dict[str, Any] = {"method": method, "weight": several(weight), "density": density, "rank": rank}
     options |= {"vote": vote, "seed": seed, "dtype": dtype}
     return one("combine-adapters", {"adapter": adapter}, out, output, options)
+
+
+def resize_adapter(
+    adapter: StrPath,
+    out: StrPath,
+    *,
+    rank: int | None = None,
+    keep: float | None = None,
+    by: str = "squares",
+    seed: int = 0,
+    dtype: str | None = None,
+    **output: Unpack[Output],
+) -> Result:
+    """Give an adapter another rank, or the ranks that keep a share of it; see `weightops.operations.resize_adapter`."""
+    options = {"rank": rank, "keep": keep, "by": by, "seed": seed, "dtype": dtype}
+    return one("resize-adapter", {"adapter": adapter}, out, output, options)

@@ -12,7 +12,7 @@ from weightops.formats.adapter.lora import Adapter, Factors, LoraModule
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
-from weightops.ops.lora.combined import CombinedFactor, WeightedSum, is_of_one_rank
+from weightops.ops.lora.combined import CombinedFactor, WeightedSum, combined_pair, is_of_one_rank
 from weightops.spec import DType
 
 
@@ -69,7 +69,7 @@ def _kind(module: LoraModule) -> tuple[object, ...]:
 
 
 def combined(terms: Sequence[Term], how: CombinedFactor, dtype: DType) -> LoraModule:
-    """The module that stands for all these, with a scale of 1; `how` has method and options, and a rank of 0 for its own.
+    """The module that stands for all these, with a scale of 1; `how` has method and options, and the rank or 0.
 
     Raises `IncompatibleInputs` for other ranks than a method can add up, and for biases that it has no rule for.
     """
@@ -94,8 +94,7 @@ def combined(terms: Sequence[Term], how: CombinedFactor, dtype: DType) -> LoraMo
         places=tuple(term.place for term in terms),
     )
     inputs = [tensor for term in terms for tensor in (term.module.factors.a, term.module.factors.b)]
-    op = msgspec.structs.replace(op, held=op.held_nbytes(*(each.spec for each in inputs)))
-    a, b = (LazyTensor.make(msgspec.structs.replace(op, part=part), *inputs) for part in ("a", "b"))
+    a, b = combined_pair(op, inputs)
     bias = _bias(terms, how.method)
     factors = Factors(cast(a, dtype), cast(b, dtype), bias and cast(bias, dtype), None, first.factors.is_embedding)
     return replace(first, rank=rank, scale=1.0, factors=factors)

@@ -1,8 +1,8 @@
 """Task arithmetic as peft does it on the factors of adapters, or on their products: linear, TIES, DARE, by magnitude.
 
 Source: `peft.utils.merge_utils` of peft 0.21, in float32 and in its order of operations. It is not mergekit's: the sign
-is voted for without weights, and what goes its way is divided by how many do, not by their weights. Of equal magnitudes,
-where peft keeps any, those are kept that spread evenly; DARE's masks are those of merges (`weightops.ops.merging`).
+is voted for without weights, and what goes its way is divided by how many do, not by their weights. Of equal
+magnitudes, where peft keeps any, those are kept that spread evenly; DARE's masks are those of `weightops.ops.merging`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The factors of one LoRA that is made of several: exact from their factors, or as peft approximates them.
 
-With A `[r, in]` and B `[out, r]` of each, weights w and scales s, what is wanted is the sum of w s B A. It is the product
-of the Bs side by side with the As, times w s, one below the other: two thin matrices of the sum of the ranks, which is
-`cat`. `svd` is the best of a lower rank, by the same matrices: with B = Q R and A^T = P S the decomposition of R S^T,
-no larger than that sum, is that of B A, and neither the product nor Q or P is ever made. Other methods are peft's
-(`weightops.ops.lora.arithmetic`): on A and on B apart, with weights of sqrt |w s| and the sign on A, which is not the sum,
-because every B then meets every A; or on the whole products (`_svd`), which are decomposed by their Gram matrix.
+With A `[r, in]` and B `[out, r]` of each, weights w and scales s, what is wanted is the sum of w s B A. It is the
+product of the Bs side by side with the As, times w s, one below the other: two thin matrices of the sum of the ranks,
+which is `cat`. `svd` is the best of a lower rank, by the same matrices: with B = Q R and A^T = P S, the decomposition
+of R S^T, no larger than that sum, gives that of B A, and neither the product nor Q or P is ever made. Other methods are
+peft's (`weightops.ops.lora.arithmetic`): on A and on B apart, with weights of sqrt |w s| and the sign on A, which is
+not the sum, because every B then meets every A; or on the whole products (`_svd`), which are decomposed by their Gram
+matrix.
 
 Results have a scale of 1. Singular values are split evenly between A and B; of each pair of singular vectors, that of A
 is turned so that its element of the largest size is positive. Decompositions are made in float64.
@@ -14,6 +15,7 @@ is turned so that its element of the largest size is positive. Decompositions ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import msgspec
@@ -68,7 +70,7 @@ class CombinedFactor(Op, frozen=True):
     `experts` (see `weightops.ops.lora.product.Part`). `places` are those of the adapters in the list, on which random
     masks depend, with `seed` and `label`; that names the module in errors and notes. Both factors are computed at once
     and kept until those of another module are asked for. Then it is noted what share of the exact sum the result is off
-    (`error`, of Frobenius norms) and its `rank`.
+    (`error`, of Frobenius norms), the `norm` of that sum, and the `rank`.
     """
 
     method: Method
@@ -130,15 +132,16 @@ class CombinedFactor(Op, frozen=True):
         if known != key:
             read.running.pop(CombinedFactor, None)
             del a, b
-            a, b, error = self._factors(tensor, read)
+            a, b, (off, norm) = self._factors(tensor, read)
             read.running[CombinedFactor] = (key, a, b)
-            if error is not None:
-                read.notes[tensor] = self.label, {"error": error, "rank": float(self.rank)}
+            if self.method != "cat":
+                error = {"error": off / norm} if norm else {}
+                read.notes[tensor] = self.label, {**error, "norm": norm, "rank": float(self.rank)}
         whole = (a if self.part == "a" else b).reshape(-1)
         first = start // DType.F32.itemsize
         out[:] = memoryview(whole[first : first + len(out) // DType.F32.itemsize]).cast("B")
 
-    def _factors(self, tensor: LazyTensor, read: Evaluator) -> tuple[NDArray[Any], NDArray[Any], float | None]:
+    def _factors(self, tensor: LazyTensor, read: Evaluator) -> tuple[NDArray[Any], NDArray[Any], Any]:
         import numpy as np
 
         given = [wide_values(each, DType.F32, read) for each in tensor.inputs]
@@ -155,8 +158,7 @@ class CombinedFactor(Op, frozen=True):
             own = [(one[i], np.ascontiguousarray(two[:, :, i])) for one, two in zip(lefts, rights, strict=True)]
             a[i], b[:, :, i] = self._of_expert(own, i)
             squares += self._distance(own, a[i], b[:, :, i])
-        error = math.sqrt(squares[0] / squares[1]) if squares[1] else None
-        return a, b, None if self.method == "cat" else error
+        return a, b, np.sqrt(squares).tolist()
 
     def _of_expert(self, pairs: list[tuple[NDArray[Any], NDArray[Any]]], expert: int) -> _Factors:
         import numpy as np
@@ -201,6 +203,13 @@ class CombinedFactor(Op, frozen=True):
         exact = _stacked(pairs, [weight * scale for weight, scale in self.terms])
         both = np.concatenate([exact[0], a]), np.concatenate([exact[1], -b.astype(np.float64)], axis=1)
         return _square(*both), _square(*exact)
+
+
+def combined_pair(how: CombinedFactor, inputs: Sequence[LazyTensor]) -> tuple[LazyTensor, LazyTensor]:
+    """A and B, combined from `inputs`; raises `IncompatibleInputs` for factors that do not fit each other."""
+    held = msgspec.structs.replace(how, held=how.held_nbytes(*(each.spec for each in inputs)))
+    a, b = (LazyTensor.make(msgspec.structs.replace(held, part=part), *inputs) for part in ("a", "b"))
+    return a, b
 
 
 _Factors = tuple["NDArray[Any]", "NDArray[Any]"]
