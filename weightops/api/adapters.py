@@ -42,3 +42,18 @@ def resize_adapter(
     """Give an adapter another rank, or the ranks that keep a share of it; see `weightops.operations.resize_adapter`."""
     options = {"rank": rank, "keep": keep, "by": by, "seed": seed, "dtype": dtype}
     return one("resize-adapter", {"adapter": adapter}, out, output, options)
+
+
+def convert_adapter(
+    adapter: StrPath,
+    out: StrPath,
+    *,
+    to: str,
+    base: StrPath | None = None,
+    heads: int | None = None,
+    alpha: float | None = None,
+    **output: Unpack[Output],
+) -> Result:
+    """Name and store an adapter as another program does; see `weightops.operations.convert_adapter`."""
+    sources = {"adapter": adapter, "base": () if base is None else base}
+    return one("convert-adapter", sources, out, output, {"to": to, "heads": heads, "alpha": alpha})

@@ -11,9 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import IncompatibleInputs, UsageError
@@ -33,6 +31,9 @@ from weightops.ops.lora.spectrum import Spectrum
 from weightops.ops.lora.spread import Uniform
 from weightops.ops.rows import fit
 from weightops.spec import DType
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Measure = Literal["squares", "sv_fro", "sv_cumulative", "sv_ratio"]
 
@@ -66,8 +67,8 @@ def resize_adapter(
     odd = next((module for module in modules if module.factors.magnitude is not None), None)
     if odd is not None:
         raise IncompatibleInputs(
-            f"{escape(adapter.name)}: {escape(odd.target)} has a magnitude (DoRA), which depends on the factors that it "
-            "was trained with: their rank cannot be changed",
+            f"{escape(adapter.name)}: {escape(odd.target)} has a magnitude (DoRA), which depends on the factors "
+            "that it was trained with: their rank cannot be changed",
             hint="merge-lora merges it into the base",
         )
     if not modules:
@@ -118,6 +119,8 @@ def _chosen(
     modules: Sequence[LoraModule], keep: float, by: Measure, limit: int | None, evaluate: Evaluate
 ) -> list[int]:
     """The rank of each module by what it keeps; of stacked experts that of the one that needs most."""
+    import numpy as np
+
     spectra = [LazyTensor.make(Spectrum(1), *pair) for module in modules for pair in _experts(module)]
     found = iter([least_rank(np.frombuffer(data), keep, by) for data in evaluate(spectra)])
     needed = [max(next(found) for _ in range(module.experts)) for module in modules]
@@ -136,8 +139,10 @@ def _experts(module: LoraModule) -> list[tuple[LazyTensor, LazyTensor]]:
     return list(zip(rows, columns, strict=True))
 
 
-def least_rank(values: np.ndarray[tuple[int], np.dtype[np.float64]], keep: float, by: Measure) -> int:
+def least_rank(values: NDArray[Any], keep: float, by: Measure) -> int:
     """The least rank that keeps enough of a change with these singular values, largest first; at least 1."""
+    import numpy as np
+
     if not len(values) or not values[0] > 0:
         return 1
     if by == "sv_ratio":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weightops.errors import CorruptInput
 from weightops.formats.adapter.lora import Adapter
@@ -17,6 +17,15 @@ _BATCH_NBYTES = 64 << 20
 
 def scan(adapter: Adapter, tensors: Sequence[LazyTensor], evaluate: Evaluate) -> list[bool]:
     """For each tensor, whether it holds anything but zeros; raises `CorruptInput` for NaN and infinity."""
+    return _scanned(adapter.name, adapter.tensors, tensors, evaluate)
+
+
+def scan_tensors(of: str, tensors: Mapping[str, LazyTensor], evaluate: Evaluate) -> None:
+    """Raise `CorruptInput` naming a tensor that holds NaN or infinity."""
+    _scanned(of, tensors, list(tensors.values()), evaluate)
+
+
+def _scanned(of: str, named: Mapping[str, LazyTensor], tensors: Sequence[LazyTensor], evaluate: Evaluate) -> list[bool]:
     import numpy as np
 
     found: list[bool] = []
@@ -31,9 +40,9 @@ def scan(adapter: Adapter, tensors: Sequence[LazyTensor], evaluate: Evaluate) ->
         for tensor, data in zip(batch, evaluate([cast(t, DType.F32) for t in batch]), strict=True):
             values = np.frombuffer(data, dtype=np.float32)
             if not np.isfinite(values).all():
-                name = next(name for name, other in adapter.tensors.items() if other is tensor)
+                name = next(name for name, other in named.items() if other is tensor)
                 raise CorruptInput(
-                    f"{escape(adapter.name)}: {escape(name)} holds values that are no numbers",
+                    f"{escape(of)}: {escape(name)} holds values that are no numbers",
                     hint="the training run failed, or the file was damaged after it",
                 )
             found.append(bool(values.any()))

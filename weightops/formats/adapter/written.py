@@ -50,7 +50,7 @@ def lora_config(
     `settings` replace what it says otherwise.
     """
     ranks = {module.target: module.rank for module in modules}
-    alphas = {module.target: _plain(module.scale * module.rank) for module in modules}
+    alphas = {module.target: plain_number(module.scale * module.rank) for module in modules}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] if each else 8 for each in (ranks, alphas))
     own = {module.target for module in modules if module.target == module.path}
     parameters = sorted({module.target for module in modules} - own)
@@ -81,7 +81,7 @@ def lora_config(
     return {**document, **settings}
 
 
-def _plain(number: float) -> float | int:
+def plain_number(number: float) -> float | int:
     """A whole number as one, as people write alpha."""
     return int(number) if float(number).is_integer() else number
 
