@@ -20,8 +20,8 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from command_lines import command_of
 from adapters import llama, save_adapter, save_model
+from command_lines import command_of
 from gguf_models import save_family
 from hub import Hub
 from meta_model import meta_download

@@ -37,7 +37,11 @@ OWN_WORDS = {
     "--zero-overflow": {"repack"},
     "--to": {"repack", "adapter convert"},
     "--html": {"check", "quantize", "merge"},
+    "--weight": {"merge-lora", "merge"},
     "--density": {"adapter combine"},
+    "--weights": {"adapter combine"},
+    "--alpha": {"adapter convert"},
+    "--keep": {"adapter rank"},
 }
 """Options whose words differ from those of the same name elsewhere, by the commands that have words of their own."""
 AMERICAN = re.compile(r"\b(quantiz(ed|ing|ation)|colors?|licenses?|normaliz\w+|optimiz\w+|behaviors?)\b", re.IGNORECASE)

@@ -68,8 +68,8 @@ GROUPS = {
 COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
 SUBCOMMANDS: Mapping[str, tuple[str, ...]] = {"adapter": ("combine", "rank", "convert")}
 """Commands that have commands of their own, and what these are called."""
-LINES = tuple(
-    " ".join((name, *rest)) for name in COMMANDS for rest in [(sub,) for sub in SUBCOMMANDS.get(name, ())] or [()]
+LINES: tuple[str, ...] = tuple(
+    line for name in COMMANDS for line in ([f"{name} {sub}" for sub in SUBCOMMANDS.get(name, ())] or [name])
 )
 """What is typed to run each command: the name, or two words."""
 PROGRAM = "weightops"
