@@ -172,7 +172,7 @@ def refuse_unused(why: str, *names: str) -> None:
             raise UsageError(f"{parameter.opts[-1]} has no use {why}", hint=f"leave out {parameter.opts[-1]}")
 
 
-def write(function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any) -> None:
+def write(function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str], **options: Any) -> Result:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
     from weightops.cli.results import show_result
 
@@ -180,6 +180,7 @@ def write(function: Callable[..., Result], *arguments: Path | str | Sequence[Pat
     with running(quiet) as control:
         result = function(*arguments, control=control, **options)
     show_result(result, as_json, quiet, workers)
+    return result
 
 
 def cache_folder(name: str) -> Path | None:

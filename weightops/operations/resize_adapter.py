@@ -8,7 +8,6 @@ of kohya-ss), which calls the measures by these names.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,7 +93,7 @@ def resize_adapter(
         adapter.name,
         {**factors, **carried.tensors},
         sidecars={**adapter.sidecars, CONFIG_NAME: written_json(config)},
-        warnings=(*own.notes, _summary(modules, made)),
+        warnings=own.notes,
         prefix="adapter_model",
         in_one_file=True,
     )
@@ -178,11 +177,3 @@ def _grown(module: LoraModule, rank: int, seed: int) -> tuple[LazyTensor, LazyTe
         rows += [cut(a, 0, i * module.rank, (i + 1) * module.rank), new]
     columns = (b.spec.shape[0], rank * module.experts, *b.spec.shape[2:])
     return concat(rows, 0), fit(b, columns, bytes(DType.F32.itemsize))
-
-
-def _summary(old: Sequence[LoraModule], new: Sequence[LoraModule]) -> str:
-    """Which ranks become which, in a sentence."""
-    changes = Counter((one.rank, two.rank) for one, two in zip(old, new, strict=True))
-    shown = ", ".join(f"{one} becomes {two} in {count}" for (one, two), count in changes.most_common(6))
-    more = f", and {len(changes) - 6} other changes" if len(changes) > 6 else ""
-    return f"ranks of {len(new)} modules: {shown}{more}"

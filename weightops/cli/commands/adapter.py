@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import weightops
+from weightops.cli.colour import say
 from weightops.cli.options import out_option, write, write_options
+from weightops.cli.output import table
 from weightops.cli.params import FLOATS, SEED, SOURCE, WRITE_CODES, Command, NumberType, OneOf, epilog, named
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 
+if TYPE_CHECKING:
+    from weightops.plan import Plan
+    from weightops.recipes.execute import Result
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _DTYPE = click.option("--dtype", type=NumberType(FLOATS), help="The number type of the adapter; default: float32.")
 
 
@@ -91,7 +99,7 @@ def combine(adapter: tuple[Path | str, ...], out: Path, weight: tuple[str, ...],
     is off is shown, and recorded in weightops-manifest.json. With _svd they work on whole products, of the size of the
     model's weights: --dry-run says what that takes. Ranks and scales may differ by module and by adapter.
     """
-    write(weightops.combine_adapters, adapter, out, weight=tuple(_numbers(weight)), **options)
+    _write(weightops.combine_adapters, adapter, out, weight=tuple(_numbers(weight)), **options)
 
 
 def _numbers(given: Iterable[str]) -> Iterable[float]:
@@ -144,7 +152,7 @@ def rank(adapter: Path | str, out: Path, **options: Any) -> None:
 
     A module that keeps its rank keeps its numbers. `weightops inspect ADAPTER --stats` shows which ranks are needed.
     """
-    write(weightops.resize_adapter, adapter, out, **options)
+    _write(weightops.resize_adapter, adapter, out, **options)
 
 
 @command.command(
@@ -191,4 +199,32 @@ def convert(adapter: Path | str, out: Path, **options: Any) -> None:
       mlx         mlx-lm: adapters.safetensors; factors the other way round, one scale
       kohya       sd-scripts: lora.safetensors; underscores for dots, an alpha each
     """
-    write(weightops.convert_adapter, adapter, out, **options)
+    _write(weightops.convert_adapter, adapter, out, **options)
+
+
+def _write(function: Callable[..., Result], *arguments: Any, **options: Any) -> None:
+    """Write as every command does; with --dry-run say besides what is done."""
+    is_text = not options["as_json"]
+    result = write(function, *arguments, **options)
+    if result.manifest is None and is_text:
+        say(f"\n{_what_is_done(result.plan)}")
+
+
+def _what_is_done(plan: Plan) -> str:
+    """What becomes of modules, those of all layers in one line."""
+    from weightops.ops.lora.combined import CombinedFactor
+
+    counts: dict[tuple[str, str, str], int] = {}
+    for name, tensor in plan.tensors:
+        made = next((node for node in tensor.walk() if isinstance(node.op, CombinedFactor)), None)
+        if made is None or not isinstance(made.op, CombinedFactor):
+            row = (name, "", f"{tensor.spec.dtype.value} {list(tensor.spec.shape)}")
+        elif made.op.part == "a":
+            ranks = " + ".join(str(each.spec.shape[0] // made.op.experts) for each in made.inputs[::2])
+            row = (made.op.label, f"{made.op.method} of rank {ranks}", f"rank {made.op.rank}")
+        else:
+            continue
+        row = (_NUMBER.sub(".*", row[0]), *row[1:])
+        counts[row] = counts.get(row, 0) + 1
+    rows = [(escape(name), str(count), how, what) for (name, how, what), count in counts.items()]
+    return table([("what", "count", "made by", "becomes"), *rows], right=(1,))

@@ -7,8 +7,7 @@ Source of the methods: `LoraModel.add_weighted_adapter` of peft 0.21. What it ge
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightops.checkpoint import Checkpoint, Sidecar, written_json
@@ -24,7 +23,7 @@ from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.notebook import in_units
 from weightops.lazy import Evaluate
-from weightops.operations.combine_adapters.terms import Term, combined, together
+from weightops.operations.combine_adapters.terms import combined, together
 from weightops.ops.lora.arithmetic import SignVote
 from weightops.ops.lora.combined import CombinedFactor, Method, makes_products
 from weightops.spec import DType
@@ -96,7 +95,7 @@ def combine_adapters(
         adapter[0].name,
         {**factors, **carried.tensors},
         sidecars={**_tokenizer(adapter), CONFIG_NAME: written_json(config)},
-        warnings=(*dict.fromkeys(notes), _summary(groups.values(), made), *_estimate(method, made)),
+        warnings=(*dict.fromkeys(notes), *_estimate(method, made)),
         prefix="adapter_model",
         in_one_file=True,
     )
@@ -159,16 +158,6 @@ def _about_bases(adapters: Sequence[Checkpoint], settings: Sequence[Mapping[str,
     return [
         f"the adapters were trained on bases of other names: {said}; what comes out fits neither unless they are one"
     ]
-
-
-def _summary(groups: Iterable[Sequence[Term]], made: Sequence[LoraModule]) -> str:
-    """How many modules become what, in a sentence."""
-    counts = Counter(len(terms) for terms in groups)
-    several = sum(count for size, count in counts.items() if size > 1)
-    ranks = Counter(module.rank for module in made)
-    shown = ", ".join(f"{rank} of {count}" for rank, count in ranks.most_common(4))
-    more = f" and others of {len(ranks) - 4} kinds" if len(ranks) > 4 else ""
-    return f"{len(made)} modules, {several} of them in several adapters; ranks become {shown}{more}"
 
 
 def _estimate(method: str, made: Sequence[LoraModule]) -> list[str]:

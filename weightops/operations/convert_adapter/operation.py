@@ -89,7 +89,7 @@ def convert_adapter(
         adapter.name,
         stored.tensors,
         sidecars={**tokenizer, **stored.sidecars},
-        warnings=(*said, *stored.notes, _summary(program, adapter, stored, len(modules))),
+        warnings=(*said, *stored.notes),
         metadata=stored.metadata,
         prefix=stored.prefix,
         container=stored.container,
@@ -157,8 +157,3 @@ def _written(
         **carried.settings,
     )
     return Stored({**tensors, **carried.tensors}, {CONFIG_NAME: written_json(config)}, notes=tuple(carried.notes))
-
-
-def _summary(program: Program, adapter: Checkpoint, stored: Stored, count: int) -> str:
-    first, new = next(iter(adapter)), next(iter(stored.tensors))
-    return f"{program}'s names: {count} modules, {escape(first)} and others, become {escape(new)} and others"

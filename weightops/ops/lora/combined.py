@@ -156,17 +156,20 @@ class CombinedFactor(Op, frozen=True):
         squares = np.zeros(2)
         for i in range(self.experts):
             own = [(one[i], np.ascontiguousarray(two[:, :, i])) for one, two in zip(lefts, rights, strict=True)]
-            a[i], b[:, :, i] = self._of_expert(own, i)
-            squares += self._distance(own, a[i], b[:, :, i])
+            a[i], b[:, :, i], known = self._of_expert(own, i)
+            squares += self._distance(own, a[i], b[:, :, i]) if known is None else known
         return a, b, np.sqrt(squares).tolist()
 
-    def _of_expert(self, pairs: list[tuple[NDArray[Any], NDArray[Any]]], expert: int) -> _Factors:
+    def _of_expert(
+        self, pairs: list[tuple[NDArray[Any], NDArray[Any]]], expert: int
+    ) -> tuple[NDArray[Any], NDArray[Any], tuple[float, float] | None]:
+        """A and B, and where that is known ||result - exact sum||^2 and ||exact sum||^2."""
         import numpy as np
 
         if self.method in _EXACT:
             a, b = _stacked(pairs, [weight * scale for weight, scale in self.terms])
             if self.method == "cat":
-                return a.astype(np.float32), b.astype(np.float32)
+                return a.astype(np.float32), b.astype(np.float32), (0.0, 0.0)
             return _truncated(a, b, self.rank)
         rule = cast(Rule, self.method.removesuffix("_svd"))
         key = f"{self.seed}\0{self.label}\0{expert}\0"
@@ -181,7 +184,7 @@ class CombinedFactor(Op, frozen=True):
             roots = [math.sqrt(abs(strength)) for strength in strengths]
             signed = [math.copysign(root, strength) for root, strength in zip(roots, strengths, strict=True)]
             a = combined(lambda i: pairs[i][0].copy(), signed, "lora_A")
-            return a, combined(lambda i: pairs[i][1].copy(), roots, "lora_B")
+            return a, combined(lambda i: pairs[i][1].copy(), roots, "lora_B"), None
 
         def product(i: int) -> NDArray[Any]:
             left, right = pairs[i]
@@ -190,7 +193,7 @@ class CombinedFactor(Op, frozen=True):
             found *= np.float32(self.terms[i][1])
             return found
 
-        return _decomposed(combined(product, [weight for weight, _ in self.terms], "product"), self.rank)
+        return *_decomposed(combined(product, [weight for weight, _ in self.terms], "product"), self.rank), None
 
     def _distance(
         self, pairs: list[tuple[NDArray[Any], NDArray[Any]]], a: NDArray[Any], b: NDArray[Any]
@@ -198,8 +201,6 @@ class CombinedFactor(Op, frozen=True):
         """||result - exact sum||^2 and ||exact sum||^2, from factors alone."""
         import numpy as np
 
-        if self.method == "cat":
-            return 0.0, 0.0
         exact = _stacked(pairs, [weight * scale for weight, scale in self.terms])
         both = np.concatenate([exact[0], a]), np.concatenate([exact[1], -b.astype(np.float64)], axis=1)
         return _square(*both), _square(*exact)
@@ -230,8 +231,8 @@ def _square(a: NDArray[Any], b: NDArray[Any]) -> float:
     return max(0.0, float(np.vdot(b.T @ b, a @ a.T)))
 
 
-def _truncated(a: NDArray[Any], b: NDArray[Any], rank: int) -> _Factors:
-    """The best approximation of B A of that rank, as factors."""
+def _truncated(a: NDArray[Any], b: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any], tuple[float, float]]:
+    """The best approximation of B A of that rank, as factors, and the squares of what it leaves out and of all."""
     import numpy as np
 
     left, right = triangle(b), triangle(a.T)
@@ -242,7 +243,8 @@ def _truncated(a: NDArray[Any], b: NDArray[Any], rank: int) -> _Factors:
     # V^T = S^-1 U^T B A, and U S = B A V; U and V being those of R and S^T, turned by Q and P.
     found_a[:kept] = (turn[:, :kept].T @ left / roots[:, None]) @ a
     found_b[:, :kept] = b @ (right.T @ other[:kept].T / roots)
-    return _turned(found_a, found_b)
+    squares = values * values
+    return *_turned(found_a, found_b), (float(squares[kept:].sum()), float(squares.sum()))
 
 
 def _decomposed(matrix: NDArray[Any], rank: int) -> _Factors:
