@@ -19,7 +19,7 @@ from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.files import CONFIG_NAME
 from weightops.formats.adapter.lora import Factors, LoraModule, read_adapter
 from weightops.formats.adapter.values import scan_factors
-from weightops.formats.adapter.written import check_factor_dtype, joined_targets, lora_config, lora_tensors
+from weightops.formats.adapter.written import check_factor_dtype, lora_config, lora_tensors
 from weightops.formats.delta import refuse_delta
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
@@ -83,7 +83,7 @@ def resize_adapter(
     settings = settings_of(adapter)
     config = lora_config(
         made,
-        joined_targets([settings], [module.path for module in made if module.target == module.path]),
+        [settings],
         **{key: settings.get(key) for key in ("task_type", "base_model_name_or_path", "revision", "lora_dropout")},
         fan_in_fan_out=own.config.fan_in_fan_out,
         **carried.settings,

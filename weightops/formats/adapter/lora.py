@@ -6,7 +6,7 @@ Source: `LoraLayer` of peft 0.21. What plain LoRA, DoRA, `modules_to_save` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from weightops.checkpoint import Checkpoint
@@ -108,8 +108,7 @@ class Adapter:
         That order is known of the `STACKED` alone; others come after them.
         """
         modules = [target.rpartition(".") for target in self.config.target_parameters or () if target]
-        found = {last for module, _, last in modules if not module or f".{path}".endswith(f".{module}")}
-        return [*(name for name in STACKED if name in found), *sorted(found.difference(STACKED))]
+        return _nested({last for module, _, last in modules if not module or f".{path}".endswith(f".{module}")})
 
     def target(self, path: str, depth: int) -> str:
         """What the config calls the factors of the module at `path`: the module, or the parameter that they change."""
@@ -143,6 +142,23 @@ class Adapter:
         if not isinstance(given, dict):
             return tuple(given or ())
         return next((tuple(v) for k, v in given.items() if path == k or path.endswith(f".{k}")), ())
+
+
+def _nested(parameters: Collection[str]) -> list[str]:
+    """Parameters of one module by the depth of their factors."""
+    return [*(name for name in STACKED if name in parameters), *sorted(set(parameters).difference(STACKED))]
+
+
+def depths_of(targets: Mapping[str, str]) -> dict[str, int]:
+    """The depth of each target's factors; `targets` gives the module of each."""
+    own: dict[str, list[str]] = {}
+    for target, path in targets.items():
+        if target != path:
+            own.setdefault(path, []).append(target.rpartition(".")[2])
+    return {
+        target: _nested(own[path]).index(target.rpartition(".")[2]) if target != path else 0
+        for target, path in targets.items()
+    }
 
 
 def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:

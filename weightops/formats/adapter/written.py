@@ -43,17 +43,17 @@ def lora_tensors(module: LoraModule) -> dict[str, LazyTensor]:
 
 
 def lora_config(
-    modules: Sequence[LoraModule], targets: Sequence[str] | str | None = None, **settings: Any
+    modules: Sequence[LoraModule], sources: Sequence[Mapping[str, Any]] = (), **settings: Any
 ) -> dict[str, Any]:
-    """adapter_config.json for these modules; `targets` is its `target_modules`, by default what names them all.
+    """adapter_config.json for these modules; `settings` replace what it says otherwise.
 
-    `settings` replace what it says otherwise.
+    `sources` are the documents of the adapters that the modules are of, which name them as they name theirs.
     """
     ranks = {module.target: module.rank for module in modules}
     alphas = {module.target: plain_number(module.scale * module.rank) for module in modules}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] if each else 8 for each in (ranks, alphas))
-    own = {module.target for module in modules if module.target == module.path}
-    parameters = sorted({module.target for module in modules} - own)
+    paths = [module.path for module in modules if module.target == module.path]
+    parameters = joined_parameters(sources, modules)
     document = {
         "peft_type": "LORA",
         "task_type": None,
@@ -70,7 +70,7 @@ def lora_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": shortest(own) if targets is None else targets,
+        "target_modules": joined_targets(sources, paths) if sources else shortest(paths),
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": None,
         "layers_to_transform": None,
@@ -120,6 +120,15 @@ def joined_targets(settings: Sequence[Mapping[str, Any]], modules: Iterable[str]
             patterns = list(dict.fromkeys(map(str, given)))
             return patterns[0] if len(patterns) == 1 else "|".join(f"({pattern})" for pattern in patterns)
     return sorted(set(modules))
+
+
+def joined_parameters(settings: Sequence[Mapping[str, Any]], modules: Sequence[LoraModule]) -> list[str] | None:
+    """`target_parameters` for the modules of several adapters, as these name them; None without stacked experts."""
+    targets = sorted({module.target for module in modules if module.target != module.path})
+    given = [name for each in settings for name in each.get("target_parameters") or () if isinstance(name, str)]
+    if not targets or not all(_is_named(target, given) for target in targets):
+        return targets or None
+    return list(dict.fromkeys(given))
 
 
 def _is_named(path: str, names: Iterable[str]) -> bool:

@@ -17,7 +17,7 @@ from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.files import CONFIG_NAME
 from weightops.formats.adapter.lora import LoraModule, read_adapter
 from weightops.formats.adapter.values import scan_factors
-from weightops.formats.adapter.written import check_factor_dtype, joined_targets, lora_config, lora_tensors
+from weightops.formats.adapter.written import check_factor_dtype, lora_config, lora_tensors
 from weightops.formats.delta import refuse_delta
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
@@ -80,10 +80,9 @@ def combine_adapters(
     made = [combined(terms, how, dtype or DType.F32) for terms in groups.values()]
     _refuse_some_biased(made)
     settings = [settings_of(each) for each in adapter]
-    own_paths = [module.path for module in made if module.target == module.path]
     config = lora_config(
         made,
-        joined_targets(settings, own_paths),
+        settings,
         task_type=settings[0].get("task_type"),
         base_model_name_or_path=settings[0].get("base_model_name_or_path"),
         fan_in_fan_out=any(each.config.fan_in_fan_out for each in adapters),

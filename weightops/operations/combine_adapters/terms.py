@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from weightops.errors import IncompatibleInputs
-from weightops.formats.adapter.lora import Adapter, Factors, LoraModule
+from weightops.formats.adapter.lora import Adapter, Factors, LoraModule, depths_of
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
@@ -48,7 +48,11 @@ def together(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str,
     for target, (first, *others) in groups.items():
         for other in others:
             _refuse_unlike(target, first, other)
-    return groups
+    depths = depths_of({target: terms[0].module.path for target, terms in groups.items()})
+    return {
+        target: [replace(term, module=replace(term.module, depth=depths[target])) for term in terms]
+        for target, terms in groups.items()
+    }
 
 
 def _refuse_unlike(target: str, first: Term, other: Term) -> None:
@@ -65,7 +69,7 @@ def _refuse_unlike(target: str, first: Term, other: Term) -> None:
 
 def _kind(module: LoraModule) -> tuple[object, ...]:
     own = module.factors
-    return module.shape, own.a.spec.shape[1:], own.is_embedding, module.depth, module.experts
+    return module.shape, own.a.spec.shape[1:], own.is_embedding, module.experts
 
 
 def combined(terms: Sequence[Term], how: CombinedFactor, dtype: DType) -> LoraModule:

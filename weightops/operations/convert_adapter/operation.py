@@ -18,7 +18,7 @@ from weightops.formats.adapter.dialects.common import Base, Stored, base_of
 from weightops.formats.adapter.files import CONFIG_NAME, refuse_adapter
 from weightops.formats.adapter.lora import Adapter, LoraModule, read_adapter
 from weightops.formats.adapter.values import scan_tensors
-from weightops.formats.adapter.written import joined_targets, lora_config, lora_tensors
+from weightops.formats.adapter.written import lora_config, lora_tensors
 from weightops.formats.delta import refuse_delta
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
@@ -146,10 +146,9 @@ def _written(
         case "kohya":
             return kohya.write(modules, base)
     tensors = {name: tensor for module in modules for name, tensor in lora_tensors(module).items()}
-    paths = [module.path for module in modules if module.target == module.path]
     config = lora_config(
         modules,
-        joined_targets([settings], paths) if own is not None else None,
+        [settings] if own is not None else (),
         task_type=settings.get("task_type"),
         base_model_name_or_path=named,
         fan_in_fan_out=own is not None and own.config.fan_in_fan_out,

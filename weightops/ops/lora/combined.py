@@ -50,7 +50,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 _EXACT = ("cat", "svd")
 _GRAM_ROWS = 1024
 _NOTHING = 1e-14
-"""Singular values below this share of the largest are rounding errors of float64."""
+"""Singular values below this share of the norms of the factors are rounding errors of float64."""
 
 
 def makes_products(method: str) -> bool:
@@ -237,7 +237,8 @@ def _truncated(a: NDArray[Any], b: NDArray[Any], rank: int) -> tuple[NDArray[Any
 
     left, right = triangle(b), triangle(a.T)
     turn, values, other = np.linalg.svd(left @ right.T)
-    kept = min(rank, len(values), int((values > values[0] * _NOTHING).sum()) if len(values) else 0)
+    values[values <= np.linalg.norm(left) * np.linalg.norm(right) * _NOTHING] = 0
+    kept = min(rank, int((values > 0).sum()))
     roots = np.sqrt(values[:kept])
     found_a, found_b = np.zeros((rank, a.shape[1])), np.zeros((len(b), rank))
     # V^T = S^-1 U^T B A, and U S = B A V; U and V being those of R and S^T, turned by Q and P.
