@@ -57,13 +57,18 @@ def carry(adapters: Sequence[Adapter], weights: Sequence[float], evaluate: Evalu
     carried.tensors = {name: tensor for name, (_, tensor) in owners.items()}
     carried.settings = _settings(adapters)
     for adapter, weight in zip(adapters, weights, strict=True):
-        held = [name for name, (owner, _) in owners.items() if owner is adapter]
+        held = [name for name, (owner, _) in owners.items() if owner is adapter and not is_of_base(name)]
         if weight != 1 and held:
             carried.notes.append(
                 f"{escape(adapter.name)}: holds {escape(held[0].removeprefix(PREFIX))} whole, which has no scale: it "
                 f"is taken as it is, not {weight:g} times"
             )
     return carried
+
+
+def is_of_base(name: str) -> bool:
+    """Whether a tensor is the weight that factors are added to, which peft saves with those of embeddings."""
+    return name.endswith(".base_layer.weight")
 
 
 def _beside_factors(adapter: Adapter) -> dict[str, LazyTensor]:

@@ -96,11 +96,9 @@ def shortest(modules: Iterable[str]) -> list[str]:
     ends: dict[str, list[str]] = {}
     for path in paths:
         ends.setdefault(path.rpartition(".")[2], []).append(path)
-    is_whole = layers == set(range(len(layers)))
     alike = all(len({_LAYER.sub(".", path) for path in own}) == 1 for own in ends.values())
-    if is_whole and alike and all(len(own) == len(layers) for own in ends.values()):
-        return sorted(ends)
-    return paths
+    whole = all(len(own) == (len(layers) if _LAYER.search(own[0]) else 1) for own in ends.values())
+    return sorted(ends) if layers == set(range(len(layers))) and alike and whole else paths
 
 
 def joined_targets(settings: Sequence[Mapping[str, Any]], modules: Iterable[str]) -> list[str] | str:

@@ -11,18 +11,20 @@ from typing import Literal
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.formats.adapter.carried import Carried, carry
+from weightops.formats.adapter.carried import Carried, carry, is_of_base
 from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.dialects import kohya, lit, mlx, torchtune
 from weightops.formats.adapter.dialects.common import Base, Stored, base_of
 from weightops.formats.adapter.files import CONFIG_NAME, refuse_adapter
 from weightops.formats.adapter.lora import Adapter, LoraModule, read_adapter
-from weightops.formats.adapter.values import scan_tensors
-from weightops.formats.adapter.written import lora_config, lora_tensors
+from weightops.formats.adapter.values import differ, scan_tensors
+from weightops.formats.adapter.written import PREFIX, lora_config, lora_tensors
 from weightops.formats.delta import refuse_delta
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate
+from weightops.ops.elementwise import cast
+from weightops.spec import DType
 
 Program = Literal["peft", "torchtune", "lit", "mlx", "kohya"]
 _ENDS: dict[Program, tuple[str, ...]] = {
@@ -77,11 +79,7 @@ def convert_adapter(
     if alpha is not None and program in ("peft", "kohya"):
         raise UsageError(f"alpha has no use: {program}'s adapters say it themselves", hint="leave it out")
     scan_tensors(adapter.name, adapter.tensors, evaluate)
-    if to != "peft" and carried.tensors:
-        raise IncompatibleInputs(
-            f"{escape(adapter.name)}: holds {escape(next(iter(carried.tensors)))} beside factors, which {to} has no "
-            "place for"
-        )
+    left = _left_out(adapter, carried, to, base, evaluate)
     stored = _written(to, modules, known, adapter, own, carried, heads)
     tokenizer = {name: file for name, file in adapter.sidecars.items() if is_tokenizer_file(name)}
     said = own.notes if own is not None else ()
@@ -89,12 +87,40 @@ def convert_adapter(
         adapter.name,
         stored.tensors,
         sidecars={**tokenizer, **stored.sidecars},
-        warnings=(*said, *stored.notes),
+        warnings=(*said, *stored.notes, *left),
         metadata=stored.metadata,
         prefix=stored.prefix,
         container=stored.container,
         in_one_file=True,
     )
+
+
+def _left_out(
+    adapter: Checkpoint, carried: Carried, to: Program, base: Sequence[Checkpoint], evaluate: Evaluate
+) -> list[str]:
+    """What a program has no place for and can do without: weights of the base, which peft saves with embeddings.
+
+    Raises `IncompatibleInputs` for anything else beside factors, and for weights that are not those of `base`.
+    """
+    if to == "peft":
+        return []
+    where, left = escape(adapter.name), []
+    for name, tensor in carried.tensors.items():
+        if not is_of_base(name):
+            raise IncompatibleInputs(
+                f"{where}: holds {escape(name)} beside factors, which {to} has no place for",
+                hint="merge-lora merges all of it into the base",
+            )
+        own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        there = base[0].get(own) if base else None
+        if there is None:
+            left.append(f"{where}: holds the base's own {escape(own)}, which {to} has no place for: left out")
+        elif differ(cast(there, DType.F32), cast(tensor, DType.F32), evaluate):
+            raise IncompatibleInputs(
+                f"{where}: holds another {escape(own)} than the base, and {to} has no place for it",
+                hint="merge-lora merges all of it into the base",
+            )
+    return left
 
 
 def _check_options(base: Sequence[Checkpoint], heads: int | None, alpha: float | None) -> None:
