@@ -236,7 +236,7 @@ THREE = {f"{QKV}A": torch.ones(12, 8), f"{QKV}B": torch.ones(24, 4)}
     ("tensors", "config", "options", "words"),
     [
         (KOHYA, None, {}, "where its underscores are dots is known of LLaMA's and CLIP's names alone"),
-        (KOHYA, None, {"base": {"a_b.weight": A, "a.b.weight": A}}, "lora_te_a_b may be a_b or a.b of the base"),
+        (KOHYA, None, {"base": {"a_b.weight": A, "a.b.weight": A}}, "lora_te_a_b may be a.b or a_b of the base"),
         (KOHYA, None, {"base": {"a.c.weight": A}}, "lora_te_a_b is no module of the base"),
         ({**KOHYA, **MLX}, None, {}, "holds names of kohya and mlx at once"),
         ({**KOHYA, "lora_te_a_b.alpha": A}, None, {}, "an alpha is float32 [4, 8], expected one number"),
