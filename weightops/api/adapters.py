@@ -22,7 +22,7 @@ def combine_adapters(
     dtype: str | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Make one adapter of several; see `weightops.operations.combine_adapters`."""
+    """Make one adapter of several; see `weightops.operations.adapter`."""
     options: dict[str, Any] = {"method": method, "weight": several(weight), "density": density, "rank": rank}
     options |= {"vote": vote, "seed": seed, "dtype": dtype}
     return one("combine-adapters", {"adapter": adapter}, out, output, options)
@@ -39,7 +39,7 @@ def resize_adapter(
     dtype: str | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Give an adapter another rank, or the ranks that keep a share of it; see `weightops.operations.resize_adapter`."""
+    """Give an adapter another rank, or the ranks that keep a share of it; see `weightops.operations.adapter`."""
     options = {"rank": rank, "keep": keep, "by": by, "seed": seed, "dtype": dtype}
     return one("resize-adapter", {"adapter": adapter}, out, output, options)
 
@@ -54,6 +54,6 @@ def convert_adapter(
     alpha: float | None = None,
     **output: Unpack[Output],
 ) -> Result:
-    """Name and store an adapter as another program does; see `weightops.operations.convert_adapter`."""
+    """Name and store an adapter as another program does; see `weightops.operations.adapter`."""
     sources = {"adapter": adapter, "base": () if base is None else base}
     return one("convert-adapter", sources, out, output, {"to": to, "heads": heads, "alpha": alpha})

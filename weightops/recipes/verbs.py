@@ -26,6 +26,8 @@ VERBS = (
     "merge",
     *("combine-adapters", "resize-adapter", "convert-adapter"),
 )
+_PACKAGES = {"combine-adapters": "adapter", "resize-adapter": "adapter", "convert-adapter": "adapter"}
+"""Where operations are that lie with others in one package."""
 _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 
 
@@ -75,7 +77,8 @@ def find_verb(name: str) -> Verb:
     if name not in VERBS:
         raise UsageError(f"unknown operation {name!r}", hint=f"known are {', '.join(VERBS)}")
     identifier = name.replace("-", "_")
-    function = getattr(importlib.import_module(f"weightops.operations.{identifier}"), identifier)
+    module = importlib.import_module(f"weightops.operations.{_PACKAGES.get(name, identifier)}")
+    function = getattr(module, identifier)
     hints = get_type_hints(function)
     roles, options, defaults = {}, {}, {}
     parameters = inspect.signature(function).parameters

@@ -39,7 +39,7 @@ def test_what_comes_back_is_said_before(made: Made, tmp_path: Path, dtype: str, 
     assert float(matched[2]) == pytest.approx(100 * same / count, abs=5 if dtype == "fp32" else 2)
     off = sum(float((old[n].double() - new[n].double()).square().sum()) for n in changed)
     whole = sum(float(old[n].double().square().sum()) for n in changed)
-    assert float(matched[3]) == pytest.approx((off / whole) ** 0.5, rel=0.3 if dtype == "fp32" else 0.1)
+    assert float(matched[3]) == pytest.approx((off / whole) ** 0.5, rel=0.5 if dtype == "fp32" else 0.1)
 
 
 def dump(made: Made, folder: Path, *, prefix: bool) -> tuple[Path, Path]:

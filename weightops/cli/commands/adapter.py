@@ -129,7 +129,7 @@ def _numbers(given: Iterable[str]) -> Iterable[float]:
 )
 @click.option(
     "--by",
-    type=OneOf(named("operations.resize_adapter", "Measure")),
+    type=OneOf(named("operations.adapter", "Measure")),
     default="squares",
     show_default=True,
     help="What --keep measures of the singular values: the sum of squares, or as sd-scripts the root of that (sv_fro), "
@@ -162,7 +162,7 @@ def rank(adapter: Path | str, out: Path, **options: Any) -> None:
 @out_option
 @click.option(
     "--to",
-    type=OneOf(named("operations.convert_adapter", "Program")),
+    type=OneOf(named("operations.adapter", "Program")),
     required=True,
     help="Whose adapter to write; whose it is now, its names say.",
 )

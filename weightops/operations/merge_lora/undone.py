@@ -40,6 +40,6 @@ def about_taking_off(
     error = f" ({(off / size) ** 0.5:.1e} of the weights' norm)" if size and off else ""
     return [
         "a weight below 0 takes an adapter off, and that is not exact: weights were rounded when it was added, and are "
-        f"rounded again now. By the sizes of {count} numbers about {100 * same / count:.3g} % of them come back as they "
-        f"were, and the others are off by roundings{error}"
+        f"again now. By the sizes of {count} numbers about {100 * same / count:.3g} % of them come back as they were, "
+        f"and the others are off by roundings{error}"
     ]

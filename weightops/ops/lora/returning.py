@@ -4,7 +4,7 @@ With F the weight after the change was added, rounded to a spacing u(F), the wei
 rounding error e lies anywhere within. Taking the change off gives W + e, rounded to W's own spacing u(W). So where u(F)
 is no larger W comes back, and where it is K times as large (K = 2, 4, ...) it does for one in K; the expected square of
 what is off is then (K^2 + 2) / 12 u(W)^2. Spacings are those of the numbers' exponents, of which that of W is taken
-from what comes out. In float32, where changes are rounded as finely as weights, a few more in a hundred are off by ties.
+from what comes out. In float32, where changes are no finer than weights, a few more in a hundred are off by ties.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.notebook import in_units
 from weightops.lazy import Evaluate
-from weightops.operations.combine_adapters.terms import combined, together
+from weightops.operations.adapter.terms import combined, together
 from weightops.ops.lora.arithmetic import SignVote
 from weightops.ops.lora.combined import CombinedFactor, Method, makes_products
 from weightops.spec import DType
