@@ -73,6 +73,17 @@ def test_a_dump_of_training_is_merged_where_it_lies(made: Made, tmp_path: Path, 
         assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_a_dump_of_peft_before_base_layers(made: Made, tmp_path: Path) -> None:
+    folder, adapter = dump(made, tmp_path, prefix=True)
+    old = {name.replace(".base_layer", ""): tensor for name, tensor in state(folder).items()}
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+    weightops.merge_lora(folder, adapter, tmp_path / "found")
+    weightops.merge_lora(made.base(), adapter, tmp_path / "wanted")
+    found, wanted = state(tmp_path / "found"), state(tmp_path / "wanted")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
 def test_a_dump_without_config_or_with_a_weight_twice(made: Made, tmp_path: Path) -> None:
     folder, adapter = dump(made, tmp_path, prefix=True)
     with pytest.raises(SourceMissing, match=r"has no adapter_config\.json"):

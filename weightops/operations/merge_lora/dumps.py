@@ -1,7 +1,7 @@
 """Bases out of training: what a run has saved of a model that peft had wrapped, factors and all.
 
 There a layer's own weight is `q_proj.base_layer.weight` beside `q_proj.lora_A.default.weight`, and every name may begin
-with `base_model.model.`.
+with `base_model.model.`. peft before 0.6 put factors into the layer, whose weight has its own name then.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput
-from weightops.formats.adapter.files import CONFIG_NAME
+from weightops.formats.adapter.files import CONFIG_NAME, find_adapter
 from weightops.formats.adapter.names import Kind, parse_name
 from weightops.io.escape import escape
 from weightops.lazy import LazyTensor
@@ -25,7 +25,8 @@ def out_of_training(base: Checkpoint) -> Checkpoint:
     Factors, and what was trained in the place of a module, are left to the adapter. Raises `CorruptInput` where two
     tensors would have one name, `IncompatibleInputs` for parts of other adapters than LoRA.
     """
-    if not any(".base_layer." in name for name in base):
+    is_wrapped = any(".base_layer." in name or ".lora_A." in name for name in base)
+    if not is_wrapped or find_adapter(base.shards.values()) is not None:
         return base
     where = escape(base.name)
     tensors: dict[str, LazyTensor] = {}
@@ -40,6 +41,8 @@ def out_of_training(base: Checkpoint) -> Checkpoint:
                 hint="save the model once more",
             )
         tensors[name.path], names[name.path] = tensor, text
+    if not tensors:
+        return base  # an adapter, whatever its file is called
     return replace(
         base,
         tensors=tensors,
