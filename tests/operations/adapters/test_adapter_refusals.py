@@ -148,6 +148,20 @@ def test_what_is_no_adapter(made: Made, pair: list[Path], tmp_path: Path) -> Non
     assert "is a LoRA adapter, not a model" in str(found)
 
 
+@pytest.mark.parametrize("program", ["torchtune", "mlx", "lit", "kohya"])
+def test_adapters_of_other_programs_are_to_be_converted(pair: list[Path], tmp_path: Path, program: Any) -> None:
+    weightops.convert_adapter(
+        pair[1], tmp_path / "other", to=program, **({"heads": 6} if program == "torchtune" else {})
+    )
+    for function, source, more in (
+        (weightops.combine_adapters, [pair[0], tmp_path / "other"], {}),
+        (weightops.resize_adapter, tmp_path / "other", {"rank": 2}),
+    ):
+        error = refused(function, source, tmp_path, **more)
+        assert f"other: is an adapter by the names of {program}, expected peft's" in str(error)
+        assert error.hint == "weightops adapter convert other --to peft"
+
+
 def test_ranks_that_the_config_contradicts(pair: list[Path], tmp_path: Path) -> None:
     edit_config(pair[1], r=8)
     error = refused(weightops.combine_adapters, pair, tmp_path)

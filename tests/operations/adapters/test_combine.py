@@ -224,22 +224,18 @@ def test_modules_saved_whole(made: Made, tmp_path: Path) -> None:
 # --- kinds of adapters ---------------------------------------------------------------------------------------------
 
 
-def test_embeddings_and_modules_of_gpt2(made: Made, tmp_path: Path) -> None:
-    kinds = [("llama", {"target_modules": ["q_proj", "embed_tokens"]}), ("gpt2", {"target_modules": ["c_attn", "wte"]})]
-    for kind, settings in kinds:
-        folders = [made.adapter(kind, seed=seed, **settings) for seed in (1, 2)]
-        exact = total(folders, WEIGHTS)
-        for method in ("cat", "linear"):
-            combine(folders, tmp_path / kind / method, method)
-            model = (
-                combined_by_peft(made.base(kind), [*folders, tmp_path / kind / method], (*WEIGHTS, 0.0), "linear")
-                if method == "linear"
-                else loaded(made.base(kind), [folders[0], tmp_path / kind / method])
-            )
-            if method == "cat":
-                assert distance(changes_in(model, "a1"), exact) < 1e-5
-            else:
-                assert distance(changes_in(model, "a2"), changes_of(tmp_path / kind / method)) < 1e-5
+@pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj", "embed_tokens"]), ("gpt2", ["c_attn", "wte"])])
+def test_embeddings_and_modules_of_gpt2(made: Made, tmp_path: Path, kind: str, targets: list[str]) -> None:
+    folders = [made.adapter(kind, seed=seed, target_modules=targets) for seed in (1, 2)]
+    combine(folders, tmp_path / "cat", "cat")
+    assert (
+        distance(changes_in(loaded(made.base(kind), [folders[0], tmp_path / "cat"]), "a1"), total(folders, WEIGHTS))
+        < 1e-5
+    )
+    combine(folders, tmp_path / "ties", "ties", density=0.5)
+    theirs = combined_by_peft(made.base(kind), folders, WEIGHTS, "ties", density=0.5)
+    assert distance(changes_of(tmp_path / "ties"), changes_in(theirs, "made")) < 1e-5
+    loaded(made.base(kind), [folders[0], tmp_path / "ties"])
 
 
 def test_biases_of_factors_are_added_up(made: Made, tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.carried import carry
 from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.files import CONFIG_NAME
-from weightops.formats.adapter.lora import LoraModule, read_adapter
+from weightops.formats.adapter.lora import LoraModule
 from weightops.formats.adapter.values import scan_factors
 from weightops.formats.adapter.written import check_factor_dtype, lora_config, lora_tensors
-from weightops.formats.delta import refuse_delta
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.notebook import in_units
 from weightops.lazy import Evaluate
+from weightops.operations.adapter.convert import read_ours
 from weightops.operations.adapter.terms import combined, together
 from weightops.ops.lora.arithmetic import SignVote
 from weightops.ops.lora.combined import CombinedFactor, Method, makes_products
@@ -60,9 +60,7 @@ def combine_adapters(
     `CorruptInput` for values that are no numbers; `UsageError` for options that cannot be meant.
     """
     weights = _checked(adapter, method, weight, density, rank, seed, dtype)
-    for each in adapter:
-        refuse_delta(each, "the adapter")
-    adapters = [read_adapter(each) for each in adapter]
+    adapters = [read_ours(each) for each in adapter]
     groups = together(adapters, weights)
     carried = carry(adapters, weights, evaluate)
     for own in adapters:

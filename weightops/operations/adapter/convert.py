@@ -134,9 +134,26 @@ def _check_options(base: Sequence[Checkpoint], heads: int | None, alpha: float |
         raise UsageError(f"an alpha of {alpha:g} is no scale")
 
 
+def read_ours(checkpoint: Checkpoint) -> Adapter:
+    """An adapter in peft's format; raises as `read_adapter`, and for deltas and the adapters of other programs."""
+    refuse_delta(checkpoint, "the adapter")
+    others = _others(checkpoint)
+    if others:
+        raise IncompatibleInputs(
+            f"{escape(checkpoint.name)}: is an adapter by the names of {' and '.join(sorted(others))}, expected peft's",
+            hint=f"weightops adapter convert {escape(checkpoint.name)} --to peft",
+        )
+    return read_adapter(checkpoint)
+
+
+def _others(checkpoint: Checkpoint) -> set[Program]:
+    """The programs other than peft whose names there are."""
+    return {program for program, ends in _ENDS.items() for name in checkpoint if name.endswith(ends)}
+
+
 def program_of(checkpoint: Checkpoint) -> Program:
     """Whose an adapter is, by its names; raises `IncompatibleInputs` for those of no program, or of several."""
-    found = {program for program, ends in _ENDS.items() for name in checkpoint if name.endswith(ends)}
+    found = _others(checkpoint)
     if any(".lora_A." in name or ".lora_embedding_A" in name for name in checkpoint):
         found.add("peft")
     if not found and not settings_of(checkpoint):

@@ -17,12 +17,12 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.carried import carry
 from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.files import CONFIG_NAME
-from weightops.formats.adapter.lora import Factors, LoraModule, read_adapter
+from weightops.formats.adapter.lora import Factors, LoraModule
 from weightops.formats.adapter.values import scan_factors
 from weightops.formats.adapter.written import check_factor_dtype, lora_config, lora_tensors
-from weightops.formats.delta import refuse_delta
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
+from weightops.operations.adapter.convert import read_ours
 from weightops.ops.arrange import concat, cut
 from weightops.ops.elementwise import cast
 from weightops.ops.lora.combined import CombinedFactor, WeightedSum, combined_pair
@@ -60,8 +60,7 @@ def resize_adapter(
     """
     _check_options(rank, keep, by, seed)
     check_factor_dtype(dtype)
-    refuse_delta(adapter, "the adapter")
-    own = read_adapter(adapter)
+    own = read_ours(adapter)
     modules = list(own.modules())
     odd = next((module for module in modules if module.factors.magnitude is not None), None)
     if odd is not None:
