@@ -275,6 +275,15 @@ def test_the_tokenizer_and_targets_go_along(made: Made, two: list[Path], tmp_pat
     assert config["base_model_name_or_path"] == "org/llama-7b"
 
 
+def test_names_that_begin_otherwise_are_warned_of(made: Made, tmp_path: Path) -> None:
+    one, two = made.adapter(seed=1), save_adapter(tmp_path / "two", made.base(), 2)
+    edit_tensors(two, lambda t: {n.replace("model.layers", "model.language_model.layers"): v for n, v in t.items()})
+    (said,) = combine([one, two], tmp_path / "out", "cat").warnings
+    assert "model.layers.0.mlp.down_proj in" in said
+    assert "model.language_model.layers.0.mlp.down_proj in two" in said
+    assert not combine([one, made.adapter(seed=2)], tmp_path / "same", "cat").warnings
+
+
 def test_it_is_a_step_of_recipes(two: list[Path], tmp_path: Path) -> None:
     recipe = {
         "sources": {"one": str(two[0]), "two": str(two[1])},

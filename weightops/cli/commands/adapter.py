@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 _DTYPE = click.option("--dtype", type=NumberType(FLOATS), help="The number type of the adapter; default: float32.")
 
 
-@click.group("adapter", epilog=epilog(WRITE_CODES))
+@click.group("adapter", no_args_is_help=False, epilog=epilog(WRITE_CODES))
 def command() -> None:
     """Combine LoRA adapters, change their ranks, and convert them.
 

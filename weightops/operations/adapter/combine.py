@@ -7,6 +7,7 @@ Source of the methods: `LoraModel.add_weighted_adapter` of peft 0.21. What it ge
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from weightops.errors import IncompatibleInputs, UsageError
 from weightops.formats.adapter.carried import carry
 from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.files import CONFIG_NAME
-from weightops.formats.adapter.lora import LoraModule
+from weightops.formats.adapter.lora import Adapter, LoraModule
 from weightops.formats.adapter.values import scan_factors
 from weightops.formats.adapter.written import check_factor_dtype, lora_config, lora_tensors
 from weightops.formats.sidecars import is_tokenizer_file
@@ -28,6 +29,8 @@ from weightops.ops.lora.arithmetic import SignVote
 from weightops.ops.lora.combined import CombinedFactor, Method, makes_products
 from weightops.spec import DType
 
+_STEM = re.compile(r"(?<=\.)\d+\..*")
+"""What comes after the names that stand before the number of a layer."""
 _PRUNED = ("ties", "dare", "magnitude_prune")
 _PER_MINUTE = 1e12
 """Multiplications of float64 that a core makes in a minute, about."""
@@ -87,7 +90,8 @@ def combine_adapters(
         **carried.settings,
     )
     factors = {name: tensor for module in made for name, tensor in lora_tensors(module).items()}
-    notes = [*(note for each in adapters for note in each.notes), *carried.notes, *_about_bases(adapter, settings)]
+    notes = [*(note for each in adapters for note in each.notes), *carried.notes]
+    notes += [*_about_bases(adapter, settings), *_about_names(adapters)]
     return Checkpoint(
         adapter[0].name,
         {**factors, **carried.tensors},
@@ -155,6 +159,24 @@ def _about_bases(adapters: Sequence[Checkpoint], settings: Sequence[Mapping[str,
     return [
         f"the adapters were trained on bases of other names: {said}; what comes out fits neither unless they are one"
     ]
+
+
+def _about_names(adapters: Sequence[Adapter]) -> list[str]:
+    """A word of warning where adapters have the same modules under names that begin otherwise.
+
+    transformers 4.52 renamed the modules of models with pictures, and programs that find no module go on without it.
+    """
+    stems = [{_STEM.sub("", path): path for path, _ in each.factors if _STEM.search(path)} for each in adapters]
+    for i, one in enumerate(stems):
+        for j, two in enumerate(stems[:i]):
+            ends = {path.rpartition(".")[2] for path, _ in adapters[i].factors}
+            if one and two and not one.keys() & two.keys() and ends & {p.rpartition(".")[2] for p in two.values()}:
+                shown = [(escape(adapters[k].name), escape(next(iter(stems[k].values())))) for k in (j, i)]
+                return [
+                    f"the adapters' names begin otherwise, {' and '.join(f'{path} in {name}' for name, path in shown)}: "
+                    "if these are the same modules, a program finds one half of what comes out and passes over the other"
+                ]
+    return []
 
 
 def _estimate(method: str, made: Sequence[LoraModule]) -> list[str]:
