@@ -279,8 +279,8 @@ def test_names_that_begin_otherwise_are_warned_of(made: Made, tmp_path: Path) ->
     one, two = made.adapter(seed=1), save_adapter(tmp_path / "two", made.base(), 2)
     edit_tensors(two, lambda t: {n.replace("model.layers", "model.language_model.layers"): v for n, v in t.items()})
     (said,) = combine([one, two], tmp_path / "out", "cat").warnings
-    assert "model.layers.0.mlp.down_proj in" in said
-    assert "model.language_model.layers.0.mlp.down_proj in two" in said
+    assert "model.layers.1.self_attn.q_proj in" in said
+    assert "model.language_model.layers.1.self_attn.q_proj in two" in said
     assert not combine([one, made.adapter(seed=2)], tmp_path / "same", "cat").warnings
 
 

@@ -172,9 +172,10 @@ def _about_names(adapters: Sequence[Adapter]) -> list[str]:
             ends = {path.rpartition(".")[2] for path, _ in adapters[i].factors}
             if one and two and not one.keys() & two.keys() and ends & {p.rpartition(".")[2] for p in two.values()}:
                 shown = [(escape(adapters[k].name), escape(next(iter(stems[k].values())))) for k in (j, i)]
+                said = " and ".join(f"{path} in {name}" for name, path in shown)
                 return [
-                    f"the adapters' names begin otherwise, {' and '.join(f'{path} in {name}' for name, path in shown)}: "
-                    "if these are the same modules, a program finds one half of what comes out and passes over the other"
+                    f"the adapters' names begin otherwise, {said}: if these are the same modules, a program finds one "
+                    "half of what comes out and passes over the other"
                 ]
     return []
 
