@@ -191,11 +191,13 @@ def _estimate(method: str, made: Sequence[LoraModule]) -> list[str]:
                 inputs = [each.spec for each in node.inputs]
                 held = max(held, node.op.held_nbytes(*inputs))
                 multiplications += node.op.multiplications(*inputs)
+    minutes = round(multiplications / _PER_MINUTE)
+    time = f"{minutes} minutes of a core or more" if minutes > 1 else "a minute of a core at most"
     largest = 4 * max(math.prod(module.shape) for module in made)
     return [
         f"{method} makes and decomposes the whole product of each of {len(made)} modules, one after another: up to "
         f"{in_units(largest)} each, of which {in_units(held)} are held at once, and about {multiplications:.1e} "
-        f"multiplications in all, {max(1, round(multiplications / _PER_MINUTE))} minutes of a core or more"
+        f"multiplications in all, {time}"
     ]
 
 
