@@ -32,7 +32,7 @@ from weightops.spec import DType
 _STEM = re.compile(r"(?<=\.)\d+\..*")
 """What comes after the names that stand before the number of a layer."""
 _PRUNED = ("ties", "dare", "magnitude_prune")
-_PER_MINUTE = 1e12
+_PER_MINUTE = 2.5e12
 """Multiplications of float64 that a core makes in a minute, about."""
 
 
@@ -192,7 +192,7 @@ def _estimate(method: str, made: Sequence[LoraModule]) -> list[str]:
                 held = max(held, node.op.held_nbytes(*inputs))
                 multiplications += node.op.multiplications(*inputs)
     minutes = round(multiplications / _PER_MINUTE)
-    time = f"{minutes} minutes of a core or more" if minutes > 1 else "a minute of a core at most"
+    time = f"{minutes} minutes of a core" if minutes > 1 else "a minute of a core at most"
     largest = 4 * max(math.prod(module.shape) for module in made)
     return [
         f"{method} makes and decomposes the whole product of each of {len(made)} modules, one after another: up to "
