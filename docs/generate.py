@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from weightops import errors
-from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli
+from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, SUBCOMMANDS, cli
 
 COMPLETION = """\
 bash, zsh and fish complete commands, options, their values, published names, files and folders, once they have read
@@ -60,6 +60,8 @@ def render() -> str:
     parts += ["```", help_text(), "```", ""]
     for name in COMMANDS:
         parts += [f"## weightops {name}", "", "```", help_text(name), "```", ""]
+        for own in SUBCOMMANDS.get(name, ()):
+            parts += [f"### weightops {name} {own}", "", "```", help_text(name, own), "```", ""]
     parts += ["## Completion", "", COMPLETION, ""]
     parts += ["## Exit codes", "", *exit_code_table(), ""]
     rows = [f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, GROUPS, PROGRAM, cli
+from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, GROUPS, LINES, PROGRAM, SUBCOMMANDS, cli
 from weightops.cli.params import Command
 
 FOLDER = Path(__file__).with_name("man")
@@ -19,8 +19,13 @@ FOLDER = Path(__file__).with_name("man")
 
 def render() -> dict[Path, str]:
     """All pages."""
-    pages = {PROGRAM: _main_page()} | {f"{PROGRAM}-{name}": _page(name) for name in COMMANDS}
+    pages = {PROGRAM: _main_page()} | {page_of(line): _page(line) for line in [*SUBCOMMANDS, *LINES]}
     return {FOLDER / f"{name}.1": text for name, text in pages.items()}
+
+
+def page_of(line: str) -> str:
+    """The page of a command, by the words that run it."""
+    return "-".join([PROGRAM, *line.split()])
 
 
 def _main_page() -> str:
@@ -40,18 +45,25 @@ def _main_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _page(name: str) -> str:
-    parent = click.Context(cli, info_name=PROGRAM, **cli.context_settings)
-    command = cli.get_command(parent, name)
-    assert isinstance(command, Command)
-    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
-    usage = " ".join([PROGRAM, name, *command.collect_usage_pieces(context)])
+def _page(line: str) -> str:
+    command: click.Command = cli
+    context = click.Context(cli, info_name=PROGRAM, **cli.context_settings)
+    for name in line.split():
+        found = command.get_command(context, name) if isinstance(command, click.Group) else None
+        assert found is not None
+        command, context = found, click.Context(found, info_name=name, parent=context, **found.context_settings)
+    usage = " ".join([PROGRAM, line, *command.collect_usage_pieces(context)])
     first, *rest = _paragraphs(command.help or "")
-    parts = _head(f"{PROGRAM}-{name}", first.rstrip("."), usage)
+    parts = _head(page_of(line), first.rstrip("."), usage)
     parts += [".SH DESCRIPTION", *_text([part for part in rest if not _is_example(part)])]
     parts += [".SH EXAMPLES", *_text(_lines(part) for part in rest if _is_example(part))]
-    for title, rows in command.sections(context).items():
-        parts += [f".SH {_escaped(title.upper())}", *_entries(rows)]
+    if isinstance(command, Command):
+        for title, rows in command.sections(context).items():
+            parts += [f".SH {_escaped(title.upper())}", *_entries(rows)]
+    else:
+        own = {name: command.get_command(context, name) for name in SUBCOMMANDS[line]}
+        said = ((f"{page_of(line)}-{name}(1)", each.short_help or "") for name, each in own.items())
+        parts += [".SH COMMANDS", *_entries(said)]
     codes = (command.epilog or "").removeprefix("Exit codes: ").rstrip(".").split("; ")
     parts += [".SH EXIT STATUS", *_entries(_codes(codes))]
     parts += _see_also([PROGRAM])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
 import click
 import pytest
+from command_lines import command_of
 
 import weightops
-from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES
+from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, LINES, SUBCOMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,10 +44,10 @@ def test_pages(page: Path) -> None:
     assert american(page.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*LINES, *SUBCOMMANDS])
 def test_help(name: str) -> None:
-    command = importlib.import_module(f"weightops.cli.commands.{name.replace('-', '_')}").command
-    texts = [command.help.partition("\b\n")[0], COMMANDS[name]]
+    command = command_of(name)
+    texts = [(command.help or "").partition("\b\n")[0], COMMANDS.get(name, command.short_help) or ""]
     texts += [option.help or "" for option in command.params if isinstance(option, click.Option)]
     assert len(texts) >= 2
     assert [word for text in texts for word in american(" ".join(text.split()))] == []

@@ -21,6 +21,7 @@ import click
 import pytest
 import torch
 from adapters import llama, save_adapter, save_model
+from command_lines import command_of
 from gguf_adapters import save_lora
 from gguf_models import save_family
 from hub import Hub
@@ -34,7 +35,7 @@ from vision_models import save_whole
 
 from weightops import cli as package
 from weightops import errors
-from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, cli, run
+from weightops.cli.main import COMMANDS, ENVIRONMENT, EXIT_CODES, LINES, SUBCOMMANDS, cli, run
 from weightops.formats.proofs.manifest import FileEntry, Manifest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,7 +64,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def examples(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The commands under `Example:` in a command's help."""
-    assert run([command, "--help"]) == 0
+    assert run([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out.partition("Example:\n")[2].partition("\n\n")[0].replace("\\\n", " ")
     return [line.strip() for line in text.splitlines() if line.strip().startswith("weightops")]
 
@@ -89,6 +90,12 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         save_model(family / "llama-7b", llama())
         for seed, name in enumerate(("lora", "style", "facts")):
             save_adapter(family / name, family / "llama-7b", seed)
+    if command.startswith("adapter"):
+        shutil.rmtree(family / "model")
+        save_model(family / "model", llama())
+        for seed, name in enumerate(("style", "facts")):
+            save_adapter(family / name, family / "model", seed)
+        assert run(["adapter", "convert", "./style", "--to", "mlx", "--out", "./style-mlx"]) == 0
     if command == "merge":
         for seed, name in enumerate(("base", "a", "b", "chat", "code")):
             save_model(family / name, llama(), seed=seed)
@@ -187,7 +194,7 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         (family / "release.yaml").write_text(json.dumps(recipe))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*LINES, *SUBCOMMANDS])
 def test_the_examples_in_the_help_run(
     command: str, family: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,9 +223,9 @@ def test_the_examples_in_the_help_run(
         assert run(words) == expected, line
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*LINES, *SUBCOMMANDS])
 def test_help_names_exit_codes_that_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([command, "-h"]) == 0
+    assert run([*command.split(), "-h"]) == 0
     text = capsys.readouterr().out.partition("Exit codes:")[2]
     codes = [int(code) for code in re.findall(r"(?:^|;)\s*(\d+)\s", text)]
     assert codes
@@ -317,9 +324,8 @@ def test_names_from_files_cannot_move_the_cursor(family: Path, capsys: pytest.Ca
 def test_no_variable_of_the_environment_sets_an_option(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = click.Context(cli, info_name="weightops", **cli.context_settings)
     assert root.auto_envvar_prefix is None
-    for name in COMMANDS:
-        command = cli.get_command(root, name)
-        assert command is not None
+    for name in LINES:
+        command = command_of(name)
         assert [param.name for param in command.params if param.envvar is not None] == []
     (family / "llama-13b" / "MD5SUMS").write_text("0" * 32 + "  config.json\n")
     for variable in ("WEIGHTOPS_VERIFY_QUICK", "WEIGHTOPS_QUICK", "WEIGHTOPS_VERIFY_CONTENT"):

@@ -49,6 +49,9 @@ PLAIN = [
     ("weightops generate --device c", ["cpu", "cuda"]),
     ("weightops quantize --bits ", ["2", "3", "4", "8"]),
     ("weightops completion ", sorted(SHELLS)),
+    ("weightops adapter ", ["combine", "convert", "rank"]),
+    ("weightops adapter combine one two --method tie", ["ties", "ties_svd"]),
+    ("weightops adapter convert one --to m", ["mlx"]),
     ("weightops verify x --manifest zhixi-13b-b", ["zhixi-13b-base", "zhixi-13b-base-fp16"]),
 ]
 
@@ -99,7 +102,12 @@ def test_a_hub_that_is_none_is_no_matter(monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.mark.parametrize(
     ("line", "without"),
-    [("weightops ca", "weightops.cli.commands"), ("weightops cast --o", "numpy"), ("weightops quantize --ca", "torch")],
+    [
+        ("weightops ca", "weightops.cli.commands"),
+        ("weightops cast --o", "numpy"),
+        ("weightops quantize --ca", "torch"),
+        ("weightops adapter rank --by s", "torch"),
+    ],
 )
 def test_only_what_is_needed_is_imported(line: str, without: str) -> None:
     code = "import sys; from weightops.cli.main import run\ntry: run([])\nfinally: print(*sys.modules)"

@@ -102,6 +102,8 @@ RUNS = [
     ("recover --raw raw --diff delta --out again", "write/2", 0),
     ("cast raw --dtype float16 --out f16 --card", "write/2", 0),
     ("extract-lora --base tiny --tuned tiny-2 --rank 2 --out lora", "write/2", 0),
+    ("adapter combine lora lora --method svd --out lora-2", "write/2", 0),
+    ("adapter rank lora --rank 1 --out lora-1 --dry-run", "write/2", 0),
     ("run recipe.yaml --dry-run", "run/2", 0),
     ("run recipe.yaml", "run/2", 0),
     ("quantize tiny --method rtn --group-size 32 --out q --dry-run", "quantize/1", 0),

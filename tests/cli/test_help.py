@@ -8,21 +8,24 @@ from inspect import cleandoc
 
 import click
 import pytest
+from command_lines import command_of, line_of
 
-from weightops.cli.main import COMMANDS, GROUPS, cli, run
+from weightops.cli.main import COMMANDS, GROUPS, LINES, SUBCOMMANDS, run
 from weightops.recipes.verbs import VERBS
 
-WRITERS = {*VERBS, "quantize", "imatrix", "download", "manifest"}
+WRITERS = {*map(line_of, VERBS), "quantize", "imatrix", "download", "manifest"}
+ADAPTERS = ("adapter combine", "adapter rank")
 OWN_WORDS = {
     "--out": {"download", "manifest", "generate", "imatrix"},
     "--workers": {"download"},
     "--overwrite": {"download"},
     "--dry-run": {"download", "serve"},
     "--manifest": set(),
-    "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize", "merge"},
+    "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize", "merge", *ADAPTERS},
+    "--rank": {"extract-lora", *ADAPTERS},
     "--drop": {"recover", "shard", "part"},
-    "--method": {"diff", "quantize", "merge"},
-    "--base": {"merge-lora", "extract-lora", "inspect", "merge"},
+    "--method": {"diff", "quantize", "merge", "adapter combine"},
+    "--base": {"merge-lora", "extract-lora", "inspect", "merge", "adapter convert"},
     "--include": {"download", "inspect"},
     "--tuned": {"diff", "extract-lora"},
     "--strict": {"compare"},
@@ -32,21 +35,18 @@ OWN_WORDS = {
     "--max-memory": {"quantize"},
     "--checkpoint-format": {"dequantize", "repack"},
     "--zero-overflow": {"repack"},
-    "--to": {"repack"},
+    "--to": {"repack", "adapter convert"},
     "--html": {"check", "quantize", "merge"},
     "--weight": {"merge-lora", "merge"},
-    "--keep": {"experts"},
     "--set": {"convert", "edit"},
+    "--density": {"adapter combine"},
+    "--weights": {"adapter combine"},
+    "--alpha": {"adapter convert"},
+    "--keep": {"adapter rank", "experts"},
 }
 """Options whose words differ from those of the same name elsewhere, by the commands that have words of their own."""
 AMERICAN = re.compile(r"\b(quantiz(ed|ing|ation)|colors?|licenses?|normaliz\w+|optimiz\w+|behaviors?)\b", re.IGNORECASE)
 STARTS = re.compile(r"[A-Z]|--\w|gptq|\* is")
-
-
-def command_of(name: str) -> click.Command:
-    found = cli.get_command(click.Context(cli), name)
-    assert found is not None
-    return found
 
 
 def options_of(name: str) -> Iterator[click.Option]:
@@ -67,7 +67,7 @@ def test_every_command_is_one_line_of_help(monkeypatch: pytest.MonkeyPatch, caps
     assert all(line[0].isupper() and line.endswith(".") for line in COMMANDS.values())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*LINES, *SUBCOMMANDS])
 def test_help_is_whole_sentences_in_british_spelling(name: str) -> None:
     texts = {option.opts[-1]: option.help or "" for option in options_of(name)}
     paragraphs = cleandoc(command_of(name).help or "").split("\n\n")
@@ -82,17 +82,17 @@ def test_help_is_whole_sentences_in_british_spelling(name: str) -> None:
 
 def test_options_of_one_name_are_described_in_the_same_words() -> None:
     words: dict[str, dict[str, set[str]]] = {}
-    for name in COMMANDS:
+    for name in LINES:
         for option in options_of(name):
             flag = option.opts[-1]
             if name not in OWN_WORDS.get(flag, set()):
                 words.setdefault(flag, {}).setdefault(option.help or "", set()).add(name)
     assert {flag: found for flag, found in words.items() if len(found) > 1} == {}
     known = {(flag, name) for flag, names in OWN_WORDS.items() for name in names}
-    assert known <= {(option.opts[-1], name) for name in COMMANDS for option in options_of(name)}
+    assert known <= {(option.opts[-1], name) for name in LINES for option in options_of(name)}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", LINES)
 def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
     assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name in ("run", "serve"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import man
 import pytest
 
-from weightops.cli.main import COMMANDS, run
+from weightops.cli.main import COMMANDS, LINES, run
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "docs" / "man").iterdir()}
@@ -19,7 +19,11 @@ PAGES = {path: path.read_text() for path in (ROOT / "docs" / "man").iterdir()}
 
 def test_the_pages_are_those_of_the_commands() -> None:
     assert man.render() == PAGES, "run `python docs/generate.py`"
-    assert {path.name for path in PAGES} == {"weightops.1", *(f"weightops-{name}.1" for name in COMMANDS)}
+    assert {path.name for path in PAGES} == {
+        "weightops.1",
+        *(f"weightops-{name}.1" for name in COMMANDS),
+        *(f"{man.page_of(line)}.1" for line in LINES),
+    }
 
 
 def shown(path: Path) -> str:
@@ -33,7 +37,8 @@ def shown(path: Path) -> str:
 @pytest.mark.parametrize("path", sorted(PAGES), ids=lambda path: path.stem)
 def test_a_page_is_right_troff_and_says_what_help_says(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = path.stem.removeprefix("weightops").removeprefix("-")
-    assert run([*([name] if name else []), "--help"]) == 0
+    words = next((line.split() for line in LINES if man.page_of(line) == path.stem), [name] if name else [])
+    assert run([*words, "--help"]) == 0
     helped = capsys.readouterr().out
     text = shown(path)
     for option in set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", helped, re.MULTILINE)):

@@ -14,13 +14,14 @@ from typing import Any
 import click
 import pytest
 import torch
+from command_lines import command_of, function_name, line_of
 from support import write_checkpoint
 
 import weightops
 from weightops.api import Output
 from weightops.api.merging import MergeOptions
 from weightops.cli.commands.merge import PARAMETERS
-from weightops.cli.main import COMMANDS, cli, run
+from weightops.cli.main import LINES, cli, run
 from weightops.errors import UsageError
 from weightops.inference.asked import Asked
 from weightops.io.yaml_document import Document
@@ -54,6 +55,8 @@ DOCUMENTS = {
     "merge": {"config": {*("method", "base", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template")}}
 }
 """Parameters that are documents in a language of their own, and the keywords of Python that stand in them."""
+WITHOUT = {"env", "completion", "browse", "serve"}
+"""Commands that have no function."""
 OF_PYTHON = {"control", "web", "cache"}
 OPEN = {
     f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions, Asked, MergeOptions)
@@ -63,14 +66,8 @@ DERIVED = {"convert": {"as_in_2023"}}
 """What follows from an option of another name: from `--format torch-1.12`."""
 
 
-def command_of(name: str) -> click.Command:
-    found = cli.get_command(click.Context(cli), name)
-    assert found is not None
-    return found
-
-
 def function_of(name: str) -> Callable[..., Any]:
-    return getattr(weightops, {"eval": "evaluate"}.get(name, name.replace("-", "_")))
+    return getattr(weightops, function_name(name))
 
 
 def keywords(name: str) -> set[str]:
@@ -82,7 +79,7 @@ def keywords(name: str) -> set[str]:
     return found - OF_PYTHON
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"env", "completion", "browse", "serve"}))
+@pytest.mark.parametrize("name", sorted({*LINES} - WITHOUT))
 def test_options_are_called_as_keywords_of_python(name: str) -> None:
     names, known = {p.name for p in command_of(name).params if p.name}, keywords(name)
     for mapping, keys in MAPPINGS.get(name, {}).items():
@@ -92,7 +89,7 @@ def test_options_are_called_as_keywords_of_python(name: str) -> None:
     assert options - SHOWN - OF_THE_COMMAND.get(name, set()) == known - OF_A_FILE.get(name, set())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", LINES)
 def test_an_option_is_spelled_as_its_name(name: str) -> None:
     for option in command_of(name).params:
         if isinstance(option, click.Option) and option.name not in {*SHOWN, "lists"}:
@@ -108,7 +105,7 @@ def test_parameters_of_an_operation_are_keywords_of_python(name: str) -> None:
     for document, keys in DOCUMENTS.get(name, {}).items():
         assert document in parameters
         parameters = parameters - {document} | keys
-    assert parameters == keywords(name) - writing
+    assert parameters == keywords(line_of(name)) - writing
 
 
 def test_every_parameter_of_a_method_of_merging_is_an_option() -> None:
@@ -124,13 +121,16 @@ def test_every_method_of_merging_is_in_the_help() -> None:
 
 def documented() -> dict[str, tuple[str, str]]:
     """The table of docs/python.md: command line and signature by command."""
-    rows = re.findall(r"^\| `((\S+)[^`]*)` \| `(\w+\(.*?\))`", PAGE.read_text(), re.MULTILINE)
-    return {name: (words, signature) for words, name, signature in rows}
+    rows = re.findall(r"^\| `(\S+[^`]*)` \| `(\w+\(.*?\))`", PAGE.read_text(), re.MULTILINE)
+    return {
+        next(line for line in LINES if words == line or words.startswith(f"{line} ")): (words, signature)
+        for words, signature in rows
+    }
 
 
 def test_the_page_about_python_has_the_signatures() -> None:
     found = documented()
-    assert found.keys() == COMMANDS.keys() - {"env", "completion", "browse", "serve"}
+    assert found.keys() == {*LINES} - WITHOUT
     for name, (words, said) in found.items():
         function = function_of(name)
         parts = []
@@ -142,7 +142,7 @@ def test_the_page_about_python_has_the_signatures() -> None:
         params = command_of(name).params
         arguments = [p.make_metavar(click.Context(cli)) for p in params if isinstance(p, click.Argument)]
         options = [p.opts[-1] for p in params if isinstance(p, click.Option) and p.required]
-        assert [word for word in words.split()[1:] if word.isupper() or "..." in word] == arguments
+        assert [word for word in words.split() if word.isupper() or "..." in word] == arguments
         assert {word for word in words.split() if word.startswith("--")} == set(options)
 
 

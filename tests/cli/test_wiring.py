@@ -6,7 +6,6 @@ Those of `merge`, most of which stand in a document, have a file of their own: t
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_lines import command_of, line_of
 from support import write_checkpoint
 
 import weightops
@@ -112,6 +112,28 @@ ROWS: dict[str, list[Row]] = {
         row("--checkpoint-format gptq_v2", "checkpoint_format", "gptq_v2"),
         row("--zero-overflow carry", "zero_overflow", "carry"),
     ],
+    "combine-adapters": [
+        row("--method svd", "method", "svd"),
+        row("--weight 0.5", "weight", (0.5,)),
+        row("--weights 0.5,-2", "weight", (0.5, -2.0)),
+        row("--density 0.5", "density", 0.5),
+        row("--rank 3", "rank", 3),
+        row("--vote frequency", "vote", "frequency"),
+        row("--seed 9", "seed", 9),
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+    ],
+    "resize-adapter": [
+        row("--rank 3", "rank", 3),
+        row("--keep 0.5", "keep", 0.5),
+        row("--by sv_fro", "by", "sv_fro"),
+        row("--seed 9", "seed", 9),
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+    ],
+    "convert-adapter": [
+        row("--to mlx", "to", "mlx"),
+        row("--heads 8", "heads", 8),
+        row("--alpha 16", "alpha", 16.0),
+    ],
 }
 ROWS |= {
     "part": [
@@ -141,6 +163,7 @@ REQUIRED = {
     "convert": {"--to": "hf"},
     "pack": {"--bits": "4", "--group-size": "32"},
     "repack": {"--to": "gptq"},
+    "convert-adapter": {"--to": "peft"},
 }
 FILES = [
     row("--format torch", "format", "torch"),
@@ -173,8 +196,9 @@ def argv(verb: str, option: str) -> list[str]:
     if verb == "merge":
         return [verb, "raw", "tuned", "--method", "linear", *option.split(), "--out", "out", "--quiet"]
     names = sources(verb)
-    places = list(names) if names.keys() == {"source"} else [word for r in names for word in (f"--{r}", r)]
-    return [verb, *places, *given, *option.split(), "--out", "out", "--quiet"]
+    plain = {"adapter"} if " " in line_of(verb) else {"source"}
+    places = [word for r in names for word in ([r] if r in plain else [f"--{r}", r])]
+    return [*line_of(verb).split(), *places, *given, *option.split(), "--out", "out", "--quiet"]
 
 
 def call(verb: str, option: Row) -> None:
@@ -185,7 +209,8 @@ def call(verb: str, option: Row) -> None:
     required = {flag[2:].replace("-", "_"): value for flag, value in REQUIRED.get(verb, {}).items()}
     required = {name: int(value) if value.isdigit() else value for name, value in required.items()}
     given = option.given[0] if isinstance(option.given, tuple) and len(option.given) == 1 else option.given
-    getattr(api, verb.replace("-", "_"))(*sources(verb).values(), "out", **{**required, option.keyword: given})
+    places = [name for role, name in sources(verb).items() if role not in find_verb(verb).defaults]
+    getattr(api, verb.replace("-", "_"))(*places, "out", **{**required, option.keyword: given})
 
 
 class Reached(Exception):
@@ -240,6 +265,7 @@ def test_an_option_of_an_operation_reaches_it(seen: dict[str, Any], verb: str, o
             call(verb, option)
     else:
         needed = {"convert": {"to": "hf"}, "pack": {"bits": 4, "group_size": 32}, "repack": {"to": "gptq"}}
+        needed["convert-adapter"] = {"to": "peft"}
         required = needed.get(verb, {})
         plain = {
             n: v.value if isinstance(v, DType) else list(v) if isinstance(v, tuple) else v
@@ -294,7 +320,7 @@ def test_every_operation_has_rows() -> None:
 
 @pytest.mark.parametrize("verb", ROWS)
 def test_the_rows_are_all_that_there_is(verb: str) -> None:
-    command = importlib.import_module(f"weightops.cli.commands.{verb.replace('-', '_')}").command
+    command = command_of(line_of(verb))
     flags = {flag for option in command.params if option.param_type_name == "option" for flag in option.opts}
     rows = {word for r in (*ROWS[verb], *FILES, *RUNNING) for word in r.argv.split() if word.startswith("--")}
     in_files = FROM_FILES.get(verb, set())

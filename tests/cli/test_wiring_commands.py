@@ -16,10 +16,11 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from command_lines import line_of
 from support import write_checkpoint
 
 import weightops
-from weightops.cli.main import COMMANDS, run
+from weightops.cli.main import LINES, run
 from weightops.inference.asked import Asked
 from weightops.inference.prompt_file import Wanted
 from weightops.inference.prompts import conversation
@@ -398,7 +399,7 @@ def test_an_option_reaches_the_operation_from_python(seen: dict[str, Any], comma
 
 
 def test_the_rows_are_all_that_there_is() -> None:
-    assert ROWS.keys() | set(VERBS) | {"run"} == COMMANDS.keys()
+    assert ROWS.keys() | set(map(line_of, VERBS)) | {"run"} == {*LINES}
     for name, rows in ROWS.items():
         command = importlib.import_module(f"weightops.cli.commands.{name}").command
         options = [option for option in command.params if option.param_type_name == "option"]

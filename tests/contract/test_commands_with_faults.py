@@ -46,6 +46,7 @@ COMMANDS = [
     "merge-lora --base raw --adapter adapter",
     "merge tuned tuned-2 --base raw --method ties --weight 1 --density 0.5",
     "extract-lora --base raw --tuned tuned --rank 2",
+    "adapter combine adapter adapter --method svd",
     "cast raw --dtype bfloat16",
     "shard raw",
     "pack integers --bits 4 --group-size 32",

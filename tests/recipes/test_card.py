@@ -147,6 +147,19 @@ def test_the_last_step_that_the_hub_has_a_word_for_is_the_relation(
 
 
 @pytest.mark.parametrize(
+    ("step", "library"),
+    [
+        ({"combine-adapters": {"adapter": ["one", "two"], "method": "svd"}}, "peft"),
+        ({"resize-adapter": {"adapter": "one", "rank": 4}}, "peft"),
+        ({"convert-adapter": {"adapter": "one", "to": "mlx"}}, None),
+    ],
+)
+def test_what_adapters_were_trained_on_no_recipe_says(step: dict[str, Any], library: str | None) -> None:
+    found = card("x", {"tensors": {"r": step}, "output": {"from": "r"}}, SOURCES, files={})
+    assert (found.base_models, found.relation, found.library) == ((), None, library)
+
+
+@pytest.mark.parametrize(
     ("config", "expected"),
     [
         (None, ""),

@@ -9,6 +9,7 @@ operations when they are called, because starting takes longer than many of them
 
 from __future__ import annotations
 
+from weightops.api.adapters import combine_adapters, convert_adapter, resize_adapter
 from weightops.api.blocks import quantize_blocks
 from weightops.api.change import (
     cast,
@@ -40,9 +41,11 @@ __all__ = [
     "cast",
     "chat",
     "check",
+    "combine_adapters",
     "compare",
     "compare_merge",
     "convert",
+    "convert_adapter",
     "dequantize",
     "diff",
     "download",
@@ -66,6 +69,7 @@ __all__ = [
     "quantize_blocks",
     "recover",
     "repack",
+    "resize_adapter",
     "run",
     "save",
     "save_all",

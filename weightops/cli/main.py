@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -35,6 +35,7 @@ GROUPS = {
         "merge": "Merge models by mergekit's methods, from its files.",
         "merge-lora": "Merge LoRA adapters into the model they were trained on.",
         "extract-lora": "Make a LoRA adapter of the difference between two models.",
+        "adapter": "Combine LoRA adapters, change their ranks, convert them.",
         "cast": "Convert weights to another number type; count what is lost.",
         "quantize": "Quantise a model to 2, 3, 4 or 8 bits with GPTQ.",
         "imatrix": "Measure on a text which weights matter most, for GGUF files.",
@@ -68,6 +69,12 @@ GROUPS = {
 }
 """The commands, as `--help` lists them: a line of at most 80 columns each."""
 COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
+SUBCOMMANDS: Mapping[str, tuple[str, ...]] = {"adapter": ("combine", "rank", "convert")}
+"""Commands that have commands of their own, and what these are called."""
+LINES: tuple[str, ...] = tuple(
+    line for name in COMMANDS for line in ([f"{name} {sub}" for sub in SUBCOMMANDS.get(name, ())] or [name])
+)
+"""What is typed to run each command: the name, or two words."""
 PROGRAM = "weightops"
 COMPLETION = "_WEIGHTOPS_COMPLETE"
 """What the scripts of `completion` set in the environment to ask for completions."""

@@ -174,7 +174,7 @@ def refuse_unused(why: str, *names: str) -> None:
 
 def write(
     function: Callable[..., Result], *arguments: Path | str | Sequence[Path | str] | None, **options: Any
-) -> None:
+) -> Result:
     """Call a function of the API that writes, with the options of `write_options` and its own, and show the result."""
     from weightops.cli.results import show_result
 
@@ -182,6 +182,7 @@ def write(
     with running(quiet) as control:
         result = function(*arguments, control=control, **options)
     show_result(result, as_json, quiet, workers)
+    return result
 
 
 def cache_folder(name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         energies = {name: note for name, note in result.manifest.notes.items() if "energy" in note}
         if energies:
             say(_energy_text(energies))
+        errors = {name: note for name, note in result.manifest.notes.items() if {"error", "norm"} <= note.keys()}
+        if errors:
+            say(_error_text(errors))
         say(f"content {result.manifest.content_id}")
 
 
@@ -70,6 +74,21 @@ def _energy_text(notes: Mapping[str, Mapping[str, float]]) -> str:
     ]
     mean = sum(note["energy"] for note in notes.values()) / len(notes)
     return f"{table(rows, right=(1, 2, 3))}\n{len(notes)} modules, {100 * mean:.4g} % captured on average"
+
+
+def _error_text(notes: Mapping[str, Mapping[str, float]]) -> str:
+    """How far an adapter is from what it stands for: over all modules, and those that are farthest."""
+    most = sorted(notes.items(), key=lambda item: -item[1]["error"])
+    rows = [("module", "rank", "off by")]
+    rows += [(escape(n), f"{note['rank']:.0f}", f"{100 * note['error']:.3g} %") for n, note in most[:_SHOWN_LOSSES]]
+    off, whole = (sum(x * x for x in each) for each in _norms(notes.values()))
+    share = f"{100 * math.sqrt(off / whole):.3g} %" if whole else "nothing"
+    return f"{table(rows, right=(1, 2))}\n{len(notes)} modules, off by {share} of the exact change"
+
+
+def _norms(notes: Collection[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    """The norms of what is off, and of the exact changes."""
+    return [note["error"] * note["norm"] for note in notes], [note["norm"] for note in notes]
 
 
 def _dry_run_text(result: Result, workers: int | None) -> str:

@@ -11,7 +11,7 @@ from weightops.errors import CorruptInput, NoWeights
 from weightops.formats.adapter.files import model_files
 from weightops.io.escape import escape
 
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.lora")
 WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
 _NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*"

@@ -192,6 +192,13 @@ CONTAINERS: Mapping[str, Container] = {
         has_index=False,
         is_divided=False,
     ),
+    "lit": Container(
+        _torch("torch"),
+        lambda checkpoint, _: [(f"{checkpoint.prefix}.lora", list(checkpoint))],
+        ".pth.lora",
+        has_index=False,
+        is_divided=False,
+    ),
     "gguf": Container(
         _gguf,
         _gguf_files,

@@ -20,8 +20,14 @@ NAME = "README.md"
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}(?<![.-])"
 _HUB_ID = re.compile(rf"(?!.*(--|\.\.))(?!.*\.git$){_PART}/{_PART}", re.ASCII)
-_BASE_ROLES = {"recover": "raw", "diff": "raw", "merge-lora": "base", "extract-lora": "base"}
+_BASE_ROLES = {"recover": "raw", "diff": "raw", "merge-lora": "base", "extract-lora": "base"} | {
+    "resize-adapter": "adapter",
+    "convert-adapter": "adapter",
+    "combine-adapters": "adapter",
+}
 """The source of each operation that the result is a version of; of others it is `source`."""
+_OF_ADAPTERS = ("resize-adapter", "convert-adapter", "combine-adapters")
+"""Operations of which the sources are adapters: what these were trained on, no recipe says."""
 _SPECIAL = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
 
@@ -93,12 +99,17 @@ def card(
         relation = relation or "merge"
         bases = tuple(sources[name] for name in _behind(everything, path[-1][1]) if name in sources)
     else:
-        bases = (sources[base],) if base in sources and not is_delta else ()
+        is_known = base in sources and not is_delta and not (path and path[-1][0] in _OF_ADAPTERS)
+        bases = (sources[base],) if is_known else ()
+    is_adapter = relation == "adapter" or (path and path[0][0] in _OF_ADAPTERS)
+    is_for_others |= any(
+        operation == "convert-adapter" and arguments.get("to") != "peft" for operation, arguments in path
+    )
     return ModelCard(
         title,
         bases,
         None if is_delta else relation,
-        "peft" if relation == "adapter" else None if is_for_others or is_delta else "transformers",
+        None if is_for_others or is_delta else "peft" if is_adapter else "transformers",
         tuple(_sentence(name, operation, arguments) for name, operation, arguments in _operations(everything)),
         dict(files),
         tuple(warnings),

@@ -24,7 +24,10 @@ from weightops.spec import DType, parse_dtype
 VERBS = (
     *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
     *("merge", "experts", "part", "edit"),
+    *("combine-adapters", "resize-adapter", "convert-adapter"),
 )
+_PACKAGES = {"combine-adapters": "adapter", "resize-adapter": "adapter", "convert-adapter": "adapter"}
+"""Where operations are that lie with others in one package."""
 _SUPPLIED = ("evaluate", "stores", "names", "text", "file", "said")
 
 
@@ -74,7 +77,8 @@ def find_verb(name: str) -> Verb:
     if name not in VERBS:
         raise UsageError(f"unknown operation {name!r}", hint=f"known are {', '.join(VERBS)}")
     identifier = name.replace("-", "_")
-    function = getattr(importlib.import_module(f"weightops.operations.{identifier}"), identifier)
+    module = importlib.import_module(f"weightops.operations.{_PACKAGES.get(name, identifier)}")
+    function = getattr(module, identifier)
     hints = get_type_hints(function)
     roles, options, defaults = {}, {}, {}
     parameters = inspect.signature(function).parameters
@@ -82,11 +86,9 @@ def find_verb(name: str) -> Verb:
         kind = hints[parameter.name]
         if kind in (Checkpoint, Sequence[Checkpoint]):
             roles[parameter.name] = kind is not Checkpoint
-            if parameter.default is not parameter.empty:
-                defaults[parameter.name] = parameter.default
         elif parameter.name not in _SUPPLIED:
             options[parameter.name] = kind
-            if parameter.default is not parameter.empty:
-                defaults[parameter.name] = parameter.default
+        if parameter.default is not parameter.empty:
+            defaults[parameter.name] = parameter.default
     supplied = frozenset(_SUPPLIED) & parameters.keys()
     return Verb(name, function, roles, options, defaults, supplied)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import weightops
 from weightops.errors import CorruptInput, IncompatibleInputs, WeightopsError
-from weightops.operations.merge_lora import values as merge_lora_values
+from weightops.formats.adapter import values as adapter_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -121,7 +121,7 @@ def test_factors_are_looked_at_in_parts_of_any_size(
     adapter = tmp_path / "adapter"
     shutil.copytree(made.adapter(), adapter)
     weightops.merge_lora(made.base(), adapter, tmp_path / "expected")
-    monkeypatch.setattr(merge_lora_values, "_BATCH_NBYTES", 1)
+    monkeypatch.setattr(adapter_values, "_BATCH_NBYTES", 1)
     weightops.merge_lora(made.base(), adapter, tmp_path / "found")
     assert all(torch.equal(t, state(tmp_path / "found")[n]) for n, t in state(tmp_path / "expected").items())
     last = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"

@@ -33,7 +33,7 @@ from weightops.cli.params import SOURCE, WRITE_CODES, Command, OneOf, epilog
     type=float,
     metavar="FACTOR",
     multiple=True,
-    help="How strongly to merge each adapter, in their order; 1 is as it was trained.",
+    help="How strongly to merge each adapter, in their order; 1 is as it was trained, -1 takes it off again.",
 )
 @click.option(
     "--precision",
@@ -61,6 +61,7 @@ def command(base: Path | str, adapter: tuple[Path | str, ...], out: Path, **opti
     LoRA, rsLoRA and DoRA are merged, with ranks by pattern, biases, embeddings, modules_to_save, trained tokens and
     experts. Every tensor of an adapter is used, or the merge is refused before anything is written; so is one that
     changes nothing. Other weights that were trained with the adapter, such as LLaVA's non_lora_trainables.bin, are
-    merged too or refused by name. If the adapter has a whole tokenizer, the result gets that one.
+    merged too or refused by name. If the adapter has a whole tokenizer, the result gets that one. What training has
+    saved with the factors in it (base_layer beside lora_A) is merged too: name it as --base and as --adapter.
     """
     write(weightops.merge_lora, base, adapter, out, **options)

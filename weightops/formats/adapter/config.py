@@ -110,6 +110,12 @@ def read_config(checkpoint: Checkpoint) -> tuple[AdapterConfig, tuple[str, ...]]
     return config, (text,) if unknown else ()
 
 
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """adapter_config.json as data, whatever it says; empty where there is none."""
+    data = checkpoint.sidecar(CONFIG_NAME)
+    return strict_json.load_object(data, f"{escape(checkpoint.name)}: {CONFIG_NAME}") if data is not None else {}
+
+
 def _refuse_kind(settings: Mapping[str, Any], where: str) -> list[str]:
     """Refuse what is not LoRA, and settings that make something else of it; gives those that are unknown."""
     kind = settings.get("peft_type")

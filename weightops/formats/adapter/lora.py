@@ -6,7 +6,7 @@ Source: `LoraLayer` of peft 0.21. What plain LoRA, DoRA, `modules_to_save` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from weightops.checkpoint import Checkpoint
@@ -38,6 +38,28 @@ class Factors:
     bias: LazyTensor | None
     magnitude: LazyTensor | None
     is_embedding: bool
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """A module with factors, of `rank` for each of `experts`, whose change is `scale` times B A.
+
+    `target` is what a config calls it: its path, or with a last part the parameter that stacks experts. `depth` counts
+    the wrappers inside which the factors are.
+    """
+
+    path: str
+    depth: int
+    target: str
+    rank: int
+    scale: float
+    factors: Factors
+    experts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The rows and columns of B A, those of one expert."""
+        return self.factors.b.spec.shape[0], math.prod(self.factors.a.spec.shape[1:])
 
 
 @dataclass
@@ -86,8 +108,25 @@ class Adapter:
         That order is known of the `STACKED` alone; others come after them.
         """
         modules = [target.rpartition(".") for target in self.config.target_parameters or () if target]
-        found = {last for module, _, last in modules if not module or f".{path}".endswith(f".{module}")}
-        return [*(name for name in STACKED if name in found), *sorted(found.difference(STACKED))]
+        return _nested({last for module, _, last in modules if not module or f".{path}".endswith(f".{module}")})
+
+    def target(self, path: str, depth: int) -> str:
+        """What the config calls the factors of the module at `path`: the module, or the parameter that they change."""
+        parameters = self.parameters(path)
+        return f"{path}.{parameters[depth]}" if depth < len(parameters) else path
+
+    def modules(self) -> Iterator[LoraModule]:
+        """Every pair of factors, in the file's order; raises `CorruptInput` for ranks that the config contradicts."""
+        for (path, depth), factors in self.factors.items():
+            target = self.target(path, depth)
+            rank, rows = self.rank(target), factors.a.spec.shape[0]
+            experts = rows // rank if target != path and not rows % rank else 1
+            if rows != rank * experts:
+                raise CorruptInput(
+                    f"{escape(self.name)}: {escape(target)}: lora_A is {factors.a.spec}, {CONFIG_NAME} says r = {rank}",
+                    hint=EDITED,
+                )
+            yield LoraModule(path, depth, target, rank, self.scale(target), factors, experts)
 
     def is_saved_whole(self, path: str) -> bool:
         """Whether the tensor at `path` is one of a module in `modules_to_save`."""
@@ -103,6 +142,23 @@ class Adapter:
         if not isinstance(given, dict):
             return tuple(given or ())
         return next((tuple(v) for k, v in given.items() if path == k or path.endswith(f".{k}")), ())
+
+
+def _nested(parameters: Collection[str]) -> list[str]:
+    """Parameters of one module by the depth of their factors."""
+    return [*(name for name in STACKED if name in parameters), *sorted(set(parameters).difference(STACKED))]
+
+
+def depths_of(targets: Mapping[str, str]) -> dict[str, int]:
+    """The depth of each target's factors; `targets` gives the module of each."""
+    own: dict[str, list[str]] = {}
+    for target, path in targets.items():
+        if target != path:
+            own.setdefault(path, []).append(target.rpartition(".")[2])
+    return {
+        target: _nested(own[path]).index(target.rpartition(".")[2]) if target != path else 0
+        for target, path in targets.items()
+    }
 
 
 def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
@@ -122,7 +178,7 @@ def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
         file = checkpoint.shards.get(text, own)
         place = where if file == own else f"{where}/{escape(file)}"
         name = parse_name(text, place)
-        _refuse_odd(tensor, place, text)
+        refuse_odd(tensor, place, text)
         if name.kind in _OF_MODULES:
             parts = modules.setdefault((name.path, name.depth), {})
             if name.kind in parts:
@@ -151,7 +207,7 @@ def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
     return adapter
 
 
-def _refuse_odd(tensor: LazyTensor, place: str, text: str) -> None:
+def refuse_odd(tensor: LazyTensor, place: str, text: str) -> None:
     """Refuse a tensor that holds no numbers to merge."""
     if not tensor.spec.dtype.is_float or tensor.spec.dtype.is_packed:
         raise IncompatibleInputs(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from weightops.checkpoint import Checkpoint, Sidecar, written_json
 from weightops.errors import IncompatibleInputs
 from weightops.formats.adapter.files import CONFIG_NAME
+from weightops.formats.adapter.written import PREFIX as PREFIX
 from weightops.formats.modules import is_conv1d, last_part
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
@@ -22,7 +23,6 @@ from weightops.layouts.embeddings import is_vocabulary
 from weightops.lazy import LazyTensor
 from weightops.operations.extract_lora.places import Places
 
-PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out")
 _NOT_LINEAR = re.compile(r"(.*_)?embed(ding)?s?(_.*)?|w[tp]e|shared|relative_attention_bias|(.*_)?router|gate")
 """Modules that keep a matrix and are no Linear layers: embeddings, and routers of experts, by the last part of a name.

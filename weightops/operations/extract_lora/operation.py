@@ -14,6 +14,7 @@ from typing import Literal, TypedDict
 from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.adapter.written import FACTOR_DTYPES, check_factor_dtype
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
 from weightops.formats.modules import is_conv1d
@@ -30,8 +31,7 @@ from weightops.ops.elementwise import Reinterpret, cast
 from weightops.ops.lora.lowrank import OVERSAMPLE, PASSES, Change, LowRank, SingularValues
 from weightops.spec import DType
 
-_ADAPTER_DTYPES = (DType.F32, DType.F16, DType.BF16)
-_WEIGHT_DTYPES = (*_ADAPTER_DTYPES, DType.F64)
+_WEIGHT_DTYPES = (*FACTOR_DTYPES, DType.F64)
 _ENERGY_TOLERANCE = 1e-6
 """What float32 leaves of a share that should be 1."""
 _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-24, 1e24
@@ -156,9 +156,7 @@ def _check_options(
         raise UsageError("a largest rank is for an energy without a rank", hint="leave out --max-rank")
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"the seed {seed} does not have 64 bits: expected 0 to {(1 << 64) - 1}")
-    if dtype is not None and dtype not in _ADAPTER_DTYPES:
-        known = ", ".join(d.value for d in _ADAPTER_DTYPES)
-        raise UsageError(f"an adapter in {dtype.value} is not what peft loads: expected one of {known}")
+    check_factor_dtype(dtype)
 
 
 def _refuse_rest(factored: Collection[str], untargeted: Sequence[str], others: Sequence[str], rest: str) -> None:

@@ -10,9 +10,9 @@ import msgspec
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs
+from weightops.formats.adapter.config import settings_of
 from weightops.formats.adapter.files import CONFIG_NAME
 from weightops.formats.adapter.lora import Adapter, Factors, read_adapter
-from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.ops.lora.spectrum import Spectrum
@@ -124,7 +124,7 @@ def report_adapter(
         targets = _measured(targets, factors, evaluate)
     if base is not None:
         targets, whole = _fitted(adapter, targets, whole, base)
-    settings = _settings(checkpoint)
+    settings = settings_of(checkpoint)
     named = settings.get("base_model_name_or_path")
     modules = settings.get("target_modules")
     listed = [modules] if isinstance(modules, str) else modules if isinstance(modules, list) else []
@@ -143,15 +143,9 @@ def report_adapter(
     return msgspec.structs.replace(report, fits=None if base is None else not report.problems), adapter.notes
 
 
-def _settings(checkpoint: Checkpoint) -> dict[str, object]:
-    data = checkpoint.sidecar(CONFIG_NAME)
-    return strict_json.load_object(data, f"{escape(checkpoint.name)}: {CONFIG_NAME}") if data is not None else {}
-
-
 def _target(adapter: Adapter, path: str, depth: int, factors: Factors) -> Target:
     """A target by adapter_config.json and the shapes of its factors; what the two disagree on is its problem."""
-    parameters = adapter.parameters(path)
-    name = f"{path}.{parameters[depth]}" if depth < len(parameters) else path
+    name = adapter.target(path, depth)
     a, b = factors.a.spec.shape, factors.b.spec.shape
     rows, rank = a[0], adapter.rank(name)
     experts = rows // rank if name != path and not rows % rank else 1

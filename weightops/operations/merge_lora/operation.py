@@ -21,8 +21,10 @@ from weightops.layouts.embeddings import vocabulary_rows
 from weightops.lazy import Evaluate
 from weightops.operations.check import tokens_without_rows
 from weightops.operations.dequantize import plain_if_quantised
+from weightops.operations.merge_lora.dumps import out_of_training
 from weightops.operations.merge_lora.files import merged_sidecars, with_settings
 from weightops.operations.merge_lora.tensors import Merging
+from weightops.operations.merge_lora.undone import about_taking_off
 from weightops.operations.merge_lora.values import check_values
 from weightops.ops.lora.factors import Precision
 
@@ -45,18 +47,23 @@ def merge_lora(
     `safe_merge=True`, which rounds each change before it is added. float64 rounds once, and gives the same bits on
     every machine. Embeddings are untied where the adapter holds one of them for itself, and config.json says so.
 
+    A weight below 0 takes an adapter off, as far as roundings allow; how far that is, a warning says. A base may be
+    what a training run has saved with the factors in it, and the adapter the same.
+
     A quantised base (QLoRA) is merged into as the plain model that it stands for, each weight in its native type. An
     adapter may lie in a GGUF file.
 
     Raises `IncompatibleInputs` for adapters that are not for this base, are not plain LoRA or DoRA, or change nothing,
     `CorruptInput` for damaged ones, `UsageError` for weights that cannot be meant.
     """
+    base = out_of_training(base)
     _check_base(base)
     adapter = [_as_peft_saves_it(each, base) if is_gguf_adapter(each) else each for each in adapter]
     base = plain_if_quantised(base, evaluate)
     adapters = _read(adapter, weight)
     merging = Merging(base, adapters, precision, two_roundings)
     notes = check_values(adapters, merging.changes, evaluate)
+    notes += about_taking_off(base, merging.tensors, adapters, evaluate)
     sidecars, files = merged_sidecars(base, adapter)
     tensors = merging.tensors
     merged = replace(

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from weightops.errors import CorruptInput, IncompatibleInputs
+from weightops.errors import IncompatibleInputs
 from weightops.formats.adapter.lora import Adapter
+from weightops.formats.adapter.values import differ, scan
 from weightops.io.escape import escape
 from weightops.lazy import Evaluate, LazyTensor
-from weightops.ops.elementwise import Reinterpret, cast
-from weightops.ops.lora.lowrank import Change
-from weightops.spec import DType
 
-_BATCH_NBYTES = 64 << 20
 _NO_CHANGE = "what it holds is what the base has, or too small for the base's numbers"
 
 
@@ -32,8 +27,8 @@ def check_values(
     for adapter in adapters:
         factors = list(adapter.factors.values())
         vectors = [t for f in factors for t in (f.bias, f.magnitude) if t is not None]
-        matters = _scan(adapter, [*vectors, *adapter.rows.values()], evaluate)
-        is_nonzero = _scan(adapter, [t for f in factors for t in (f.a, f.b)], evaluate)
+        matters = scan(adapter, [*vectors, *adapter.rows.values()], evaluate)
+        is_nonzero = scan(adapter, [t for f in factors for t in (f.a, f.b)], evaluate)
         cause = _why_nothing(adapter, is_nonzero[::2], is_nonzero[1::2])
         has_more = any(f.magnitude is not None for f in factors) or adapter.rows or adapter.base or adapter.whole
         if cause is not None and not has_more and not any(matters):
@@ -42,7 +37,7 @@ def check_values(
         if cause is not None and factors:
             causes.append(cause)
             notes.append(f"{escape(adapter.name)}: the factors change nothing: {cause}")
-    if not any(_differ(old, new, evaluate) for old, new in changes):
+    if not any(differ(old, new, evaluate) for old, new in changes):
         raise _changes_nothing(adapters[-1], causes[-1] if causes else _NO_CHANGE)
     return notes
 
@@ -67,35 +62,3 @@ def _changes_nothing(adapter: Adapter, cause: str) -> IncompatibleInputs:
         f"{escape(adapter.name)}: changes nothing: {cause}",
         hint="was it saved before it was trained, or without its factors?",
     )
-
-
-def _differ(old: LazyTensor, new: LazyTensor, evaluate: Evaluate) -> bool:
-    """Whether two tensors hold other bytes, or another number of them."""
-    if old.spec != new.spec:
-        return True
-    as_bytes = Reinterpret(DType.U8, (old.nbytes,))
-    (found,) = evaluate([LazyTensor.make(Change(), *(LazyTensor.make(as_bytes, tensor) for tensor in (old, new)))])
-    return memoryview(found).cast("d")[0] > 0
-
-
-def _scan(adapter: Adapter, tensors: Sequence[LazyTensor], evaluate: Evaluate) -> list[bool]:
-    """For each tensor, whether it holds anything but zeros; raises `CorruptInput` for NaN and infinity."""
-    found: list[bool] = []
-    while len(found) < len(tensors):
-        batch: list[LazyTensor] = []
-        nbytes = 0
-        for tensor in tensors[len(found) :]:
-            if batch and nbytes + tensor.spec.numel * 4 > _BATCH_NBYTES:
-                break
-            batch.append(tensor)
-            nbytes += tensor.spec.numel * 4
-        for tensor, data in zip(batch, evaluate([cast(t, DType.F32) for t in batch]), strict=True):
-            values = np.frombuffer(data, dtype=np.float32)
-            if not np.isfinite(values).all():
-                name = next(name for name, other in adapter.tensors.items() if other is tensor)
-                raise CorruptInput(
-                    f"{escape(adapter.name)}: {escape(name)} holds values that are no numbers",
-                    hint="the training run failed, or the file was damaged after it",
-                )
-            found.append(bool(values.any()))
-    return found

@@ -18,8 +18,8 @@ from weightops.spec import DType, TensorSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ROWS = 4096
-"""Rows of a factor that are decomposed at once."""
+_ROWS = 512
+"""Rows of a factor that are decomposed at once: LAPACK takes three times as long for thousands."""
 
 
 class Spectrum(Op, frozen=True):
@@ -55,12 +55,12 @@ class Spectrum(Op, frozen=True):
             return
         each = len(found) // self.experts
         for i in range(self.experts):
-            core = _triangle(b[:, :, i]) @ _triangle(a[i].T).T
+            core = triangle(b[:, :, i]) @ triangle(a[i].T).T
             found[i * each : (i + 1) * each] = np.linalg.svd(core, compute_uv=False)[:each]
         found[::-1].sort()
 
 
-def _triangle(matrix: NDArray[Any]) -> NDArray[Any]:
+def triangle(matrix: NDArray[Any]) -> NDArray[Any]:
     """R of a matrix that is Q R, with as many rows as the matrix or as columns, whichever are fewer."""
     import numpy as np
 

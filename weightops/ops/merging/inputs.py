@@ -181,17 +181,22 @@ class Inputs:
         return block.reshape(-1, self.columns) if self.by_rows else block
 
     def draws(self, model: int, first: int, count: int) -> NDArray[Any]:
-        """Random numbers of 32 bits for the elements from `first` on, for the model at that place of the merge file.
+        """Random numbers of 32 bits for the elements from `first` on, for the model at that place of the merge file."""
+        return draws(self.key, model, first, count)
 
-        They depend on the key, the model's place and the element alone: Philox 4x64-10 (Salmon and others, Parallel
-        Random Numbers: As Easy as 1, 2, 3, 2011) whose counter is the element's number divided by eight.
-        """
-        import numpy as np
 
-        counter, skipped = divmod(first, 8)
-        generator = np.random.Philox(key=_key(self.key, model), counter=counter)
-        words = np.random.Generator(generator).integers(0, 1 << 64, size=-(-(skipped + count) // 2), dtype=np.uint64)
-        return words.astype("<u8", copy=False).view("<u4")[skipped : skipped + count]
+def draws(key: str, model: int, first: int, count: int) -> NDArray[Any]:
+    """Random numbers of 32 bits for `count` elements of a tensor from `first` on.
+
+    They depend on the key, the model's place and the element alone: Philox 4x64-10 (Salmon and others, Parallel Random
+    Numbers: As Easy as 1, 2, 3, 2011) whose counter is the element's number divided by eight.
+    """
+    import numpy as np
+
+    counter, skipped = divmod(first, 8)
+    generator = np.random.Philox(key=_key(key, model), counter=counter)
+    words = np.random.Generator(generator).integers(0, 1 << 64, size=-(-(skipped + count) // 2), dtype=np.uint64)
+    return words.astype("<u8", copy=False).view("<u4")[skipped : skipped + count]
 
 
 @cache
