@@ -18,7 +18,7 @@ from support import given_tensor, random_tensor, write_checkpoint
 
 import weightops
 from weightops.checkpoint import Checkpoint, written_json
-from weightops.cli.commands.shard import command
+from weightops.cli.main import cli
 from weightops.errors import IncompatibleInputs, UsageError, WeightopsError
 from weightops.formats.folder import open_checkpoint
 from weightops.operations.diff import diff
@@ -330,7 +330,7 @@ def test_the_command_hands_its_options_on(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "raw", {f"m.{name}": torch.zeros(2, 3) for name in NAMES}, {"num_hidden_layers": 1})
     words = "--drop *.inv_freq --drop-prefix m. --rename up_(proj) down_\\1 --rename down_ d_ --layers 0,0 --tie -q"
     arguments = [str(tmp_path / "raw"), "--out", str(tmp_path / "out"), *words.split(" ")]
-    assert CliRunner().invoke(command, arguments, catch_exceptions=False).exit_code == 0
+    assert CliRunner().invoke(cli, ["shard", *arguments], catch_exceptions=False).exit_code == 0
     layers = [f"model.layers.{n}.mlp.d_proj.weight" for n in range(2)]
     assert load_file(tmp_path / "out/model.safetensors").keys() == {EMBEDDING, *layers}
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -339,6 +339,6 @@ def test_the_command_hands_its_options_on(tmp_path: Path) -> None:
 
 def test_a_pattern_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     arguments = [str(tmp_path), "--out", str(tmp_path / "out"), "--rename", "a", "b", "--rename", "a", "c"]
-    result = CliRunner().invoke(command, arguments)
+    result = CliRunner().invoke(cli, ["shard", *arguments])
     assert result.exit_code == 2
     assert "one pattern is given to --rename twice" in result.output
