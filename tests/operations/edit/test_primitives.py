@@ -289,3 +289,14 @@ def test_what_no_step_selects_keeps_its_digest(tmp_path: Path) -> None:
     assert made.digests == {"b": "2"}
     moved = edit(source, steps=[{"select": "a", "name": "c"}], architecture=False, names=("m",), evaluate=read_each)
     assert moved.digests == {"c": "1", "b": "2"}
+
+
+def test_sizes_are_those_of_the_model_that_a_step_selects_in() -> None:
+    qkv = numbers(6, 8)
+    small = Checkpoint(
+        "small", {"l": stored(qkv)}, {"config.json": written_json({**CONFIG, "head_dim": 1, "num_attention_heads": 2})}
+    )
+    step = {"select": "l", "from": "small", "split": {"heads": ["q", "k", "v"]}, "name": ["q", "k", "v"]}
+    source = checkpoint({"a": numbers(2)})
+    made = edit(source, [small], steps=[step], architecture=False, names=("model", "small"), evaluate=read_each)
+    assert {name: made[name].spec.shape[0] for name in "qkv"} == {"q": 2, "k": 2, "v": 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
@@ -118,24 +118,30 @@ class _Work:
             return
         if step.primitive not in MOVES:
             self._refuse_packed(selected)
-        made = list(self._made(step, selected))
+        made = list(self._made(step, selected, self._around(step.source)))
         self._put(step, selected, made)
         self.done.append(_said(step, selected, made))
 
-    def _made(self, step: Step, selected: Sequence[Selected]) -> Iterator[tuple[str, LazyTensor, Selected]]:
+    def _around(self, source: str | None) -> Tensors:
+        """What a step sees besides: sizes are those of the model that it selects in."""
+        return self.around if source is None else replace(self.around, config=self._source(source).config())
+
+    def _made(
+        self, step: Step, selected: Sequence[Selected], around: Tensors
+    ) -> Iterator[tuple[str, LazyTensor, Selected]]:
         """Names and tensors of the results, each with what it comes from."""
         if step.primitive in JOINED:
             groups: dict[str, list[Selected]] = {}
             for one in selected:
                 groups.setdefault(fill_in(step.names[0], one.match), []).append(one)
             for name, several in groups.items():
-                yield name, join(several, step.arguments, self.around), several[0]
+                yield name, join(several, step.arguments, around), several[0]
             return
         for one in selected:
             if step.primitive == "drop":
                 continue
             if step.primitive in SEVERAL:
-                pieces = SEVERAL[step.primitive](one, step.arguments, self.around)
+                pieces = SEVERAL[step.primitive](one, step.arguments, around)
                 templates = step.names if len(step.names) == len(pieces) else step.names * len(pieces)
                 if step.primitive == "split" and len(step.names) not in (1, len(pieces)):
                     raise UsageError(f"{len(pieces)} pieces have {len(step.names)} names")
@@ -144,7 +150,7 @@ class _Work:
                 continue
             name = fill_in(step.names[0], one.match) if step.names else one.name
             done = ONE.get(step.primitive)
-            yield name, one.tensor if done is None else done(one, step.arguments, self.around), one
+            yield name, one.tensor if done is None else done(one, step.arguments, around), one
 
     def _put(self, step: Step, selected: Sequence[Selected], made: Sequence[tuple[str, LazyTensor, Selected]]) -> None:
         """The results in the place of what they come from, unless that is to stay or is another source's."""

@@ -37,6 +37,13 @@ from weightops.spec import DType
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_SIZES = {
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
+    "hidden": ("hidden_size", "n_embd"),
+    "head_dim": ("head_dim",),
+}
+"""Sizes by the fields of config.json, of which the first that is there counts."""
 _UNIT = 1e-3
 """How far a direction's length may be from 1 before it is normalised with a note."""
 
@@ -55,17 +62,10 @@ class Tensors:
     notes: list[str]
 
     def sizes(self) -> dict[str, int]:
-        """Sizes that may be named: heads, kv_heads, head_dim, hidden, experts."""
-        config = self.config
-        found = {
-            "heads": ("num_attention_heads", "n_head"),
-            "kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
-            "hidden": ("hidden_size", "n_embd"),
-            "head_dim": ("head_dim",),
-        }
-        known = stated(config, {key for keys in found.values() for key in keys})
-        sizes = {name: known[key] for name, keys in found.items() for key in reversed(keys) if key in known}
-        sizes |= {name: known[keys[0]] for name, keys in found.items() if keys[0] in known}
+        """Sizes that may be named: heads, kv_heads, head_dim and hidden, as far as config.json gives them."""
+        known = stated(self.config, {key for keys in _SIZES.values() for key in keys})
+        found = {name: [known[key] for key in keys if key in known] for name, keys in _SIZES.items()}
+        sizes = {name: values[0] for name, values in found.items() if values}
         if "head_dim" not in sizes and {"hidden", "heads"} <= sizes.keys():
             sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
         return sizes
