@@ -43,6 +43,7 @@ __all__ = [
     "shard",
     "verify",
     "verify_merge",
+    "vocab",
 ]
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
         shard,
         verify,
         verify_merge,
+        vocab,
     )
 
 

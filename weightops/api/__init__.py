@@ -29,6 +29,7 @@ from weightops.api.models import ComputeDType, Quantization, evaluate, generate,
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
 from weightops.api.talk import chat, generate_all, open_pool
+from weightops.api.vocabulary import vocab
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "shard",
     "verify",
     "verify_merge",
+    "vocab",
 ]

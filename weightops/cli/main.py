@@ -42,6 +42,7 @@ GROUPS = {
         "pack": "Make a quantised model of integers and scales that you have.",
         "repack": "Put the integers of a quantised model into another container.",
         "shard": "Rewrite a model in other files, names or layers.",
+        "vocab": "Change a model's vocabulary: rows, tokens, tokenizer, ids.",
         "run": "Carry out a recipe: several steps and results in one go.",
     },
     "Prove that it is right": {

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import as_torch
-from weightops.spec import TensorSpec
+from weightops.ops.lora.product import memory_of, narrowed, to_wider
+from weightops.spec import DType, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ZEROS = -1
 """Stands for the matrix of a row that is zeros."""
+_SUMS = -2
 
 
 class Gather(Op, frozen=True):
@@ -79,6 +82,74 @@ class MeanOfRows(Op, frozen=True):
                     read(tensor.inputs[int(source)], int(place) * row, buffer)
                     total.add_(as_torch(buffer, dtype))
             total.div_(int(counts[number]))
+
+
+class Combine(Op, frozen=True):
+    """A matrix whose rows are weighted sums of rows of its inputs, added up in float64 and rounded once.
+
+    Row `i` is made of the next `counts[i]` of the `places`, pairs of an input and a row as int32, each with its weight
+    as float64, all little-endian. What is made of one row is that row, to the bit; what is made of none is zeros.
+    Inputs are matrices `[rows, columns]` of one type and width, of float64, float32, bfloat16 or float16.
+    """
+
+    places: bytes
+    counts: bytes
+    weights: bytes
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        return TensorSpec(inputs[0].dtype, (len(self.counts) // 4, *_columns(inputs)))
+
+    def grain(self, tensor: LazyTensor) -> int:
+        row = max(1, tensor.spec.row_nbytes)
+        return row * math.lcm(*(max(1, each.grain // row) for each in tensor.inputs))
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        row = tensor.spec.row_nbytes
+        first, count = start // row, len(out) // row
+        counts = np.frombuffer(self.counts, "<i4")
+        begins = counts.cumsum() - counts
+        counts, begins = counts[first : first + count], begins[first : first + count]
+        places = np.frombuffer(self.places, "<i4").reshape(-1, 2)
+        pairs = np.empty((count, 2), "<i4")
+        pairs[:, 0], pairs[:, 1] = np.where(counts == 0, ZEROS, _SUMS), np.arange(count)
+        single = counts == 1
+        pairs[single] = places[begins[single]]
+        for begin, stop in _runs(pairs):
+            source, place = (int(n) for n in pairs[begin])
+            part = out[begin * row : stop * row]
+            if source == ZEROS:
+                part[:] = bytes(len(part))
+            elif source != _SUMS:
+                read(tensor.inputs[source], place * row, part)
+            for i in range(begin, stop) if source == _SUMS else ():
+                terms = slice(begins[i], begins[i] + counts[i])
+                self._sum(tensor, places[terms], terms, out[i * row : (i + 1) * row], read)
+
+    def _sum(self, tensor: LazyTensor, places: NDArray[Any], terms: slice, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        weights, dtype = np.frombuffer(self.weights, "<f8")[terms], tensor.spec.dtype
+        wide = DType.F64 if dtype is DType.F64 else DType.F32
+        values = np.empty(tensor.spec.numel // tensor.spec.shape[0], wide.value)
+        total = np.zeros(len(values))
+        with read.scratch(len(out)) as buffer:
+            for (source, place), weight in zip(places, weights, strict=True):
+                read(tensor.inputs[int(source)], int(place) * len(out), buffer)
+                to_wider(memory_of(values), wide, buffer, dtype)
+                total += weight * values
+        narrowed(out, dtype, total)
+
+
+def combined(inputs: Sequence[LazyTensor], rows: Sequence[Sequence[tuple[int, int, float]]]) -> LazyTensor:
+    """Rows that are made of terms: an input, a row of it, and its weight. One term is that row, whatever its weight."""
+    import numpy as np
+
+    terms = [term for row in rows for term in row]
+    places = np.array([term[:2] for term in terms], "<i4").tobytes()
+    counts, weights = np.array([len(row) for row in rows], "<i4"), np.array([term[2] for term in terms], "<f8")
+    return LazyTensor.make(Combine(places, counts.tobytes(), weights.tobytes()), *inputs)
 
 
 def _columns(inputs: tuple[TensorSpec, ...]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The operations by name. An operation's signature is its schema: what it takes from, and what may be said of it.
 
-Parameters that take a `Checkpoint`, or a sequence of them, are its sources; keyword-only ones are its options;
-`evaluate` is handed in by whoever runs it, and so are `names`, those of its sources in their order, and what a step is
-given besides.
+Parameters that take a `Checkpoint`, perhaps none, or a sequence of them, are its sources; keyword-only ones are its
+options; `evaluate` is handed in by whoever runs it, and so are `names`, those of its sources in their order, and what a
+step is given besides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weightops.spec import DType, parse_dtype
 
 VERBS = (
     *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
-    "merge",
+    *("merge", "vocab"),
 )
 _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 
@@ -32,7 +32,7 @@ _SUPPLIED = ("evaluate", "names", "text", "file", "said")
 class Verb:
     """An operation. `roles` says of each source whether there may be several; `options` gives types by name.
 
-    Options without a default must be given.
+    What has no default must be given.
     """
 
     name: str
@@ -76,12 +76,16 @@ def find_verb(name: str) -> Verb:
     identifier = name.replace("-", "_")
     function = getattr(importlib.import_module(f"weightops.operations.{identifier}"), identifier)
     hints = get_type_hints(function)
-    roles, options, defaults = {}, {}, {}
+    roles: dict[str, bool] = {}
+    options: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     parameters = inspect.signature(function).parameters
     for parameter in parameters.values():
         kind = hints[parameter.name]
-        if kind in (Checkpoint, Sequence[Checkpoint]):
-            roles[parameter.name] = kind is not Checkpoint
+        if kind in (Checkpoint, Checkpoint | None, Sequence[Checkpoint]):
+            roles[parameter.name] = kind == Sequence[Checkpoint]
+            if kind == Checkpoint | None:
+                defaults[parameter.name] = None
         elif parameter.name not in _SUPPLIED:
             options[parameter.name] = kind
             if parameter.default is not parameter.empty:

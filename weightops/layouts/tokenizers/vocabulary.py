@@ -1,0 +1,293 @@
+"""The tokens of a folder by id, from whatever files of a tokenizer lie there, and those files with fewer tokens."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from weightops.errors import CorruptInput, UsageError, WeightopsError
+from weightops.formats.sidecars import Kind, kind_of
+from weightops.io import strict_json
+from weightops.io.escape import escape
+from weightops.layouts.token_ids import ROLES, processor_ids
+from weightops.layouts.tokenizers import needed
+from weightops.layouts.tokenizers.files import (
+    ADDED,
+    PIECES,
+    SENTENCEPIECE,
+    SPECIAL_MAP,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TokenizerFiles,
+)
+from weightops.layouts.tokenizers.pieces import Pieces, read_pieces
+from weightops.layouts.tokenizers.tokenizer_json import merge_pairs
+from weightops.layouts.tokenizers.union import TokenizerDocument, tokenizer_document
+
+Files = Mapping[str, bytes]
+_VOCAB_JSON, _MERGES, _VOCAB_TXT = "vocab.json", "merges.txt", "vocab.txt"
+_KNOWN = (TOKENIZER, PIECES, TOKENIZER_CONFIG, ADDED, SPECIAL_MAP, _VOCAB_JSON, _MERGES, _VOCAB_TXT)
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class FolderVocabulary:
+    """The tokens that the files of a folder give: `document` is its tokenizer.json, `pieces` its tokenizer.model.
+
+    One of the two is there; both are only where they agree on every id. `left` are files that hold tokens too, and are
+    not edited here.
+    """
+
+    files: Files
+    where: str
+    document: Mapping[str, Any] | None
+    pieces: Pieces | None
+    left: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def added(self) -> Mapping[str, int]:
+        """The ids of tokens that are found in a text as a whole, by text."""
+        if self.document is not None:
+            found = TokenizerDocument(self.document, self.where).added
+            return {text: int(entry["id"]) for text, entry in found.items()}
+        return {text: number for number, text, _ in TokenizerFiles(self.files, self.where).added()}
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """The ids of all tokens, by text."""
+        if self.document is not None:
+            return TokenizerDocument(self.document, self.where).ids
+        assert self.pieces is not None
+        return {**self.pieces.ids, **self.added}
+
+    @property
+    def count(self) -> int:
+        """One more than the highest id."""
+        return max(self.ids.values(), default=-1) + 1
+
+    @cached_property
+    def roles(self) -> Mapping[str, str]:
+        """The special tokens by what they are for, such as eos."""
+        files = TokenizerFiles(self.files, self.where)
+        found: dict[str, str] = {}
+        for name in (SPECIAL_MAP, TOKENIZER_CONFIG):
+            document = files.document(name)
+            texts = {role: content(document.get(f"{role}_token")) for role in ROLES}
+            found |= {role: text for role, text in texts.items() if text is not None and text in self.ids}
+        return found
+
+    def made_document(self) -> Mapping[str, Any]:
+        """A tokenizer.json made of its tokenizer.model: here, where it is one as LLaMA has, else by transformers."""
+        try:
+            made = tokenizer_document(TokenizerFiles(self.files, self.where))
+            assert made is not None
+            return made.document
+        except UsageError:
+            return _through_transformers(self.files, self.where)
+
+    def needed(self, texts: Iterable[str]) -> set[str]:
+        """The tokens that a corpus needs, which is gone through several times, with those that spell any text.
+
+        See `weightops.layouts.tokenizers.needed`.
+        """
+        found: set[str] = set()
+        parts: list[needed.Parts] = []
+        if self.document is not None:
+            tokenizer = needed.opened(json.dumps(self.document), self.where)
+            found |= needed.tokens_of(self.document, tokenizer, texts, self.where)
+            model = self.document["model"]
+            parts += [needed.parts_of(model, self.where)] if needed.kind_of(model) == "BPE" else []
+        if self.pieces is not None:
+            found |= needed.pieces_of(self.pieces, self.files[PIECES], texts)
+            parts.append(needed.parts_of_pieces(self.pieces))
+        return needed.with_parts(found & self.ids.keys(), *parts)
+
+    def keeping(self, new: Mapping[int, int]) -> dict[str, bytes]:
+        """The files with the tokens whose ids `new` has, and those ids; files in `left` are not among them."""
+        made = {name: data for name, data in self.files.items() if name not in self.left}
+        if self.document is not None:
+            made[TOKENIZER] = dumped(_document(self.document, new))
+        if self.pieces is not None:
+            made[PIECES] = self.pieces.keeping(new)
+        for name in (_VOCAB_JSON, _MERGES, _VOCAB_TXT):
+            if name in made and self.document is not None:
+                made[name] = _as_file(name, _document(self.document, new)["model"], made[name])
+        files = TokenizerFiles(self.files, self.where)
+        config = files.document(TOKENIZER_CONFIG)
+        decoder = config.get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            moved = {str(new[int(k)]): v for k, v in decoder.items() if k.isdecimal() and int(k) in new}
+            made[TOKENIZER_CONFIG] = strict_json.dumps({**config, "added_tokens_decoder": moved})
+        if ADDED in made:
+            moved = {text: new[number] for text, number in files.document(ADDED).items() if number in new}
+            made[ADDED] = strict_json.dumps(moved)
+        return made
+
+    def with_tokens(self, texts: Iterable[str], *, special: bool) -> dict[str, bytes]:
+        """The files with tokens added behind the others; those that are there already keep what they are."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.ids]
+        if not new:
+            return dict(self.files)
+        flags = dict.fromkeys(_FLAGS, False) | {"special": special, "normalized": not special}
+        made, files = dict(self.files), TokenizerFiles(self.files, self.where)
+        if self.document is not None:
+            added = TokenizerDocument(self.document, self.where).with_tokens({**flags, "content": t} for t in new)
+            made[TOKENIZER] = dumped({**self.document, "added_tokens": added.document["added_tokens"]})
+            ids = {text: added.ids[text] for text in new}
+        else:
+            ids = {text: self.count + i for i, text in enumerate(new)}
+        config = files.document(TOKENIZER_CONFIG)
+        decoder = config.get("added_tokens_decoder")
+        if isinstance(decoder, dict) or self.document is None:
+            entries = {str(number): {"content": text, **flags} for text, number in ids.items()}
+            made[TOKENIZER_CONFIG] = strict_json.dumps(
+                {**config, "added_tokens_decoder": {**(decoder or {}), **entries}}
+            )
+        if ADDED in made or self.document is None:
+            made[ADDED] = strict_json.dumps({**files.document(ADDED), **ids})
+        return made
+
+
+def content(token: object) -> str | None:
+    """The text of a token, which configs hold as it is or in an object."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def dumped(document: Mapping[str, Any]) -> bytes:
+    """A tokenizer.json as transformers writes it."""
+    return json.dumps(document, ensure_ascii=False, indent=2).encode()
+
+
+def read_vocabulary(files: Files, where: str) -> FolderVocabulary:
+    """The tokens of a folder, of whose `files` those of a tokenizer count; others are kept along.
+
+    Where there is neither tokenizer.json nor a sentencepiece tokenizer.model, transformers makes the former of what
+    there is. Raises `UsageError` where there is no tokenizer, `CorruptInput` for damaged files.
+    """
+    document = strict_json.load_object(files[TOKENIZER], f"{where}/{TOKENIZER}") if TOKENIZER in files else None
+    pieces = None
+    if files.get(PIECES, b"").startswith(SENTENCEPIECE):
+        pieces = read_pieces(files[PIECES], f"{where}/{PIECES}")
+    if document is None and pieces is None:
+        document = _through_transformers(files, where)
+        made = {**files, TOKENIZER: dumped(document)}
+        left = [name for name in _holders(files) if name not in (TOKENIZER_CONFIG, ADDED, SPECIAL_MAP)]
+        return FolderVocabulary(made, where, document, None, tuple(left))
+    left = [name for name in _holders(files) if name not in _KNOWN]
+    if document is not None:
+        _check(document, where)
+        ids = TokenizerDocument(document, where).ids
+        if pieces is not None and any(ids.get(piece.text) != i for i, piece in enumerate(pieces.pieces)):
+            pieces = None
+        left += [PIECES] if PIECES in files and pieces is None else []
+        left += [name for name in (_VOCAB_JSON, _MERGES, _VOCAB_TXT) if not _agrees(name, document, files)]
+    else:
+        left += [name for name in (_VOCAB_JSON, _MERGES, _VOCAB_TXT) if name in files]
+    return FolderVocabulary(files, where, document, pieces, tuple(dict.fromkeys(left)))
+
+
+def _check(document: Mapping[str, Any], where: str) -> None:
+    """Raise `CorruptInput` for a tokenizer.json whose parts are of other types than they are read as."""
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    is_unigram = isinstance(model, Mapping) and needed.kind_of(model) == "Unigram"
+    if not isinstance(vocabulary, list if is_unigram else dict):
+        raise CorruptInput(f"{where}/{TOKENIZER}: has no vocabulary")
+    odd = is_unigram and next((pair for pair in vocabulary if not _is_scored(pair)), None)
+    if odd:
+        raise CorruptInput(f"{where}/{TOKENIZER}: {escape(repr(odd))[:80]} is no piece with a score")
+
+
+def _is_scored(pair: Any) -> bool:
+    match pair:
+        case [str(), int() | float()]:
+            return True
+    return False
+
+
+def _holders(files: Files) -> list[str]:
+    """The files of a tokenizer, but for its templates."""
+    return [name for name in files if kind_of(name) is Kind.TOKENIZER]
+
+
+def _through_transformers(files: Files, where: str) -> dict[str, Any]:
+    """tokenizer.json as transformers makes it of vocab.txt, of vocab.json and merges.txt, and the like."""
+    if not any(name not in (TOKENIZER_CONFIG, ADDED, SPECIAL_MAP) for name in _holders(files)):
+        raise UsageError(
+            f"{where}: has no tokenizer, whose tokens could be told from rows", hint="put its files beside the weights"
+        )
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, data in files.items():
+            if "/" not in name:
+                (Path(temporary) / name).write_bytes(data)
+        try:
+            made = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
+            return strict_json.load_object(made.backend_tokenizer.to_str().encode(), f"{where}/{TOKENIZER}")
+        except WeightopsError:
+            raise
+        except Exception as error:  # whatever transformers has to say of files
+            raise UsageError(
+                f"{where}: its tokenizer is read neither here nor by transformers: {escape(str(error))[:200]}",
+                hint="put a tokenizer.json beside it",
+            ) from None
+
+
+def _agrees(name: str, document: Mapping[str, Any], files: Files) -> bool:
+    """Whether a file, if it is there, holds what tokenizer.json does, so that it can be written anew from that."""
+    if name not in files:
+        return True
+    model = document["model"]
+    try:
+        if name == _VOCAB_JSON:
+            return bool(strict_json.load_object(files[name], name) == model["vocab"])
+        if name == _MERGES:
+            return _as_file(name, model, files[name]).split() == files[name].split()
+        texts = files[name].decode().splitlines()
+        return bool({text: i for i, text in enumerate(texts)} == model["vocab"])
+    except (WeightopsError, UnicodeDecodeError, KeyError, TypeError):
+        return False
+
+
+def _as_file(name: str, model: Mapping[str, Any], before: bytes) -> bytes:
+    """vocab.json, merges.txt or vocab.txt of a tokenizer.json's model; the first line of merges stays, if it is one."""
+    if name == _VOCAB_JSON:
+        return json.dumps(model["vocab"], ensure_ascii=False).encode()
+    if name == _VOCAB_TXT:
+        return "".join(f"{text}\n" for text in model["vocab"]).encode()
+    head = [before.decode().partition("\n")[0]] if before.startswith(b"#version") else []
+    return "\n".join([*head, *map(" ".join, merge_pairs(model.get("merges"), name)), ""]).encode()
+
+
+def _document(document: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+    """A tokenizer.json with fewer tokens and their new ids."""
+    model = dict(document["model"])
+    if needed.kind_of(model) == "Unigram":
+        kept = sorted((new[i], pair) for i, pair in enumerate(model["vocab"]) if i in new)
+        unknown = model.get("unk_id")
+        model |= {"vocab": [pair for _, pair in kept], "unk_id": None if unknown is None else new[unknown]}
+    else:
+        pairs = sorted((new[number], text) for text, number in model["vocab"].items() if number in new)
+        model["vocab"] = {text: number for number, text in pairs}
+    if "merges" in model:
+        prefix, known = model.get("continuing_subword_prefix") or "", model["vocab"]
+        parts = merge_pairs(model["merges"], "merges")
+        model["merges"] = [
+            merge
+            for merge, (left, right) in zip(model["merges"], parts, strict=True)
+            if left in known and right in known and left + right.removeprefix(prefix) in known
+        ]
+    added = [{**entry, "id": new[entry["id"]]} for entry in document.get("added_tokens") or () if entry["id"] in new]
+    made = {**document, "model": model, "added_tokens": sorted(added, key=lambda entry: entry["id"])}
+    made["post_processor"] = processor_ids(document.get("post_processor"), lambda number: new[number])
+    padding = document.get("padding")
+    if isinstance(padding, Mapping) and type(padding.get("pad_id")) is int:
+        made["padding"] = {**padding, "pad_id": new.get(padding["pad_id"], 0)}
+    return made
