@@ -31,13 +31,16 @@ from weightops.layouts.tokenizers.union import TokenizerDocument, tokenizer_docu
 
 Files = Mapping[str, bytes]
 _VOCAB_JSON, _MERGES, _VOCAB_TXT = "vocab.json", "merges.txt", "vocab.txt"
-_KNOWN = (TOKENIZER, PIECES, TOKENIZER_CONFIG, ADDED, SPECIAL_MAP, _VOCAB_JSON, _MERGES, _VOCAB_TXT)
+_PIECES = (PIECES, "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model")
+"""What families call a sentencepiece model; the ids of all but the first are only told by a tokenizer.json."""
+_KNOWN = (TOKENIZER, *_PIECES, TOKENIZER_CONFIG, ADDED, SPECIAL_MAP, _VOCAB_JSON, _MERGES, _VOCAB_TXT)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
 class FolderVocabulary:
-    """The tokens that the files of a folder give: `document` is its tokenizer.json, `pieces` its tokenizer.model.
+    """The tokens that the files of a folder give: `document` is its tokenizer.json, `pieces` its sentencepiece
+    model, in the file `pieces_name`.
 
     One of the two is there; both are only where they agree on every id. `left` are files that hold tokens too, and are
     not edited here.
@@ -47,6 +50,7 @@ class FolderVocabulary:
     where: str
     document: Mapping[str, Any] | None
     pieces: Pieces | None
+    pieces_name: str = PIECES
     left: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -103,7 +107,7 @@ class FolderVocabulary:
             model = self.document["model"]
             parts += [needed.parts_of(model, self.where)] if needed.kind_of(model) == "BPE" else []
         if self.pieces is not None:
-            found |= needed.pieces_of(self.pieces, self.files[PIECES], texts)
+            found |= needed.pieces_of(self.pieces, self.files[self.pieces_name], texts)
             parts.append(needed.parts_of_pieces(self.pieces))
         return needed.with_parts(found & self.ids.keys(), *parts)
 
@@ -113,7 +117,7 @@ class FolderVocabulary:
         if self.document is not None:
             made[TOKENIZER] = dumped(_document(self.document, new))
         if self.pieces is not None:
-            made[PIECES] = self.pieces.keeping(new)
+            made[self.pieces_name] = self.pieces.keeping(new)
         for name in (_VOCAB_JSON, _MERGES, _VOCAB_TXT):
             if name in made and self.document is not None:
                 made[name] = _as_file(name, _document(self.document, new)["model"], made[name])
@@ -171,25 +175,23 @@ def read_vocabulary(files: Files, where: str) -> FolderVocabulary:
     there is. Raises `UsageError` where there is no tokenizer, `CorruptInput` for damaged files.
     """
     document = strict_json.load_object(files[TOKENIZER], f"{where}/{TOKENIZER}") if TOKENIZER in files else None
-    pieces = None
-    if files.get(PIECES, b"").startswith(SENTENCEPIECE):
-        pieces = read_pieces(files[PIECES], f"{where}/{PIECES}")
-    if document is None and pieces is None:
+    name = next((name for name in _PIECES if files.get(name, b"").startswith(SENTENCEPIECE)), PIECES)
+    is_pieces = files.get(name, b"").startswith(SENTENCEPIECE)
+    pieces = read_pieces(files[name], f"{where}/{name}") if is_pieces else None
+    if document is None and (pieces is None or name != PIECES):
         document = _through_transformers(files, where)
-        made = {**files, TOKENIZER: dumped(document)}
-        left = [name for name in _holders(files) if name not in (TOKENIZER_CONFIG, ADDED, SPECIAL_MAP)]
-        return FolderVocabulary(made, where, document, None, tuple(left))
+        files = {**files, TOKENIZER: dumped(document)}
     left = [name for name in _holders(files) if name not in _KNOWN]
     if document is not None:
         _check(document, where)
         ids = TokenizerDocument(document, where).ids
         if pieces is not None and any(ids.get(piece.text) != i for i, piece in enumerate(pieces.pieces)):
             pieces = None
-        left += [PIECES] if PIECES in files and pieces is None else []
+        left += [other for other in _PIECES if other in files and (pieces is None or other != name)]
         left += [name for name in (_VOCAB_JSON, _MERGES, _VOCAB_TXT) if not _agrees(name, document, files)]
     else:
         left += [name for name in (_VOCAB_JSON, _MERGES, _VOCAB_TXT) if name in files]
-    return FolderVocabulary(files, where, document, pieces, tuple(dict.fromkeys(left)))
+    return FolderVocabulary(files, where, document, pieces, name, tuple(dict.fromkeys(left)))
 
 
 def _check(document: Mapping[str, Any], where: str) -> None:

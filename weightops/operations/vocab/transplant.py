@@ -83,7 +83,7 @@ def transplanted(body: Body, donor: Body, method: Method, k: int, override: Mapp
 
 
 def _same(own: Meanings, new: Meanings, rows: int) -> tuple[dict[int, int], list[str]]:
-    """By id of the donor that of the model's token of the same meaning; and such tokens that the model lacks a row for."""
+    """By id of the donor that of the model's token of the same meaning; and tokens that it has no row for."""
     same: dict[int, int] = {}
     beyond = []
     for text, number in new.vocabulary.ids.items():

@@ -16,7 +16,7 @@ from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.token_ids import ids_elsewhere, processor_ids, renamed_ids
 from weightops.layouts.tokenizers import needed
-from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, TOKENIZER
+from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TOKENIZER
 from weightops.layouts.tokenizers.vocabulary import FolderVocabulary
 from weightops.operations.vocab.body import Body
 from weightops.operations.vocab.change import Change
@@ -120,7 +120,9 @@ def _prove(vocabulary: FolderVocabulary, files: Mapping[str, bytes], new: Mappin
     if vocabulary.pieces is not None:
         from sentencepiece import SentencePieceProcessor
 
-        old, fewer = (SentencePieceProcessor(model_proto=each[PIECES]) for each in (vocabulary.files, files))
+        old, fewer = (
+            SentencePieceProcessor(model_proto=each[vocabulary.pieces_name]) for each in (vocabulary.files, files)
+        )
         pairs.append((old.encode(text, out_type=str), fewer.encode(text, out_type=str)) for text in corpus)
     for each in pairs:
         for one, other in each:
