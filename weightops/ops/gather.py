@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import as_torch
-from weightops.ops.lora.product import memory_of, narrowed, to_wider
-from weightops.spec import DType, TensorSpec
+from weightops.ops.wide import narrowed, widened
+from weightops.spec import TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,25 +131,20 @@ class Combine(Op, frozen=True):
         import numpy as np
 
         weights, dtype = np.frombuffer(self.weights, "<f8")[terms], tensor.spec.dtype
-        wide = DType.F64 if dtype is DType.F64 else DType.F32
-        values = np.empty(tensor.spec.numel // tensor.spec.shape[0], wide.value)
-        total = np.zeros(len(values))
+        total = np.zeros(tensor.spec.numel // tensor.spec.shape[0])
         with read.scratch(len(out)) as buffer:
             for (source, place), weight in zip(places, weights, strict=True):
                 read(tensor.inputs[int(source)], int(place) * len(out), buffer)
-                to_wider(memory_of(values), wide, buffer, dtype)
-                total += weight * values
+                total += weight * widened(buffer, dtype)
         narrowed(out, dtype, total)
 
 
-def combined(inputs: Sequence[LazyTensor], rows: Sequence[Sequence[tuple[int, int, float]]]) -> LazyTensor:
-    """Rows that are made of terms: an input, a row of it, and its weight. One term is that row, whatever its weight."""
-    import numpy as np
-
-    terms = [term for row in rows for term in row]
-    places = np.array([term[:2] for term in terms], "<i4").tobytes()
-    counts, weights = np.array([len(row) for row in rows], "<i4"), np.array([term[2] for term in terms], "<f8")
-    return LazyTensor.make(Combine(places, counts.tobytes(), weights.tobytes()), *inputs)
+def combined(
+    inputs: Sequence[LazyTensor], places: NDArray[Any], counts: NDArray[Any], weights: NDArray[Any]
+) -> LazyTensor:
+    """The rows that `Combine` makes, of arrays."""
+    data = places.astype("<i4").tobytes(), counts.astype("<i4").tobytes(), weights.astype("<f8").tobytes()
+    return LazyTensor.make(Combine(*data), *inputs)
 
 
 def _columns(inputs: tuple[TensorSpec, ...]) -> tuple[int, ...]:

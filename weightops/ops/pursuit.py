@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor, Op
-from weightops.ops.lora.product import memory_of, narrowed, to_wider
-from weightops.spec import DType, TensorSpec
+from weightops.ops.wide import narrowed, widened
+from weightops.spec import TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,16 +139,15 @@ class _Points:
 
         (rows, columns), row = self._donor.spec.shape, self._donor.spec.row_nbytes
         height = max(1, _BLOCK_NBYTES // (4 * columns))
-        values = np.empty((min(height, rows), columns), np.float32)
-        with self._read.scratch(len(values) * row) as buffer:
+        with self._read.scratch(min(height, rows) * row) as buffer:
             for top in range(0, rows, height):
                 first, last = np.searchsorted(self._places, (top, top + height))
                 if first == last:
                     continue
-                part = values[: rows - top]
-                self._read(self._donor, top * row, buffer[: len(part) * row])
-                to_wider(memory_of(part), DType.F32, buffer[: len(part) * row], self._donor.spec.dtype)
-                yield int(first), part[self._places[first:last] - top]
+                memory = buffer[: (rows - top) * row]
+                self._read(self._donor, top * row, memory)
+                part = widened(memory, self._donor.spec.dtype).reshape(-1, columns)
+                yield int(first), part[self._places[first:last] - top].astype(np.float32, copy=False)
 
 
 def _solved(gram: NDArray[Any], goal: NDArray[Any]) -> NDArray[Any]:
@@ -165,10 +164,7 @@ def _row(tensor: LazyTensor, number: int, read: Evaluator) -> NDArray[Any]:
     """A row as float64."""
     import numpy as np
 
-    dtype, row = tensor.spec.dtype, tensor.spec.row_nbytes
-    wide = DType.F64 if dtype is DType.F64 else DType.F32
-    values = np.empty(tensor.spec.shape[1], wide.value)
+    row = tensor.spec.row_nbytes
     with read.scratch(row) as buffer:
         read(tensor, number * row, buffer)
-        to_wider(memory_of(values), wide, buffer, dtype)
-    return values.astype(np.float64)
+        return widened(buffer, tensor.spec.dtype).astype(np.float64)

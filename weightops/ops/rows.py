@@ -8,7 +8,7 @@ from weightops.errors import IncompatibleInputs
 from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import as_torch
-from weightops.ops.lora.product import memory_of, narrowed, to_wider
+from weightops.ops.wide import narrowed, widened
 from weightops.spec import DType, TensorSpec
 
 _BLOCK_NBYTES = 4 << 20
@@ -158,14 +158,13 @@ class FiniteMean(Op, frozen=True):
 
         (source,) = tensor.inputs
         (rows, columns), row, dtype = source.spec.shape, source.spec.row_nbytes, source.spec.dtype
-        wide = DType.F64 if dtype is DType.F64 else DType.F32
         height = max(1, _BLOCK_NBYTES // row)
-        total, values = np.zeros(columns), np.empty((min(height, rows), columns), wide.value)
-        with read.scratch(len(values) * row) as buffer, np.errstate(invalid="ignore", over="ignore"):
+        total = np.zeros(columns)
+        with read.scratch(min(height, rows) * row) as buffer, np.errstate(invalid="ignore", over="ignore"):
             for top in range(0, rows, height):
-                part = values[: rows - top]
-                read(source, top * row, buffer[: len(part) * row])
-                to_wider(memory_of(part), wide, buffer[: len(part) * row], dtype)
+                memory = buffer[: (rows - top) * row]
+                read(source, top * row, memory)
+                part = widened(memory, dtype).reshape(-1, columns)
                 total += np.add.reduce(part, axis=0, dtype=np.float64)
                 if not np.isfinite(total).all():
                     odd = int(np.flatnonzero(~np.isfinite(part).all(axis=1))[0]) + top

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.io.escape import escape
@@ -16,7 +16,11 @@ from weightops.ops.gather import combined
 from weightops.ops.pursuit import Pursuit
 from weightops.ops.rows import FiniteMean, Given, NormalRows
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _DEFAULT_STD = 0.02
+_NO_ROW = -1
 Term = tuple[int, int, float]
 
 
@@ -101,6 +105,8 @@ def _made(
     matrix = _matrix(each)
     if list(rows) == list(range(each.entries)):
         return each.tensor
+    import numpy as np
+
     inputs = [matrix]
 
     def put(tensor: LazyTensor) -> int:
@@ -110,30 +116,45 @@ def _made(
     columns, dtype = matrix.spec.shape[1], matrix.spec.dtype
     mean_at = put(mean) if mean is not None else 0
     normal_at = put(_normal(each, len(rows), chance)) if "normal" in rows else 0
-    after_at = put(_pursuit(each, after)) if after is not None and "donor" in rows else None
+    after_at = put(_pursuit(each, after)) if after is not None and "donor" in rows else 0
     first = len(after.rows) if after is not None else 0
-    terms: list[Sequence[Term]] = []
-    for i, row in enumerate(rows):
-        if row == "donor" or (
-            after_at is not None and i < first and isinstance(row, int) and after and after.rows[i] == row
-        ):
-            assert after_at is not None
-            terms.append([(after_at, i, 1.0)])
-        elif row == "mean":
-            terms.append([(mean_at, 0, 1.0)])
-        elif row == "normal":
-            terms.append([(normal_at, i, 1.0)])
-        elif isinstance(row, int):
-            terms.append([(0, row, 1.0)])
-        elif isinstance(row, Mix):
-            terms.append([(0, old, weight) for old, weight in zip(row.rows, row.weights, strict=True)])
+    numbers = np.fromiter((row if type(row) is int else _NO_ROW for row in rows), "<i4", len(rows))
+    if after is not None and after_at:
+        same = numbers[:first] == np.array(after.rows[: len(rows)])
+        copied = np.flatnonzero(same & (numbers[:first] != _NO_ROW)).tolist()
+    else:
+        copied = []
+    terms: dict[int, list[Term]] = {i: [(after_at, i, 1.0)] for i in copied}
+    for i in np.flatnonzero(numbers == _NO_ROW).tolist():
+        row = rows[i]
+        if isinstance(row, Mix):
+            terms[i] = [(0, old, weight) for old, weight in zip(row.rows, row.weights, strict=True)]
         else:
-            terms.append([])
-    made = combined(inputs, terms)
+            made_by = {"mean": (mean_at, 0, 1.0), "normal": (normal_at, i, 1.0), "donor": (after_at, i, 1.0)}
+            terms[i] = [made_by[str(row)]] if row != "zero" else []
+    made = _combined(inputs, numbers, terms)
     if made.spec.shape == (len(rows), columns) and len(each.tensor.spec.shape) == 2 and each.axis == 0:
         return made
     shape = tuple(len(rows) if axis == each.axis else size for axis, size in enumerate(each.tensor.spec.shape))
     return LazyTensor.make(Reinterpret(dtype, shape), made)
+
+
+def _combined(inputs: Sequence[LazyTensor], numbers: NDArray[Any], terms: Mapping[int, list[Term]]) -> LazyTensor:
+    """Rows of the first input by their numbers, but for those that have terms of their own."""
+    import numpy as np
+
+    counts = np.ones(len(numbers), "<i8")
+    for i, own in terms.items():
+        counts[i] = len(own)
+    begins = counts.cumsum() - counts
+    places, weights = np.zeros((int(counts.sum()), 2), "<i8"), np.ones(int(counts.sum()))
+    plain = np.ones(len(numbers), bool)
+    plain[list(terms)] = False
+    places[begins[plain], 1] = numbers[plain]
+    for i, own in terms.items():
+        for at, (source, place, weight) in enumerate(own, int(begins[i])):
+            places[at], weights[at] = (source, place), weight
+    return combined(inputs, places, counts, weights)
 
 
 def _normal(each: TokenTensor, rows: int, chance: Chance) -> LazyTensor:

@@ -320,14 +320,6 @@ def to_narrower(out: memoryview, dtype: DType, source: memoryview, wide: DType) 
     convert(out, dtype, memory_of(rounded), DType.F32)
 
 
-def narrowed(out: memoryview, dtype: DType, values: NDArray[Any]) -> None:
-    """`out = values`, which are float64, in a type of floats: rounded once, to the nearest."""
-    if dtype is DType.F64:
-        out[:] = memory_of(values)
-    else:
-        to_narrower(out, dtype, memory_of(values), DType.F64)
-
-
 def round_to(array: NDArray[Any], dtype: DType) -> None:
     """Round the values of a contiguous array to those of a narrower type."""
     import numpy as np
