@@ -13,6 +13,8 @@ from weightops.spec import DType, TensorSpec
 
 _BLOCK_NBYTES = 4 << 20
 _SLAB_NBYTES = 24 << 20
+_MEAN_NBYTES = 1 << 19
+"""What is added up at once for a mean of all rows: small enough to stay in a cache when it has become float32."""
 
 
 class Given(Op, frozen=True):
@@ -151,14 +153,14 @@ class FiniteMean(Op, frozen=True):
 
     @property
     def scratch_nbytes(self) -> int:
-        return 3 * _BLOCK_NBYTES
+        return 3 * _MEAN_NBYTES
 
     def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
         import numpy as np
 
         (source,) = tensor.inputs
         (rows, columns), row, dtype = source.spec.shape, source.spec.row_nbytes, source.spec.dtype
-        height = max(1, _BLOCK_NBYTES // row)
+        height = max(1, _MEAN_NBYTES // row)
         total = np.zeros(columns)
         with read.scratch(min(height, rows) * row) as buffer, np.errstate(invalid="ignore", over="ignore"):
             for top in range(0, rows, height):

@@ -17,7 +17,9 @@ def widened(buffer: memoryview, dtype: DType) -> NDArray[Any]:
     import numpy as np
 
     if dtype is DType.BF16:
-        return (np.frombuffer(buffer, "<u2").astype("<u4") << 16).view(np.float32)
+        bits = np.frombuffer(buffer, "<u2").astype("<u4")
+        bits <<= 16
+        return bits.view(np.float32)
     if dtype in (DType.F64, DType.F32, DType.F16):
         return np.frombuffer(buffer, dtype.value).astype(np.float64 if dtype is DType.F64 else np.float32)
     values = np.empty(len(buffer) // dtype.itemsize, np.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,13 +77,13 @@ def mixed(rows: Sequence[Row], numbers: Sequence[int], weights: Sequence[float])
 
 def described(rows: Sequence[Row]) -> str:
     """How many rows come from where, in words."""
-    says: Mapping[str, Callable[[Row], bool]] = {
-        "as they were": lambda row: isinstance(row, int),
-        "made of several": lambda row: isinstance(row, Mix),
-        "the mean of the old": lambda row: row == "mean",
-        "zeros": lambda row: row == "zero",
-        "normal numbers": lambda row: row == "normal",
-        "approximated after the donor's": lambda row: row == "donor",
+    counts = Counter(row if isinstance(row, str) else type(row).__name__ for row in rows)
+    says = {
+        "int": "as they were",
+        "Mix": "made of several",
+        "mean": "the mean of the old",
+        "zero": "zeros",
+        "normal": "normal numbers",
+        "donor": "approximated after the donor's",
     }
-    counts = {text: sum(map(holds, rows)) for text, holds in says.items()}
-    return ", ".join(f"{count} {text}" for text, count in counts.items() if count)
+    return ", ".join(f"{counts[kind]} {text}" for kind, text in says.items() if counts[kind])
