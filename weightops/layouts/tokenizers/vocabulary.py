@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ class FolderVocabulary:
         new = [text for text in dict.fromkeys(texts) if text not in self.ids]
         if not new:
             return dict(self.files)
+        if self.document is None and self.pieces is not None and not self.pieces.is_bpe:
+            # transformers 5 does not read a tokenizer.model of this kind together with added tokens.
+            return replace(self, document=self.made_document()).with_tokens(texts, special=special)
         flags = dict.fromkeys(_FLAGS, False) | {"special": special, "normalized": not special}
         made, files = dict(self.files), TokenizerFiles(self.files, self.where)
         if self.document is not None:

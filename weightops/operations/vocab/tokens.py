@@ -75,7 +75,7 @@ def initial_row(change: Change, vocabulary: FolderVocabulary | None, init: str, 
         )
     pieces = read_meanings(vocabulary).split(text.encode()) if vocabulary is not None and text is not None else []
     pieces = [piece for piece in pieces if piece < change.count]
-    weights = [1 / len(pieces)] * len(pieces)
+    weights = [1 / max(1, len(pieces))] * len(pieces)
     return mixed(change.inputs, pieces, weights) or "mean", mixed(change.outputs, pieces, weights) or "mean"
 
 
