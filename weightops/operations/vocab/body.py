@@ -105,7 +105,8 @@ class Body:
                 if each.tensor.spec != self.embedding.tensor.spec:
                     raise IncompatibleInputs(
                         f"{self.where}: config.json ties {escape(each.name)}, which is {each.tensor.spec}, to "
-                        f"{escape(self.embedding.name)}, which is {self.embedding.tensor.spec}"
+                        f"{escape(self.embedding.name)}, which is {self.embedding.tensor.spec}",
+                        hint="say `tie_word_embeddings: false` there",
                     )
                 problem = f"{self.checkpoint.name}: config.json ties {each.name} to {self.embedding.name}"
                 hint = "say `tie_word_embeddings: false` there, or leave the head out with `weightops shard --drop`"
@@ -153,7 +154,10 @@ def _token_tensors(source: Checkpoint) -> tuple[tuple[TokenTensor, ...], int]:
     found: list[TokenTensor] = []
     for name, tensor in source.items():
         if name.rpartition(".")[2] in DRAFT_MAPS:
-            raise IncompatibleInputs(f"{where}: {escape(name)} maps tokens of a draft model, and is not edited")
+            raise IncompatibleInputs(
+                f"{where}: {escape(name)} maps tokens of a draft model, and is not edited",
+                hint="change the model that it drafts for first, and train it anew",
+            )
         held = holds_tokens(name)
         if held is not None and len(tensor.spec.shape) > held[1] and not _is_of_another_tower(name):
             found.append(TokenTensor(name, *held, tensor))
@@ -173,7 +177,8 @@ def _token_tensors(source: Checkpoint) -> tuple[tuple[TokenTensor, ...], int]:
             )
         if each.holds != "per layer" and each.entries != rows:
             raise IncompatibleInputs(
-                f"{where}: {escape(each.name)} is {spec}, expected {rows} rows as {escape(inputs[0].name)} has"
+                f"{where}: {escape(each.name)} is {spec}, expected {rows} rows as {escape(inputs[0].name)} has",
+                hint="one of the two is of another model; `weightops check` says more",
             )
     _refuse_unknown(source, inputs[0], {each.name for each in found})
     return (*inputs, *(each for each in found if each not in inputs)), rows

@@ -114,7 +114,9 @@ def _check(
         )
     for name, number in (("--rows", rows), ("--multiple", multiple)):
         if number is not None and not 0 < number <= _MOST_ROWS:
-            raise UsageError(f"{name} is {number}, expected 1 to {_MOST_ROWS}")
+            raise UsageError(
+                f"{name} is {number}, expected 1 to {_MOST_ROWS}", hint="`weightops inspect` says how many there are"
+            )
 
 
 def _padded(body: Body, change: Change, rows: int | None, multiple: int | None, init: str) -> Change:

@@ -120,7 +120,7 @@ def with_template(body: Body, change: Change, path: str) -> Change:
     try:
         data.decode()
     except UnicodeDecodeError:
-        raise CorruptInput(f"{escape(path)}: a chat template that is not UTF-8") from None
+        raise CorruptInput(f"{escape(path)}: a chat template that is not UTF-8", hint="convert it to UTF-8") from None
     files = {name: each for name, each in change.files.items() if name != OLD_TEMPLATE} | {TEMPLATE: data}
     config = _document(files, TOKENIZER_CONFIG, body)
     if "chat_template" in config:

@@ -69,7 +69,9 @@ def transplanted(body: Body, donor: Body, method: Method, k: int, override: Mapp
             inputs[number] = outputs[number] = _mean(rows, pieces)
     odd = next((text for text in override if text not in donor.vocabulary.ids), None)
     if odd is not None:
-        raise UsageError(f"{donor.where}: {escape(odd)} is no token, and its row is to be another")
+        raise UsageError(
+            f"{donor.where}: {escape(odd)} is no token, and its row is to be another", hint="--override TOKEN TEXT"
+        )
     n_new = len(donor.vocabulary.ids) - len(same)
     notes = [f"{len(same)} of {len(donor.vocabulary.ids)} tokens of {donor.where} are tokens of {body.where} too"]
     if empty:

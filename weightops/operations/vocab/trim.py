@@ -46,7 +46,9 @@ class Corpus:
                         yield "".join(lines)
                         lines, count = [], 0
             except UnicodeDecodeError as error:
-                raise CorruptInput(f"{escape(str(self.path))}: not UTF-8 (byte {error.start} of a block)") from None
+                raise CorruptInput(
+                    f"{escape(str(self.path))}: not UTF-8 ({error.reason})", hint="convert it to UTF-8"
+                ) from None
         if lines:
             yield "".join(lines)
 
@@ -57,7 +59,10 @@ def read_corpus(path: str | os.PathLike[str]) -> Corpus:
     if not file.is_file():
         raise SourceMissing(f"{escape(str(file))}: no such file", hint="--trim names a file of text")
     if not any(text.strip() for text in Corpus(file)):
-        raise UsageError(f"{escape(str(file))}: holds no text, and the vocabulary is to be cut to what it needs")
+        raise UsageError(
+            f"{escape(str(file))}: holds no text, and the vocabulary is to be cut to what it needs",
+            hint="name a file of text such as the model is to read",
+        )
     return Corpus(file)
 
 
