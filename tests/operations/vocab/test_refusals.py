@@ -131,7 +131,7 @@ CASES: list[tuple[Callable[[Path], object], Options, type[WeightopsError], str]]
     (lambda s: (s.parent / "corpus.txt").write_text(" \n"), TRIM, UsageError, "holds no text"),
     (lambda s: (s.parent / "corpus.txt").write_bytes(b"\xff\xfe"), TRIM, CorruptInput, "not UTF-8"),
     (lambda s: None, {"tokenizer": "model", **TRIM}, UsageError, "two steps"),
-    (lambda s: None, {"tokenizer": "model", "k": 4}, UsageError, "--k is about --method omp"),
+    (lambda s: None, {"tokenizer": "model", "method": "most"}, UsageError, "there is no method most"),
     (lambda s: None, {"tokenizer": "model", "method": "mean", "override": {"a": "b"}}, UsageError, "--override gives"),
     (lambda s: None, {"tokenizer": "model", "override": {"nothing": "b"}}, UsageError, "nothing is no token"),
     (lambda s: None, {"tokenizer": "model", "override": {"<|im_end|>": ""}}, UsageError, "a text without tokens"),

@@ -63,7 +63,7 @@ def vocab(
     if tokenizer is not None or trim is not None:
         _hold_ids(body.named(), body.rows, body.where, "the embedding has")
     if tokenizer is not None:
-        change = transplanted(body, read_body(tokenizer, evaluate), method or "subword", k or 64, override)
+        change = transplanted(body, read_body(tokenizer, evaluate), method or "subword", 64 if k is None else k, override)
     if trim is not None:
         change = trimmed(body, read_corpus(trim))
     if add_token:
@@ -100,8 +100,6 @@ def _check(
         raise UsageError(f"{given} is about another tokenizer, and none is given", hint="--tokenizer DONOR")
     if tokenizer is not None and trim is not None:
         raise UsageError("another tokenizer and a trimmed one are two steps", hint="run the command twice")
-    if k is not None and method != "omp":
-        raise UsageError("--k is about --method omp", hint="leave out --k")
     if method is not None and method not in get_args(Method):
         raise UsageError(f"there is no method {escape(method)}", hint=f"known are {', '.join(get_args(Method))}")
     if override and method not in ("draft", "subword", None):
