@@ -39,7 +39,12 @@ from weightops.cli.params import FILE, SEED, SEVERAL, SOURCE, WRITE_CODES, Comma
     help="With --tokenizer, how rows are made that the model lacks: from the pieces of the token's text (subword, the "
     "default), mean, zero, from common rows as the donor's row is (omp), or as draft models are made (draft).",
 )
-@click.option("--k", type=int, metavar="N", help="Of how many common rows omp makes a new one; the other methods have no use for it. Default: 64.")
+@click.option(
+    "--k",
+    type=int,
+    metavar="N",
+    help="Of how many common rows --method omp makes a new one; default: 64.",
+)
 @click.option(
     "--override",
     multiple=True,

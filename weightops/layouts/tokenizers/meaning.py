@@ -19,7 +19,7 @@ from weightops.layouts.tokenizers.files import TokenizerFiles
 from weightops.layouts.tokenizers.ranks import from_unicode, to_unicode
 from weightops.layouts.tokenizers.tokenizer_json import is_byte
 from weightops.layouts.tokenizers.tokens import Kind
-from weightops.layouts.tokenizers.vocabulary import FolderVocabulary
+from weightops.layouts.tokenizers.vocabulary import FolderVocabulary, dumped
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,7 +55,7 @@ class Meanings:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """What cuts texts."""
-        return needed.opened(json.dumps(self.document), self.vocabulary.where)
+        return needed.opened(dumped(self.document), self.vocabulary.where)
 
     @cached_property
     def special(self) -> set[str]:
@@ -105,13 +105,13 @@ class Meanings:
     def by_key(self) -> Mapping[Key, int]:
         """The id of the first token of each meaning; what a token means first counts before what it may mean else."""
         found: dict[Key, int] = {}
-        ordered = sorted(self.vocabulary.ids.items(), key=lambda item: item[1])
-        keys = [(number, self.keys(text)) for text, number in ordered]
-        for number, own in keys:
-            found.setdefault(own[0], number)
-        for number, own in keys:
-            for key in own[1:]:
-                found.setdefault(key, number)
+        else_: list[tuple[Key, int]] = []
+        for text, number in sorted(self.vocabulary.ids.items(), key=lambda item: item[1]):
+            first, *others = self.keys(text)
+            found.setdefault(first, number)
+            else_ += [(key, number) for key in others]
+        for key, number in else_:
+            found.setdefault(key, number)
         return found
 
     def text(self, token: str) -> bytes:

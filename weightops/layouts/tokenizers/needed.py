@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.tokenizers.files import TOKENIZER
@@ -28,12 +30,27 @@ Parts = dict[str, set[str]]
 """By token the tokens that are merged into it."""
 
 
-def opened(document: str, where: str) -> Tokenizer:
+class Cuts:
+    """How texts were cut into tokens, as a digest: two tokenizers that have the same one cut them alike."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def add(self, tokens: Iterable[str]) -> None:
+        """The next text's tokens."""
+        self._state.update("\0".join(tokens).encode() + b"\n")
+
+    @property
+    def digest(self) -> str:
+        return self._state.hexdigest()
+
+
+def opened(data: bytes, where: str) -> Tokenizer:
     """A tokenizer.json as the tokenizers library reads it; raises `CorruptInput`."""
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_str(document)
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no other
         raise CorruptInput(f"{where}/{TOKENIZER}: {escape(str(error))[:300]}") from None
     tokenizer.no_padding()
@@ -41,8 +58,12 @@ def opened(document: str, where: str) -> Tokenizer:
     return tokenizer
 
 
-def tokens_of(document: Mapping[str, Any], tokenizer: Tokenizer, texts: Iterable[str], where: str) -> set[str]:
+def tokens_of(
+    document: Mapping[str, Any], tokenizer: Tokenizer, texts: Iterable[str], where: str, cuts: Cuts
+) -> set[str]:
     """The tokens of a tokenizer.json's model that texts need, and those that spell any text; see `parts_of` for BPE.
+
+    How the texts are cut goes into `cuts`.
 
     Raises `UsageError` for kinds of models that nobody here knows.
     """
@@ -50,7 +71,7 @@ def tokens_of(document: Mapping[str, Any], tokenizer: Tokenizer, texts: Iterable
     kind = kind_of(model)
     if kind == "Unigram":
         scores = dict(model["vocab"])
-        used = _used(tokenizer, texts)
+        used = _used(tokenizer, texts, cuts)
         spelled = _spelled(scores, bool(model.get("byte_fallback")))
         unknown = model.get("unk_id")
         return used | spelled | _extremes(scores) | ({model["vocab"][unknown][0]} if unknown is not None else set())
@@ -59,13 +80,13 @@ def tokens_of(document: Mapping[str, Any], tokenizer: Tokenizer, texts: Iterable
     if kind == "BPE":
         letters = set(ALPHABET) if is_byte_level(document) else None
         spelled = _spelled(vocabulary, bool(model.get("byte_fallback")), letters)
-        return own | spelled | _used(tokenizer, texts)
+        return own | spelled | _used(tokenizer, texts, cuts)
     if kind == "WordLevel":
-        return own | _used(tokenizer, texts)
+        return own | _used(tokenizer, texts, cuts)
     if kind == "WordPiece":
         prefix = model.get("continuing_subword_prefix", "##")
         kept = _spelled(vocabulary, False, prefix=prefix)
-        return own | kept | set(_of_words(tokenizer, texts, vocabulary, prefix))
+        return own | kept | set(_of_words(tokenizer, texts, vocabulary, prefix, cuts))
     raise UsageError(
         f"{where}/{TOKENIZER}: a model of the kind {escape(str(kind))[:80]}, of which no tokens are taken out",
         hint="known are BPE, Unigram, WordPiece and WordLevel",
@@ -103,18 +124,15 @@ def with_parts(tokens: Iterable[str], *parts: Parts) -> set[str]:
     return found
 
 
-def pieces_of(model: Pieces, data: bytes, texts: Iterable[str]) -> set[str]:
+def pieces_of(model: Pieces, data: bytes, texts: Iterable[str], cuts: Cuts) -> set[str]:
     """The pieces of a sentencepiece model that texts need, those that spell any text, and those of other kinds."""
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=data)
     normal = {p.text: p.score for p in model.pieces if p.kind is Kind.NORMAL}
     others = {p.text for p in model.pieces if p.kind is not Kind.NORMAL}
-    used: set[int] = set()
-    for batch in _batches(texts):
-        for ids in processor.encode(batch):
-            used.update(ids)
-    found = others | {model.pieces[i].text for i in used} | _spelled(normal, model.has_bytes)
+    used: set[str] = set()
+    for pieces in encoded_pieces(data, texts):
+        cuts.add(pieces)
+        used.update(pieces)
+    found = others | (used & normal.keys()) | _spelled(normal, model.has_bytes)
     return found if model.is_bpe else found | _extremes(normal)
 
 
@@ -129,8 +147,21 @@ def parts_of_pieces(model: Pieces) -> Parts:
     return found
 
 
-def _used(tokenizer: Tokenizer, texts: Iterable[str]) -> set[str]:
-    return {token for tokens in encoded(tokenizer, texts) for token in tokens}
+def _used(tokenizer: Tokenizer, texts: Iterable[str], cuts: Cuts) -> set[str]:
+    used: set[str] = set()
+    for tokens in encoded(tokenizer, texts):
+        cuts.add(tokens)
+        used.update(tokens)
+    return used
+
+
+def encoded_pieces(data: bytes, texts: Iterable[str]) -> Iterator[list[str]]:
+    """The pieces of each text, by a sentencepiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=data)
+    for batch in _batches(texts):
+        yield from ([processor.id_to_piece(i) for i in ids] for ids in processor.encode(batch))
 
 
 def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[str]]:
@@ -176,16 +207,15 @@ def _extremes(scores: Mapping[str, float]) -> set[str]:
     return {min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)} if scores else set()
 
 
-def _of_words(tokenizer: Tokenizer, texts: Iterable[str], vocabulary: Mapping[str, int], prefix: str) -> Iterator[str]:
+def _of_words(
+    tokenizer: Tokenizer, texts: Iterable[str], vocabulary: Mapping[str, int], prefix: str, cuts: Cuts
+) -> Iterator[str]:
     """The pieces of texts, and those of words that fail after some: without them a shorter piece would be taken."""
+    yield from _used(tokenizer, texts, cuts)
     words: set[str] = set()
-    for batch in _batches(texts):
-        for text, found in zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
-            yield from found.tokens
-            clean = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
-            words.update(
-                w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(clean)
-            ) if tokenizer.pre_tokenizer else None
+    for text in texts if tokenizer.pre_tokenizer else ():
+        clean = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(clean))
     for word in words:
         start = 0
         while start < len(word):

@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from weightops.errors import CorruptInput, UsageError, WeightopsError
+import msgspec
+
+from weightops.errors import CorruptInput, IncompatibleInputs, UsageError, WeightopsError
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io import strict_json
 from weightops.io.escape import escape
@@ -94,22 +96,27 @@ class FolderVocabulary:
         except UsageError:
             return _through_transformers(self.files, self.where)
 
-    def needed(self, texts: Iterable[str]) -> set[str]:
+    def needed(self, texts: Iterable[str]) -> tuple[set[str], Mapping[str, str]]:
         """The tokens that a corpus needs, which is gone through several times, with those that spell any text.
 
-        See `weightops.layouts.tokenizers.needed`.
+        Also digests of how it is cut, by file. See `weightops.layouts.tokenizers.needed`.
         """
         found: set[str] = set()
         parts: list[needed.Parts] = []
+        cuts: dict[str, needed.Cuts] = {}
         if self.document is not None:
-            tokenizer = needed.opened(json.dumps(self.document), self.where)
-            found |= needed.tokens_of(self.document, tokenizer, texts, self.where)
+            tokenizer = needed.opened(self.files[TOKENIZER], self.where)
+            cuts[TOKENIZER] = needed.Cuts()
+            found |= needed.tokens_of(self.document, tokenizer, texts, self.where, cuts[TOKENIZER])
+            del tokenizer  # before there are parts, which take as much memory
             model = self.document["model"]
             parts += [needed.parts_of(model, self.where)] if needed.kind_of(model) == "BPE" else []
         if self.pieces is not None:
-            found |= needed.pieces_of(self.pieces, self.files[self.pieces_name], texts)
+            cuts[self.pieces_name] = needed.Cuts()
+            found |= needed.pieces_of(self.pieces, self.files[self.pieces_name], texts, cuts[self.pieces_name])
             parts.append(needed.parts_of_pieces(self.pieces))
-        return needed.with_parts(found & self.ids.keys(), *parts)
+        digests = {name: each.digest for name, each in cuts.items()}
+        return needed.with_parts(found & self.ids.keys(), *parts), digests
 
     def keeping(self, new: Mapping[int, int]) -> dict[str, bytes]:
         """The files with the tokens whose ids `new` has, and those ids; files in `left` are not among them."""
@@ -132,32 +139,42 @@ class FolderVocabulary:
             made[ADDED] = strict_json.dumps(moved)
         return made
 
-    def with_tokens(self, texts: Iterable[str], *, special: bool) -> dict[str, bytes]:
-        """The files with tokens added behind the others; those that are there already keep what they are."""
+    def with_tokens(self, texts: Iterable[str], *, special: bool) -> FolderVocabulary:
+        """The same with tokens added behind the others; those that are there already keep what they are.
+
+        Raises `IncompatibleInputs` where ids have gaps, so that tokenizers would not number them so.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self.ids]
         if not new:
-            return dict(self.files)
+            return self
         if self.document is None and self.pieces is not None and not self.pieces.is_bpe:
             # transformers 5 does not read a tokenizer.model of this kind together with added tokens.
-            return replace(self, document=self.made_document()).with_tokens(texts, special=special)
+            made = self.made_document()
+            told = replace(self, document=made, files={**self.files, TOKENIZER: dumped(made)})
+            return told.with_tokens(texts, special=special)
         flags = dict.fromkeys(_FLAGS, False) | {"special": special, "normalized": not special}
+        ids = {text: self.count + i for i, text in enumerate(new)}
         made, files = dict(self.files), TokenizerFiles(self.files, self.where)
-        if self.document is not None:
-            added = TokenizerDocument(self.document, self.where).with_tokens({**flags, "content": t} for t in new)
-            made[TOKENIZER] = dumped({**self.document, "added_tokens": added.document["added_tokens"]})
-            ids = {text: added.ids[text] for text in new}
-        else:
-            ids = {text: self.count + i for i, text in enumerate(new)}
+        document = self.document
+        if document is not None:
+            model = len(document["model"]["vocab"])
+            if max([model - 1, *self.added.values()]) + 1 != self.count:
+                raise IncompatibleInputs(
+                    f"{self.where}/{TOKENIZER}: ids have gaps, and added tokens would be numbered otherwise when it is "
+                    "read",
+                    hint="save it once more with transformers, or close the gaps with `weightops vocab --trim`",
+                )
+            entries = [{"id": number, "content": text, **flags} for text, number in ids.items()]
+            document = {**document, "added_tokens": [*(document.get("added_tokens") or ()), *entries]}
+            made[TOKENIZER] = dumped(document)
         config = files.document(TOKENIZER_CONFIG)
         decoder = config.get("added_tokens_decoder")
-        if isinstance(decoder, dict) or self.document is None:
-            entries = {str(number): {"content": text, **flags} for text, number in ids.items()}
-            made[TOKENIZER_CONFIG] = strict_json.dumps(
-                {**config, "added_tokens_decoder": {**(decoder or {}), **entries}}
-            )
-        if ADDED in made or self.document is None:
+        if isinstance(decoder, dict) or document is None:
+            more = {str(number): {"content": text, **flags} for text, number in ids.items()}
+            made[TOKENIZER_CONFIG] = strict_json.dumps({**config, "added_tokens_decoder": {**(decoder or {}), **more}})
+        if ADDED in made or document is None:
             made[ADDED] = strict_json.dumps({**files.document(ADDED), **ids})
-        return made
+        return replace(self, files=made, document=document)
 
 
 def content(token: object) -> str | None:
@@ -167,8 +184,19 @@ def content(token: object) -> str | None:
 
 
 def dumped(document: Mapping[str, Any]) -> bytes:
-    """A tokenizer.json as transformers writes it."""
-    return json.dumps(document, ensure_ascii=False, indent=2).encode()
+    """A tokenizer.json; compact, as many are so large that a text of them in between would be much memory."""
+    return msgspec.json.encode(document)
+
+
+def _loaded(data: bytes, what: str) -> dict[str, Any]:
+    """A tokenizer.json as an object; raises `CorruptInput`."""
+    try:
+        document = msgspec.json.decode(data)  # in half of the memory of what is strict
+        assert isinstance(document, dict)
+        return document
+    except (msgspec.DecodeError, UnicodeDecodeError, AssertionError, RecursionError):
+        strict_json.load_object(data, what)
+        raise CorruptInput(f"{what}: not JSON") from None
 
 
 def read_vocabulary(files: Files, where: str) -> FolderVocabulary:
@@ -177,7 +205,7 @@ def read_vocabulary(files: Files, where: str) -> FolderVocabulary:
     Where there is neither tokenizer.json nor a sentencepiece tokenizer.model, transformers makes the former of what
     there is. Raises `UsageError` where there is no tokenizer, `CorruptInput` for damaged files.
     """
-    document = strict_json.load_object(files[TOKENIZER], f"{where}/{TOKENIZER}") if TOKENIZER in files else None
+    document = _loaded(files[TOKENIZER], f"{where}/{TOKENIZER}") if TOKENIZER in files else None
     name = next((name for name in _PIECES if files.get(name, b"").startswith(SENTENCEPIECE)), PIECES)
     is_pieces = files.get(name, b"").startswith(SENTENCEPIECE)
     pieces = read_pieces(files[name], f"{where}/{name}") if is_pieces else None

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from weightops.layouts.tokenizers.vocabulary import Files
+from weightops.layouts.tokenizers.vocabulary import Files, FolderVocabulary, read_vocabulary
 from weightops.operations.vocab.body import Body
 
 Rule = Literal["mean", "zero", "normal", "donor"]
 """How a row is made that no old row gives: their mean, zeros, normal numbers, or after a row of a donor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mix:
     """A row that is a weighted sum of old ones."""
 
@@ -53,11 +53,16 @@ class Change:
     files: Files
     left: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    known: FolderVocabulary | None = field(default=None, repr=False)
     after: After | None = field(default=None, repr=False)
 
     @property
     def count(self) -> int:
         return len(self.inputs)
+
+    def vocabulary(self, where: str) -> FolderVocabulary:
+        """Its tokens, read from its files unless they are `known`; `where` is the folder, in errors."""
+        return self.known if self.known is not None else read_vocabulary(self.files, where)
 
 
 def mixed(rows: Sequence[Row], numbers: Sequence[int], weights: Sequence[float]) -> Row | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import IncompatibleInputs, UsageError
@@ -13,7 +13,6 @@ from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.token_ids import named_ids, text_parts, with_parts
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, TOKENIZER
-from weightops.layouts.tokenizers.vocabulary import read_vocabulary
 from weightops.lazy import Evaluate
 from weightops.operations.check import held_to_class
 from weightops.operations.vocab.body import PER_LAYER_KEY, ROW_KEYS, Body, read_body
@@ -24,6 +23,7 @@ from weightops.operations.vocab.transplant import Method, transplanted
 from weightops.operations.vocab.trim import read_corpus, trimmed
 
 _MOST_ROWS = 1 << 24
+_K = 64
 
 
 def vocab(
@@ -63,7 +63,8 @@ def vocab(
     if tokenizer is not None or trim is not None:
         _hold_ids(body.named(), body.rows, body.where, "the embedding has")
     if tokenizer is not None:
-        change = transplanted(body, read_body(tokenizer, evaluate), method or "subword", 64 if k is None else k, override)
+        donor = read_body(tokenizer, evaluate)
+        change = transplanted(body, donor, method or "subword", _K if k is None else k, override)
     if trim is not None:
         change = trimmed(body, read_corpus(trim))
     if add_token:
@@ -100,8 +101,6 @@ def _check(
         raise UsageError(f"{given} is about another tokenizer, and none is given", hint="--tokenizer DONOR")
     if tokenizer is not None and trim is not None:
         raise UsageError("another tokenizer and a trimmed one are two steps", hint="run the command twice")
-    if method is not None and method not in get_args(Method):
-        raise UsageError(f"there is no method {escape(method)}", hint=f"known are {', '.join(get_args(Method))}")
     if override and method not in ("draft", "subword", None):
         raise UsageError(f"--override gives texts, of which {method} makes nothing", hint="--method draft or subword")
     if ends_turn and not add_token:
@@ -120,7 +119,7 @@ def _check(
 def _padded(body: Body, change: Change, rows: int | None, multiple: int | None, init: str) -> Change:
     """With as many rows as are wanted, at least one for each token."""
     is_told = TOKENIZER in change.files or PIECES in change.files or init.startswith("copy:")
-    vocabulary = read_vocabulary(change.files, body.where) if is_told else None
+    vocabulary = change.vocabulary(body.where) if is_told else None
     needed = vocabulary.count if vocabulary is not None else 0
     count = change.count
     if rows is not None:

@@ -21,7 +21,7 @@ from weightops.layouts.tokenizers.files import (
     TOKENIZER_CONFIG,
 )
 from weightops.layouts.tokenizers.meaning import read_meanings
-from weightops.layouts.tokenizers.vocabulary import FolderVocabulary, read_vocabulary
+from weightops.layouts.tokenizers.vocabulary import FolderVocabulary
 from weightops.operations.vocab.body import Body
 from weightops.operations.vocab.change import Change, Row, Rule, mixed
 
@@ -35,12 +35,12 @@ def with_tokens(body: Body, change: Change, texts: Sequence[str], init: str, *, 
 
     `init` says how rows are made; see `initial_row`. Raises `UsageError` for texts that are no tokens.
     """
-    vocabulary = read_vocabulary(change.files, body.where)
+    vocabulary = change.vocabulary(body.where)
     empty = next((text for text in texts if not text.strip()), None)
     if empty is not None:
         raise UsageError(f"{empty!r} is no token: expected a text", hint="--add-token '<|im_end|>'")
-    files = vocabulary.with_tokens(texts, special=special)
-    ids = read_vocabulary(files, body.where).ids
+    made = vocabulary.with_tokens(texts, special=special)
+    ids = made.ids
     inputs, outputs = list(change.inputs), list(change.outputs)
     there = [text for text in texts if text in vocabulary.ids]
     new = [text for text in dict.fromkeys(texts) if text not in vocabulary.ids]
@@ -51,7 +51,7 @@ def with_tokens(body: Body, change: Change, texts: Sequence[str], init: str, *, 
             rows[ids[text]] = own
     notes = [f"added: {', '.join(f'{escape(text)} ({ids[text]})' for text in new)}"] if new else []
     notes += [f"a token already: {', '.join(f'{escape(text)} ({ids[text]})' for text in there)}"] if there else []
-    return replace(change, inputs=inputs, outputs=outputs, files=files, notes=(*change.notes, *notes))
+    return replace(change, inputs=inputs, outputs=outputs, files=made.files, known=made, notes=(*change.notes, *notes))
 
 
 def initial_row(change: Change, vocabulary: FolderVocabulary | None, init: str, text: str | None) -> tuple[Row, Row]:
@@ -85,7 +85,7 @@ def ending_turns(body: Body, change: Change, text: str) -> Change:
     What ended texts before stays in that list.
     """
     files = dict(change.files)
-    number = read_vocabulary(files, body.where).ids[text]
+    number = change.vocabulary(body.where).ids[text]
     config = strict_json.load_object(files[CONFIG], f"{body.where}/{CONFIG}", constants=True)
     generation = _document(files, GENERATION, body)
     before = [generation.get(_EOS), *(part.get(_EOS) for _, part in text_parts(config))]
@@ -134,8 +134,7 @@ def hold_template(body: Body, change: Change, text: str | None, *, is_given: boo
     A template that is given along and never writes it is refused with `UsageError`; of one that was there it is said.
     """
     template = _template(body, change.files)
-    vocabulary = read_vocabulary(change.files, body.where)
-    end = text if text is not None else vocabulary.roles.get("eos")
+    end = text if text is not None else change.vocabulary(body.where).roles.get("eos")
     if template is None or end is None or end in template or _VARIABLE in template:
         return change
     problem = f"the chat template never writes {escape(end)}, which is to end a turn"

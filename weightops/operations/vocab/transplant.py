@@ -81,7 +81,7 @@ def transplanted(body: Body, donor: Body, method: Method, k: int, override: Mapp
         notes.append(_cost(body, donor, n_new, after))
     files, more = _files(body, donor, same)
     left = tuple(name for name in body.checkpoint.sidecars if is_tokenizer_file(name) and name not in files)
-    return Change(inputs, outputs, files, left, (*notes, *more), after)
+    return Change(inputs, outputs, files, left, (*notes, *more), after=after)
 
 
 def _same(own: Meanings, new: Meanings, rows: int) -> tuple[dict[int, int], list[str]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from weightops.checkpoint import written_json
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
@@ -17,7 +15,7 @@ from weightops.io.names import listed
 from weightops.layouts.token_ids import ids_elsewhere, processor_ids, renamed_ids
 from weightops.layouts.tokenizers import needed
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, TOKENIZER
-from weightops.layouts.tokenizers.vocabulary import FolderVocabulary
+from weightops.layouts.tokenizers.vocabulary import FolderVocabulary, read_vocabulary
 from weightops.operations.vocab.body import Body
 from weightops.operations.vocab.change import Change
 
@@ -73,8 +71,9 @@ def trimmed(body: Body, corpus: Corpus) -> Change:
     The corpus is cut once more with the new tokenizer, and has to come out as before. Raises `IncompatibleInputs` for
     tokens to be kept that have no row.
     """
-    vocabulary = body.vocabulary
-    kept = vocabulary.needed(corpus) | vocabulary.added.keys() | set(vocabulary.roles.values())
+    vocabulary = read_vocabulary(body.files, body.where)
+    used, cuts = vocabulary.needed(corpus)
+    kept = used | vocabulary.added.keys() | set(vocabulary.roles.values())
     ids = {vocabulary.ids[text] for text in kept} | _of_processors(vocabulary)
     beyond = sorted(text for text in kept if vocabulary.ids[text] >= body.rows)
     if beyond:
@@ -92,12 +91,14 @@ def trimmed(body: Body, corpus: Corpus) -> Change:
     for name in body.files:
         if name == GENERATION or kind_of(name) is Kind.PROCESSOR:
             files[name] = written_json(renamed_ids(body.document(name), new.get)).data
-    _prove(vocabulary, files, new, corpus)
     notes = [f"{len(order) - len(named - texts)} of {len(vocabulary.ids)} tokens are kept"]
     notes += [f"left out, as it holds the old tokens: {escape(name)}" for name in vocabulary.left]
+    left, ids_of = vocabulary.left, {text: new[n] for text, n in vocabulary.ids.items() if n in new}
+    del vocabulary  # large ones take as much memory as the new one does, when it is read
+    _prove(body, files, ids_of, corpus, cuts)
     elsewhere = ids_elsewhere(body.config)
     notes += [f"config.json: ids of other parts stay as they are: {listed(elsewhere)}"] if elsewhere else []
-    return Change(order, order, files, vocabulary.left, tuple(notes))
+    return Change(order, order, files, left, tuple(notes))
 
 
 def _of_processors(vocabulary: FolderVocabulary) -> set[int]:
@@ -112,28 +113,23 @@ def _of_processors(vocabulary: FolderVocabulary) -> set[int]:
     return found
 
 
-def _prove(vocabulary: FolderVocabulary, files: Mapping[str, bytes], new: Mapping[int, int], corpus: Corpus) -> None:
-    """Cut the corpus before and after; raises `IncompatibleInputs` where the two differ."""
-    pairs: list[Iterator[tuple[Any, Any]]] = []
-    if vocabulary.document is not None:
-        before = needed.opened(json.dumps(vocabulary.document), vocabulary.where)
-        after = needed.opened(files[TOKENIZER].decode(), vocabulary.where)
-        kept = {text: new[number] for text, number in vocabulary.ids.items() if number in new}
-        if after.get_vocab() != kept:
-            raise IncompatibleInputs(f"{vocabulary.where}: the ids of {TOKENIZER} have gaps that cannot be closed")
-        pairs.append(zip(needed.encoded(before, corpus), needed.encoded(after, corpus), strict=True))
-    if vocabulary.pieces is not None:
-        from sentencepiece import SentencePieceProcessor
-
-        old, fewer = (
-            SentencePieceProcessor(model_proto=each[vocabulary.pieces_name]) for each in (vocabulary.files, files)
-        )
-        pairs.append((old.encode(text, out_type=str), fewer.encode(text, out_type=str)) for text in corpus)
-    for each in pairs:
-        for one, other in each:
-            if one != other:
-                raise IncompatibleInputs(
-                    f"{vocabulary.where}: with fewer tokens the corpus would be split otherwise: "
-                    f"{escape(' '.join(one))[:80]} became {escape(' '.join(other))[:80]}",
-                    hint="this tokenizer is of a kind that cannot be trimmed yet; please report it",
-                )
+def _prove(
+    body: Body, files: Mapping[str, bytes], ids: Mapping[str, int], corpus: Corpus, cuts: Mapping[str, str]
+) -> None:
+    """Cut the corpus with the new files too; raises `IncompatibleInputs` where that comes out otherwise, or ids do."""
+    for name, digest in cuts.items():
+        found = needed.Cuts()
+        if name == TOKENIZER:
+            after = needed.opened(files[name], body.where)
+            if after.get_vocab() != ids:
+                raise IncompatibleInputs(f"{body.where}: the ids of {TOKENIZER} have gaps that cannot be closed")
+            texts = needed.encoded(after, corpus)
+        else:
+            texts = needed.encoded_pieces(files[name], corpus)
+        for tokens in texts:
+            found.add(tokens)
+        if found.digest != digest:
+            raise IncompatibleInputs(
+                f"{body.where}/{escape(name)}: with fewer tokens the corpus would be split otherwise",
+                hint="this tokenizer is of a kind that cannot be trimmed yet; please report it",
+            )
