@@ -33,6 +33,7 @@ GEMMA3N: dict[str, Any] = {
     "altup_num_inputs": 2,
 }
 DISTIL: dict[str, Any] = {"vocab_size": 320, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4}
+WHISPER: dict[str, Any] = {"suppress_tokens": [5], "begin_suppress_tokens": [6]}
 MAMBA: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
 Made = Callable[[], Any]
 MODELS: Mapping[str, tuple[type[Any], Made]] = {
@@ -69,7 +70,7 @@ MODELS: Mapping[str, tuple[type[Any], Made]] = {
     "qwen2": (T.Qwen2ForCausalLM, lambda: T.Qwen2Config(**BASE, tie_word_embeddings=True)),
     "roberta": (T.RobertaForMaskedLM, lambda: T.RobertaConfig(**BERT)),
     "t5": (T.T5ForConditionalGeneration, lambda: T.T5Config(**T5, decoder_start_token_id=0)),
-    "whisper": (T.WhisperForConditionalGeneration, lambda: T.WhisperConfig(**SIDES, suppress_tokens=[5])),
+    "whisper": (T.WhisperForConditionalGeneration, lambda: T.WhisperConfig(**SIDES, **WHISPER)),
 }  # fmt: skip
 
 
