@@ -275,6 +275,16 @@ def test_other_ids_follow_their_tokens_or_are_named(folder: Path, tmp_path: Path
         weightops.vocab(tmp_path / "image", tmp_path / "out2", tokenizer=folder / "donor")
 
 
+def test_the_donors_weights_do_not_matter_where_they_are_not_asked_for(folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((folder / "donor" / name).read_bytes())
+    after = made(folder, "subword")
+    weightops.vocab(folder / "model", folder / "of files", tokenizer=tmp_path)
+    assert torch.equal(matrices(folder / "of files")[HEAD], after[HEAD])
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        weightops.vocab(folder / "model", folder / "none", tokenizer=folder / "of files/..")
+
+
 def test_a_draft_model_gets_as_many_rows_as_its_target(folder: Path) -> None:
     after = made(folder, "draft", rows=640)
     assert len(after[HEAD]) == len(after[EMBEDDING]) == 640

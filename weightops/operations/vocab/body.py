@@ -116,6 +116,11 @@ class Body:
         return checks
 
 
+def read_donor(source: Checkpoint) -> Body:
+    """A model of which the files alone count: whatever its weights are, or without any."""
+    return Body(source, source.config(), _files(source), (), 0)
+
+
 def read_body(source: Checkpoint, evaluate: Evaluate) -> Body:
     """The model in a checkpoint; raises `IncompatibleInputs` or `UsageError` for what has no vocabulary to change."""
     refuse_delta(source, "the source")
@@ -130,11 +135,14 @@ def read_body(source: Checkpoint, evaluate: Evaluate) -> Body:
     if not config:
         raise UsageError(f"{where}: has no config.json, which says how many rows there are", hint="give the folder")
     _refuse_quantised(source, evaluate)
-    names = [CONFIG, *(name for name in source.sidecars if kind_of(name) in _KINDS)]
-    files = {name: data for name in names if (data := source.sidecar(name)) is not None}
     tensors, rows = _token_tensors(source)
     _hold_config(config, rows, tensors[0].name, where)
-    return Body(source, config, files, tensors, rows)
+    return Body(source, config, _files(source), tensors, rows)
+
+
+def _files(source: Checkpoint) -> Files:
+    names = [CONFIG, *(name for name in source.sidecars if kind_of(name) in _KINDS)]
+    return {name: data for name in names if (data := source.sidecar(name)) is not None}
 
 
 def _refuse_quantised(source: Checkpoint, evaluate: Evaluate) -> None:

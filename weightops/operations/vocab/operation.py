@@ -15,7 +15,7 @@ from weightops.layouts.token_ids import named_ids, text_parts, with_parts
 from weightops.layouts.tokenizers.files import CONFIG, GENERATION, PIECES, TOKENIZER
 from weightops.lazy import Evaluate
 from weightops.operations.check import held_to_class
-from weightops.operations.vocab.body import PER_LAYER_KEY, ROW_KEYS, Body, read_body
+from weightops.operations.vocab.body import PER_LAYER_KEY, ROW_KEYS, Body, read_body, read_donor
 from weightops.operations.vocab.change import Change, described
 from weightops.operations.vocab.matrices import Chance, changed_tensors, deviation, per_layer_rows
 from weightops.operations.vocab.tokens import ending_turns, hold_template, initial_row, with_template, with_tokens
@@ -63,7 +63,7 @@ def vocab(
     if tokenizer is not None or trim is not None:
         _hold_ids(body.named(), body.rows, body.where, "the embedding has")
     if tokenizer is not None:
-        donor = read_body(tokenizer, evaluate)
+        donor = read_body(tokenizer, evaluate) if method == "omp" else read_donor(tokenizer)
         change = transplanted(body, donor, method or "subword", _K if k is None else k, override)
     if trim is not None:
         change = trimmed(body, read_corpus(trim))

@@ -27,8 +27,9 @@ Method = Literal["subword", "mean", "zero", "omp", "draft"]
 _DECAY = 0.5
 """What a piece counts in the head of a draft model, of what the piece before it counts."""
 _BOS, _EOS, _PAD = "bos_token_id", "eos_token_id", "pad_token_id"
-_LONG = 2e13
-"""Multiplications that take a core some ten minutes."""
+_PER_MINUTE = 1e12
+"""Multiplications that a core makes in a minute, with the passes over the donor's rows."""
+_LONG_MINUTES = 10
 
 
 def transplanted(body: Body, donor: Body, method: Method, k: int, override: Mapping[str, str]) -> Change:
@@ -144,9 +145,9 @@ def _cost(body: Body, donor: Body, n_new: int, after: After) -> str:
     count = matrices * n_new * len(after.common) * after.k * width
     said = f"omp: {n_new} rows of {after.k} of {len(after.common)} common ones: about {count:.2g} multiplications"
     held = "the common rows are read in passes, and none are held"
-    return f"{said}; {held}" + (
-        "; this takes hours: a smaller --k or --method subword is faster" if count > _LONG else ""
-    )
+    minutes = count / _PER_MINUTE
+    long = f"; that takes a core some {minutes:.0f} minutes: a smaller --k or --method subword is faster"
+    return f"{said}; {held}" + (long if minutes > _LONG_MINUTES else "")
 
 
 def _files(body: Body, donor: Body, same: Mapping[int, int]) -> tuple[dict[str, bytes], list[str]]:
