@@ -66,6 +66,14 @@ def test_without_a_template_or_new_tokens_the_ids_alone_change(tmp_path: Path) -
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|endoftext|>"
 
 
+def test_files_that_say_nothing_else_are_carried_to_the_byte(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", KINDS["byte BPE"]())
+    (tmp_path / "new.jinja").write_text("<|im_end|>new")
+    weightops.vocab(source, tmp_path / "out", chat_template=tmp_path / "new.jinja")
+    for name in ("config.json", "tokenizer.json"):
+        assert (source / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_a_new_token_takes_a_row_that_none_used_and_that_is_made_anew(tmp_path: Path) -> None:
     files = KINDS["WordPiece"]()
     source = write_model(tmp_path / "model", files, padding=10)

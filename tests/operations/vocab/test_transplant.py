@@ -275,6 +275,24 @@ def test_other_ids_follow_their_tokens_or_are_named(folder: Path, tmp_path: Path
         weightops.vocab(tmp_path / "image", tmp_path / "out2", tokenizer=folder / "donor")
 
 
+def test_tied_draft_models_have_the_rows_of_an_embedding_which_is_said(folder: Path, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", bpe("qwen2", eos_token="<|im_end|>"), tied=True)
+    said = weightops.vocab(source, tmp_path / "out", tokenizer=folder / "donor", method="draft").warnings
+    assert any("--untie" in text for text in said)
+    assert HEAD not in matrices(tmp_path / "out")
+
+
+def test_a_donors_code_comes_along(folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folder / "donor" / name).read_bytes())
+    config = document(folder / "donor", "tokenizer_config.json")
+    config["auto_map"] = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenization_own.py").write_text("class Own: ...\n")
+    weightops.vocab(folder / "model", folder / "with code", tokenizer=tmp_path)
+    assert (folder / "with code/tokenization_own.py").read_text() == "class Own: ...\n"
+
+
 def test_the_donors_weights_do_not_matter_where_they_are_not_asked_for(folder: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((folder / "donor" / name).read_bytes())

@@ -32,7 +32,9 @@ from weightops.cli.params import FILE, SEED, SEVERAL, SOURCE, WRITE_CODES, Comma
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help=SEED)
 @click.option("--trim", type=FILE, help="Keep the tokens that this file of text needs, and those that spell any text.")
-@click.option("--tokenizer", type=SOURCE, help="Give the model the tokenizer of this one; but for omp its files will do.")
+@click.option(
+    "--tokenizer", type=SOURCE, help="Give the model the tokenizer of this one; but for omp its files will do."
+)
 @click.option(
     "--method",
     type=OneOf(named("operations.vocab", "Method")),

@@ -15,7 +15,7 @@ from weightops.formats.folder import refuse_parts
 from weightops.formats.modules import NUMBERED
 from weightops.formats.quantized.gguf import is_gguf
 from weightops.formats.quantized.table import find_weights
-from weightops.formats.sidecars import Kind, kind_of
+from weightops.formats.sidecars import Kind, is_tokenizer_file, kind_of
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.names import listed
@@ -127,6 +127,8 @@ def read_body(source: Checkpoint, evaluate: Evaluate) -> Body:
     refuse_adapter(source, "the source")
     refuse_parts(source)
     where = escape(source.name)
+    if source.documents:
+        raise UsageError(f"{where}: a delta has no vocabulary of its own", hint="change the models that it is made of")
     if is_gguf(source):
         raise UsageError(
             f"{where}: is GGUF, which is not edited", hint="weightops convert --to hf makes a folder of it"
@@ -141,7 +143,7 @@ def read_body(source: Checkpoint, evaluate: Evaluate) -> Body:
 
 
 def _files(source: Checkpoint) -> Files:
-    names = [CONFIG, *(name for name in source.sidecars if kind_of(name) in _KINDS)]
+    names = [CONFIG, *(name for name in source.sidecars if kind_of(name) in _KINDS or is_tokenizer_file(name))]
     return {name: data for name in names if (data := source.sidecar(name)) is not None}
 
 

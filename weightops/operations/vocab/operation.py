@@ -152,7 +152,8 @@ def _result(body: Body, change: Change, chance: Chance, evaluate: Evaluate) -> C
     if generation is not None:
         named = named_ids(strict_json.load_object(generation, f"{body.where}/{GENERATION}"))
         _hold_ids(((f"{GENERATION}: {k}", n) for k, n in named), change.count, body.where, "there would be")
-    files = {**change.files, CONFIG: written_json(_with_rows(config, body, change)).data}
+    edited = _with_rows(config, body, change)
+    files = {**change.files, CONFIG: written_json(edited).data} if edited != body.config else change.files
     sidecars: dict[str, Sidecar] = {name: file for name, file in source.sidecars.items() if name not in change.left}
     sidecars |= {name: Written(data) for name, data in files.items() if data != source.sidecar(name)}
     made = changed_tensors(body, change, chance, evaluate)

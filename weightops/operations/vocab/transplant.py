@@ -77,6 +77,10 @@ def transplanted(body: Body, donor: Body, method: Method, k: int, override: Mapp
     notes = [f"{len(same)} of {len(donor.vocabulary.ids)} tokens of {donor.where} are tokens of {body.where} too"]
     if empty:
         notes.append(f"{len(empty)} tokens have no text to be made of, and get the mean row: {listed(empty, 3)}")
+    if method == "draft" and body.head is body.embedding:
+        notes.append(
+            "one matrix is embedding and head, and gets the rows of an embedding; see `weightops shard --untie`"
+        )
     after = _after(body, donor, inputs, same, k) if method == "omp" and n_new else None
     if after is not None:
         notes.append(_cost(body, donor, n_new, after))
