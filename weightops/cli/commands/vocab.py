@@ -65,10 +65,10 @@ def command(source: Path | str, out: Path, override: tuple[tuple[str, str], ...]
 
     \b
     Example:
-      weightops vocab ./draft --rows 152064 --out ./draft-padded
-      weightops vocab ./base --add-token '<|im_start|>' --add-token '<|im_end|>' --ends-turn --out ./base-chatml
+      weightops vocab ./model --rows 152064 --out ./model-padded
+      weightops vocab ./base --add-token '<|im_end|>' --ends-turn --chat-template ./chatml.jinja --out ./base-chat
       weightops vocab ./model --trim ./corpus.txt --multiple 64 --out ./model-small
-      weightops vocab ./small --tokenizer ./large --method draft --out ./draft
+      weightops vocab ./small --tokenizer ./large --method draft --rows 152064 --out ./small-draft
 
     A trimmed tokenizer cuts the corpus as before, which is proven before anything is written, and spells any text that
     it could spell. With --tokenizer tokens are the same if they mean the same: special ones by what they are for.
