@@ -190,7 +190,10 @@ def test_omp_is_the_combination_that_approximates_the_donors_row(folder: Path) -
         assert torch.equal(after[name][[tokens[text] for text in same]], before[name][list(same.values())])
 
 
-def test_omp_states_its_cost_and_refuses_what_has_no_solution(folder: Path) -> None:
+def test_a_dry_run_says_what_is_done_omp_what_it_costs_and_refuses_what_has_no_solution(folder: Path) -> None:
+    options = {"tokenizer": folder / "donor", "method": "draft", "dry_run": True}
+    said = weightops.vocab(folder / "model", folder / "dry", **options).warnings
+    assert "; of heads" in said[-1]
     options = {"tokenizer": folder / "donor", "method": "omp"}
     said = weightops.vocab(folder / "model", folder / "dry", **options, k=4, dry_run=True).warnings
     assert any("multiplications" in text and "passes" in text for text in said)

@@ -197,7 +197,9 @@ def _said(body: Body, change: Change, is_same: Mapping[str, bool]) -> list[str]:
     names = [each.name for each in body.tensors if not is_same[each.name]]
     notes = list(change.notes)
     if names:
-        notes.append(f"{listed(names)}: {body.rows} rows become {change.count}: {described(change.inputs)}")
+        heads, inputs = described(change.outputs), described(change.inputs)
+        rows = inputs if heads == inputs else f"{inputs}; of heads {heads}"
+        notes.append(f"{listed(names)}: {body.rows} rows become {change.count}: {rows}")
     if "zero" in change.outputs:
         notes.append("rows of zeros in a head give their tokens the logit 0, which may be the largest")
     return notes
