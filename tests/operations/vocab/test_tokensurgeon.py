@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from environments import environment, run_script
-from test_transplant import donor_files
+from test_vocab_transplant import donor_files
 from tokenizer_folders import bpe, dumped
 from vocabularies import matrices, write_model
 
