@@ -103,9 +103,11 @@ def count(files: Files) -> int:
     return max([SentencePieceProcessor(model_proto=files["tokenizer.model"]).vocab_size() - 1, *added]) + 1
 
 
-def write_model(folder: Path, files: Files, *, padding: int = 6, tied: bool = False, **config: Any) -> Path:
+def write_model(
+    folder: Path, files: Files, *, padding: int = 6, tied: bool = False, rows: int | None = None, **config: Any
+) -> Path:
     """A LLaMA without layers, whose rows are all different, with these files; more rows than tokens."""
-    rows = count(files) + padding
+    rows = count(files) + padding if rows is None else rows
     generator = torch.Generator().manual_seed(rows)
     shapes = {"model.embed_tokens.weight": (rows, WIDTH), "model.norm.weight": (WIDTH,)}
     if not tied:
