@@ -49,6 +49,7 @@ __all__ = [
     "shard",
     "verify",
     "verify_merge",
+    "vocab",
 ]
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
         shard,
         verify,
         verify_merge,
+        vocab,
     )
 
 

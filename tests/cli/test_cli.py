@@ -189,6 +189,12 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         save_family(family / "qwen3-8b", "qwen3")
         steps = [{"select": r"model\.norm\.weight", "scale": {"by": 2}}]
         (family / "steps.yml").write_text(json.dumps({"edit": {"source": "qwen3-8b", "steps": steps}}))
+    if command == "vocab":
+        shutil.rmtree(family / "model")
+        for name in ("model", "base", "small", "large"):
+            save_tiny(family / name, "llama", hidden_size=16, num_hidden_layers=1)
+        (family / "corpus.txt").write_text(text(9))
+        (family / "chatml.jinja").write_text("{{ messages }}<|im_end|>")
     if command == "run":
         recipe = {"sources": {"raw": "./llama-13b"}, "outputs": {"./out": {"from": "raw", "dtype": "bfloat16"}}}
         (family / "release.yaml").write_text(json.dumps(recipe))
@@ -203,7 +209,7 @@ def test_the_examples_in_the_help_run(
     prepare_examples(command, family, found)
     for line in found:
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\n"))
-        words = shlex.split(line.partition(">")[0])[1:]
+        words = shlex.split(line.partition(" > ")[0])[1:]
         if "hf://org/name" in words:
             continue  # what a hub has is run by tests/stores
         if "--out" in words and command != "imatrix":  # whose second example takes what the first has made

@@ -134,6 +134,20 @@ ROWS: dict[str, list[Row]] = {
         row("--heads 8", "heads", 8),
         row("--alpha 16", "alpha", 16.0),
     ],
+    "vocab": [
+        row("--rows 7", "rows", 7),
+        row("--multiple 8", "multiple", 8),
+        row("--add-token <a> --add-token <b>", "add_token", ("<a>", "<b>")),
+        row("--special", "special", True),
+        row("--ends-turn", "ends_turn", True),
+        row("--chat-template list.md5", "chat_template", "list.md5"),
+        row("--init zero", "init", "zero"),
+        row("--seed 3", "seed", 3),
+        row("--trim list.md5", "trim", "list.md5"),
+        row("--method mean", "method", "mean"),
+        row("--k 5", "k", 5),
+        row("--override a b", "override", {"a": "b"}),
+    ],
 }
 ROWS |= {
     "part": [
@@ -185,8 +199,8 @@ ELSEWHERE = {"--out", "-o", "--json", "--progress", "--verbose", "-v", "--quiet"
 
 
 def sources(verb: str) -> dict[str, str]:
-    found = find_verb(verb)
-    return {role: role for role in found.roles if role not in found.defaults}
+    """Those that must be given."""
+    return {role: role for role in find_verb(verb).roles if role not in find_verb(verb).defaults}
 
 
 def argv(verb: str, option: str) -> list[str]:

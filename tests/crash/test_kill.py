@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from support import write_checkpoint
 from systems import needs_itself
 from tiny_models import save_tiny, text
+from vocabularies import KINDS, write_model
 
 import weightops
 
@@ -62,6 +63,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(adapter, folder / "adapter/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a", "c"]}
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    write_model(folder / "words", KINDS["byte BPE"]())
+    write_model(folder / "others", KINDS["WordPiece"]())
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab": 48}
     make_meta(folder / "meta", **sizes, parts=2, dtype=torch.float32)
     (folder / "steps.yml").write_text(STEPS)
@@ -77,6 +80,8 @@ COMMANDS = [
     "merge raw published --base raw --method dare_linear --weight 1 --density 0.5 --dtype float32",
     "dequantize blocks --dtype float16",
     "edit steps.yml --no-architecture",
+    "vocab words --multiple 64 --init normal",
+    "vocab words --tokenizer others --method omp --k 3",
 ]
 """All of them write by the same code, which one killed at each third change has proven: here each twentieth will do.
 The slow tests kill each at every change."""
@@ -94,7 +99,7 @@ The slow tests kill each at every change."""
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path, command: str, step: int) -> None:
-    folders = ("raw", "tuned", "delta", "published", "meta", "blocks", "steps.yml")
+    folders = ("raw", "tuned", "delta", "published", "meta", "blocks", "steps.yml", "words", "others")
     name, *words = command.split()
     arguments = [name, *(str(family / word) if word in folders else word for word in words)]
     out = family / "out"

@@ -31,6 +31,7 @@ from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, verify
 from weightops.api.surgery import edit, experts, part
 from weightops.api.talk import chat, generate_all, open_pool
+from weightops.api.vocabulary import vocab
 from weightops.formats.folder import open_checkpoint
 
 __all__ = [
@@ -76,4 +77,5 @@ __all__ = [
     "shard",
     "verify",
     "verify_merge",
+    "vocab",
 ]

@@ -46,6 +46,7 @@ GROUPS = {
         "part": "Cut a part out of a model, or put one into it.",
         "experts": "Stack, take apart, drop or make a mixture's experts.",
         "shard": "Rewrite a model in other files, names or layers.",
+        "vocab": "Change a model's vocabulary: rows, tokens, tokenizer, ids.",
         "run": "Carry out a recipe: several steps and results in one go.",
     },
     "Prove that it is right": {

@@ -114,6 +114,16 @@ def open_adapter(path: str | os.PathLike[str], stores: Stores | None = None, wei
         return _open_adapter(find_place(path, stores), stores, weights)
 
 
+def open_files(path: str | os.PathLike[str], stores: Stores | None = None, weights: str | None = None) -> Checkpoint:
+    """As `open_checkpoint`, and of a folder without weights the files that lie there; for who asks for no more."""
+    with (stores or Stores()).connected() as stores:
+        place = find_place(path, stores)
+        if isinstance(place, SourceFile) or any(map(is_weights, place.names())):
+            return read_place(place, stores, weights)
+        sidecars, notes, left = find_sidecars(place, place.names(), (), ())
+        return Checkpoint(place.name, {}, sidecars, warnings=(*place.notes, *notes), left=left, folder=place)
+
+
 def _open_adapter(place: Store | SourceFile, stores: Stores, weights: str | None) -> Checkpoint:
     if not isinstance(place, SourceFile):
         return _read_folder(place, stores, weights, find_adapter(place.names()) if weights is None else None)

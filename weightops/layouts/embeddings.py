@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
 
 from weightops.checkpoint import Checkpoint
 from weightops.layouts.names import EMBEDDING, HEAD
+
+Holds = Literal["input", "per layer", "output", "bias"]
+"""What a tensor with an entry for each token holds: vectors that go in, those of one layer apart, what comes out."""
 
 _VOCABULARY = (
     "embed_tokens.weight",
@@ -36,6 +40,51 @@ _PAIRS = (
 
 A prefix is the same before both, as in `language_model.model.embed_tokens` and `language_model.lm_head`.
 """
+
+HOLDS: Mapping[str, tuple[Holds, int]] = {
+    "embed_tokens.weight": ("input", 0),
+    "tok_embeddings.weight": ("input", 0),
+    "word_embeddings.weight": ("input", 0),
+    "wte.weight": ("input", 0),
+    "tokens_embed.weight": ("input", 0),
+    "embed_in.weight": ("input", 0),
+    "backbone.embeddings.weight": ("input", 0),
+    "backbone.embedding.weight": ("input", 0),
+    "shared.weight": ("input", 0),
+    "embed_tokens_per_layer.weight": ("per layer", 0),
+    "lm_head.weight": ("output", 0),
+    "lm_head.linear.weight": ("output", 0),
+    "lm_head.decoder.weight": ("output", 0),
+    "embed_out.weight": ("output", 0),
+    "output_layer.weight": ("output", 0),
+    "shared_head.head.weight": ("output", 0),
+    "predictions.decoder.weight": ("output", 0),
+    "vocab_projector.weight": ("output", 0),
+    "lm_head.bias": ("bias", 0),
+    "lm_head.linear.bias": ("bias", 0),
+    "lm_head.decoder.bias": ("bias", 0),
+    "embed_out.bias": ("bias", 0),
+    "output_layer.bias": ("bias", 0),
+    "predictions.bias": ("bias", 0),
+    "predictions.decoder.bias": ("bias", 0),
+    "vocab_projector.bias": ("bias", 0),
+    "final_logits_bias": ("bias", 1),
+}
+"""How names of tensors with an entry for each token end, what they hold, and along which dimension.
+
+Among them are the embeddings and heads that layers for further tokens (MTP, NextN) have for themselves.
+"""
+_HEADS_OF_THEIR_OWN = ("output.weight", "model.output.weight", "language_model.output.weight")
+"""InternLM2's: `output` is the name of many modules."""
+DRAFT_MAPS = ("d2t", "t2d")
+"""EAGLE's: from tokens of a draft model to those of the model that it drafts for, and back."""
+
+
+def holds_tokens(name: str) -> tuple[Holds, int] | None:
+    """What a tensor has an entry for each token of, and along which dimension; None if it is none of those known."""
+    if name in _HEADS_OF_THEIR_OWN:
+        return "output", 0
+    return next((found for end, found in HOLDS.items() if name == end or name.endswith(f".{end}")), None)
 
 
 def is_vocabulary(name: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import IncompatibleInputs
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import as_torch
+from weightops.ops.wide import narrowed, widened
 from weightops.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 ZEROS = -1
 """Stands for the matrix of a row that is zeros."""
+_SUMS = -2
 
 
 class Gather(Op, frozen=True):
@@ -79,6 +82,69 @@ class MeanOfRows(Op, frozen=True):
                     read(tensor.inputs[int(source)], int(place) * row, buffer)
                     total.add_(as_torch(buffer, dtype))
             total.div_(int(counts[number]))
+
+
+class Combine(Op, frozen=True):
+    """A matrix whose rows are weighted sums of rows of its inputs, added up in float64 and rounded once.
+
+    Row `i` is made of the next `counts[i]` of the `places`, pairs of an input and a row as int32, each with its weight
+    as float64, all little-endian. What is made of one row is that row, to the bit; what is made of none is zeros.
+    Inputs are matrices `[rows, columns]` of one type and width, of float64, float32, bfloat16 or float16.
+    """
+
+    places: bytes
+    counts: bytes
+    weights: bytes
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        return TensorSpec(inputs[0].dtype, (len(self.counts) // 4, *_columns(inputs)))
+
+    def grain(self, tensor: LazyTensor) -> int:
+        row = max(1, tensor.spec.row_nbytes)
+        return row * math.lcm(*(max(1, each.grain // row) for each in tensor.inputs))
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        row = tensor.spec.row_nbytes
+        first, count = start // row, len(out) // row
+        counts = np.frombuffer(self.counts, "<i4")
+        begins = counts.cumsum() - counts
+        counts, begins = counts[first : first + count], begins[first : first + count]
+        places = np.frombuffer(self.places, "<i4").reshape(-1, 2)
+        pairs = np.empty((count, 2), "<i4")
+        pairs[:, 0], pairs[:, 1] = np.where(counts == 0, ZEROS, _SUMS), np.arange(count)
+        single = counts == 1
+        pairs[single] = places[begins[single]]
+        for begin, stop in _runs(pairs):
+            source, place = (int(n) for n in pairs[begin])
+            part = out[begin * row : stop * row]
+            if source == ZEROS:
+                part[:] = bytes(len(part))
+            elif source != _SUMS:
+                read(tensor.inputs[source], place * row, part)
+            for i in range(begin, stop) if source == _SUMS else ():
+                terms = slice(begins[i], begins[i] + counts[i])
+                self._sum(tensor, places[terms], terms, out[i * row : (i + 1) * row], read)
+
+    def _sum(self, tensor: LazyTensor, places: NDArray[Any], terms: slice, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        weights, dtype = np.frombuffer(self.weights, "<f8")[terms], tensor.spec.dtype
+        total = np.zeros(tensor.spec.numel // tensor.spec.shape[0])
+        with read.scratch(len(out)) as buffer:
+            for (source, place), weight in zip(places, weights, strict=True):
+                read(tensor.inputs[int(source)], int(place) * len(out), buffer)
+                total += weight * widened(buffer, dtype)
+        narrowed(out, dtype, total)
+
+
+def combined(
+    inputs: Sequence[LazyTensor], places: NDArray[Any], counts: NDArray[Any], weights: NDArray[Any]
+) -> LazyTensor:
+    """The rows that `Combine` makes, of arrays."""
+    data = places.astype("<i4").tobytes(), counts.astype("<i4").tobytes(), weights.astype("<f8").tobytes()
+    return LazyTensor.make(Combine(*data), *inputs)
 
 
 def _columns(inputs: tuple[TensorSpec, ...]) -> tuple[int, ...]:

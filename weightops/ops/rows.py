@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from weightops.errors import IncompatibleInputs
+from weightops.io.escape import escape
 from weightops.lazy import Evaluator, LazyTensor, Op
 from weightops.ops.libtorch import as_torch
+from weightops.ops.wide import narrowed, widened
 from weightops.spec import DType, TensorSpec
 
 _BLOCK_NBYTES = 4 << 20
 _SLAB_NBYTES = 24 << 20
+_MEAN_NBYTES = 1 << 19
+"""What is added up at once for a mean of all rows: small enough to stay in a cache when it has become float32."""
 
 
 class Given(Op, frozen=True):
@@ -129,6 +135,80 @@ class MeanRow(Op, frozen=True):
                     target[top : top + height] = np.frombuffer(part, dtype=unit).reshape(-1, columns)[:, left:right]
                 matrix = as_torch(slab, source.spec.dtype).reshape(rows, right - left)
                 means[left:right] = matrix.mean(dim=0)
+
+
+class FiniteMean(Op, frozen=True):
+    """The mean of the rows of a matrix of floats, `[1, columns]`: added up in float64 in one pass, rounded once.
+
+    `label` names the matrix where it holds NaN or infinities, which raises `IncompatibleInputs`.
+    """
+
+    label: str
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        return MeanRow().spec(*inputs)
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return tensor.nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        return 3 * _MEAN_NBYTES
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        (source,) = tensor.inputs
+        (rows, columns), row, dtype = source.spec.shape, source.spec.row_nbytes, source.spec.dtype
+        height = max(1, _MEAN_NBYTES // row)
+        total = np.zeros(columns)
+        with read.scratch(min(height, rows) * row) as buffer, np.errstate(invalid="ignore", over="ignore"):
+            for top in range(0, rows, height):
+                memory = buffer[: (rows - top) * row]
+                read(source, top * row, memory)
+                part = widened(memory, dtype).reshape(-1, columns)
+                total += np.add.reduce(part, axis=0, dtype=np.float64)
+                if not np.isfinite(total).all():
+                    odd = int(np.flatnonzero(~np.isfinite(part).all(axis=1))[0]) + top
+                    raise IncompatibleInputs(
+                        f"{escape(self.label)}: row {odd} holds NaN or infinity, and a mean of all rows is asked for",
+                        hint="new rows need another rule: --init copy:TOKEN, zero or normal",
+                    )
+        narrowed(out, dtype, total / rows)
+
+
+class NormalRows(Op, frozen=True):
+    """Rows of independent normal numbers with mean 0 and deviation `std`: a function of seed, key, row and column.
+
+    Philox 4x64-10 with the row as its counter (Salmon and others, Parallel Random Numbers: As Easy as 1, 2, 3, 2011),
+    and Box and Muller's transformation.
+    """
+
+    dtype: DType
+    shape: tuple[int, int]
+    std: float
+    seed: int
+    key: str
+
+    def spec(self, *inputs: TensorSpec) -> TensorSpec:
+        return TensorSpec(self.dtype, self.shape)
+
+    def grain(self, tensor: LazyTensor) -> int:
+        return max(1, tensor.spec.row_nbytes)
+
+    def fill(self, tensor: LazyTensor, start: int, out: memoryview, read: Evaluator) -> None:
+        import numpy as np
+
+        row, columns = tensor.spec.row_nbytes, self.shape[1]
+        digest = hashlib.blake2b(f"{self.seed}\0{self.key}".encode(), digest_size=16).digest()
+        half = -(-columns // 2)
+        for number in range(start // row, (start + len(out)) // row):
+            generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=number << 128)
+            words = (generator.random_raw(2 * half) >> np.uint64(11)).astype(np.float64)
+            radius = np.sqrt(-2 * np.log((words[:half] + 1) * 2.0**-53))
+            angle = 2 * np.pi * 2.0**-53 * words[half:]
+            values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:columns]
+            narrowed(out[number * row - start : (number + 1) * row - start], self.dtype, self.std * values)
 
 
 def fit(tensor: LazyTensor, shape: tuple[int, ...], element: bytes) -> LazyTensor:

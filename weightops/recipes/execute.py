@@ -20,7 +20,7 @@ from weightops.engine.work_folder import WorkFolder
 from weightops.errors import UsageError
 from weightops.formats.choose import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.containers import CONTAINERS, without_place
-from weightops.formats.folder import open_adapter, open_checkpoint
+from weightops.formats.folder import open_adapter, open_checkpoint, open_files
 from weightops.formats.proofs import checksums
 from weightops.formats.proofs import manifest as manifest_format
 from weightops.formats.proofs.manifest import Manifest
@@ -41,6 +41,8 @@ from weightops.stores.stores import Stores
 
 _LOG = logging.getLogger(__name__)
 CARD = "README.md"
+_OPENERS = {frozenset({"adapter"}): open_adapter, frozenset({"tokenizer"}): open_files}
+"""How sources are opened that are taken as one thing alone."""
 _SINGLE = (".gguf", ".dat")
 """What of containers may be an output by itself."""
 StrPath = str | os.PathLike[str]
@@ -151,7 +153,7 @@ def derive(recipe: Recipe, control: Control, without: str | None = None) -> Iter
     with control.stores.connected() as stores:
         made = {}
         for name, place in recipe.sources.items():
-            opener = open_adapter if recipe.roles(name) == {"adapter"} else open_checkpoint
+            opener = _OPENERS.get(frozenset(recipe.roles(name)), open_checkpoint)
             made[name] = opener(place.path, stores, place.weights)
             _log_opened(name, place, made[name])
         sources, evaluate = dict(made), _evaluate(control)

@@ -1,7 +1,7 @@
 """The operations by name. An operation's signature is its schema: what it takes from, and what may be said of it.
 
-Parameters that take a `Checkpoint`, or a sequence of them, are its sources; keyword-only ones are its options;
-`evaluate` is handed in by whoever runs it, and so are `stores`, the places beyond paths, `names`, those of its
+Parameters that take a `Checkpoint`, perhaps none, or a sequence of them, are its sources; keyword-only ones are its
+options; `evaluate` is handed in by whoever runs it, and so are `stores`, the places beyond paths, `names`, those of its
 sources in their order, and what a step is given besides.
 """
 
@@ -23,7 +23,7 @@ from weightops.spec import DType, parse_dtype
 
 VERBS = (
     *("recover", "diff", "convert", "shard", "cast", "merge-lora", "extract-lora", "dequantize", "pack", "repack"),
-    *("merge", "experts", "part", "edit"),
+    *("merge", "experts", "part", "edit", "vocab"),
     *("combine-adapters", "resize-adapter", "convert-adapter"),
 )
 _PACKAGES = {"combine-adapters": "adapter", "resize-adapter": "adapter", "convert-adapter": "adapter"}
@@ -35,7 +35,7 @@ _SUPPLIED = ("evaluate", "stores", "names", "text", "file", "said")
 class Verb:
     """An operation. `roles` says of each source whether there may be several; `options` gives types by name.
 
-    Sources and options without a default must be given.
+    What has no default must be given.
     """
 
     name: str
@@ -80,12 +80,16 @@ def find_verb(name: str) -> Verb:
     module = importlib.import_module(f"weightops.operations.{_PACKAGES.get(name, identifier)}")
     function = getattr(module, identifier)
     hints = get_type_hints(function)
-    roles, options, defaults = {}, {}, {}
+    roles: dict[str, bool] = {}
+    options: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     parameters = inspect.signature(function).parameters
     for parameter in parameters.values():
         kind = hints[parameter.name]
-        if kind in (Checkpoint, Sequence[Checkpoint]):
-            roles[parameter.name] = kind is not Checkpoint
+        if kind in (Checkpoint, Checkpoint | None, Sequence[Checkpoint]):
+            roles[parameter.name] = kind == Sequence[Checkpoint]
+            if kind == Checkpoint | None:
+                defaults[parameter.name] = None
         elif parameter.name not in _SUPPLIED:
             options[parameter.name] = kind
         if parameter.default is not parameter.empty:

@@ -123,13 +123,5 @@ def merges_by_score(found: TokenizerJson) -> bool:
 def _field(number: int, value: bytes | int) -> bytes:
     """A field of a protobuf message."""
     if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    result = bytearray()
-    while value > 0x7F:
-        result.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*result, value])
+        return sentencepiece.encode_varint(number << 3) + sentencepiece.encode_varint(value)
+    return sentencepiece.encode_varint(number << 3 | 2) + sentencepiece.encode_varint(len(value)) + value

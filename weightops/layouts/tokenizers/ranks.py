@@ -60,9 +60,9 @@ def _byte_alphabet() -> str:
     return "".join(chr(byte if byte in visible else next(others)) for byte in range(256))
 
 
-_ALPHABET = _byte_alphabet()
-_TO_UNICODE = dict(enumerate(_ALPHABET))
-_FROM_UNICODE = {ord(character): byte for byte, character in enumerate(_ALPHABET)}
+ALPHABET = _byte_alphabet()
+_TO_UNICODE = dict(enumerate(ALPHABET))
+_FROM_UNICODE = {ord(character): byte for byte, character in enumerate(ALPHABET)}
 
 
 def to_unicode(data: bytes) -> str:

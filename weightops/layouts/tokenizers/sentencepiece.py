@@ -35,7 +35,7 @@ def parse(data: bytes, what: str) -> Tokenizer:
     """
     tokens: list[Token] = []
     specs: dict[int, bytes] = {}
-    for number, value in _fields(data, _MODEL, what):
+    for number, value in fields(data, _MODEL, what):
         assert isinstance(value, bytes)
         if number == 1:
             if len(tokens) == MAX_TOKENS:
@@ -133,7 +133,7 @@ def _check_pieces(tokens: list[Token], *, byte_fallback: bool, what: str) -> dic
 def _message(data: bytes, known: Mapping[int, int], where: str) -> dict[int, int | bytes]:
     """The known fields of a message, each at most once."""
     result: dict[int, int | bytes] = {}
-    for number, value in _fields(data, known, where):
+    for number, value in fields(data, known, where):
         if number in result:
             raise CorruptInput(f"{where}: field {number} occurs twice")
         result[number] = value
@@ -141,17 +141,17 @@ def _message(data: bytes, known: Mapping[int, int], where: str) -> dict[int, int
 
 
 def _get(fields: Mapping[int, int | bytes], number: int, default: _T) -> _T:
-    """A field of the type of its default; `_fields` has checked which that is."""
+    """A field of the type of its default; `fields` has checked which that is."""
     value = fields.get(number, default)
     assert isinstance(value, type(default))
     return value
 
 
-def _fields(data: bytes, known: Mapping[int, int], where: str) -> Iterator[tuple[int, int | bytes]]:
+def fields(data: bytes, known: Mapping[int, int], where: str) -> Iterator[tuple[int, int | bytes]]:
     """The known fields of a message in order: varints as numbers, everything else as its bytes."""
     at = 0
     while at < len(data):
-        tag, at = _varint(data, at, where)
+        tag, at = varint(data, at, where)
         number, wire = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
             raise CorruptInput(f"{where}: there is no protobuf field {number}")
@@ -159,10 +159,10 @@ def _fields(data: bytes, known: Mapping[int, int], where: str) -> Iterator[tuple
             raise CorruptInput(f"{where}: field {number} has wire type {wire}, expected {known[number]}")
         value: int | bytes
         if wire == _VARINT:
-            value, at = _varint(data, at, where)
+            value, at = varint(data, at, where)
         else:
             if wire == _BYTES:
-                length, at = _varint(data, at, where)
+                length, at = varint(data, at, where)
             elif wire in (_FIXED32, _FIXED64):
                 length = 4 if wire == _FIXED32 else 8
             else:
@@ -174,7 +174,7 @@ def _fields(data: bytes, known: Mapping[int, int], where: str) -> Iterator[tuple
             yield number, value
 
 
-def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:
+def varint(data: bytes, at: int, where: str) -> tuple[int, int]:
     """A number of up to 64 bits, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
@@ -188,3 +188,12 @@ def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:
                 break
             return value, at
     raise CorruptInput(f"{where}: holds a number of over 64 bits")
+
+
+def encode_varint(value: int) -> bytes:
+    """A number as protobuf writes it."""
+    result = bytearray()
+    while value > 0x7F:
+        result.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*result, value])

@@ -14,9 +14,7 @@ from weightops.layouts.experts import stated, with_numbers
 from weightops.layouts.parts import MTP_COUNTS, is_mtp
 from weightops.layouts.renamed import renamed, without_names
 from weightops.lazy import LazyTensor
-from weightops.ops.elementwise import cast
-from weightops.ops.random import Normal
-from weightops.ops.rows import Repeat
+from weightops.ops.rows import NormalRows, Repeat
 from weightops.spec import DType
 
 Head = Literal["none", "classifier", "token-classifier"]
@@ -117,7 +115,7 @@ def with_head(source: Checkpoint, head: Head, labels: int | None, init: Init, se
     deviation = float(config.get("initializer_range") or _DEVIATION)
     tensors = {**result.tensors, "score.weight": _fresh((labels, width), dtype, init, deviation, seed)}
     if head == "token-classifier":
-        tensors["score.bias"] = _fresh((labels,), dtype, "zero", deviation, seed)
+        tensors["score.bias"] = LazyTensor.make(Repeat(dtype, (labels,), bytes(dtype.itemsize)))
     id2label = {str(i): f"LABEL_{i}" for i in range(labels)}
     edited = {**config, "architectures": [name], "id2label": id2label}
     edited["label2id"] = {label: int(number) for number, label in id2label.items()}
@@ -126,10 +124,10 @@ def with_head(source: Checkpoint, head: Head, labels: int | None, init: Init, se
     return result.did(f"the head for {labels} labels is {said}: it is to be trained")
 
 
-def _fresh(shape: tuple[int, ...], dtype: DType, init: Init, deviation: float, seed: int) -> LazyTensor:
+def _fresh(shape: tuple[int, int], dtype: DType, init: Init, deviation: float, seed: int) -> LazyTensor:
     if init == "zero":
         return LazyTensor.make(Repeat(dtype, shape, bytes(dtype.itemsize)))
-    return cast(LazyTensor.make(Normal(shape, 0.0, deviation, seed, "score")), dtype)
+    return LazyTensor.make(NormalRows(dtype, shape, deviation, seed, "score.weight"))
 
 
 def _class_name(kind: str, head: Head, where: str) -> str:

@@ -20,8 +20,8 @@ Droppable = Literal["mtp"]
 
 def part(
     source: Checkpoint,
-    graft: Sequence[Checkpoint] = (),
-    mtp: Sequence[Checkpoint] = (),
+    graft: Checkpoint | None = None,
+    mtp: Checkpoint | None = None,
     *,
     take: Part | None = None,
     drop: Sequence[Droppable] = (),
@@ -40,33 +40,32 @@ def part(
     The edits are made in this order. The result is held against transformers' class for it. Raises `UsageError` for
     what cannot be meant, `IncompatibleInputs` for models that do not belong together.
     """
-    for each in (source, *graft, *mtp):
-        refuse_parts(each)
-        refuse_delta(each, "the source")
-        refuse_adapter(each, "the source")
-    if len(graft) > 1 or len(mtp) > 1:
-        raise UsageError("one model is grafted, or gives its layers", hint="name one")
-    if not (take or graft or drop or mtp or head):
+    for role, each in {"the source": source, "the graft": graft, "the model with further layers": mtp}.items():
+        if each is not None:
+            refuse_parts(each)
+            refuse_delta(each, role)
+            refuse_adapter(each, role)
+    if not (take or drop or head) and graft is None and mtp is None:
         raise UsageError("nothing is to be done", hint="--take, --graft, --drop, --mtp or --head says what")
-    if take is not None and graft:
+    if take is not None and graft is not None:
         raise UsageError("a part is taken or put back, not both", hint="take two steps")
     if head is None and (labels is not None or init != "zero" or seed):
         raise UsageError("labels, init and seed are those of a new head", hint="--head classifier --labels 2")
     result = source
     if take is not None:
         result = text_part(result) if take == "text" else tower(result, take)
-    for each in graft:
-        result = grafted(result, each)
+    if graft is not None:
+        result = grafted(result, graft)
     if drop:
         result = without_mtp(result)
-    for each in mtp:
-        result = with_mtp(result, each)
+    if mtp is not None:
+        result = with_mtp(result, mtp)
     if head is not None:
         result = with_head(result, head, labels, init, seed)
     try:
         return held_to_class(result, source)
     except IncompatibleInputs as error:
-        if mtp:
+        if mtp is not None:
             error.hint = (
                 "transformers passes over such layers under the numbers of the published model alone: keep its "
                 "number of layers, or leave them out, with num_nextn_predict_layers 0 (--drop mtp)"
