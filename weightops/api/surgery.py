@@ -21,6 +21,7 @@ from weightops.recipes.steps import Location, Step
 if TYPE_CHECKING:
     from weightops.layouts.experts import Layout
     from weightops.layouts.parts import Part
+    from weightops.operations.experts import By, Keep
     from weightops.operations.part import Droppable, Head, Init
 
 
@@ -88,13 +89,20 @@ def experts(
     out: StrPath,
     *,
     layout: Layout | None = None,
-    keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    keep: Keep | None = None,
+    count: int | None = None,
+    by: By | None = None,
     per_token: int | None = None,
     ungroup: bool = False,
     **output: Unpack[Output],
 ) -> Result:
     """Stack the experts of a mixture or take them apart, or keep some of them; see `weightops.operations.experts`."""
-    options = {"layout": layout, "keep": _kept(keep), "per_token": per_token, "ungroup": ungroup}
+    from weightops.operations.experts import parse_keep
+
+    if keep is not None:
+        # What a file says, so that its path is no part of what made the result.
+        keep, count, by = parse_keep(keep, count=count, by=by, ungroup=ungroup), None, None
+    options = {"layout": layout, "keep": keep, "count": count, "by": by, "per_token": per_token, "ungroup": ungroup}
     return one("experts", {"source": source}, out, output, options)
 
 
@@ -124,13 +132,6 @@ def experts_from_dense(
 
 def _document(path: StrPath) -> Mapping[str, Any]:
     return read_document(read_text(Path(path)), escape(os.fspath(path))).data
-
-
-def _kept(keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None) -> Any:
-    """Lists of experts; what a file says, so that its path is no part of what made the result."""
-    from weightops.operations.experts import parse_keep
-
-    return parse_keep(keep) if isinstance(keep, str) else keep
 
 
 def _read_edit(path: Path, sources: Mapping[str, str]) -> tuple[dict[str, Location], Step, Document]:

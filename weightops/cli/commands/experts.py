@@ -25,7 +25,20 @@ from weightops.errors import UsageError
 @click.option(
     "--keep",
     metavar="LIST|FILE",
-    help="The experts to keep: 0,2,4-7 for all layers, or a JSON file with a list, or one for each layer.",
+    help="The experts to keep: 0,2,4-7 for all layers, or a JSON file with a list, or one for each layer, or with "
+    "scores: what `weightops eval --experts` writes.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --keep FILE of scores: keep the N best of each layer.",
+)
+@click.option(
+    "--by",
+    type=OneOf(("reap", "frequency")),
+    help="What is best: the router's weight times the length of what an expert gives, by token that comes to it (reap, "
+    "the default), or how many tokens come (frequency).",
 )
 @click.option("--per-token", type=click.IntRange(min=1), help="How many experts a token takes from now on.")
 @click.option(
@@ -55,18 +68,19 @@ def command(
     Example:
       weightops experts ./qwen3-moe --layout stacked --out ./qwen3-moe-stacked
       weightops experts ./qwen3-moe --keep 0-63 --out ./qwen3-moe-64
+      weightops experts ./qwen3-moe --keep use.json --count 96 --out ./qwen3-moe-96
       weightops experts --from-dense moe.yml --out ./mixture
 
     With --keep the experts that are left are numbered anew; their rows of the router follow, and so does every count in
     config.json. What cannot be is refused before anything is written: fewer experts than a token takes, other numbers
-    in different layers, groups of different sizes. Which experts to keep is for you to say: weightops eval prints how
-    often each is chosen.
+    in different layers, groups of different sizes. Which experts to keep, weightops eval --experts measures on a text
+    of yours.
 
     A mixture of dense models (--from-dense) has the attention and embeddings of the base and the MLPs of each model.
     With gate_mode cheap_embed the router goes by the embeddings of the prompts in the file, with random or
     uniform_random it is to be trained.
     """
-    editing = {name: options.pop(name) for name in ("layout", "keep", "per_token")}
+    editing = {name: options.pop(name) for name in ("layout", "keep", "count", "by", "per_token")}
     if from_dense is not None:
         if source is not None or ungroup or any(value is not None for value in editing.values()):
             raise UsageError("--from-dense makes a mixture of the models in its file, and has no SOURCE to edit")
