@@ -54,7 +54,14 @@ def _range(first: int, stop: int) -> str:
 def experts_text(score: Score) -> str:
     """A line for each layer with experts: which are used the least, and how many do most of the work."""
     assert score.experts is not None
-    heads = ("experts", "unused", "least used", "most used", f"{100 * _MOST:.0f} % of choices go to", "lowest by REAP")
+    heads = (
+        "experts",
+        "unused",
+        "least used",
+        "most used",
+        f"{100 * _MOST:.0f} % of choices go to",
+        "lowest by REAP, of the mean",
+    )
     rows: list[tuple[str, ...]] = [(f"{escape(score.name)}: layer", *heads)]
     rows += [(escape(name), *_expert_cells(layer)) for name, layer in score.experts.layers.items()]
     return table(rows, right=(0, 1, 2))
@@ -66,6 +73,7 @@ def _expert_cells(layer: LayerUse) -> tuple[str, ...]:
     sums = accumulate(sorted(often, reverse=True))
     # Rounding must not keep the last sum below the whole.
     busy = next(n for n, total in enumerate(sums, start=1) if total >= _MOST * sum(often) - 1e-9)
+    mean = sum(layer.reap) / len(layer.reap) or 1.0
     lowest = sorted(numbers, key=layer.reap.__getitem__)[:_LOWEST]
     return (
         str(len(often)),
@@ -73,5 +81,5 @@ def _expert_cells(layer: LayerUse) -> tuple[str, ...]:
         f"{least}: {100 * often[least]:.2f} %",
         f"{most}: {100 * often[most]:.2f} %",
         f"{busy} of {len(often)}",
-        ", ".join(f"{i}: {layer.reap[i]:.3g}" for i in lowest),
+        ", ".join(f"{i}: {100 * layer.reap[i] / mean:.0f} %" for i in lowest),
     )
