@@ -95,7 +95,7 @@ def test_other_families_are_measured_too(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("llama4_text", "experts .Llama4TextExperts. that do not say what each token takes"),
+        ("llama4_text", "does not tell its experts .Llama4TextExperts. which tokens take them"),
         ("llama", "LlamaForCausalLM has no experts of a form that is known here"),
     ],
 )
@@ -112,6 +112,26 @@ def test_what_is_printed_is_no_other_for_being_watched(tmp_path: Path) -> None:
         for on in (False, True)
     )
     assert plain.nll == watched.nll
+
+
+def test_packed_experts_are_measured_as_dequantised_ones_are(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "full", "mixtral")
+    weightops.quantize(tmp_path / "full", tmp_path / "quantized", method="rtn", group_size=32, mse=False)
+    plain, packed = (measured(tmp_path / "quantized", engine=each) for each in ("dequantized", "packed"))
+    for layer in plain.layers:
+        assert packed.layers[layer].reap == pytest.approx(plain.layers[layer].reap, rel=1e-3)
+
+
+def test_an_expert_that_no_token_comes_to_has_zeros(tmp_path: Path) -> None:
+    save_mixture(tmp_path, "mixtral")
+    tensors = load_file(tmp_path / "model.safetensors")
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    tensors[gate].zero_()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    layer = measured(tmp_path).layers["0"]
+    # Of equal logits the same two win for every token.
+    assert sorted(layer.frequency) == [0, 0, 1, 1]
+    assert [score == 0 for score in layer.reap] == [share == 0 for share in layer.frequency]
 
 
 def dominated(folder: Path) -> None:

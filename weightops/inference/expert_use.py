@@ -36,8 +36,8 @@ class ExpertUses:
         Raises `UsageError` for a model without experts, and for experts that are not given what each token takes.
         """
         self._model, self._windows = model, windows
-        self._names = {i: _mixture(model, name) for i, name in enumerate(model.blocks)}
-        self._sums = {i: _Sums(*found) for i, found in self._names.items() if found is not None}
+        found = {i: _mixture(model, name) for i, name in enumerate(model.blocks)}
+        self._sums = {i: _Sums(*mixture) for i, mixture in found.items() if mixture is not None}
         if not self._sums:
             raise UsageError(
                 f"{model.shown}: {type(model.module).__name__} has no experts of a form that is known here",
@@ -108,11 +108,13 @@ def _mixture(model: BlockModel, block: str) -> tuple[str, int] | None:
         return None
     ((name, count), *others) = known.items()
     module = model.module.get_submodule(name)
-    if others or len(inspect.signature(module.forward).parameters) != _ARGUMENTS:
-        what = "two mixtures in a block" if others else f"experts ({type(module).__name__}) that do not say what "
-        what += "" if others else "each token takes"
+    shown = f"{model.shown}: {type(model.module).__name__}"
+    if others:
+        raise UsageError(f"{shown} has two mixtures in a block, whose use is not measured", hint="leave out --experts")
+    if len(inspect.signature(module.forward).parameters) != _ARGUMENTS:
         raise UsageError(
-            f"{model.shown}: {type(model.module).__name__} has {what}, so their use is not measured",
+            f"{shown} does not tell its experts ({type(module).__name__}) which tokens take them, so their use is not "
+            "measured",
             hint="leave out --experts",
         )
     return name, count
