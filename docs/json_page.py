@@ -75,7 +75,7 @@ PRINTED = {
         "`merge --verify`",
         "weightops merge ./model ./tuned --method linear --weight 0.5 --verify ./model --json",
     ),
-    "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --layers --json"),
+    "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --influence --json"),
     "weightops-generate/1": (
         "`generate`",
         'weightops generate ./tiny-llama --prompt "Once upon a time" --max-new-tokens 5 --json',

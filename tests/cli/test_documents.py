@@ -135,7 +135,7 @@ RUNS = [
     ("merge tiny tiny-2 --method slerp --base tiny --t 0.5 --verify tiny", "merge-proof/1", 3),
     ("eval tiny --text text.txt --seq-len 32", "eval/1", 0),
     ("eval tiny-gptq --reference tiny --text text.txt --seq-len 32", "eval/1", 0),
-    ("eval tiny --text text.txt --seq-len 32 --layers", "eval/1", 0),
+    ("eval tiny --text text.txt --seq-len 32 --influence", "eval/1", 0),
     ("eval moe --text text.txt --seq-len 32 --experts use.json", "eval/1", 0),
     ("generate tiny --prompt once --max-new-tokens 2", "generate/1", 0),
     ("generate tiny-gptq --prompt once --max-new-tokens 2", "generate/1", 0),

@@ -23,10 +23,10 @@ def test_layers_are_ranked_and_rows_of_them_named() -> None:
     )
     assert click.unstyle(layers_text(score(found))).splitlines() == [
         "model: layer  block influence      ±  from the least",
-        "            0          0.90000  0.001               4",
-        "            1          0.01000  0.001               1",
-        "            2          0.02000  0.001               2",
-        "            3          0.50000  0.001               3",
+        "           0          0.90000  0.001               4",
+        "           1          0.01000  0.001               1",
+        "           2          0.02000  0.001               2",
+        "           3          0.50000  0.001               3",
         "",
         "layers in a row  least angular distance  which  without them",
         "              1                 0.10000  1      shard --layers 0,2-3",

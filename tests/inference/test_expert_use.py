@@ -108,7 +108,7 @@ def test_what_is_not_measured_is_refused_by_name(kind: str, message: str, tmp_pa
 def test_what_is_printed_is_no_other_for_being_watched(tmp_path: Path) -> None:
     save_mixture(tmp_path, "gpt_oss")
     plain, watched = (
-        evaluate([open_checkpoint(tmp_path)], TEXT, seq_len=SEQ_LEN, layers=on, experts=on).scores[0]
+        evaluate([open_checkpoint(tmp_path)], TEXT, seq_len=SEQ_LEN, influence=on, experts=on).scores[0]
         for on in (False, True)
     )
     assert plain.nll == watched.nll

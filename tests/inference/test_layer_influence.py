@@ -22,7 +22,7 @@ SEQ_LEN = 32
 
 
 def measured(folder: Path) -> LayerFigures:
-    (score,) = evaluate([open_checkpoint(folder)], TEXT, seq_len=SEQ_LEN, layers=True).scores
+    (score,) = evaluate([open_checkpoint(folder)], TEXT, seq_len=SEQ_LEN, influence=True).scores
     assert score.layers is not None
     return score.layers
 
@@ -91,7 +91,7 @@ def test_documents_have_the_figures_of_every_model(tmp_path: Path) -> None:
         save_tiny(tmp_path / name, "llama")
     (tmp_path / "text.txt").write_text(TEXT)
     found = weightops.evaluate(
-        tmp_path / "b", tmp_path / "text.txt", seq_len=SEQ_LEN, reference=tmp_path / "a", layers=True
+        tmp_path / "b", tmp_path / "text.txt", seq_len=SEQ_LEN, reference=tmp_path / "a", influence=True
     )
     documents = json.loads(json.dumps(found.to_json()))["models"]
     assert documents[0]["layers"] == documents[1]["layers"]

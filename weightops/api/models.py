@@ -187,14 +187,14 @@ def evaluate(
     device: str = "auto",
     engine: Engine = "auto",
     max_memory: str | int | None = None,
-    layers: bool = False,
+    influence: bool = False,
     experts: StrPath | None = None,
     control: Control | None = None,
 ) -> Evaluation:
     """Perplexity of models on text files, and how far they are from a reference.
 
     Several files are joined by blank lines. A source may also be a checkpoint that an operation has derived and nobody
-    has written. `layers` says also how much each layer changes; `experts` is a file to write how the experts of the
+    has written. `influence` says also how much each layer changes; `experts` is a file to write how the experts of the
     one model are used, which `experts(keep=)` takes. See `weightops.inference.evaluate`.
     """
     import torch
@@ -220,7 +220,7 @@ def evaluate(
             device=pick_device(device),
             engine=engine,
             max_nbytes=for_models(max_memory),
-            layers=layers,
+            influence=influence,
             experts=experts is not None,
             control=control,
         )

@@ -213,13 +213,13 @@ def evaluate(
     device: str = "cpu",
     engine: Engine = "auto",
     max_nbytes: int | None = None,
-    layers: bool = False,
+    influence: bool = False,
     experts: bool = False,
     control: Control | None = None,
 ) -> Evaluation:
     """Perplexity of each checkpoint on `text`; with `reference` also how far each is from it.
 
-    `layers` measures how much each block changes (`LayerInfluence`), `experts` how the experts of a mixture are used
+    `influence` measures how much each block changes (`LayerInfluence`), `experts` how the experts of a mixture are used
     (`ExpertUses`), both in the same walk; of a reference only the first.
 
     Models are run block by block, so memory holds one block (two of a quantised one beside a reference), the hidden
@@ -248,7 +248,7 @@ def evaluate(
     if reference is not None:
         for reader in readers[1:]:
             _check_comparable(reader, readers[0])
-    measured = [_watched(reader, readers[0], reference is not None, layers, experts) for reader in readers]
+    measured = [_watched(reader, readers[0], reference is not None, influence, experts) for reader in readers]
     control.progress.start("evaluating", sum(m.nbytes(name) for m in models for name in ("", *m.blocks)))
     scores = []
     with ExitStack() as stack:
@@ -338,11 +338,11 @@ def _check_comparable(reader: _Reader, reference: _Reader) -> None:
         )
 
 
-def _watched(reader: _Reader, reference: _Reader, is_given: bool, layers: bool, experts: bool) -> _Watched:
+def _watched(reader: _Reader, reference: _Reader, is_given: bool, influence: bool, experts: bool) -> _Watched:
     model, is_reference = reader.model, is_given and reader is reference
     return _Watched(
         ModuleErrors(model, reference.model) if is_given and not is_reference and model.quantized else None,
-        LayerInfluence(model, reader.windows) if layers else None,
+        LayerInfluence(model, reader.windows) if influence else None,
         ExpertUses(model, reader.windows) if experts and not is_reference else None,
     )
 

@@ -105,7 +105,7 @@ class ScoreDocument(msgspec.Struct, frozen=True, kw_only=True):
 
     `nll` is in nats per predicted token; `perplexity`, its exponential, is null where that is more than a float holds.
     `nll_error` is its standard error. `engine` is there for a quantised model, from `kl_mean` on what is measured
-    against a reference, and `layers` with --layers.
+    against a reference, and `layers` with --influence.
     """
 
     name: str

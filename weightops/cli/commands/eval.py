@@ -40,7 +40,7 @@ _SHOWN_MODULES = 8
 )
 @click.option("--reference", type=SOURCE, metavar="DIR", help="Measure also how far each model is from this one.")
 @click.option(
-    "--layers",
+    "--influence",
     is_flag=True,
     help="Say also how much each layer changes of what passes through it, and which layers in a row change the least.",
 )
@@ -57,7 +57,7 @@ def command(
     text: tuple[Path, ...],
     seq_len: int | None,
     reference: Path | str | None,
-    layers: bool,
+    influence: bool,
     experts: Path | None,
     dtype: ComputeDType,
     device: str,
@@ -84,7 +84,7 @@ def command(
     size of the model. The text is cut into windows that do not overlap. Of quantised models (GPTQ), --reference also
     gives the error of each layer.
 
-    What could be left out of a model is measured in the same walk. --layers gives the block influence of every layer
+    What could be left out of a model is measured in the same walk. --influence gives the block influence of every layer
     (one minus the cosine between what enters it and what leaves it) and the angular distance over several in a row;
     weightops shard --layers writes a model without them. --experts gives how often each expert is chosen and its score
     by REAP: how much it adds to the tokens that come to it.
@@ -99,7 +99,7 @@ def command(
             device=device,
             engine=engine,
             max_memory=max_memory,
-            layers=layers,
+            influence=influence,
             experts=experts,
             control=control,
         )

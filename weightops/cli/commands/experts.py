@@ -68,7 +68,6 @@ def command(
     Example:
       weightops experts ./qwen3-moe --layout stacked --out ./qwen3-moe-stacked
       weightops experts ./qwen3-moe --keep 0-63 --out ./qwen3-moe-64
-      weightops experts ./qwen3-moe --keep use.json --count 96 --out ./qwen3-moe-96
       weightops experts --from-dense moe.yml --out ./mixture
 
     With --keep the experts that are left are numbered anew; their rows of the router follow, and so does every count in
