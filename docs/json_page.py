@@ -22,6 +22,7 @@ import torch
 from json_schemas import FOLDER, file_name, schemas
 from safetensors.torch import save_file
 
+import weightops
 from weightops.cli import machine
 from weightops.cli.events import SCHEMA as EVENTS
 from weightops.cli.machine import Cache, EnvDocument
@@ -74,7 +75,7 @@ PRINTED = {
         "`merge --verify`",
         "weightops merge ./model ./tuned --method linear --weight 0.5 --verify ./model --json",
     ),
-    "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --json"),
+    "weightops-eval/1": ("`eval`", "weightops eval ./tiny-llama --text ./short.txt --seq-len 64 --influence --json"),
     "weightops-generate/1": (
         "`generate`",
         'weightops generate ./tiny-llama --prompt "Once upon a time" --max-new-tokens 5 --json',
@@ -126,6 +127,11 @@ WRITTEN = {
         "",
         "tiny-llama-4bit/quantize_report.json",
     ),
+    "weightops-experts/1": (
+        "what `eval --experts` writes, and `experts --keep` takes",
+        "weightops eval ./moe --text ./short.txt --seq-len 64 --experts ./use.json --quiet",
+        "use.json",
+    ),
     "weightops-answers/1": ("the first line of what `generate --prompts` writes", "", "answers.jsonl:1"),
     "weightops-answer/1": ("the other lines of it", "", "answers.jsonl:2"),
     "weightops-chat/1": ("what `/save` writes in `chat`", "", "chat.json"),
@@ -158,6 +164,10 @@ def prepared() -> Iterator[Path]:
             shutil.copytree(TINY, "tiny-llama")
             text = Path("tiny-llama/heldout.txt").read_text(encoding="utf-8")
             Path("short.txt").write_text(text[:1500], encoding="utf-8")
+            prompts = ("Once", "The weights", "of the")
+            experts = [{"source_model": "./tiny-llama", "positive_prompts": [each]} for each in prompts]
+            mixture = {"base_model": "./tiny-llama", "gate_mode": "cheap_embed", "experts": experts}
+            weightops.experts_from_dense(mixture, "moe")
             Path("prompts.txt").write_text("Once upon a time\nThe weights\n", encoding="utf-8")
             outputs = {"./out-f16": {"from": "cut", "dtype": "float16"}}
             recipe: dict[str, Any] = {"sources": {"raw": "./model"}, "outputs": outputs}

@@ -27,6 +27,7 @@ from weightops.inference.figures import EvalDocument
 from weightops.inference.generate import GenerateDocument
 from weightops.operations.check import CheckDocument
 from weightops.operations.download import DownloadDocument
+from weightops.operations.experts import ExpertUse
 from weightops.operations.inspect import InspectDocument
 from weightops.operations.merge import MergePlan, MergeProof
 from weightops.operations.verify import VerifyDocument
@@ -47,6 +48,7 @@ DOCUMENTS: tuple[Any, ...] = (
     MergePlan,
     MergeProof,
     EvalDocument,
+    ExpertUse,
     GenerateDocument,
     TextEvent,
     ChatDocument,

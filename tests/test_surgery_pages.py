@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ from families import COMMON, FAMILIES
 from mtp_models import save_with_mtp
 from safetensors.torch import save_file
 from tiny_models import save_tiny, tiny
+from tiny_models import text as heldout
 from transformers import AutoModelForCausalLM
 from vision_models import save_whole
 
@@ -58,7 +60,8 @@ def test_parts(here: Path) -> None:
 
 
 def test_experts(here: Path) -> None:
-    saved("qwen3_moe", here / "moe")
+    save_tiny(here / "moe", "qwen3_moe", **{**COMMON, **FAMILIES["qwen3_moe"]})
+    (here / "heldout.txt").write_text(heldout(50))
     for seed, name in enumerate(("chat", "code")):
         save_tiny(here / name, "llama", seed)
     write_files("experts.md", here)
@@ -68,11 +71,14 @@ def test_experts(here: Path) -> None:
     for arguments in commands("experts.md"):
         assert run(arguments) == 0, arguments
     assert torch.equal(logits("moe-apart"), logits("moe"))
+    kept = [json.loads((here / f"moe-{name}" / "config.json").read_text()) for name in ("best", "frequent")]
+    assert {config.get("num_experts", config.get("num_local_experts")) for config in kept} == {3}
     assert type(AutoModelForCausalLM.from_pretrained("mixture")).__name__ == "MixtralForCausalLM"
 
 
 def test_edit(here: Path) -> None:
-    saved("llama", here / "model", tie_word_embeddings=False)
+    save_tiny(here / "model", "llama", **{**COMMON, "tie_word_embeddings": False})
+    (here / "heldout.txt").write_text(heldout(50))
     saved("llama", here / "many-heads", num_key_value_heads=4)
     saved("phi3", here / "phi-3")
     save_file(
@@ -85,5 +91,5 @@ def test_edit(here: Path) -> None:
     assert torch.equal(logits("phi-as-llama"), logits("phi-3"))
     assert torch.equal(logits("deeper"), logits("model"))
     torch.testing.assert_close(logits("folded"), logits("model"), rtol=1e-4, atol=1e-4)
-    for folder in ("long", "pooled", "narrow", "without"):
+    for folder in ("long", "pooled", "narrow", "without", "shallower"):
         logits(folder)

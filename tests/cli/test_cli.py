@@ -147,6 +147,8 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         (family / "prompts.txt").write_text("one\ntwo\n")
         for name in ("heldout.txt", "text.txt"):
             (family / name).write_text(text(150))
+    if command == "eval":
+        save_tiny(family / "moe", "mixtral", num_local_experts=72)
     if command == "imatrix":
         shutil.rmtree(family / "model")
         save_family(family / "model", "qwen3")

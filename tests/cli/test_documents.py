@@ -137,6 +137,8 @@ RUNS = [
     ("merge tiny tiny-2 --method slerp --base tiny --t 0.5 --verify tiny", "merge-proof/1", 3),
     ("eval tiny --text text.txt --seq-len 32", "eval/1", 0),
     ("eval tiny-gptq --reference tiny --text text.txt --seq-len 32", "eval/1", 0),
+    ("eval tiny --text text.txt --seq-len 32 --influence", "eval/1", 0),
+    ("eval moe --text text.txt --seq-len 32 --experts use.json", "eval/1", 0),
     ("generate tiny --prompt once --max-new-tokens 2", "generate/1", 0),
     ("generate tiny-gptq --prompt once --max-new-tokens 2", "generate/1", 0),
     ("env", "env/2", 0),
@@ -154,6 +156,7 @@ def test_every_command_prints_what_its_schema_says(
 ) -> None:
     monkeypatch.chdir(folder)
     save_tiny(folder / "tiny-2", "llama", seed=1, num_hidden_layers=1)
+    save_tiny(folder / "moe", "mixtral")
     for line, name, code in RUNS:
         assert run([*shlex.split(line), "--json"]) == code, line
         shown = capsys.readouterr()
@@ -163,7 +166,12 @@ def test_every_command_prints_what_its_schema_says(
         if name == "error/2":
             assert document["exit_code"] == code
             assert document["message"] in shown.err
-    for path in ("delta/weightops-delta.json", "q/quantize_report.json", *map(str, folder.rglob("*manifest.json"))):
+    for path in (
+        "use.json",
+        "delta/weightops-delta.json",
+        "q/quantize_report.json",
+        *map(str, folder.rglob("*manifest.json")),
+    ):
         hold(json.loads((folder / path).read_text()))
 
 

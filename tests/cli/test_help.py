@@ -28,6 +28,7 @@ OWN_WORDS = {
     "--base": {"merge-lora", "extract-lora", "inspect", "merge", "adapter convert"},
     "--tokenizer": {"convert", "vocab"},
     "--init": {"part", "vocab"},
+    "--by": {"adapter rank", "experts"},
     "--chat-template": {"merge", "vocab"},
     "--include": {"download", "inspect"},
     "--tuned": {"diff", "extract-lora"},

@@ -171,7 +171,7 @@ ROWS |= {
         row("--no-architecture", "architecture", False),
     ],
 }
-FROM_FILES = {"experts": {"from_dense"}, "edit": {"steps", "tokenizer"}}
+FROM_FILES = {"experts": {"from_dense", "count", "by"}, "edit": {"steps", "tokenizer"}}
 """What is read from a file that the command names; the tests of those operations have it."""
 REQUIRED = {
     "convert": {"--to": "hf"},

@@ -121,6 +121,8 @@ ROWS: dict[str, list[Row]] = {
         row("--reference other", {"reference": "other"}, reference="other"),
         row("--text text.txt", {"text": "text.txt"}, texts=[Path("text.txt")]),
         row("--text a --text b", {"text": (Path("a"), "b")}, texts=[Path("a"), Path("b")]),
+        same("--influence", influence=True),
+        row("--experts use.json", {"experts": "use.json"}, experts=True),
         *MODEL,
     ],
     "chat": [

@@ -23,8 +23,10 @@ from weightops.formats.places import is_remote
 from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.inference.asked import Asked, settings_of
+from weightops.io.atomic import check_target, write_whole
 from weightops.io.brief import brief
 from weightops.io.digests import hash_file
+from weightops.io.strict_json import as_json, dumps
 from weightops.plan import parse_size, sources_of
 from weightops.recipes.execute import Result, StrPath, Wanted, may_skip, several, write_all
 
@@ -185,12 +187,15 @@ def evaluate(
     device: str = "auto",
     engine: Engine = "auto",
     max_memory: str | int | None = None,
+    influence: bool = False,
+    experts: StrPath | None = None,
     control: Control | None = None,
 ) -> Evaluation:
     """Perplexity of models on text files, and how far they are from a reference.
 
     Several files are joined by blank lines. A source may also be a checkpoint that an operation has derived and nobody
-    has written. See `weightops.inference.evaluate`.
+    has written. `influence` says also how much each layer changes; `experts` is a file to write how the experts of the
+    one model are used, which `experts(keep=)` takes. See `weightops.inference.evaluate`.
     """
     import torch
 
@@ -200,8 +205,13 @@ def evaluate(
 
     given = [source] if isinstance(source, str | os.PathLike | Checkpoint) else source
     control = control or Control()
+    if experts is not None:
+        if len(given) != 1:
+            hint = "measure one after the other, each with a file of its own"
+            raise UsageError(f"--experts is a file about one model, and {len(given)} are given", hint=hint)
+        check_target(Path(experts))
     with control.stores.connected():
-        return operation(
+        found = operation(
             [opened(each, control) for each in given],
             read_text(map(Path, several(text))),
             seq_len=seq_len,
@@ -210,8 +220,15 @@ def evaluate(
             device=pick_device(device),
             engine=engine,
             max_nbytes=for_models(max_memory),
+            influence=influence,
+            experts=experts is not None,
             control=control,
         )
+    if experts is not None:
+        use = found.scores[-1].experts
+        assert use is not None
+        write_whole(Path(experts), dumps(as_json(use)))
+    return found
 
 
 def generate(

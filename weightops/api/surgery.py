@@ -21,6 +21,7 @@ from weightops.recipes.steps import Location, Step
 if TYPE_CHECKING:
     from weightops.layouts.experts import Layout
     from weightops.layouts.parts import Part
+    from weightops.operations.experts import By, Keep
     from weightops.operations.part import Droppable, Head, Init
 
 
@@ -90,7 +91,9 @@ def experts(
     out: StrPath,
     *,
     layout: Layout | None = None,
-    keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    keep: Keep | None = None,
+    count: int | None = None,
+    by: By | None = None,
     per_token: int | None = None,
     ungroup: bool = False,
     from_dense: StrPath | Mapping[str, Any] | None = None,
@@ -103,13 +106,17 @@ def experts(
     models count from the working directory, as mergekit has it; `org/name` that is no folder here is on the hub. See
     `weightops.operations.experts`.
     """
-    options = {"layout": layout, "keep": _kept(keep), "per_token": per_token, "ungroup": ungroup, "seed": seed}
+    from weightops.operations.experts import parse_keep, with_names
+
+    if keep is not None:
+        # What a file says, so that its path is no part of what made the result.
+        keep, count, by = parse_keep(keep, count=count, by=by, ungroup=ungroup), None, None
+    options: dict[str, Any] = {"layout": layout, "keep": keep, "count": count, "by": by}
+    options |= {"per_token": per_token, "ungroup": ungroup, "seed": seed}
     if from_dense is None:
         if source is None:
             raise UsageError("there is no model to edit", hint="weightops experts SOURCE --layout stacked --out DIR")
         return one("experts", {"source": source}, out, output, options)
-    from weightops.operations.experts import with_names
-
     if source is not None:
         raise UsageError("from_dense makes a mixture of the models in its file, and has no source to edit")
     document = from_dense if isinstance(from_dense, Mapping) else _document(from_dense)
@@ -121,13 +128,6 @@ def experts(
 
 def _document(path: StrPath) -> Mapping[str, Any]:
     return read_document(read_text(Path(path)), escape(os.fspath(path))).data
-
-
-def _kept(keep: str | Sequence[int] | Mapping[str, Sequence[int]] | None) -> Any:
-    """Lists of experts; what a file says, so that its path is no part of what made the result."""
-    from weightops.operations.experts import parse_keep
-
-    return parse_keep(keep) if isinstance(keep, str) else keep
 
 
 def _edit(

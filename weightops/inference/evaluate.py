@@ -24,16 +24,19 @@ from weightops.engine.control import Control
 from weightops.engine.proof import hold
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.inference.agreement import CONTEXT, NOISE, Agreements
-from weightops.inference.figures import Divergence, EvalDocument, ScoreDocument
+from weightops.inference.expert_use import ExpertUses
+from weightops.inference.figures import Divergence, EvalDocument, LayerFigures, ScoreDocument
 from weightops.inference.finite import check_finite
+from weightops.inference.layer_influence import LayerInfluence
 from weightops.inference.model import BlockModel
 from weightops.inference.module_error import ModuleErrors
 from weightops.inference.packed import Engine, refuse_unquantized
 from weightops.inference.tokens import check_tokens, encode, load_tokenizer
-from weightops.inference.windows import cut, final_states
+from weightops.inference.windows import AroundBlock, cut, final_states, together
 from weightops.io.brief import brief
 from weightops.io.notebook import card
 from weightops.io.strict_json import as_json
+from weightops.operations.experts import ExpertUse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +88,10 @@ class Score:
     agreement: Agreement | None = None
     engine: Engine | None = None
     """How layers multiplied that are quantised; None if none is."""
+    layers: LayerFigures | None = None
+    """How much each block changes, if that was asked for."""
+    experts: ExpertUse | None = None
+    """How experts are used, if that was asked for."""
 
     __repr__ = brief
 
@@ -116,6 +123,7 @@ class Score:
             top1_agreement=found.top1 if found else msgspec.UNSET,
             module_errors=dict(found.modules) if found else msgspec.UNSET,
             divergence=found.divergence if found else msgspec.UNSET,
+            layers=self.layers or msgspec.UNSET,
         )
 
 
@@ -182,6 +190,19 @@ class _Reader:
         return str(self.tokenizer.decode(before)), expected
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """What is measured of a model while it runs."""
+
+    errors: ModuleErrors | None = None
+    layers: LayerInfluence | None = None
+    experts: ExpertUses | None = None
+
+    @property
+    def around(self) -> AroundBlock | None:
+        return together([each.around for each in (self.errors, self.layers, self.experts) if each is not None])
+
+
 def evaluate(
     checkpoints: Sequence[Checkpoint],
     text: str,
@@ -192,17 +213,23 @@ def evaluate(
     device: str = "cpu",
     engine: Engine = "auto",
     max_nbytes: int | None = None,
+    influence: bool = False,
+    experts: bool = False,
     control: Control | None = None,
 ) -> Evaluation:
     """Perplexity of each checkpoint on `text`; with `reference` also how far each is from it.
+
+    `influence` measures how much each block changes (`LayerInfluence`), `experts` how the experts of a mixture are used
+    (`ExpertUses`), both in the same walk; of a reference only the first.
 
     Models are run block by block, so memory holds one block (two of a quantised one beside a reference), the hidden
     states of all windows (in a mapped file if they would take more than `max_nbytes`), and a few windows' logits.
     Quantised models are dequantised, a block at a time, unless `engine` is "packed": kernels then multiply.
     `seq_len` is 2048 by default, or as much less as the model was made for. All that can be known before is checked
     before the first block is read. Raises `SourceMissing` without config or tokenizer, `UsageError` for a text shorter
-    than one window, `IncompatibleInputs` where tokens or vocabularies do not fit, `CorruptInput` for NaN, `Differs` for
-    weights on servers or in a cache whose digest is wrong.
+    than one window and for `experts` of a model without any of a known form, `IncompatibleInputs` where tokens or
+    vocabularies do not fit, `CorruptInput` for NaN, `Differs` for weights on servers or in a cache whose digest is
+    wrong.
     """
     control = control or Control()
     given = [*([reference] if reference is not None else []), *checkpoints]
@@ -221,12 +248,12 @@ def evaluate(
     if reference is not None:
         for reader in readers[1:]:
             _check_comparable(reader, readers[0])
-    measured = [_module_errors(reader, readers[0], reference is not None) for reader in readers]
+    measured = [_watched(reader, readers[0], reference is not None, influence, experts) for reader in readers]
     control.progress.start("evaluating", sum(m.nbytes(name) for m in models for name in ("", *m.blocks)))
     scores = []
     with ExitStack() as stack:
         kept: torch.Tensor | None = None
-        for i, (reader, errors) in enumerate(zip(readers, measured, strict=True)):
+        for i, (reader, watched) in enumerate(zip(readers, measured, strict=True)):
             started_s = time.monotonic()
             with ExitStack() as own:
                 is_reference = reference is not None and i == 0
@@ -236,7 +263,7 @@ def evaluate(
                         reader.windows,
                         control=control,
                         max_nbytes=None if max_nbytes is None else max_nbytes - (0 if kept is None else kept.nbytes),
-                        around=errors.around if errors else None,
+                        around=watched.around,
                     )
                 )
                 own.enter_context(reader.model.loaded(""))
@@ -245,12 +272,18 @@ def evaluate(
                 nll, agreement = _score(reader, states, readers[0].model, kept, control)
                 if is_reference:
                     kept = states
-            if agreement is not None and errors is not None:
-                agreement = Agreement(agreement.divergence, errors.errors)
+            if agreement is not None and watched.errors is not None:
+                agreement = Agreement(agreement.divergence, watched.errors.errors)
             elapsed_s = time.monotonic() - started_s
             count = reader.windows.numel()
             model = reader.model
-            scores.append(Score(given[i].name, *nll, count, len(reader.windows), elapsed_s, agreement, model.engine))
+            scores.append(
+                Score(
+                    *(given[i].name, *nll, count, len(reader.windows), elapsed_s, agreement, model.engine),
+                    layers=watched.layers.figures() if watched.layers else None,
+                    experts=watched.experts.use() if watched.experts else None,
+                )
+            )
     control.progress.stop()
     left = hold([tensor for checkpoint in given for tensor in checkpoint.values()], control)
     begins = readers[0].begins_with_bos
@@ -305,10 +338,13 @@ def _check_comparable(reader: _Reader, reference: _Reader) -> None:
         )
 
 
-def _module_errors(reader: _Reader, reference: _Reader, is_given: bool) -> ModuleErrors | None:
-    if not is_given or reader is reference or not reader.model.quantized:
-        return None
-    return ModuleErrors(reader.model, reference.model)
+def _watched(reader: _Reader, reference: _Reader, is_given: bool, influence: bool, experts: bool) -> _Watched:
+    model, is_reference = reader.model, is_given and reader is reference
+    return _Watched(
+        ModuleErrors(model, reference.model) if is_given and not is_reference and model.quantized else None,
+        LayerInfluence(model, reader.windows) if influence else None,
+        ExpertUses(model, reader.windows) if experts and not is_reference else None,
+    )
 
 
 def _chunks(windows: torch.Tensor, vocab_size: int) -> Iterator[tuple[slice, slice]]:

@@ -84,12 +84,28 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     __repr__ = brief
 
 
+class LayerFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the blocks of a model change of what passes through them.
+
+    `influence` has of each block 1 - E[cos(x, y)] over all tokens, x being what enters it and y what leaves it: the
+    block influence of ShortGPT (arXiv 2403.03853). `distances[n - 1][i]` is the angular distance of arXiv 2403.17887,
+    0 to 1: the mean angle over pi between what enters block i and what enters block i + n (or leaves the last), at the
+    last token of each of the first `windows` windows. It is how much n blocks from i on change together.
+    """
+
+    influence: tuple[Estimate, ...]
+    distances: tuple[tuple[float, ...], ...]
+    windows: int
+
+    __repr__ = brief
+
+
 class ScoreDocument(msgspec.Struct, frozen=True, kw_only=True):
     """A model in what `eval --json` prints.
 
     `nll` is in nats per predicted token; `perplexity`, its exponential, is null where that is more than a float holds.
-    `nll_error` is its standard error. `engine` is there for a quantised model, and from `kl_mean` on what is measured
-    against a reference.
+    `nll_error` is its standard error. `engine` is there for a quantised model, from `kl_mean` on what is measured
+    against a reference, and `layers` with --influence.
     """
 
     name: str
@@ -105,6 +121,7 @@ class ScoreDocument(msgspec.Struct, frozen=True, kw_only=True):
     top1_agreement: float | msgspec.UnsetType = msgspec.UNSET
     module_errors: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
     divergence: Divergence | msgspec.UnsetType = msgspec.UNSET
+    layers: LayerFigures | msgspec.UnsetType = msgspec.UNSET
 
 
 class EvalDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-eval/1"):

@@ -122,16 +122,20 @@ def routers(model: nn.Module) -> frozenset[str]:
     They are small, and what they choose is not mended by later layers, so nobody quantises them.
     """
     found = set()
-    for name, module in model.named_modules():
-        count = _count(name, module)
+    for name, count in mixtures(model).items():
         owner = name.rpartition(".")[0]
-        if count:
-            found |= {
-                f"{owner}.{inner}" if owner else inner
-                for inner, other in model.get_submodule(owner).named_modules()
-                if _ROUTER.search(inner) and any(p.shape[0] in (1, count) for p in _matrices(other).values())
-            }
+        found |= {
+            f"{owner}.{inner}" if owner else inner
+            for inner, other in model.get_submodule(owner).named_modules()
+            if _ROUTER.search(inner) and any(p.shape[0] in (1, count) for p in _matrices(other).values())
+        }
     return frozenset(found)
+
+
+def mixtures(model: nn.Module) -> dict[str, int]:
+    """The names of the modules that hold experts, with the number of these."""
+    counts = {name: _count(name, module) for name, module in model.named_modules()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def left_as_they_are(model: PreTrainedModel, blocks: Sequence[str], shown: str) -> tuple[str, ...]:

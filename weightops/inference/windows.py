@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,24 @@ _BATCH_TOKENS = 2048
 AroundBlock = Callable[[int], AbstractContextManager[Callable[[int], None] | None]]
 """Called with a block's number, when it is loaded: a `with` block around it, which may give a function to be called
 with the number of tokens that are about to be run."""
+
+
+def together(around: Sequence[AroundBlock]) -> AroundBlock | None:
+    """Several of these as one, the first outermost; None if there are none."""
+
+    @contextmanager
+    def all_of(i: int) -> Iterator[Callable[[int], None] | None]:
+        with ExitStack() as stack:
+            watches = [stack.enter_context(each(i)) for each in around]
+
+            def watch(tokens: int) -> None:
+                for each in watches:
+                    if each is not None:
+                        each(tokens)
+
+            yield watch
+
+    return all_of if around else None
 
 
 def cut(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:

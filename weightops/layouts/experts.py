@@ -25,6 +25,10 @@ Order = Literal["rows", "columns", "interleaved columns", "by shape"]
 GATE, UP, DOWN = "gate", "up", "down"
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """What config.json calls the number of experts. There may be several: transformers writes its own."""
+OF = "of"
+"""In lists of experts by layer, the key of the number of experts that they are chosen from."""
+GROUPS, GROUPS_USED = "n_group", "topk_group"
+"""How many groups of experts a router chooses among, and how many of them it takes."""
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
@@ -286,6 +290,11 @@ def with_numbers(config: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[
 def stated(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, int]:
     """The numbers that config.json gives under these names, the innermost level last."""
     return {key: part[key] for part in parts_of(config) for key in keys if type(part.get(key)) is int}
+
+
+def group_count(config: Mapping[str, Any]) -> int:
+    """How many groups of experts routers choose among by config.json, 1 where it says nothing of groups."""
+    return stated(config, (GROUPS,)).get(GROUPS, 1)
 
 
 def same_count(blocks: Iterable[Block], where: str) -> int:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 import torch
 from families import COMMON, FAMILIES
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import weightops
 from weightops.errors import SourceMissing, UsageError
+from weightops.operations.experts import ExpertUse, LayerUse, parse_keep
 
 KEPT = [0, 2, 3]
 
@@ -149,3 +151,84 @@ def test_fewer_and_stacked_at_once(tmp_path: Path) -> None:
     weightops.experts(source, tmp_path / "out", keep="0-2", layout="stacked")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"].shape[0] == 3
     state(tmp_path / "out")
+
+
+class TestScores:
+    """A file of scores, as `eval --experts` writes it: the best of every layer."""
+
+    REAP: ClassVar = {"1": (3.0, 1.0, 2.0, 4.0), "2": (1.0, 1.0, 1.0, 1.0), "3": (0.0, 0.5, 0.0, 0.1)}
+    FREQUENCY: ClassVar = {"1": (0.1, 0.9, 0.8, 0.2), "2": (0.5, 0.5, 0.5, 0.5), "3": (0.1, 0.2, 0.3, 1.4)}
+
+    def file(self, folder: Path, groups: int = 1, **changes: Any) -> str:
+        layers = {name: LayerUse(frequency=self.FREQUENCY[name], reap=self.REAP[name]) for name in self.REAP}
+        use = ExpertUse(model="model", tokens=10, seq_len=5, groups=groups, layers=layers)
+        (folder / "use.json").write_text(json.dumps({**msgspec.to_builtins(use), **changes}))
+        return str(folder / "use.json")
+
+    @pytest.mark.parametrize(
+        ("options", "lists"),
+        [
+            ({}, {"1": [0, 3], "2": [0, 1], "3": [1, 3]}),
+            ({"by": "reap"}, {"1": [0, 3], "2": [0, 1], "3": [1, 3]}),
+            ({"by": "frequency"}, {"1": [1, 2], "2": [0, 1], "3": [2, 3]}),
+        ],
+    )
+    def test_the_best_are_chosen_and_of_equals_the_first(
+        self, options: Any, lists: dict[str, list[int]], tmp_path: Path
+    ) -> None:
+        assert parse_keep(self.file(tmp_path), count=2, **options) == {"of": 4, **lists}
+
+    def test_as_many_of_every_group(self, tmp_path: Path) -> None:
+        keep = self.file(tmp_path, groups=2)
+        assert parse_keep(keep, count=2) == {"of": 4, "1": [0, 3], "2": [0, 2], "3": [1, 3]}
+        assert parse_keep(keep, count=2, by="frequency") == {"of": 4, "1": [1, 2], "2": [0, 2], "3": [1, 3]}
+        assert parse_keep(keep, count=2, ungroup=True, by="frequency") == parse_keep(
+            self.file(tmp_path), count=2, by="frequency"
+        )
+        with pytest.raises(UsageError, match="2 groups of experts, and 3 of 4 cannot be kept"):
+            parse_keep(self.file(tmp_path, groups=2), count=3)
+
+    def test_they_leave_a_model_that_loads(self, tmp_path: Path) -> None:
+        source, keep = saved("qwen3_moe", tmp_path / "model"), self.file(tmp_path)
+        weightops.experts(source, tmp_path / "out", keep=keep, count=2, by="frequency")
+        before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+        for layer, chosen in ((1, [1, 2]), (2, [0, 1]), (3, [2, 3])):
+            gate = f"model.layers.{layer}.mlp.gate.weight"
+            assert torch.equal(after[gate], before[gate][chosen])
+        state(tmp_path / "out")
+
+    def test_a_step_of_a_recipe_takes_them(self, tmp_path: Path) -> None:
+        source, keep = saved("qwen3_moe", tmp_path / "model"), self.file(tmp_path)
+        step = {"experts": {"source": "moe", "keep": keep, "count": 2}}
+        recipe = {"sources": {"moe": str(source)}, "tensors": {"few": step}}
+        weightops.run({**recipe, "outputs": {str(tmp_path / "out"): {"from": "few"}}})
+        assert len(load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.gate.weight"]) == 2
+
+    @pytest.mark.parametrize(
+        ("count", "changes", "message"),
+        [
+            (None, {}, "says how experts are used, not which to keep"),
+            (5, {}, "of 4 experts 5 cannot be kept"),
+            (2, {"groups": 3}, "3 groups of experts, and 2 of 4"),
+            (2, {"layers": {}}, "has no layers of as many experts each"),
+            (2, {"layers": {"1": {"frequency": [1.0], "reap": [1.0, 2.0]}}}, "says different things of layer 1"),
+            (2, {"layers": {"1": {"frequency": [None, 1.0], "reap": [1.0, 2.0]}}}, "expected a list of numbers"),
+            (2, {"schema": "weightops-eval/1"}, "expected a list of numbers"),
+        ],
+    )
+    def test_what_such_a_file_cannot_be(self, count: int | None, changes: Any, message: str, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=message):
+            parse_keep(self.file(tmp_path, **changes), count=count)
+
+    def test_a_model_with_other_experts_is_refused(self, tmp_path: Path) -> None:
+        source = saved("qwen3_moe", tmp_path / "model", num_experts=6)
+        with pytest.raises(UsageError, match="has 6 experts in each layer, and what to keep is chosen from 4"):
+            weightops.experts(source, tmp_path / "out", keep=self.file(tmp_path), count=2)
+
+    def test_a_count_without_scores_is_refused(self, tmp_path: Path) -> None:
+        source = saved("qwen3_moe", tmp_path / "model")
+        for keep in ("0-2", [0, 1, 2], None):
+            with pytest.raises(UsageError, match="--count and --by choose by a file of scores"):
+                weightops.experts(source, tmp_path / "out", keep=keep, count=2)
+        with pytest.raises(UsageError, match="expected a list of experts for layer 1, found a number"):
+            weightops.experts(source, tmp_path / "out", keep={"1": 2, "2": [0, 1], "3": [0, 1]})

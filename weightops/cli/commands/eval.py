@@ -13,6 +13,7 @@ from weightops.cli.divergence import divergence_text
 from weightops.cli.options import report_options, run_model_options
 from weightops.cli.output import print_json, running, table, warn
 from weightops.cli.params import FILE, READ_CODES, SEQ_LEN, SOURCE, Command, epilog
+from weightops.cli.use import experts_text, layers_text
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
@@ -38,6 +39,17 @@ _SHOWN_MODULES = 8
     "--seq-len", type=click.IntRange(2), metavar="N", help=f"Tokens in each window of the text; default: {SEQ_LEN}."
 )
 @click.option("--reference", type=SOURCE, metavar="DIR", help="Measure also how far each model is from this one.")
+@click.option(
+    "--influence",
+    is_flag=True,
+    help="Say also how much each layer changes of what passes through it, and which layers in a row change the least.",
+)
+@click.option(
+    "--experts",
+    type=FILE,
+    help="Write how the experts of a mixture are used to this JSON file, which `weightops experts --keep` takes, and "
+    "say it in short. One SOURCE.",
+)
 @run_model_options
 @report_options
 def command(
@@ -45,6 +57,8 @@ def command(
     text: tuple[Path, ...],
     seq_len: int | None,
     reference: Path | str | None,
+    influence: bool,
+    experts: Path | None,
     dtype: ComputeDType,
     device: str,
     engine: Engine,
@@ -63,10 +77,17 @@ def command(
     Example:
       weightops eval ./model --text heldout.txt
       weightops eval ./model-gptq --reference ./model --text heldout.txt --seq-len 512 --json > eval.json
+      weightops eval ./moe --text heldout.txt --experts use.json
+      weightops experts ./moe --keep use.json --count 64 --out ./moe-64
 
     A model runs block by block, so that memory holds one block and the states of the text at that point, whatever the
     size of the model. The text is cut into windows that do not overlap. Of quantised models (GPTQ), --reference also
     gives the error of each layer.
+
+    What could be left out of a model is measured in the same walk. --influence gives the block influence of every layer
+    (one minus the cosine between what enters it and what leaves it) and the angular distance over several in a row;
+    weightops shard --layers writes a model without them. --experts gives how often each expert is chosen and its score
+    by REAP: how much it adds to the tokens that come to it.
     """
     with running(quiet) as control:
         found = weightops.evaluate(
@@ -78,6 +99,8 @@ def command(
             device=device,
             engine=engine,
             max_memory=max_memory,
+            influence=influence,
+            experts=experts,
             control=control,
         )
     warn(found.warnings)
@@ -97,6 +120,8 @@ def _text(found: Evaluation) -> str:
         if score.agreement is not None:
             lines += ["", divergence_text(score, found.scores[0])]
             lines += ["", _modules(score)] if score.agreement.modules else []
+        lines += ["", layers_text(score)] if score.layers is not None else []
+        lines += ["", experts_text(score)] if score.experts is not None else []
     return "\n".join([*lines, "", found.convention + (_KL_CONVENTION if has_agreement else "")])
 
 

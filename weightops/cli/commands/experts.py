@@ -24,7 +24,20 @@ from weightops.cli.params import SEED, SOURCE, WRITE_CODES, Command, OneOf, epil
 @click.option(
     "--keep",
     metavar="LIST|FILE",
-    help="Keep these experts: 0,2,4-7 in all layers, or a JSON file with a list, or with one for each layer.",
+    help="Keep these experts: 0,2,4-7 in all layers, or a JSON file with a list, with one for each layer, or with "
+    "scores: what `weightops eval --experts` writes.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --keep FILE of scores: keep the N best of each layer.",
+)
+@click.option(
+    "--by",
+    type=OneOf(("reap", "frequency")),
+    help="What is best: the router's weight times the length of what an expert gives, by token that comes to it (reap, "
+    "the default), or how many tokens come (frequency).",
 )
 @click.option("--per-token", type=click.IntRange(min=1), help="How many experts a token takes from now on.")
 @click.option(
@@ -56,7 +69,8 @@ def command(source: Path | str | None, out: Path, **options: Any) -> None:
 
     With --keep the experts that are left are numbered anew; their rows of the router follow, and so does every count in
     config.json. What cannot be is refused before anything is written: fewer experts than a token takes, other numbers
-    in different layers, groups of different sizes.
+    in different layers, groups of different sizes. Which experts to keep, weightops eval --experts measures on a text
+    of yours.
 
     A mixture of dense models (--from-dense) has the attention and embeddings of the base and the MLPs of each model.
     With gate_mode cheap_embed the router goes by the embeddings of the prompts in the file, with random or

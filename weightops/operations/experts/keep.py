@@ -15,24 +15,53 @@ from weightops.errors import SourceMissing, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.layouts.experts import COUNTS, PER_TOKEN, Block, parts_of, same_count, stated, with_numbers
+from weightops.layouts.experts import (
+    COUNTS,
+    GROUPS,
+    GROUPS_USED,
+    OF,
+    PER_TOKEN,
+    Block,
+    group_count,
+    parts_of,
+    same_count,
+    stated,
+    with_numbers,
+)
 from weightops.layouts.renamed import with_modules
 from weightops.lazy import LazyTensor
+from weightops.operations.experts.use import By, ExpertUse, best
 from weightops.ops.arrange import taken
 
-Keep = str | Sequence[int] | Mapping[str, Sequence[int]]
-"""Which experts to keep: `0,2,4-7` or a list of numbers for all layers; lists by the number of the layer; or the path
-of a JSON file with either."""
+Lists = Sequence[int] | Mapping[str, int | Sequence[int]]
+"""Numbers of experts for all layers, or lists by the number of the layer; `of` beside these is how many experts they
+are chosen from."""
+Keep = str | Lists
+"""Which experts to keep: lists, `0,2,4-7` for all layers, or the path of a JSON file with lists or with scores."""
 
 _RANGES = re.compile(r"\s*\d+\s*(-\s*\d+\s*)?(,\s*\d+\s*(-\s*\d+\s*)?)*", re.ASCII)
-_GROUPS, _GROUPS_USED = "n_group", "topk_group"
 _MOST = 1 << 16
 
 
-def parse_keep(keep: Keep) -> Sequence[int] | Mapping[str, Sequence[int]]:
-    """Numbers of experts, for all layers or by layer; raises `UsageError`, `SourceMissing` for a file."""
-    if not isinstance(keep, str):
-        return keep
+def parse_keep(keep: Keep, *, count: int | None = None, by: By | None = None, ungroup: bool = False) -> Lists:
+    """Numbers of experts, for all layers or by layer.
+
+    Of a file with scores (`ExpertUse`) they are the `count` best of each layer; see `best`. Raises `UsageError`, and
+    `SourceMissing` for a file that is not there.
+    """
+    found = _read(keep) if isinstance(keep, str) else keep
+    if isinstance(found, ExpertUse):
+        if count is None:
+            hint = "--count says how many of each layer are kept"
+            raise UsageError(f"{escape(str(keep))}: says how experts are used, not which to keep", hint=hint)
+        return best(found, count, by or "reap", ungroup=ungroup, where=escape(str(keep)))
+    if count is not None or by is not None:
+        hint = "`weightops eval --experts FILE` writes one"
+        raise UsageError("--count and --by choose by a file of scores, and --keep is a list of experts", hint=hint)
+    return found
+
+
+def _read(keep: str) -> Lists | ExpertUse:
     if _RANGES.fullmatch(keep):
         found: list[int] = []
         for part in keep.split(","):
@@ -50,13 +79,15 @@ def parse_keep(keep: Keep) -> Sequence[int] | Mapping[str, Sequence[int]]:
     try:
         text = path.read_bytes()
         document: Any = strict_json.load_object(text, where) if text.lstrip()[:1] == b"{" else msgspec.json.decode(text)
-        return msgspec.convert(document, list[int] | dict[str, list[int]])
+        if isinstance(document, dict) and "schema" in document:
+            return msgspec.convert(document, ExpertUse)
+        return msgspec.convert(document, list[int] | dict[str, int | list[int]])
     except (msgspec.MsgspecError, OSError, UnicodeDecodeError):
-        hint = 'for example [0, 2, 3], or {"0": [0, 2, 3], "1": [1, 2, 5]}'
+        hint = 'for example [0, 2, 3], or {"0": [0, 2, 3], "1": [1, 2, 5]}, or what `weightops eval --experts` writes'
         raise UsageError(f"{where}: expected a list of numbers, or one for each layer", hint=hint) from None
 
 
-def kept(source: Checkpoint, blocks: list[Block], keep: Keep, *, ungroup: bool = False) -> Checkpoint:
+def kept(source: Checkpoint, blocks: list[Block], keep: Lists, *, ungroup: bool = False) -> Checkpoint:
     """The model with these experts of every layer, numbered anew in their order.
 
     Whatever has an entry for each expert follows: stacks, quantised ones too, rows and biases of routers, and every
@@ -68,7 +99,7 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Keep, *, ungroup: bool =
     """
     where, config = escape(source.name), source.config()
     count = same_count(blocks, where)
-    lists = _lists(blocks, parse_keep(keep), count, where)
+    lists = _lists(blocks, keep, count, where)
     left = len(next(iter(lists.values())))
     _check_per_token(config, left, where)
     config, notes = _regrouped(config, lists, count, ungroup, where)
@@ -115,20 +146,28 @@ def _renumbered(block: Block, chosen: Sequence[int]) -> dict[str, str]:
     }
 
 
-def _lists(
-    blocks: list[Block], keep: Sequence[int] | Mapping[str, Sequence[int]], count: int, where: str
-) -> dict[str, list[int]]:
+def _lists(blocks: list[Block], keep: Lists, count: int, where: str) -> dict[str, list[int]]:
     """By block, the experts in their order."""
     if isinstance(keep, Mapping):
+        of = keep.get(OF, count)
+        if of != count:
+            raise UsageError(
+                f"{where}: has {count} experts in each layer, and what to keep is chosen from {of}",
+                hint="are the list and the model of one mixture?",
+            )
+        by_layer = {layer: chosen for layer, chosen in keep.items() if not isinstance(chosen, int)}
+        single = next(iter(keep.keys() - by_layer.keys() - {OF}), None)
+        if single is not None:
+            raise UsageError(f"{where}: expected a list of experts for layer {escape(single)}, found a number")
         numbers = {str(block.number) for block in blocks}
-        odd = sorted(keep.keys() - numbers)
+        odd = sorted(by_layer.keys() - numbers)
         if odd:
             raise UsageError(
                 f"{where}: layer {escape(odd[0])} has no experts", hint=f"layers with are {listed(numbers)}"
             )
     found: dict[str, list[int]] = {}
     for block in blocks:
-        chosen = keep.get(str(block.number)) if isinstance(keep, Mapping) else keep
+        chosen = by_layer.get(str(block.number)) if isinstance(keep, Mapping) else keep
         shown = escape(block.prefix.rstrip("."))
         if chosen is None:
             raise UsageError(
@@ -165,12 +204,12 @@ def _regrouped(
     config: dict[str, Any], lists: Mapping[str, Sequence[int]], count: int, ungroup: bool, where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json for routers that choose among groups of experts, and what there is to say of it."""
-    groups = stated(config, (_GROUPS,)).get(_GROUPS, 1)
+    groups = group_count(config)
     if groups <= 1:
         return config, []
     if ungroup:
-        note = f"config.json: {_GROUPS} and {_GROUPS_USED} are 1 now: routers choose among all experts, not by groups"
-        return with_numbers(config, {_GROUPS: 1, _GROUPS_USED: 1}), [note]
+        note = f"config.json: {GROUPS} and {GROUPS_USED} are 1 now: routers choose among all experts, not by groups"
+        return with_numbers(config, {GROUPS: 1, GROUPS_USED: 1}), [note]
     size = count // groups
     for prefix, chosen in lists.items():
         left = Counter(number // size for number in chosen)

@@ -16,7 +16,8 @@ from weightops.lazy import Evaluate
 from weightops.operations.check import held_to_class
 from weightops.operations.experts.arrange import arranged
 from weightops.operations.experts.dense import mixture
-from weightops.operations.experts.keep import Keep, kept
+from weightops.operations.experts.keep import Keep, kept, parse_keep
+from weightops.operations.experts.use import By
 
 
 def experts(
@@ -24,6 +25,8 @@ def experts(
     *,
     layout: Layout | None = None,
     keep: Keep | None = None,
+    count: int | None = None,
+    by: By | None = None,
     per_token: int | None = None,
     ungroup: bool = False,
     from_dense: Mapping[str, Any] | None = None,
@@ -35,7 +38,8 @@ def experts(
 
     `layout`: "stacked" puts the experts of a layer into one tensor for gate and up and one for down, as transformers 5
     holds them; "separate" takes them apart, as most families are published. `keep`: which experts to keep, see
-    `Keep`; `ungroup`: see `kept`. `per_token`: how many experts a token takes from now on. `from_dense`: a document in
+    `Keep`; of a file with scores the `count` best of each layer `by` REAP's score, or by frequency. `ungroup`: see
+    `kept`. `per_token`: how many experts a token takes from now on. `from_dense`: a document in
     mergekit-moe's language, whose models are `source`, by `names`; see `mixture`; `seed` is that of random routers.
 
     The result is held against transformers' class for it. Raises `UsageError` for what cannot be meant or done,
@@ -46,7 +50,7 @@ def experts(
         refuse_delta(each, "the source")
         refuse_adapter(each, "the source")
     if from_dense is not None:
-        if (layout, keep, per_token) != (None, None, None) or ungroup:
+        if (layout, keep, count, by, per_token) != (None,) * 5 or ungroup:
             raise UsageError("a mixture is made of dense models first, and edited then", hint="take two steps")
         return held_to_class(mixture(dict(zip(names, source, strict=True)), from_dense, seed, evaluate))
     if seed is not None:
@@ -54,14 +58,17 @@ def experts(
     if len(source) != 1:
         raise UsageError(f"{len(source)} models are named, and one is edited", hint="name one")
     (model,) = source
-    if layout is None and keep is None and per_token is None:
+    if (layout, keep, count, by, per_token) == (None,) * 5:
         raise UsageError("nothing is to be done", hint="--layout, --keep, --per-token or --from-dense says what")
+    if keep is None and (count, by) != (None, None):
+        raise UsageError("--count and --by choose by a file of scores", hint="--keep names it")
+    lists = None if keep is None else parse_keep(keep, count=count, by=by, ungroup=ungroup)
     blocks = find_blocks(model)
     result = model
     if per_token is not None:
         result = _per_token(result, per_token, max(block.count for block in blocks))
-    if keep is not None:
-        result = kept(result, blocks, keep, ungroup=ungroup)
+    if lists is not None:
+        result = kept(result, blocks, lists, ungroup=ungroup)
         blocks = find_blocks(result)
     if layout is not None:
         family = find_family(result, blocks)
