@@ -151,7 +151,7 @@ $(FORMATS)/.ready:
 	@$(FORMATS)/bin/python -m pip install --quiet torch==2.13.0
 	@$(FORMATS)/bin/python -m pip install --quiet transformers==5.23.0 accelerate==1.15.0 compressed-tensors==0.20.0 \
 	  bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 mlx==0.32.4 mlx-cpu==0.32.4 ninja
-	@$(FORMATS)/bin/python -m pip install --quiet nvidia-modelopt==0.47.0 scipy 'pulp<4' omegaconf
+	@$(FORMATS)/bin/python -m pip install --quiet nvidia-modelopt==0.47.0 scipy 'pulp<4' omegaconf requests
 	@touch $@
 
 $(FORMATSOLD)/.ready:
