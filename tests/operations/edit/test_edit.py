@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,84 @@ class TestSettings:
         assert result.exit_code in (1, 2)
         assert message in str(result.exception or result.output)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"take": {"range": [0, 10, 0]}}, "a range of step 0 has no end"),
+        ({"scale": {"by": float("nan")}}, r"scale\.by: is nan, expected a finite number"),
+        ({"scale": {"by": float("inf")}}, "is inf, expected a finite number"),
+        ({"scale": {"by": 10**400}}, "more than 62 bits"),
+        ({"scale": {"by": 1e39}}, r"1e\+39 is beyond float32"),
+        ({"scale": {"by": "model.norm.weight", "axis": 1, "shift": float("nan")}}, "is nan"),
+        ({"combine": {"weight": float("nan"), "with": []}}, "is nan"),
+        ({"combine": {"with": [{"weight": float("-inf")}]}}, "is -inf"),
+        ({"lowrank": {"a": "a", "b": "b", "scale": float("nan")}}, "is nan"),
+        ({"fill": {"value": float("nan")}}, "is nan"),
+        ({"fill": {"value": 1e39}}, r"is float32, which cannot hold 1e\+39"),
+        ({"fill": {"shape": [-1, 4]}}, r"cannot be \[-1, 4\]"),
+        ({"fill": {"shape": [0, 4]}}, r"cannot be \[0, 4\]"),
+        ({"fill": {"shape": [4], "rows": 4}}, "shape is that of a constant"),
+        ({"fill": {"rows": 4, "with": "nothing"}}, "new rows cannot be nothing"),
+        ({"drop": True, "keep": True}, r"steps\.0\.keep: drop gives nothing"),
+        ({"drop": True, "name": "x"}, r"steps\.0\.name: drop gives nothing"),
+        ({"fold": True, "replace": True}, "fold gives nothing"),
+        ({"name": "__metadata__"}, "which no tensor can be"),
+        ({"name": "a\ud800"}, "which no tensor can be"),
+        ({"name": "a{b-c}"}, "is no group of select"),
+        ({"name": "x", "select": "(" * 2000 + ")" * 2000}, "no regular expression"),
+    ],
+)
+def test_a_step_that_cannot_be_meant(step: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    step = {"select": r"model\.layers\.0\.mlp\.up_proj\.weight", **step}
+    with pytest.raises(UsageError, match=message):
+        weightops.edit(source, tmp_path / "out", steps=[step], architecture=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_order_that_names_a_part_twice(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    joined = {"concat": {"by": "x", "order": ["gate", "gate", "up"]}, "name": "x"}
+    with pytest.raises(UsageError, match="names gate twice"):
+        weightops.edit(
+            source, tmp_path / "out", steps=[{"select": r".*\.0\.mlp\.(?P<x>gate|up)_proj\.weight", **joined}]
+        )
+
+
+def test_each_pattern_of_a_list_has_its_own_groups(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    select = [
+        r"(?P<p>model\.layers\.0)\.mlp\.(up)_proj\.weight",
+        r"(?P<p>model\.layers\.1)\.mlp\.(up|down)_proj\.weight",
+    ]
+    weightops.edit(source, tmp_path / "out", steps=[{"select": select, "name": "{p}.{2}"}], architecture=False)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"model.layers.0.up", "model.layers.1.up", "model.layers.1.down"} <= after.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "JSON has no number for"),
+        ([1.0, float("inf")], "JSON has no number for"),
+        (10**30, "more than 64 bits"),
+        (datetime.date(2020, 1, 1), "is a date, which config.json cannot hold"),
+        ({"a": b"b"}, r"x\.a is a bytes"),
+        ({1, 2}, "is a set"),
+        ({1: 2}, "is no text, as JSON has names"),
+    ],
+)
+def test_a_setting_that_json_cannot_hold(value: Any, message: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match=message):
+        weightops.edit(source, tmp_path / "out", set={"x": value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a..b", "rope."])
+def test_a_setting_without_a_name(name: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match="is no name of a setting"):
+        weightops.edit(source, tmp_path / "out", set={name: 1})

@@ -15,7 +15,7 @@ from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.io.yaml_document import Document
-from weightops.layouts.renamed import with_modules
+from weightops.layouts.renamed import check_name, with_modules
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.check import held_to_class
 from weightops.operations.edit.document import Step, fill_in, parse_steps
@@ -103,10 +103,10 @@ class _Work:
 
     def _apply(self, step: Step) -> None:
         pool = self.tensors if step.source is None else self._source(step.source).tensors
-        selected = [Selected(name, m, tensor) for name, tensor in pool.items() if (m := step.pattern.fullmatch(name))]
+        selected = [Selected(name, m, tensor) for name, tensor in pool.items() if (m := step.match(name))]
         if not selected:
             raise UsageError(
-                f"no tensor's whole name matches {escape(step.pattern.pattern)}",
+                f"no tensor's whole name matches {' or '.join(escape(each.pattern) for each in step.patterns)}",
                 hint=f"names are like {escape(next(iter(pool), ''))}; steps see those that the steps before gave",
             )
         if step.primitive == "fold":
@@ -153,6 +153,7 @@ class _Work:
         fresh: dict[str, LazyTensor] = {}
         after: dict[str, list[str]] = {}
         for name, tensor, one in made:
+            check_name(one.name, name)
             if name in fresh:
                 raise UsageError(f"two results would be named {escape(name)}", hint="name them apart: {group}, {n}")
             there = name in self.tensors and name not in gone
