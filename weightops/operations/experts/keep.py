@@ -11,22 +11,32 @@ from typing import Any
 import msgspec
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import SourceMissing, UsageError
+from weightops.errors import CorruptInput, SourceMissing, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.names import listed
-from weightops.layouts.experts import COUNTS, PER_TOKEN, Block, parts_of, same_count, stated, with_numbers
+from weightops.layouts.experts import (
+    COUNTS,
+    PER_TOKEN,
+    Block,
+    parts_of,
+    refuse_odd_counts,
+    same_count,
+    stated,
+    with_numbers,
+)
 from weightops.layouts.renamed import with_modules
 from weightops.lazy import LazyTensor
 from weightops.ops.arrange import taken
 
 Keep = str | Sequence[int] | Mapping[str, Sequence[int]]
-"""Which experts to keep: `0,2,4-7` or a list of numbers for all layers; lists by the number of the layer; or the path
-of a JSON file with either."""
+"""Which experts to keep: `0,2,4-7` or a list of numbers for all layers; lists by the number of the layer, or by its full
+name where two towers have it; or the path of a JSON file with either."""
 
 _RANGES = re.compile(r"\s*\d+\s*(-\s*\d+\s*)?(,\s*\d+\s*(-\s*\d+\s*)?)*", re.ASCII)
 _GROUPS, _GROUPS_USED = "n_group", "topk_group"
 _MOST = 1 << 16
+_DIGITS = 9
 
 
 def parse_keep(keep: Keep) -> Sequence[int] | Mapping[str, Sequence[int]]:
@@ -36,11 +46,12 @@ def parse_keep(keep: Keep) -> Sequence[int] | Mapping[str, Sequence[int]]:
     if _RANGES.fullmatch(keep):
         found: list[int] = []
         for part in keep.split(","):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            if not numbers or len(found) + len(numbers) > _MOST:
-                raise UsageError(f"cannot read the experts {escape(part.strip())!r}", hint="write them as 0,2,4-7")
-            found += numbers
+            first, _, last = (text.strip() for text in part.partition("-"))
+            ends = (first, last or first)
+            start, stop = (int(end) if len(end) <= _DIGITS else _MOST for end in ends)
+            if stop < start or stop >= _MOST or len(found) + stop - start >= _MOST:
+                raise UsageError(f"cannot read the experts {escape(part.strip())[:80]!r}", hint="write them as 0,2,4-7")
+            found += range(start, stop + 1)
         return found
     path = Path(keep)
     if not path.is_file():
@@ -51,7 +62,7 @@ def parse_keep(keep: Keep) -> Sequence[int] | Mapping[str, Sequence[int]]:
         text = path.read_bytes()
         document: Any = strict_json.load_object(text, where) if text.lstrip()[:1] == b"{" else msgspec.json.decode(text)
         return msgspec.convert(document, list[int] | dict[str, list[int]])
-    except (msgspec.MsgspecError, OSError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, OSError, RecursionError, UnicodeDecodeError):
         hint = 'for example [0, 2, 3], or {"0": [0, 2, 3], "1": [1, 2, 5]}'
         raise UsageError(f"{where}: expected a list of numbers, or one for each layer", hint=hint) from None
 
@@ -67,6 +78,8 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Keep, *, ungroup: bool =
     config.json says that there is one group, which changes what the router chooses.
     """
     where, config = escape(source.name), source.config()
+    refuse_odd_counts(source)
+    _check_routers(source, blocks, where)
     count = same_count(blocks, where)
     lists = _lists(blocks, parse_keep(keep), count, where)
     left = len(next(iter(lists.values())))
@@ -88,7 +101,8 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Keep, *, ungroup: bool =
         elif name in block.stacks.values():
             tensors[name] = taken(tensor, 0, lists[block.prefix])
     gone = len([n for b in blocks for n in b.apart]) - sum(len(lists[b.prefix]) for b in blocks if b.apart)
-    edited = with_modules(with_numbers(config, dict.fromkeys(COUNTS, left)), renamed)
+    lost = [name for block in blocks for n in block.apart for name in block.apart[n].values() if name not in renamed]
+    edited = with_modules(with_numbers(config, dict.fromkeys(COUNTS, left)), renamed, lost)
     result = source.with_tensors(tensors).with_config(lambda _: edited)
     if not stated(config, COUNTS):
         notes.append(f"{where}: no config.json says how many experts there are; who reads it must be told {left}")
@@ -99,6 +113,16 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Keep, *, ungroup: bool =
         )
     said = f"experts: {left} of {count} kept in {len(blocks)} layers"
     return result.did(f"{said}; {gone} left out" if gone else said).warned(*notes)
+
+
+def _check_routers(source: Checkpoint, blocks: list[Block], where: str) -> None:
+    """Raise `CorruptInput` for experts without a router that is known, whose rows would stay as they are."""
+    for block in blocks:
+        if not any(len(source[name].spec.shape) == 2 for name in block.routed):
+            raise CorruptInput(
+                f"{where}: {escape(block.prefix.rstrip('.'))} has experts, and no router that is known by its name",
+                hint="known are gate, router and router.layer; is a file of the model missing?",
+            )
 
 
 def _names(block: Block) -> list[str]:
@@ -121,15 +145,15 @@ def _lists(
     """By block, the experts in their order."""
     if isinstance(keep, Mapping):
         numbers = {str(block.number) for block in blocks}
-        odd = sorted(keep.keys() - numbers)
+        odd = sorted(keep.keys() - numbers - {_layer(block) for block in blocks})
         if odd:
             raise UsageError(
                 f"{where}: layer {escape(odd[0])} has no experts", hint=f"layers with are {listed(numbers)}"
             )
     found: dict[str, list[int]] = {}
     for block in blocks:
-        chosen = keep.get(str(block.number)) if isinstance(keep, Mapping) else keep
         shown = escape(block.prefix.rstrip("."))
+        chosen = _list_of(block, keep, blocks, where) if isinstance(keep, Mapping) else keep
         if chosen is None:
             raise UsageError(
                 f"{where}: there is no list of experts for layer {block.number} ({shown})",
@@ -152,6 +176,24 @@ def _lists(
     return found
 
 
+def _layer(block: Block) -> str:
+    return block.layer.rstrip(".")
+
+
+def _list_of(block: Block, keep: Mapping[str, Sequence[int]], blocks: list[Block], where: str) -> Sequence[int] | None:
+    """What a layer keeps, by its full name or its number; raises `UsageError` for the number of several layers."""
+    if _layer(block) in keep:
+        return keep[_layer(block)]
+    chosen = keep.get(str(block.number))
+    others = [_layer(each) for each in blocks if each.number == block.number and _layer(each) not in keep]
+    if chosen is not None and len(others) > 1:
+        raise UsageError(
+            f"{where}: {block.number} is the number of {' and of '.join(map(escape, others))}",
+            hint=f'name each in full: {{"{escape(others[-1])}": [0, 1]}}',
+        )
+    return chosen
+
+
 def _check_per_token(config: Mapping[str, Any], left: int, where: str) -> None:
     for key, number in stated(config, PER_TOKEN).items():
         if number > left:
@@ -171,6 +213,8 @@ def _regrouped(
     if ungroup:
         note = f"config.json: {_GROUPS} and {_GROUPS_USED} are 1 now: routers choose among all experts, not by groups"
         return with_numbers(config, {_GROUPS: 1, _GROUPS_USED: 1}), [note]
+    if count % groups:
+        raise UsageError(f"{where}/config.json: {_GROUPS} is {groups}, which does not divide {count} experts")
     size = count // groups
     for prefix, chosen in lists.items():
         left = Counter(number // size for number in chosen)
