@@ -229,7 +229,7 @@ def _check(source: Checkpoint, block: Block, where: str) -> None:
 
 
 def _check_layers(blocks: Iterable[Block], where: str) -> None:
-    """Raise `CorruptInput` for a layer with experts apart in one module and stacked in another: which are the model's?"""
+    """Raise `CorruptInput` for a layer with experts apart in one module and stacked in another."""
     by_layer: dict[str, Block] = {}
     for block in blocks:
         other = by_layer.setdefault(block.layer, block)

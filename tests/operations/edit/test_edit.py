@@ -12,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from families import COMMON, FAMILIES
+from mtp_models import save_with_mtp
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny
 from transformers import AutoModelForCausalLM
@@ -162,6 +163,40 @@ class TestFold:
         source = saved("phi", tmp_path / "model")
         with pytest.raises(UsageError, match="no RMS norm"):
             weightops.edit(source, tmp_path / "out", steps=[{"select": r".*input_layernorm\.weight", "fold": True}])
+
+
+    @pytest.mark.parametrize(
+        ("kind", "norm", "message"),
+        [
+            ("cohere", "input_layernorm", "blocks are parallel"),
+            ("gpt_oss", "post_attention_layernorm", r"whether model\.layers\.0\.mlp\.experts\.down_proj reads it"),
+            ("llama4_text", "post_attention_layernorm", r"feed_forward\.experts\.\w+ reads it is not known"),
+            ("minimax", "input_layernorm", "part of the residual"),
+            ("gemma3n_text", "input_layernorm", "reads it is not known"),
+            ("qwen3_next", "input_layernorm", "linear_attn"),
+        ],
+    )
+    def test_what_reads_a_norm_must_be_known_to_the_last(
+        self, kind: str, norm: str, message: str, tmp_path: Path
+    ) -> None:
+        source = saved(kind, tmp_path / "model")
+        with pytest.raises(UsageError, match=message):
+            weightops.edit(source, tmp_path / "out", steps=[{"select": rf".*{norm}\.weight", "fold": True}])
+        assert not (tmp_path / "out").exists()
+
+    def test_stacked_experts_are_not_passed_over(self, tmp_path: Path) -> None:
+        source = saved("qwen3_moe", tmp_path / "model")
+        weightops.experts(source, tmp_path / "stacked", layout="stacked")
+        norms = [{"select": r".*post_attention_layernorm\.weight", "fold": True}]
+        with pytest.raises(UsageError, match="experts") as raised:
+            weightops.edit(tmp_path / "stacked", tmp_path / "out", steps=norms)
+        assert "--layout separate" in str(raised.value.hint)
+
+    def test_what_predicts_further_tokens_reads_the_final_norm_too(self, tmp_path: Path) -> None:
+        save_with_mtp(tmp_path / "model")
+        with pytest.raises(UsageError, match=r"by what mtp\.fc\.weight is part of") as raised:
+            weightops.edit(tmp_path / "model", tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "fold": True}])
+        assert "--drop mtp" in str(raised.value.hint)
 
 
 def test_a_direction_is_taken_out_of_what_writes_it(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ from weightops.lazy import LazyTensor
 from weightops.ops.arrange import taken
 
 Keep = str | Sequence[int] | Mapping[str, Sequence[int]]
-"""Which experts to keep: `0,2,4-7` or a list of numbers for all layers; lists by the number of the layer, or by its full
-name where two towers have it; or the path of a JSON file with either."""
+"""Which experts to keep: `0,2,4-7` or a list of numbers for all layers; lists by the number of the layer, or by its
+full name where two towers have that number; or the path of a JSON file with either."""
 
 _RANGES = re.compile(r"\s*\d+\s*(-\s*\d+\s*)?(,\s*\d+\s*(-\s*\d+\s*)?)*", re.ASCII)
 _GROUPS, _GROUPS_USED = "n_group", "topk_group"
