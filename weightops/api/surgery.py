@@ -112,6 +112,8 @@ def experts(
 
     if source is not None:
         raise UsageError("from_dense makes a mixture of the models in its file, and has no source to edit")
+    if not isinstance(from_dense, Mapping | str | os.PathLike):
+        raise UsageError(f"from_dense is a {type(from_dense).__name__}, expected a mapping or the path of a file")
     document = from_dense if isinstance(from_dense, Mapping) else _document(from_dense)
     where = "the mixture" if isinstance(from_dense, Mapping) else escape(os.fspath(from_dense))
     named, places = with_names(document, where, os.path.exists)
