@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -74,12 +75,31 @@ def with_modules(config: dict[str, Any], names: Mapping[str, str], lost: Collect
         if isinstance(value, str):
             return renamed(value)
         if isinstance(value, list):
-            return [new for part in value if (new := edited(part)) is not None or part is None]
+            parts = [new for part in value for new in _written_out(part, names)]
+            return [new for part in parts if (new := edited(part)) is not None or part is None]
         if isinstance(value, dict):
             return {new: edited(part) for key, part in value.items() if (new := renamed(key)) is not None}
         return value
 
     return {key: edited(value) if key in _QUANTISATION else value for key, value in config.items()}
+
+
+_PATTERN = "re:"
+"""How compressed-tensors marks a regular expression, which is held against the beginning of a module's name."""
+
+
+def _written_out(part: Any, names: Mapping[str, str]) -> list[Any]:
+    """A pattern that would match other modules by their new names, as the names (the old ones) that it stands for."""
+    if not isinstance(part, str) or not part.startswith(_PATTERN):
+        return [part]
+    try:
+        pattern = re.compile(part.removeprefix(_PATTERN))
+    except (re.error, OverflowError, RecursionError):
+        return [part]
+    modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+    meant = [old for old in modules if pattern.match(old)]
+    found = [old for old, new in modules.items() if pattern.match(new)]
+    return [part] if meant == found else [name for name in meant if name]
 
 
 def _names_any(source: Checkpoint, key: str, names: Mapping[str, str]) -> bool:

@@ -406,3 +406,23 @@ def test_a_setting_without_a_name(name: str, tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "model")
     with pytest.raises(UsageError, match="is no name of a setting"):
         weightops.edit(source, tmp_path / "out", set={name: 1})
+
+
+def test_lists_of_modules_follow_names_over_several_steps(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "re:.*layers.2.mlp", "model.layers.3.mlp"]
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": names}
+    (source / "config.json").write_text(json.dumps(config))
+    steps: list[dict[str, Any]] = [
+        {"select": r"model\.layers\.0\.mlp\.up_proj\.weight", "name": "t.weight"},
+        {"select": r"model\.layers\.1\.mlp\.up_proj\.weight", "name": "model.layers.0.mlp.up_proj.weight"},
+        {"select": r"t\.weight", "name": "model.layers.1.mlp.up_proj.weight"},
+        {"select": r"model\.layers\.3\.mlp\..*", "drop": True},
+        {"select": r"model\.layers\.2\.mlp\.(.*)", "name": "model.layers.2.ffn.{1}"},
+    ]
+    weightops.edit(source, tmp_path / "out", steps=steps, architecture=False)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    inner = [f"model.layers.2.ffn.{part}_proj" for part in ("down", "gate", "up")]
+    assert ignored[:2] == ["model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"]
+    assert sorted(ignored[2:]) == inner

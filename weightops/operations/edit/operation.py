@@ -83,13 +83,17 @@ class _Work:
     by_name: Mapping[str, Checkpoint]
     evaluate: Evaluate
     tensors: dict[str, LazyTensor] = field(init=False)
-    renamed: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(init=False)
+    """By the names of tensors that were only moved, those that they had in the source."""
     notes: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    """Of `dropped`, the names in the source."""
 
     def __post_init__(self) -> None:
         self.tensors = dict(self.source.tensors)
+        self.origins = {name: name for name in self.source}
         self.around = Tensors(self._find, self._names, self.source.config(), self.evaluate, self.notes)
 
     def apply(self, step: Step) -> None:
@@ -150,6 +154,7 @@ class _Work:
         """The results in the place of what they come from, unless that is to stay or is another source's."""
         stays = step.keep or step.source is not None
         gone = set() if stays else {one.name for one in selected}
+        moved = {name: self.origins.pop(name) for name in gone if name in self.origins}
         fresh: dict[str, LazyTensor] = {}
         after: dict[str, list[str]] = {}
         for name, tensor, one in made:
@@ -164,10 +169,13 @@ class _Work:
             fresh[name] = tensor
             if not there and step.source is None:
                 after.setdefault(one.name, []).append(name)
-            if step.primitive == "name" and not stays and name != one.name:
-                self.renamed[one.name] = name
+            if there:
+                self.origins.pop(name, None)
+            if one.name in moved and name not in self.origins and (step.primitive == "name" or name == one.name):
+                self.origins[name] = moved[one.name]
         if step.primitive == "drop":
             self.dropped |= dict.fromkeys(gone, "left out by an edit")
+            self.lost += moved.values()
         left: dict[str, LazyTensor] = {}
         for name, tensor in self.tensors.items():
             if name not in gone:
@@ -214,7 +222,8 @@ class _Work:
             result = result.with_digests({**result.digests, **digests})
         if self.dropped:
             result = result.with_dropped(self.dropped)
-        result = result.with_config(lambda config: with_modules(config, self.renamed))
+        names = {origin: name for name, origin in self.origins.items()}
+        result = result.with_config(lambda config: with_modules(config, names, self.lost))
         return result.warned(*self.notes).did(*self.done)
 
 
