@@ -42,6 +42,12 @@ def edit(
     sources lie: places by name, of what the steps mention.
     """
     files, running = split_output(output)
+    for option, mapping in (("set", set), ("other", other)):
+        if not isinstance(mapping, Mapping):
+            raise UsageError(f"{option} is a {type(mapping).__name__}, expected a mapping")
+    odd = next((name for name, place in other.items() if not isinstance(place, str | os.PathLike)), None)
+    if odd is not None:
+        raise UsageError(f"other: {escape(str(odd))} is a {type(other[odd]).__name__}, expected a place")
     named = {name: os.fspath(place) for name, place in other.items()}
     config = {"set": dict(set), "unset": list(several(unset))}
     if os.fspath(source).endswith((".yml", ".yaml")):

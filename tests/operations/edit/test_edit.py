@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import weightops
 from weightops.cli.main import cli
-from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
 
 IDS = torch.tensor([[3, 5, 9, 17, 33]])
 AS_LLAMA: list[dict[str, Any]] = [
@@ -164,7 +165,6 @@ class TestFold:
         with pytest.raises(UsageError, match="no RMS norm"):
             weightops.edit(source, tmp_path / "out", steps=[{"select": r".*input_layernorm\.weight", "fold": True}])
 
-
     @pytest.mark.parametrize(
         ("kind", "norm", "message"),
         [
@@ -195,7 +195,9 @@ class TestFold:
     def test_what_predicts_further_tokens_reads_the_final_norm_too(self, tmp_path: Path) -> None:
         save_with_mtp(tmp_path / "model")
         with pytest.raises(UsageError, match=r"by what mtp\.fc\.weight is part of") as raised:
-            weightops.edit(tmp_path / "model", tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "fold": True}])
+            weightops.edit(
+                tmp_path / "model", tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "fold": True}]
+            )
         assert "--drop mtp" in str(raised.value.hint)
 
 
@@ -306,6 +308,16 @@ class TestSettings:
         assert model.config.rope_parameters["factor"] == 4.0
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
+    def test_settings_by_kind_of_layer_are_not_mixed_up(self, tmp_path: Path) -> None:
+        source = saved("gemma3_text", tmp_path / "model")
+        with pytest.raises(UsageError, match="each kind of layer has rotary settings of its own") as raised:
+            weightops.edit(source, tmp_path / "out", set={"rope.factor": 8.0, "rope.type": "linear"})
+        assert "rope_parameters.full_attention.factor" in str(raised.value.hint)
+        own = {"rope_parameters.full_attention.rope_type": "linear", "rope_parameters.full_attention.factor": 8.0}
+        weightops.edit(source, tmp_path / "out", set=own)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert model.config.rope_parameters["full_attention"]["factor"] == 8.0
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -314,6 +326,26 @@ class TestSettings:
             (["rope.type=linear", "rope.factor=0.5"], "factor is 0.5, expected a number of at least 1"),
             (["rope.type=longrope", "rope.short_factor=[1, 1]", "rope.long_factor=[1]"], "short_factor has 2 numbers"),
             (["rope.theta=-1"], "rope_theta is -1"),
+            (["rope.facter=4"], "rope.facter is no rotary setting"),
+            (["rope.a.b=4"], "rope.a.b is no rotary setting"),
+            (["rope.partial_rotary_factor=-1"], "partial_rotary_factor is -1, expected more than 0"),
+            (["rope.type=yarn", "rope.factor=2", "rope.beta_fast=x"], "beta_fast is 'x', expected a number"),
+            (
+                ["rope.type=yarn", "rope.factor=2", "rope.original_max_position_embeddings=abc"],
+                "original_max_position_embeddings is 'abc'",
+            ),
+            (
+                [
+                    *("rope.type=llama3", "rope.factor=2", "rope.original_max_position_embeddings=64"),
+                    *("rope.low_freq_factor=4", "rope.high_freq_factor=1"),
+                ],
+                "low_freq_factor is 4, expected less than high_freq_factor",
+            ),
+            (
+                ["rope.type=longrope", "rope.short_factor=[a, a, a, a, a, a, a, a]", "rope.long_factor=[1]"],
+                "short_factor holds 'a'",
+            ),
+            (["num_attention_heads=0", "head_dim=null", "rope.theta=5"], "num_attention_heads is 0"),
             (["text_config.vocab_size=3"], "has no text_config to set vocab_size in"),
             (["vocab_size=3"], "would not load"),
         ],
@@ -426,3 +458,80 @@ def test_lists_of_modules_follow_names_over_several_steps(tmp_path: Path) -> Non
     inner = [f"model.layers.2.ffn.{part}_proj" for part in ("down", "gate", "up")]
     assert ignored[:2] == ["model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"]
     assert sorted(ignored[2:]) == inner
+
+
+class TestQuantisedAndTied:
+    UP = r"model\.layers\.0\.mlp\.up_proj\.weight"
+
+    def fp8(self, folder: Path, plain: Path, **settings: Any) -> Path:
+        shutil.copytree(plain, folder)
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+        return folder
+
+    @pytest.mark.parametrize("settings", [{}, {"quantization_config": {"quant_method": "fp8"}}])
+    @pytest.mark.parametrize("select", [UP, UP + "_scale_inv"])
+    def test_nothing_is_taken_of_them(self, settings: dict[str, Any], select: str, tmp_path: Path) -> None:
+        source = self.fp8(tmp_path / "fp8", saved("llama", tmp_path / "plain"), **settings)
+        with pytest.raises(UsageError, match="part of a quantised weight, which is only moved here"):
+            weightops.edit(
+                source, tmp_path / "out", steps=[{"select": select, "take": {"list": [0]}}], architecture=False
+            )
+
+    def test_they_are_not_moved_into_a_plain_model(self, tmp_path: Path) -> None:
+        plain = saved("llama", tmp_path / "plain")
+        source = self.fp8(tmp_path / "fp8", plain, quantization_config={"quant_method": "fp8"})
+        step = {"select": self.UP, "from": str(source), "name": "{0}", "replace": True}
+        with pytest.raises(UsageError, match="what is edited is not quantised so"):
+            weightops.edit(plain, tmp_path / "out", steps=[step])
+        assert not (tmp_path / "out").exists()
+
+    def test_embedding_and_head_change_together(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model", tie_word_embeddings=True)
+        tensors = load_file(source / "model.safetensors")
+        (source / "model.safetensors").unlink()
+        torch.save({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, source / "pytorch_model.bin")
+        doubled = {"select": r"model\.embed_tokens\.weight", "scale": {"by": 2.0}}
+        with pytest.raises(UsageError, match=r"are tied, and only model\.embed_tokens\.weight was changed"):
+            weightops.edit(source, tmp_path / "out", steps=[doubled])
+        assert not (tmp_path / "out").exists()
+        weightops.edit(source, tmp_path / "out", steps=[doubled], set={"tie_word_embeddings": False})
+        weightops.edit(source, tmp_path / "alone", steps=[doubled, {"select": r"lm_head\.weight", "drop": True}])
+
+    def test_rows_without_a_mean(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model")
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.embed_tokens.weight"][3] = float("nan")
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        more = {"select": r"model\.embed_tokens\.weight", "fill": {"rows": 330, "with": "mean"}}
+        with pytest.raises(CorruptInput, match="the mean of its rows is not finite"):
+            weightops.edit(source, tmp_path / "out", steps=[more], architecture=False)
+        assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_model_without_config(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match=r"has no config\.json, in which settings are set"):
+        weightops.edit(source / "model.safetensors", tmp_path / "out", set={"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"set": ["a"]}, "set is a list, expected a mapping"),
+        ({"set": {"a": 1}, "other": {"x": 5}}, "other: x is a int, expected a place"),
+    ],
+)
+def test_arguments_of_wrong_types(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        weightops.edit(tmp_path / "model", tmp_path / "out", **given)
+
+
+def test_a_source_that_is_a_list(tmp_path: Path) -> None:
+    file = written(tmp_path / "steps.yml", {"edit": {"source": ["./model"], "config": {"set": {"a": 1}}}})
+    with pytest.raises(UsageError, match=r"edit\.source: expected text"):
+        weightops.edit(file, tmp_path / "out")

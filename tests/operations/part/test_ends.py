@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,6 @@ def test_a_deviation_that_is_none(value: Any, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "llama")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "initializer_range": value}))
-    with pytest.raises(UsageError, match="initializer_range is .*, expected a number above zero"):
+    with pytest.raises(UsageError, match=r"initializer_range is .*, expected a number above zero"):
         weightops.part(tmp_path / "model", tmp_path / "out", head="classifier", labels=2, init="normal")
     assert not (tmp_path / "out").exists()

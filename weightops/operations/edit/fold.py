@@ -121,9 +121,7 @@ def _heads(name: str, tensors: Mapping[str, LazyTensor], config: Mapping[str, An
     return heads
 
 
-def _refuse_others(
-    name: str, layer: str, norm: str, readers: Sequence[str], tensors: Mapping[str, LazyTensor]
-) -> None:
+def _refuse_others(name: str, layer: str, norm: str, readers: Sequence[str], tensors: Mapping[str, LazyTensor]) -> None:
     """Raise `UsageError` for a norm without readers, and unless all else in its layer is known not to read it."""
     own = re.compile(re.escape(layer) + f"(?:{_BLOCKS[norm]})\\.")
     known = re.compile(re.escape(layer) + f"(?:{'|'.join(_BLOCKS.values())})\\.")

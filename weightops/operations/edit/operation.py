@@ -11,10 +11,14 @@ from weightops.errors import UsageError, WeightopsError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.quantized.parts import module_of_part
+from weightops.formats.quantized.weights import stated
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.io.yaml_document import Document
+from weightops.layouts.embeddings import embeddings_and_heads
+from weightops.layouts.experts import parts_of
 from weightops.layouts.renamed import check_name, with_modules
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.check import held_to_class
@@ -58,10 +62,32 @@ def edit(
     work = _Work(document, source, by_name, evaluate)
     for step in parse_steps(document, list(steps)) if steps else ():
         work.apply(step)
+    if (set or unset) and "config.json" not in source.sidecars:
+        raise UsageError(
+            f"{escape(source.name)}: has no config.json, in which settings are set", hint="put it beside the weights"
+        )
     result = work.result().with_config(lambda known: with_settings(known, set, unset, escape(source.name)))
+    _refuse_half_tied(result, source)
     if tokenizer is not None:
         result = _with_tokenizer(result, by_name, tokenizer)
     return held_to_class(result, source) if architecture else result
+
+
+def _refuse_half_tied(result: Checkpoint, source: Checkpoint) -> None:
+    """Raise `UsageError` where only one of embedding and head was changed, of a model that is to read one of them."""
+    if not any(part.get("tie_word_embeddings") is True for part in parts_of(result.config())):
+        return
+    for embedding, heads in embeddings_and_heads(result):
+        for head in heads:
+            pair = [(result.get(name), source.get(name)) for name in (embedding, head)]
+            changed = [new is not old for new, old in pair]
+            if pair[1][0] is not None and changed[0] != changed[1]:
+                name = embedding if changed[0] else head
+                raise UsageError(
+                    f"{escape(result.name)}: {escape(embedding)} and {escape(head)} are tied, and only {escape(name)} "
+                    "was changed",
+                    hint="do the same to both, or drop the head; or set tie_word_embeddings: false",
+                )
 
 
 def _with_tokenizer(result: Checkpoint, by_name: Mapping[str, Checkpoint], name: str) -> Checkpoint:
@@ -120,8 +146,8 @@ class _Work:
                 f"fold: {len(selected)} norms are in the {len(found) - len(selected)} tensors behind them"
             )
             return
-        if step.primitive not in MOVES:
-            self._refuse_packed(selected)
+        if step.primitive != "drop":
+            self._refuse_packed(step, selected, pool)
         made = list(self._made(step, selected))
         self._put(step, selected, made)
         self.done.append(_said(step, selected, made))
@@ -183,13 +209,21 @@ class _Work:
             left |= {new: fresh[new] for new in after.get(name, ())}
         self.tensors = {**left, **{name: tensor for name, tensor in fresh.items() if name not in left}}
 
-    def _refuse_packed(self, selected: Sequence[Selected]) -> None:
-        quantised = self.source.config().get("quantization_config") is not None
+    def _refuse_packed(self, step: Step, selected: Sequence[Selected], pool: Mapping[str, LazyTensor]) -> None:
+        """Quantised tensors are only moved, and into a model only that is quantised in their way."""
+        owner = self.source if step.source is None else self._source(step.source)
+        method, own = (stated(each)[0].get("quant_method") for each in (owner, self.source))
+        if step.primitive in MOVES and method == own:
+            return
+        modules = {module_of_part(name) for name in pool}
         for one in selected:
-            dtype = one.tensor.spec.dtype
-            if dtype.is_packed or dtype.is_block or (quantised and (not dtype.is_float or dtype.bits < 16)):
+            dtype, module = one.tensor.spec.dtype, one.name.removesuffix(".weight")
+            small = not dtype.is_float or dtype.bits < 16
+            known = method is not None or module in modules
+            if dtype.is_packed or dtype.is_block or (small and known) or module_of_part(one.name) is not None:
+                why = "which is only moved here" if method == own else "and what is edited is not quantised so"
                 raise UsageError(
-                    f"{escape(one.name)} is {one.tensor.spec}, part of a quantised weight, which is only moved here",
+                    f"{escape(one.name)} is {one.tensor.spec}, part of a quantised weight, {why}",
                     hint="weightops dequantize makes plain weights of it",
                 )
 

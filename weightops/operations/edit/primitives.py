@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightops.errors import UsageError
+from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.experts import stated
 from weightops.lazy import Evaluate, LazyTensor
@@ -31,7 +31,7 @@ from weightops.ops.lora.factors import Lora
 from weightops.ops.lora.product import Part
 from weightops.ops.measures.loss import counted_cast
 from weightops.ops.permute import permuted
-from weightops.ops.rows import Given, Repeat, extend_by_mean
+from weightops.ops.rows import Given, MeanRow, Repeat, extend_by_mean
 from weightops.spec import DType
 
 if TYPE_CHECKING:
@@ -227,10 +227,23 @@ def fill(one: Selected, given: Fill, around: Tensors) -> LazyTensor:
     if rows <= before:
         return cut(one.tensor, 0, 0, rows)
     if given.with_ == "mean":
+        _check_mean(one, around)
         return extend_by_mean(one.tensor, rows)
     if matched is None:
         return concat([one.tensor, LazyTensor.make(Repeat(spec.dtype, (rows - before, *spec.shape[1:]), element))], 0)
     return taken(one.tensor, 0, [*range(before), *[int(matched[1])] * (rows - before)])
+
+
+def _check_mean(one: Selected, around: Tensors) -> None:
+    """Raise `CorruptInput` for rows without a mean: one that is not a number makes it none. Reads all rows."""
+    import numpy as np
+
+    (data,) = around.evaluate([cast(LazyTensor.make(MeanRow(), one.tensor), DType.F32)])
+    if not np.isfinite(np.frombuffer(data, np.float32)).all():
+        raise CorruptInput(
+            f"{escape(one.name)}: the mean of its rows is not finite, as some of them are not",
+            hint="fill: {rows: N, with: copy:2} takes a row that is",
+        )
 
 
 def _element(one: Selected, value: int | float) -> bytes:
