@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from weightops.errors import UsageError
 from weightops.io.escape import escape
@@ -30,9 +30,11 @@ _SPELLINGS = {"su": "longrope"}
 _ORIGINAL = "original_max_position_embeddings"
 _NUMBERS = (_ORIGINAL, "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow")
 """What has to be a number above zero where it is said."""
-_OTHERS = ("theta", "type", "factor", "rope_type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor")
-_OTHERS += ("short_mscale", "long_mscale", "mscale", "mscale_all_dim", "truncate", "mrope_section")
-_OTHERS += ("mrope_interleaved", "alpha", "finetuned")
+_OTHERS: tuple[str, ...] = (
+    *("theta", "type", "factor", "rope_type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor"),
+    *("short_mscale", "long_mscale", "mscale", "mscale_all_dim", "truncate", "mrope_section", "mrope_interleaved"),
+    *("alpha", "finetuned"),
+)
 """What else rotary settings hold in transformers' models."""
 
 
@@ -107,7 +109,7 @@ def _problems(config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
         yield from _yarn(config, own, where)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300 and not math.isnan(value)
@@ -116,8 +118,9 @@ def _is_number(value: object) -> bool:
 def _lengths(config: Mapping[str, Any], own: Mapping[str, Any], where: str, kind: str) -> Iterator[Problem]:
     """Lists of factors that are not as long as there are frequencies; heads that are not turned in pairs."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    counted = type(heads) is int and type(hidden) is int and heads > 0
-    width = config.get("head_dim") or (hidden // heads if counted else None)
+    width = config.get("head_dim")
+    if not width and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        width = hidden // heads
     share = own.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if not isinstance(width, int) or share is None:
         return

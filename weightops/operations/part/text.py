@@ -40,8 +40,10 @@ _OF_ANY = (
 )
 """What every config of transformers has, and says nothing of the model."""
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_COMPARED = ("model_type", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act")
-_COMPARED += ("sliding_window",)
+_COMPARED = (
+    *("model_type", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act"),
+    "sliding_window",
+)
 
 
 def text_part(source: Checkpoint) -> Checkpoint:
