@@ -184,6 +184,13 @@ class TestFold:
             weightops.edit(source, tmp_path / "out", steps=[{"select": rf".*{norm}\.weight", "fold": True}])
         assert not (tmp_path / "out").exists()
 
+    def test_blocks_that_read_another_norm_are_no_hindrance(self, tmp_path: Path) -> None:
+        source = saved("qwen3_next", tmp_path / "model")
+        norms = [{"select": r".*post_attention_layernorm\.weight", "fold": True}]
+        weightops.edit(source, tmp_path / "out", steps=norms)
+        before = logits(source)
+        torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
     def test_stacked_experts_are_not_passed_over(self, tmp_path: Path) -> None:
         source = saved("qwen3_moe", tmp_path / "model")
         weightops.experts(source, tmp_path / "stacked", layout="stacked")

@@ -12,6 +12,7 @@ from families import COMMON, FAMILIES
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM
+from vision_models import save_whole
 
 import weightops
 from weightops.checkpoint import Checkpoint
@@ -186,3 +187,10 @@ def test_experts_of_two_types_are_named(tmp_path: Path) -> None:
     save_file({**tensors, name: tensors[name].half()}, path, {"format": "pt"})
     with pytest.raises(IncompatibleInputs, match=r"experts of model\.layers\.0\.block_sparse_moe: cannot join"):
         weightops.experts(tmp_path / "model", tmp_path / "out", layout="stacked")
+
+
+def test_apart_where_transformers_reads_stacks_alone(tmp_path: Path) -> None:
+    save_whole("qwen3_vl_moe", tmp_path / "model")
+    with pytest.raises(IncompatibleInputs, match=r"would not load: .*mlp\.experts"):
+        weightops.experts(tmp_path / "model", tmp_path / "out", layout="separate")
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ _READERS: Mapping[str, str] = {
 }
 """By the last part of a norm's name, what reads it in the same layer."""
 _BLOCKS: Mapping[str, str] = {
-    "input_layernorm": "self_attn",
+    "input_layernorm": "self_attn|linear_attn|mamba",
     "post_attention_layernorm": "mlp|block_sparse_moe|feed_forward",
 }
 _WITHIN = re.compile(r".+\.(?:(?:o|down|q_b|kv_b)_proj|experts\.\d+\.w2)\.weight|.+bias")
