@@ -218,3 +218,9 @@ def test_a_list_of_modules_names_the_experts_that_are_left(tmp_path: Path) -> No
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = [f"{block}.experts.1.w1", f"{block}.gate"]
     assert config["quantization_config"]["modules_to_not_convert"] == expected
+
+
+def test_a_range_of_python(tmp_path: Path) -> None:
+    source = saved("mixtral", tmp_path / "model")
+    with pytest.raises(UsageError, match="keep is a range, which it cannot be"):
+        weightops.experts(source, tmp_path / "out", keep=range(2))
