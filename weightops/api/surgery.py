@@ -43,6 +43,12 @@ def edit(
     sources lie: places by name, of what the steps mention.
     """
     files, running = split_output(output)
+    for option, mapping in (("set", set), ("other", other)):
+        if not isinstance(mapping, Mapping):
+            raise UsageError(f"{option} is a {type(mapping).__name__}, expected a mapping")
+    odd = next((name for name, place in other.items() if not isinstance(place, str | os.PathLike)), None)
+    if odd is not None:
+        raise UsageError(f"other: {escape(str(odd))} is a {type(other[odd]).__name__}, expected a place")
     named = {name: os.fspath(place) for name, place in other.items()}
     config = {"set": dict(set), "unset": list(several(unset))}
     if os.fspath(source).endswith((".yml", ".yaml")):
@@ -119,6 +125,8 @@ def experts(
         return one("experts", {"source": source}, out, output, options)
     if source is not None:
         raise UsageError("from_dense makes a mixture of the models in its file, and has no source to edit")
+    if not isinstance(from_dense, Mapping | str | os.PathLike):
+        raise UsageError(f"from_dense is a {type(from_dense).__name__}, expected a mapping or the path of a file")
     document = from_dense if isinstance(from_dense, Mapping) else _document(from_dense)
     where = "the mixture" if isinstance(from_dense, Mapping) else escape(os.fspath(from_dense))
     named, places = with_names(document, where, os.path.exists)

@@ -125,7 +125,7 @@ _STACK = re.compile(
     r"(?P<layer>(?:.*\.)?(?:layers|h|blocks|block)\.\d+\.)(?P<block>[a-z_]+)\."
     r"(?P<part>experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj)|input_linear|output_linear)(?P<leaf>[._].+)?"
 )
-_ROUTED = re.compile(r"(?:gate|router|router\.layer|moe_statics|experts)\.[^.]+|e_score_correction_bias")
+_ROUTED = re.compile(r"(?:gate|gate\.wg|router|router\.layer|moe_statics|experts)\.[^.]+|e_score_correction_bias")
 """Of a mixture, what has an entry for each expert beside the experts: weights, biases and corrections of routers."""
 
 
@@ -181,6 +181,7 @@ def find_blocks(source: Checkpoint) -> list[Block]:
         )
     for block in blocks.values():
         _check(source, block, where)
+    _check_layers(blocks.values(), where)
     for name in source:
         owner = next((b for p in _owners(name) if (b := blocks.get(p)) is not None), None)
         if owner is not None and name not in owner.stacks.values():
@@ -229,6 +230,20 @@ def _check(source: Checkpoint, block: Block, where: str) -> None:
         shown_sizes = ", ".join(f"{escape(name)} is {size}" for name, size in sizes.items())
         raise CorruptInput(f"{where}: stacks of {shown} hold different numbers of experts: {shown_sizes}")
     block.count = heights.pop()
+
+
+def _check_layers(blocks: Iterable[Block], where: str) -> None:
+    """Raise `CorruptInput` for a layer with experts apart in one module and stacked in another."""
+    by_layer: dict[str, Block] = {}
+    for block in blocks:
+        other = by_layer.setdefault(block.layer, block)
+        if bool(other.apart) != bool(block.apart):
+            apart, stacks = sorted((other, block), key=lambda each: bool(each.stacks))
+            raise CorruptInput(
+                f"{where}: {escape(block.layer.rstrip('.'))} has experts apart in {escape(apart.name)} and stacked in "
+                f"{escape(stacks.name)}",
+                hint="of which model is which? leave one of them out with weightops shard --drop",
+            )
 
 
 def _note_router(source: Checkpoint, block: Block, name: str) -> None:
@@ -295,6 +310,20 @@ def stated(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, int]:
 def group_count(config: Mapping[str, Any]) -> int:
     """How many groups of experts routers choose among by config.json, 1 where it says nothing of groups."""
     return stated(config, (GROUPS,)).get(GROUPS, 1)
+
+
+def refuse_odd_counts(source: Checkpoint) -> None:
+    """Raise `UsageError` where config.json says the number of experts, and says it as no number.
+
+    Some say several, of experts for text and for images: what becomes of those is not known.
+    """
+    for part in parts_of(source.config()):
+        for key in COUNTS:
+            if part.get(key) is not None and type(part[key]) is not int:
+                raise UsageError(
+                    f"{escape(source.name)}/config.json: {key} is {escape(repr(part[key]))[:80]}, expected one number",
+                    hint=f"weightops edit --set {key}=8 writes a number",
+                )
 
 
 def same_count(blocks: Iterable[Block], where: str) -> int:

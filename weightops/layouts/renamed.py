@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,12 +31,17 @@ def renamed(source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
                 f"{escape(origins[new])} and {escape(old)} would both be named {escape(new)}",
                 hint="choose other names, or leave one of them out with --drop",
             )
-        if not new or new == "__metadata__" or not _is_text(new):
-            raise UsageError(f"{escape(old)} would be named {escape(new)!r}, which no tensor can be")
+        check_name(old, new)
         origins[new] = old
     result = with_names(source, origins.items()).with_config(lambda config: with_modules(config, names))
     stale = [key for key in _QUANTISATION if _names_any(result, key, names)]
     return result.warned(*(f"config.json: {key} names modules as they were named before" for key in stale))
+
+
+def check_name(old: str, new: str) -> None:
+    """Raise `UsageError` for a name that no file can hold."""
+    if not new or new == "__metadata__" or not _is_text(new):
+        raise UsageError(f"{escape(old)} would be named {escape(new)!r}, which no tensor can be")
 
 
 def _is_text(name: str) -> bool:
@@ -45,28 +51,55 @@ def _is_text(name: str) -> bool:
         return False
 
 
-def with_modules(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration whose lists of modules that are quantised, or are not, have the modules' new names."""
-    known: dict[str, str] = {}
+def with_modules(config: dict[str, Any], names: Mapping[str, str], lost: Collection[str] = ()) -> dict[str, Any]:
+    """A configuration whose lists of modules that are quantised, or are not, have the modules' new names.
 
-    def renamed(text: str) -> str:
+    `lost` are tensors that are left out, whose names others may have now: modules of which nothing is left are taken
+    out of the lists.
+    """
+    known: dict[str, str | None] = {}
+
+    def renamed(text: str) -> str | None:
         if text not in known:
             found = {
                 new.removesuffix(old.removeprefix(text))
                 for old, new in names.items()
                 if old.startswith(f"{text}.") and new.endswith(old.removeprefix(text))
             }
-            known[text] = found.pop() if len(found) == 1 else text
+            gone = not found and any(name.startswith(f"{text}.") for name in lost)
+            gone = gone and not any(old.startswith(f"{text}.") for old in names)
+            known[text] = found.pop() if len(found) == 1 else None if gone else text
         return known[text]
 
     def edited(value: Any) -> Any:
         if isinstance(value, str):
             return renamed(value)
         if isinstance(value, list):
-            return [edited(part) for part in value]
-        return {renamed(key): edited(part) for key, part in value.items()} if isinstance(value, dict) else value
+            parts = [new for part in value for new in _written_out(part, names)]
+            return [new for part in parts if (new := edited(part)) is not None or part is None]
+        if isinstance(value, dict):
+            return {new: edited(part) for key, part in value.items() if (new := renamed(key)) is not None}
+        return value
 
     return {key: edited(value) if key in _QUANTISATION else value for key, value in config.items()}
+
+
+_PATTERN = "re:"
+"""How compressed-tensors marks a regular expression, which is held against the beginning of a module's name."""
+
+
+def _written_out(part: Any, names: Mapping[str, str]) -> list[Any]:
+    """A pattern that would match other modules by their new names, as the names (the old ones) that it stands for."""
+    if not isinstance(part, str) or not part.startswith(_PATTERN):
+        return [part]
+    try:
+        pattern = re.compile(part.removeprefix(_PATTERN))
+    except (re.error, OverflowError, RecursionError):
+        return [part]
+    modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+    meant = [old for old in modules if pattern.match(old)]
+    found = [old for old, new in modules.items() if pattern.match(new)]
+    return [part] if meant == found else [name for name in meant if name]
 
 
 def _names_any(source: Checkpoint, key: str, names: Mapping[str, str]) -> bool:

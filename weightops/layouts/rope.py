@@ -6,11 +6,13 @@ Source: transformers 5.23, modeling_rope_utils.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
+from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.layouts.layer_config import TEXT_CONFIGS
 
@@ -26,6 +28,14 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 _KINDS = (*_NEEDED, "su", "mrope", "proportional", "axial")
 _SPELLINGS = {"su": "longrope"}
 _ORIGINAL = "original_max_position_embeddings"
+_NUMBERS = (_ORIGINAL, "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow")
+"""What has to be a number above zero where it is said."""
+_OTHERS: tuple[str, ...] = (
+    *("theta", "type", "factor", "rope_type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor"),
+    *("short_mscale", "long_mscale", "mscale", "mscale_all_dim", "truncate", "mrope_section", "mrope_interleaved"),
+    *("alpha", "finetuned"),
+)
+"""What else rotary settings hold in transformers' models."""
 
 
 @dataclass(frozen=True)
@@ -85,28 +95,48 @@ def _problems(config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
         if value is not None and (not _is_number(value) or value < least or value == 0):
             expected = "a number of at least 1" if least else "a number above zero"
             yield Problem("error", f"{where}: {key} is {escape(repr(value))[:60]}, expected {expected}", "a misprint?")
+    for key in _NUMBERS:
+        value = own.get(key)
+        if value is not None and not (_is_number(value) and value > 0):
+            text = f"{where}: {key} is {escape(repr(value))[:60]}, expected a number above zero"
+            yield Problem("error", text, "a misprint?")
+    low, high = own.get("low_freq_factor"), own.get("high_freq_factor")
+    if kind == "llama3" and _is_number(low) and _is_number(high) and low >= high:
+        text = f"{where}: low_freq_factor is {low:g}, expected less than high_freq_factor, {high:g}"
+        yield Problem("error", text, "are the two exchanged?")
     yield from _lengths(config, own, where, kind)
     if kind == "yarn":
         yield from _yarn(config, own, where)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> TypeGuard[int | float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300 and not math.isnan(value)
 
 
 def _lengths(config: Mapping[str, Any], own: Mapping[str, Any], where: str, kind: str) -> Iterator[Problem]:
     """Lists of factors that are not as long as there are frequencies; heads that are not turned in pairs."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    width = config.get("head_dim") or (hidden // heads if isinstance(heads, int) and isinstance(hidden, int) else None)
+    width = config.get("head_dim")
+    if not width and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        width = hidden // heads
     share = own.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if not isinstance(width, int) or not _is_number(share):
+    if not isinstance(width, int) or share is None:
+        return
+    if not _is_number(share) or not 0 < share <= 1:
+        text = f"{where}: partial_rotary_factor is {escape(repr(share))[:40]}, expected more than 0, and 1 at most"
+        yield Problem("error", text, "it is the share of each head that is turned")
         return
     turned = int(width * share)
     if turned % 2:
         yield Problem("error", f"{where}: {turned} of a head's {width} numbers are turned, which are no pairs", "")
     for key in ("short_factor", "long_factor") if kind == "longrope" else ():
         value = own.get(key)
-        if value is not None and not (isinstance(value, list) and len(value) == turned // 2):
+        if isinstance(value, list) and not all(map(_is_number, value)):
+            odd = next(each for each in value if not _is_number(each))
+            yield Problem("error", f"{where}: {key} holds {escape(repr(odd))[:40]}, expected numbers", "a misprint?")
+        elif value is not None and not (isinstance(value, list) and len(value) == turned // 2):
             found = f"{len(value)} numbers" if isinstance(value, list) else escape(repr(value))[:40]
             text = f"{where}: {key} has {found}, expected {turned // 2}, half of the {turned} that are turned"
             yield Problem("error", text, "loading only warns, and running the model fails")
@@ -135,12 +165,14 @@ def _yarn(config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> Iter
 def with_rope(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with rotary settings changed in both dialects: `theta`, `type`, `factor`, and any other by name.
 
-    A type of its own begins anew, so that what another needed does not stay.
+    A type of its own begins anew, so that what another needed does not stay. Raises `UsageError` for names that are
+    misspelt, and where each kind of layer has settings of its own.
     """
     inner_key = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if inner_key is not None and "rope_parameters" not in config and "rope_theta" not in config:
         return {**config, inner_key: with_rope(config[inner_key], changes)}
     known = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    _check_changes(known, changes)
     plain = {k: v for k, v in known.items() if k != "type"}
     theta = changes.get("theta", plain.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = changes.get("type", _kind(known))
@@ -150,3 +182,22 @@ def with_rope(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     new = {"rope_type": kind, "rope_theta": theta, **scaling}
     old = {"rope_type": kind, "type": kind, **scaling} if kind != "default" else None
     return {**config, "rope_theta": theta, "rope_scaling": old, "rope_parameters": new}
+
+
+def _check_changes(known: Any, changes: Mapping[str, Any]) -> None:
+    if not isinstance(known, Mapping):
+        raise UsageError(f"config.json: rotary settings are {escape(repr(known))[:60]}, expected a mapping")
+    by_layer = [key for key, own in known.items() if isinstance(own, Mapping)]
+    first = next(iter(changes), "factor")
+    if by_layer:
+        name = first if first not in ("theta", "type") else f"rope_{first}"
+        raise UsageError(
+            f"config.json: each kind of layer has rotary settings of its own: {', '.join(map(escape, by_layer))}",
+            hint=f"--set rope_parameters.{escape(str(by_layer[0]))}.{escape(name)}=... sets one of them",
+        )
+    names = (*_NUMBERS, *_OTHERS)
+    for key in changes:
+        near = difflib.get_close_matches(key, names, 1)
+        if key not in names and ("." in key or near):
+            hint = f"is {near[0]} meant?" if near else "rotary settings hold no others"
+            raise UsageError(f"rope.{escape(key)} is no rotary setting", hint=hint)

@@ -66,6 +66,32 @@ def parse_config(config: Mapping[str, Any], shown: str) -> PretrainedConfig:
         ) from error
 
 
+_ROPE = ("rope_theta", "rope_parameters", "rope_scaling")
+
+
+def taken_for_granted(config: Mapping[str, Any], shown: str) -> dict[str, Any]:
+    """What config.json leaves to its class's defaults, of what every class of language models has a default for.
+
+    Another class takes others: 10,000 for `rope_theta` is a Llama's, a Mixtral's is a million. Empty for types that
+    transformers does not know. Raises as `parse_config` does.
+    """
+    keys = ("rms_norm_eps", "num_key_value_heads", "hidden_act", "max_position_embeddings")
+    lacking = [key for key in keys if key not in config]
+    has_rope = any(key in config for key in _ROPE)
+    if not lacking and has_rope:
+        return {}
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return {}
+    full = parse_config({key: value for key, value in config.items() if key != "auto_map"}, shown).to_dict()
+    found = {key: full[key] for key in lacking if full.get(key) is not None}
+    rope = full.get("rope_parameters")
+    if not has_rope and isinstance(rope, dict) and "rope_theta" in rope:
+        found |= {"rope_theta": rope["rope_theta"], "rope_parameters": rope}
+    return found
+
+
 class EmptyOnMeta(TorchFunctionMode):
     """torch.empty gives tensors on meta. Parameters are made of it; buffers have values from the start.
 

@@ -32,6 +32,7 @@ def with_sources(
             document.fail((*place, str(name)), "unknown field", hint=f"an edit has {', '.join(_FIELDS)}")
     if "source" not in fields:
         document.fail(place, "lacks source", hint="it says what is edited")
+    document.text((*place, "source"), fields["source"])
     found: dict[str, Location] = {}
     names: dict[str, str] = {}
     taken = {*known, *there.sources, *there.steps}

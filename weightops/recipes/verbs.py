@@ -62,6 +62,8 @@ class Verb:
             return msgspec.convert(value, wanted)
         except msgspec.ValidationError as error:
             raise UsageError(str(error).replace(" - at `$`", "").replace("`", "").lower()) from None
+        except (AttributeError, TypeError):  # of an object that is none of JSON's
+            raise UsageError(f"{name} is a {type(value).__name__}, which it cannot be") from None
 
 
 def _literals(wanted: Any) -> list[str]:

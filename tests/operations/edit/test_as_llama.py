@@ -210,3 +210,23 @@ class TestRefused:
         weightops.convert(source, tmp_path / "out", to="llama", set={"context_length": "8"})
         assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 8
         assert torch.equal(logits(tmp_path / "out"), logits(source))
+
+
+@pytest.mark.parametrize("gone", [("rms_norm_eps",), ("rope_theta", "rope_parameters", "rope_scaling")])
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "granite"])
+def test_what_a_class_takes_for_granted_is_written(kind: str, gone: tuple[str, ...], tmp_path: Path) -> None:
+    source = saved(kind, tmp_path / "model", sliding_window=None)
+    path = source / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in gone}))
+    weightops.convert(source, tmp_path / "out", to="llama")
+    assert torch.equal(logits(tmp_path / "out"), logits(source))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -1.0])
+def test_a_factor_that_is_none(value: float, tmp_path: Path) -> None:
+    source = saved("granite", tmp_path / "model")
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "embedding_multiplier": value}))
+    with pytest.raises(UsageError, match="expected a number above zero"):
+        weightops.convert(source, tmp_path / "out", to="llama")
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ import torch
 import yaml
 from click.testing import CliRunner
 from families import COMMON, FAMILIES
+from mtp_models import save_with_mtp
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny
 from transformers import AutoModelForCausalLM
 
 import weightops
 from weightops.cli.main import cli
-from weightops.errors import IncompatibleInputs, SourceMissing, UsageError
+from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
 
 IDS = torch.tensor([[3, 5, 9, 17, 33]])
 AS_LLAMA: list[dict[str, Any]] = [
@@ -162,6 +165,48 @@ class TestFold:
         with pytest.raises(UsageError, match="no RMS norm"):
             weightops.edit(source, tmp_path / "out", steps=[{"select": r".*input_layernorm\.weight", "fold": True}])
 
+    @pytest.mark.parametrize(
+        ("kind", "norm", "message"),
+        [
+            ("cohere", "input_layernorm", "blocks are parallel"),
+            ("gpt_oss", "post_attention_layernorm", r"whether model\.layers\.0\.mlp\.experts\.down_proj reads it"),
+            ("llama4_text", "post_attention_layernorm", r"feed_forward\.experts\.\w+ reads it is not known"),
+            ("minimax", "input_layernorm", "part of the residual"),
+            ("gemma3n_text", "input_layernorm", "reads it is not known"),
+            ("qwen3_next", "input_layernorm", "linear_attn"),
+        ],
+    )
+    def test_what_reads_a_norm_must_be_known_to_the_last(
+        self, kind: str, norm: str, message: str, tmp_path: Path
+    ) -> None:
+        source = saved(kind, tmp_path / "model")
+        with pytest.raises(UsageError, match=message):
+            weightops.edit(source, tmp_path / "out", steps=[{"select": rf".*{norm}\.weight", "fold": True}])
+        assert not (tmp_path / "out").exists()
+
+    def test_blocks_that_read_another_norm_are_no_hindrance(self, tmp_path: Path) -> None:
+        source = saved("qwen3_next", tmp_path / "model")
+        norms = [{"select": r".*post_attention_layernorm\.weight", "fold": True}]
+        weightops.edit(source, tmp_path / "out", steps=norms)
+        before = logits(source)
+        torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+    def test_stacked_experts_are_not_passed_over(self, tmp_path: Path) -> None:
+        source = saved("qwen3_moe", tmp_path / "model")
+        weightops.experts(source, tmp_path / "stacked", layout="stacked")
+        norms = [{"select": r".*post_attention_layernorm\.weight", "fold": True}]
+        with pytest.raises(UsageError, match="experts") as raised:
+            weightops.edit(tmp_path / "stacked", tmp_path / "out", steps=norms)
+        assert "--layout separate" in str(raised.value.hint)
+
+    def test_what_predicts_further_tokens_reads_the_final_norm_too(self, tmp_path: Path) -> None:
+        save_with_mtp(tmp_path / "model")
+        with pytest.raises(UsageError, match=r"by what mtp\.fc\.weight is part of") as raised:
+            weightops.edit(
+                tmp_path / "model", tmp_path / "out", steps=[{"select": r"model\.norm\.weight", "fold": True}]
+            )
+        assert "--drop mtp" in str(raised.value.hint)
+
 
 def test_a_direction_is_taken_out_of_what_writes_it(tmp_path: Path) -> None:
     saved("llama", tmp_path / "model")
@@ -270,6 +315,16 @@ class TestSettings:
         assert model.config.rope_parameters["factor"] == 4.0
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
+    def test_settings_by_kind_of_layer_are_not_mixed_up(self, tmp_path: Path) -> None:
+        source = saved("gemma3_text", tmp_path / "model")
+        with pytest.raises(UsageError, match="each kind of layer has rotary settings of its own") as raised:
+            weightops.edit(source, tmp_path / "out", set={"rope.factor": 8.0, "rope.type": "linear"})
+        assert "rope_parameters.full_attention.factor" in str(raised.value.hint)
+        own = {"rope_parameters.full_attention.rope_type": "linear", "rope_parameters.full_attention.factor": 8.0}
+        weightops.edit(source, tmp_path / "out", set=own)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert model.config.rope_parameters["full_attention"]["factor"] == 8.0
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -278,6 +333,29 @@ class TestSettings:
             (["rope.type=linear", "rope.factor=0.5"], "factor is 0.5, expected a number of at least 1"),
             (["rope.type=longrope", "rope.short_factor=[1, 1]", "rope.long_factor=[1]"], "short_factor has 2 numbers"),
             (["rope.theta=-1"], "rope_theta is -1"),
+            (["a=&x [*x]"], "holds an alias"),
+            (["a=" + "[" * 3000], "not YAML"),
+            (["a=2020-99-99"], "not YAML"),
+            (["rope.facter=4"], "rope.facter is no rotary setting"),
+            (["rope.a.b=4"], "rope.a.b is no rotary setting"),
+            (["rope.partial_rotary_factor=-1"], "partial_rotary_factor is -1, expected more than 0"),
+            (["rope.type=yarn", "rope.factor=2", "rope.beta_fast=x"], "beta_fast is 'x', expected a number"),
+            (
+                ["rope.type=yarn", "rope.factor=2", "rope.original_max_position_embeddings=abc"],
+                "original_max_position_embeddings is 'abc'",
+            ),
+            (
+                [
+                    *("rope.type=llama3", "rope.factor=2", "rope.original_max_position_embeddings=64"),
+                    *("rope.low_freq_factor=4", "rope.high_freq_factor=1"),
+                ],
+                "low_freq_factor is 4, expected less than high_freq_factor",
+            ),
+            (
+                ["rope.type=longrope", "rope.short_factor=[a, a, a, a, a, a, a, a]", "rope.long_factor=[1]"],
+                "short_factor holds 'a'",
+            ),
+            (["num_attention_heads=0", "head_dim=null", "rope.theta=5"], "num_attention_heads is 0"),
             (["text_config.vocab_size=3"], "has no text_config to set vocab_size in"),
             (["vocab_size=3"], "would not load"),
         ],
@@ -289,3 +367,181 @@ class TestSettings:
         assert result.exit_code in (1, 2)
         assert message in str(result.exception or result.output)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"take": {"range": [0, 10, 0]}}, "a range of step 0 has no end"),
+        ({"scale": {"by": float("nan")}}, r"scale\.by: is nan, expected a finite number"),
+        ({"scale": {"by": float("inf")}}, "is inf, expected a finite number"),
+        ({"scale": {"by": 10**400}}, "more than 62 bits"),
+        ({"scale": {"by": 1e39}}, r"1e\+39 is beyond float32"),
+        ({"scale": {"by": "model.norm.weight", "axis": 1, "shift": float("nan")}}, "is nan"),
+        ({"combine": {"weight": float("nan"), "with": []}}, "is nan"),
+        ({"combine": {"with": [{"weight": float("-inf")}]}}, "is -inf"),
+        ({"lowrank": {"a": "a", "b": "b", "scale": float("nan")}}, "is nan"),
+        ({"fill": {"value": float("nan")}}, "is nan"),
+        ({"fill": {"value": 1e39}}, r"is float32, which cannot hold 1e\+39"),
+        ({"fill": {"shape": [-1, 4]}}, r"cannot be \[-1, 4\]"),
+        ({"fill": {"shape": [0, 4]}}, r"cannot be \[0, 4\]"),
+        ({"fill": {"shape": [4], "rows": 4}}, "shape is that of a constant"),
+        ({"fill": {"rows": 4, "with": "nothing"}}, "new rows cannot be nothing"),
+        ({"drop": True, "keep": True}, r"steps\.0\.keep: drop gives nothing"),
+        ({"drop": True, "name": "x"}, r"steps\.0\.name: drop gives nothing"),
+        ({"fold": True, "replace": True}, "fold gives nothing"),
+        ({"name": "__metadata__"}, "which no tensor can be"),
+        ({"name": "a\ud800"}, "which no tensor can be"),
+        ({"name": "a{b-c}"}, "is no group of select"),
+        ({"name": "x", "select": "(" * 2000 + ")" * 2000}, "no regular expression"),
+    ],
+)
+def test_a_step_that_cannot_be_meant(step: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    step = {"select": r"model\.layers\.0\.mlp\.up_proj\.weight", **step}
+    with pytest.raises(UsageError, match=message):
+        weightops.edit(source, tmp_path / "out", steps=[step], architecture=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_order_that_names_a_part_twice(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    joined = {"concat": {"by": "x", "order": ["gate", "gate", "up"]}, "name": "x"}
+    with pytest.raises(UsageError, match="names gate twice"):
+        weightops.edit(
+            source, tmp_path / "out", steps=[{"select": r".*\.0\.mlp\.(?P<x>gate|up)_proj\.weight", **joined}]
+        )
+
+
+def test_each_pattern_of_a_list_has_its_own_groups(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    select = [
+        r"(?P<p>model\.layers\.0)\.mlp\.(up)_proj\.weight",
+        r"(?P<p>model\.layers\.1)\.mlp\.(up|down)_proj\.weight",
+    ]
+    weightops.edit(source, tmp_path / "out", steps=[{"select": select, "name": "{p}.{2}"}], architecture=False)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"model.layers.0.up", "model.layers.1.up", "model.layers.1.down"} <= after.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "JSON has no number for"),
+        ([1.0, float("inf")], "JSON has no number for"),
+        (10**30, "more than 64 bits"),
+        (datetime.date(2020, 1, 1), "is a date, which config.json cannot hold"),
+        ({"a": b"b"}, r"x\.a is a bytes"),
+        ({1, 2}, "is a set"),
+        ({1: 2}, "is no text, as JSON has names"),
+    ],
+)
+def test_a_setting_that_json_cannot_hold(value: Any, message: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match=message):
+        weightops.edit(source, tmp_path / "out", set={"x": value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a..b", "rope."])
+def test_a_setting_without_a_name(name: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match="is no name of a setting"):
+        weightops.edit(source, tmp_path / "out", set={name: 1})
+
+
+def test_lists_of_modules_follow_names_over_several_steps(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "re:.*layers.2.mlp", "model.layers.3.mlp"]
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": names}
+    (source / "config.json").write_text(json.dumps(config))
+    steps: list[dict[str, Any]] = [
+        {"select": r"model\.layers\.0\.mlp\.up_proj\.weight", "name": "t.weight"},
+        {"select": r"model\.layers\.1\.mlp\.up_proj\.weight", "name": "model.layers.0.mlp.up_proj.weight"},
+        {"select": r"t\.weight", "name": "model.layers.1.mlp.up_proj.weight"},
+        {"select": r"model\.layers\.3\.mlp\..*", "drop": True},
+        {"select": r"model\.layers\.2\.mlp\.(.*)", "name": "model.layers.2.ffn.{1}"},
+    ]
+    weightops.edit(source, tmp_path / "out", steps=steps, architecture=False)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    inner = [f"model.layers.2.ffn.{part}_proj" for part in ("down", "gate", "up")]
+    assert ignored[:2] == ["model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"]
+    assert sorted(ignored[2:]) == inner
+
+
+class TestQuantisedAndTied:
+    UP = r"model\.layers\.0\.mlp\.up_proj\.weight"
+
+    def fp8(self, folder: Path, plain: Path, **settings: Any) -> Path:
+        shutil.copytree(plain, folder)
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+        return folder
+
+    @pytest.mark.parametrize("settings", [{}, {"quantization_config": {"quant_method": "fp8"}}])
+    @pytest.mark.parametrize("select", [UP, UP + "_scale_inv"])
+    def test_nothing_is_taken_of_them(self, settings: dict[str, Any], select: str, tmp_path: Path) -> None:
+        source = self.fp8(tmp_path / "fp8", saved("llama", tmp_path / "plain"), **settings)
+        with pytest.raises(UsageError, match="part of a quantised weight, which is only moved here"):
+            weightops.edit(
+                source, tmp_path / "out", steps=[{"select": select, "take": {"list": [0]}}], architecture=False
+            )
+
+    def test_they_are_not_moved_into_a_plain_model(self, tmp_path: Path) -> None:
+        plain = saved("llama", tmp_path / "plain")
+        source = self.fp8(tmp_path / "fp8", plain, quantization_config={"quant_method": "fp8"})
+        step = {"select": self.UP, "from": str(source), "name": "{0}", "replace": True}
+        with pytest.raises(UsageError, match="what is edited is not quantised so"):
+            weightops.edit(plain, tmp_path / "out", steps=[step])
+        assert not (tmp_path / "out").exists()
+
+    def test_embedding_and_head_change_together(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model", tie_word_embeddings=True)
+        tensors = load_file(source / "model.safetensors")
+        (source / "model.safetensors").unlink()
+        torch.save({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, source / "pytorch_model.bin")
+        doubled = {"select": r"model\.embed_tokens\.weight", "scale": {"by": 2.0}}
+        with pytest.raises(UsageError, match=r"are tied, and only model\.embed_tokens\.weight was changed"):
+            weightops.edit(source, tmp_path / "out", steps=[doubled])
+        assert not (tmp_path / "out").exists()
+        weightops.edit(source, tmp_path / "out", steps=[doubled], set={"tie_word_embeddings": False})
+        weightops.edit(source, tmp_path / "alone", steps=[doubled, {"select": r"lm_head\.weight", "drop": True}])
+
+    def test_rows_without_a_mean(self, tmp_path: Path) -> None:
+        source = saved("llama", tmp_path / "model")
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.embed_tokens.weight"][3] = float("nan")
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        more = {"select": r"model\.embed_tokens\.weight", "fill": {"rows": 330, "with": "mean"}}
+        with pytest.raises(CorruptInput, match="the mean of its rows is not finite"):
+            weightops.edit(source, tmp_path / "out", steps=[more], architecture=False)
+        assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_model_without_config(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match=r"has no config\.json, in which settings are set"):
+        weightops.edit(source / "model.safetensors", tmp_path / "out", set={"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"set": ["a"]}, "set is a list, expected a mapping"),
+        ({"set": {"a": 1}, "other": {"x": 5}}, "other: x is a int, expected a place"),
+    ],
+)
+def test_arguments_of_wrong_types(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        weightops.edit(tmp_path / "model", tmp_path / "out", **given)
+
+
+def test_a_source_that_is_a_list(tmp_path: Path) -> None:
+    file = written(tmp_path / "steps.yml", {"edit": {"source": ["./model"], "config": {"set": {"a": 1}}}})
+    with pytest.raises(UsageError, match=r"edit\.source: expected text"):
+        weightops.edit(file, tmp_path / "out")

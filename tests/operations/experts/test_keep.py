@@ -10,12 +10,12 @@ import msgspec
 import pytest
 import torch
 from families import COMMON, FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM
 
 import weightops
-from weightops.errors import SourceMissing, UsageError
+from weightops.errors import CorruptInput, SourceMissing, UsageError
 from weightops.operations.experts import ExpertUse, LayerUse, parse_keep
 
 KEPT = [0, 2, 3]
@@ -232,3 +232,78 @@ class TestScores:
                 weightops.experts(source, tmp_path / "out", keep=keep, count=2)
         with pytest.raises(UsageError, match="expected a list of experts for layer 1, found a number"):
             weightops.experts(source, tmp_path / "out", keep={"1": 2, "2": [0, 1], "3": [0, 1]})
+
+
+def changed(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+class TestRefusedForWhatItIs:
+    @pytest.mark.parametrize("count", ["4", [4, 4], True, 4.0])
+    def test_a_count_that_is_no_number(self, count: Any, tmp_path: Path) -> None:
+        source = saved("mixtral", tmp_path / "model")
+        changed(source, num_local_experts=count)
+        with pytest.raises(UsageError, match=r"config\.json: num_local_experts is .*, expected one number"):
+            weightops.experts(source, tmp_path / "out", keep=KEPT)
+        assert not (tmp_path / "out").exists()
+
+    def test_experts_without_a_router(self, tmp_path: Path) -> None:
+        source = saved("mixtral", tmp_path / "model")
+        tensors = load_file(source / "model.safetensors")
+        del tensors["model.layers.1.block_sparse_moe.gate.weight"]
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CorruptInput, match=r"model\.layers\.1\.block_sparse_moe has experts, and no router"):
+            weightops.experts(source, tmp_path / "out", keep=KEPT)
+        assert not (tmp_path / "out").exists()
+
+    def test_groups_that_do_not_divide_the_experts(self, tmp_path: Path) -> None:
+        source = saved("deepseek_v3", tmp_path / "model")
+        changed(source, n_group=8)
+        with pytest.raises(UsageError, match="n_group is 8, which does not divide 4 experts"):
+            weightops.experts(source, tmp_path / "out", keep=KEPT)
+
+    @pytest.mark.parametrize("keep", ["0-99999999999999999999999", "9" * 5000, "0-70000"])
+    def test_numbers_beyond_all_experts(self, keep: str, tmp_path: Path) -> None:
+        source = saved("mixtral", tmp_path / "model")
+        with pytest.raises(UsageError, match="cannot read the experts"):
+            weightops.experts(source, tmp_path / "out", keep=keep)
+
+    def test_a_file_nested_without_end(self, tmp_path: Path) -> None:
+        source = saved("mixtral", tmp_path / "model")
+        (tmp_path / "keep.json").write_text("[" * 5000)
+        with pytest.raises(UsageError, match="expected a list of numbers"):
+            weightops.experts(source, tmp_path / "out", keep=str(tmp_path / "keep.json"))
+
+
+def test_one_number_of_two_towers(tmp_path: Path) -> None:
+    source = saved("qwen3_next", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    further = {n.replace("model.", "mtp."): t + 1 for n, t in tensors.items() if n.startswith("model.layers.0.mlp.")}
+    save_file({**tensors, **further}, source / "model.safetensors", {"format": "pt"})
+    lists = {str(layer): [0, 2] for layer in range(4)}
+    with pytest.raises(UsageError, match=r"0 is the number of model\.layers\.0 and of mtp\.layers\.0"):
+        weightops.experts(source, tmp_path / "out", keep=lists)
+    assert not (tmp_path / "out").exists()
+    weightops.experts(source, tmp_path / "out", keep={**lists, "mtp.layers.0": [1, 3]})
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, numbers in (("model.layers.0", [0, 2]), ("mtp.layers.0", [1, 3])):
+        router = f"{layer}.mlp.gate.weight"
+        assert torch.equal(after[router], {**tensors, **further}[router][numbers])
+
+
+def test_a_list_of_modules_names_the_experts_that_are_left(tmp_path: Path) -> None:
+    source = saved("mixtral", tmp_path / "model")
+    block = "model.layers.0.block_sparse_moe"
+    plain = [f"{block}.experts.1.w1", f"{block}.experts.2.w1", f"{block}.gate"]
+    changed(source, quantization_config={"quant_method": "fp8", "modules_to_not_convert": plain})
+    weightops.experts(source, tmp_path / "out", keep=KEPT)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = [f"{block}.experts.1.w1", f"{block}.gate"]
+    assert config["quantization_config"]["modules_to_not_convert"] == expected
+
+
+def test_a_range_of_python(tmp_path: Path) -> None:
+    source = saved("mixtral", tmp_path / "model")
+    with pytest.raises(UsageError, match="keep is a range, which it cannot be"):
+        weightops.experts(source, tmp_path / "out", keep=range(2))

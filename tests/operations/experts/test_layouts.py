@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from families import COMMON, FAMILIES
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM
+from vision_models import save_whole
 
 import weightops
 from weightops.checkpoint import Checkpoint
@@ -162,3 +164,33 @@ class TestHostile:
     def test_nothing_to_do(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="nothing is to be done"):
             weightops.experts(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["stacked", "separate"])
+def test_experts_apart_and_stacked_in_one_layer(layout: Any, tmp_path: Path) -> None:
+    tiny("mixtral", **{**COMMON, **FAMILIES["mixtral"]}).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    stack = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 192, 64)}
+    save_file({**load_file(path), **stack}, path, {"format": "pt"})
+    with pytest.raises(
+        CorruptInput, match=r"model\.layers\.0 has experts apart in block_sparse_moe and stacked in mlp"
+    ):
+        weightops.experts(tmp_path / "model", tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_two_types_are_named(tmp_path: Path) -> None:
+    tiny("mixtral", **{**COMMON, **FAMILIES["mixtral"]}).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    save_file({**tensors, name: tensors[name].half()}, path, {"format": "pt"})
+    with pytest.raises(IncompatibleInputs, match=r"experts of model\.layers\.0\.block_sparse_moe: cannot join"):
+        weightops.experts(tmp_path / "model", tmp_path / "out", layout="stacked")
+
+
+def test_apart_where_transformers_reads_stacks_alone(tmp_path: Path) -> None:
+    save_whole("qwen3_vl_moe", tmp_path / "model")
+    with pytest.raises(IncompatibleInputs, match=r"would not load: .*mlp\.experts"):
+        weightops.experts(tmp_path / "model", tmp_path / "out", layout="separate")
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,36 @@ def test_what_cannot_be_meant(options: dict[str, object], message: str, tmp_path
     save_tiny(tmp_path / "model", "llama")
     with pytest.raises(UsageError, match=message):
         weightops.part(tmp_path / "model", tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+def test_layers_that_only_config_does_not_count_are_not_dropped(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 2}))
+    with pytest.raises(UsageError, match="nothing says that it predicts further tokens") as raised:
+        weightops.part(tmp_path / "model", tmp_path / "out", drop="mtp")
+    assert "num_hidden_layers" in str(raised.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantised_layers_do_not_go_into_a_plain_model(tmp_path: Path) -> None:
+    save_with_mtp(tmp_path / "original", tmp_path / "tuned")
+    path = tmp_path / "original" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["mtp.fc.weight"] = tensors["mtp.fc.weight"].to(torch.float8_e4m3fn)
+    save_file({**tensors, "mtp.fc.weight_scale_inv": torch.ones(1, 1)}, path, {"format": "pt"})
+    config = tmp_path / "original" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(IncompatibleInputs, match=r"mtp\.fc\.weight is float8_e4m3fn .* tuned is not quantised so"):
+        weightops.part(tmp_path / "tuned", tmp_path / "out", mtp=tmp_path / "original")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["abc", [1], -1.0, True])
+def test_a_deviation_that_is_none(value: Any, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "initializer_range": value}))
+    with pytest.raises(UsageError, match=r"initializer_range is .*, expected a number above zero"):
+        weightops.part(tmp_path / "model", tmp_path / "out", head="classifier", labels=2, init="normal")
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,81 @@ class TestRefused:
 
 def test_classes_are_those_of_transformers() -> None:
     assert all(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] == name for kind, name in CLASSES.items())
+
+
+def changed(folder: Path, *gone: str, **settings: Any) -> None:
+    path = folder / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in gone}
+    path.write_text(json.dumps({**config, **settings}))
+    (folder / "weightops-manifest.json").unlink(missing_ok=True)
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["text_config"]
+    return found
+
+
+def test_a_language_model_of_no_type_is_what_the_whole_takes_it_for(tmp_path: Path) -> None:
+    whole = save_whole("llava", tmp_path / "whole")
+    inner = text_config(tmp_path / "whole")
+    del inner["model_type"]
+    changed(tmp_path / "whole", text_config=inner)
+    weightops.part(tmp_path / "whole", tmp_path / "text", take="text")
+    with torch.no_grad():
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()(IDS).logits
+        assert torch.equal(alone, whole(input_ids=IDS).logits)
+
+
+def test_patterns_of_quantised_modules_follow_the_names(tmp_path: Path) -> None:
+    save_whole("llava", tmp_path / "whole")
+    patterns = ["re:vision_tower.*", "re:language_model.model.layers.1.mlp.*", "language_model.lm_head", "re:.*k_proj"]
+    changed(tmp_path / "whole", quantization_config={"quant_method": "compressed-tensors", "ignore": patterns})
+    weightops.part(tmp_path / "whole", tmp_path / "text", take="text")
+    ignored = json.loads((tmp_path / "text" / "config.json").read_text())["quantization_config"]["ignore"]
+    mlp = [f"model.layers.1.mlp.{part}_proj" for part in ("down", "gate", "up")]
+    assert sorted(ignored) == sorted(["re:vision_tower.*", *mlp, "lm_head", "re:.*k_proj"])
+
+
+class TestRefusedForSettings:
+    @pytest.mark.parametrize(
+        ("outer", "inner", "message"),
+        [
+            ({"tie_word_embeddings": "false"}, {}, r"tie_word_embeddings is 'false', expected true or false"),
+            ({}, {"model_type": ["llama"]}, r"text_config\.model_type is \['llama'\], expected text"),
+            ({}, {"model_type": ""}, r"text_config\.model_type is '', expected text"),
+        ],
+    )
+    def test_a_config_of_wrong_types(
+        self, outer: dict[str, Any], inner: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        save_whole("llava", tmp_path / "whole")
+        changed(tmp_path / "whole", text_config={**text_config(tmp_path / "whole"), **inner}, **outer)
+        with pytest.raises(UsageError, match=message):
+            weightops.part(tmp_path / "whole", tmp_path / "out", take="text")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"num_attention_heads": 8}, r"num_attention_heads is 8, expected 4 as in whole"),
+            ({"head_dim": 4}, "head_dim is 4, expected 8"),
+            ({"tie_word_embeddings": True}, "tie_word_embeddings is true, and whole is otherwise"),
+            ({"quantization_config": {"quant_method": "fp8"}}, "its weights are fp8, expected plain as in whole"),
+        ],
+    )
+    def test_a_graft_whose_numbers_mean_something_else(
+        self, settings: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        save_whole("llava", tmp_path / "whole")
+        weightops.part(tmp_path / "whole", tmp_path / "text", take="text")
+        changed(tmp_path / "text", **settings)
+        with pytest.raises(IncompatibleInputs, match=message):
+            weightops.part(tmp_path / "whole", tmp_path / "out", graft=tmp_path / "text")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_graft_of_another_type_is_said(self, tmp_path: Path) -> None:
+        save_whole("llava", tmp_path / "whole")
+        weightops.part(tmp_path / "whole", tmp_path / "text", take="text")
+        changed(tmp_path / "text", model_type="mistral")
+        result = weightops.part(tmp_path / "whole", tmp_path / "out", graft=tmp_path / "text")
+        assert any("model_type is mistral, was llama" in note for note in result.warnings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from weightops.errors import UsageError
 
 IDS = torch.tensor([[3, 5, 9, 17, 33]])
 KINDS = ["llama", "qwen2", "gemma2", "olmo2", "gpt2", "gpt_neox", "bloom", "mixtral", "qwen3_moe", "granitemoe", "phi"]
+KINDS += ["opt", "xglm", "gpt_neo", "gptj", "lfm2", "mamba", "jetmoe"]
 
 
 def logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
@@ -28,8 +30,8 @@ def logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
-    settings = {**COMMON, **FAMILIES[kind], "mlp_only_layers": []}
-    if "layer_types" in settings:
+    settings = {**COMMON, **FAMILIES.get(kind, {}), "mlp_only_layers": []}
+    if "sliding_window" in settings:
         settings |= {"layer_types": ["full_attention"] * 4}
     tiny(kind, **settings).save_pretrained(tmp_path / "model")
     result = weightops.shard(tmp_path / "model", tmp_path / "out", layers="0-1,1=,2-3,3=")
@@ -54,3 +56,20 @@ def test_a_quantised_layer_is_not_silenced(tmp_path: Path) -> None:
     save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UsageError, match="part of a quantised weight"):
         weightops.shard(tmp_path / "model", tmp_path / "out", layers="0,0=,1-3")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("gemma3n_text", {}, r"cannot tell what model\.layers\.1\.altup adds"),
+        ("gemma4_text", {}, r"cannot tell what model\.layers\.1\.layer_scalar adds"),
+        ("opt", {"do_layer_norm_before": False}, "norms lie in the residual .do_layer_norm_before is false"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "norms lie in the residual"),
+        ("openai-gpt", {"n_embd": 64, "n_layer": 4, "n_head": 4}, "norms lie in the residual .it is a openai-gpt"),
+    ],
+)
+def test_a_layer_that_cannot_add_nothing(kind: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny(kind, **{**COMMON, **FAMILIES.get(kind, {}), **changes}).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=message):
+        weightops.shard(tmp_path / "model", tmp_path / "out", layers="0,0=,1-3")
+    assert not (tmp_path / "out").exists()

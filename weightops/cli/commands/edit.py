@@ -88,6 +88,10 @@ def _value(text: str) -> Any:
     import yaml
 
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UsageError(f"{escape(text)}: holds an alias (*name)", hint="write out what it stands for")
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except RecursionError:
+        raise UsageError(f"{escape(text)[:80]}: nested too deep") from None
+    except (yaml.YAMLError, ValueError):
         raise UsageError(f"{escape(text)}: not YAML", hint="put text in quotes") from None

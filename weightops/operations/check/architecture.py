@@ -164,7 +164,7 @@ def _targets(
 ) -> dict[str, str]:
     """What names are loaded into: as transformers knows older ones, and experts apart, as quantising leaves them."""
     found = older_names(config, checkpoint, names)
-    for name in names:
+    for name in names if _may_be_quantised(config) else ():
         expert = _EXPERT.fullmatch(name)
         if expert is not None and name not in found:
             stacked = (f"{expert[1]}.{layer}" for layer in _STACKED[expert[2]])

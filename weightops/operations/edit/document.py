@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,20 +133,28 @@ PRIMITIVES: Mapping[str, Any] = {
 _FIELDS = ("select", "from", "name", "keep", "replace")
 _SEVERAL = ("split", "unstack")
 """What gives several tensors of one."""
+_NAMELESS = ("drop", "fold")
+"""What leaves tensors out, or changes them where they are."""
+_MOST = 1 << 62
+"""The largest whole number that any size, place or factor may be."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step, checked. `pattern` is matched against whole names; `names` are templates of the results' names."""
+    """A step, checked. One of `patterns` matches a whole name; `names` are templates of the results' names."""
 
     place: Place
-    pattern: re.Pattern[str]
+    patterns: tuple[re.Pattern[str], ...]
     source: str | None
     names: tuple[str, ...]
     keep: bool
     replace: bool
     primitive: str
     arguments: Any = field(default=None)
+
+    def match(self, name: str) -> re.Match[str] | None:
+        """How the first pattern that fits matches the whole name; groups are those of that pattern."""
+        return next((found for pattern in self.patterns if (found := pattern.fullmatch(name))), None)
 
 
 def parse_steps(document: Document, given: Any) -> list[Step]:
@@ -169,7 +178,7 @@ def _step(document: Document, place: Place, value: Any) -> Step:
     if len(primitives) > 1:
         document.fail(place, f"does two things, {primitives[0]} and {primitives[1]}", hint="write a step for each")
     primitive = primitives[0] if primitives else "name"
-    pattern = _pattern(document, (*place, "select"), fields.get("select"))
+    patterns = _patterns(document, (*place, "select"), fields.get("select"))
     arguments = None
     if primitives:
         arguments = _converted(document, (*place, primitive), fields[primitive], PRIMITIVES[primitive])
@@ -186,11 +195,15 @@ def _step(document: Document, place: Place, value: Any) -> Step:
     source = document.text((*place, "from"), fields["from"]) if "from" in fields else None
     if source is not None and primitive in ("drop", "fold"):
         document.fail((*place, "from"), f"{primitive} is done to what is edited")
+    for key in ("name", "keep", "replace") if primitive in _NAMELESS else ():
+        if fields.get(key):
+            document.fail((*place, key), f"{primitive} gives nothing that it could be said of")
     keep, replace = fields.get("keep", False), fields.get("replace", False)
-    return Step(place, pattern, source, names, keep, replace, primitive, arguments)
+    return Step(place, patterns, source, names, keep, replace, primitive, arguments)
 
 
 def _converted(document: Document, place: Place, value: Any, kind: Any) -> Any:
+    _check_numbers(document, place, value)
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -199,14 +212,32 @@ def _converted(document: Document, place: Place, value: Any, kind: Any) -> Any:
         document.fail(below, message[:1].lower() + message[1:].replace("`", ""))
 
 
-def _pattern(document: Document, place: Place, value: Any) -> re.Pattern[str]:
+def _check_numbers(document: Document, place: Place, value: Any) -> None:
+    """Refuse what is no number, or none that a tensor could hold; infinities only as what a tensor is filled with."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            _check_numbers(document, (*place, str(key)), below)
+    elif isinstance(value, list | tuple):
+        for number, below in enumerate(value):
+            _check_numbers(document, (*place, str(number)), below)
+    elif isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value) or place[-2:] != ("fill", "value"):
+            document.fail(place, f"is {value}, expected a finite number")
+    elif isinstance(value, int) and not -_MOST <= value <= _MOST:
+        document.fail(place, "is a number of more than 62 bits", hint="a misprint?")
+
+
+def _patterns(document: Document, place: Place, value: Any) -> tuple[re.Pattern[str], ...]:
     texts = document.names(place, value) if value is not None else ()
     if not texts:
         document.fail(place[:-1], "lacks select", hint="a regular expression that whole names match")
-    try:
-        return re.compile("|".join(f"(?:{text})" for text in texts) if len(texts) > 1 else texts[0])
-    except (re.error, OverflowError) as error:
-        document.fail(place, f"no regular expression: {escape(str(error))}", hint="\\. is a dot, \\d+ a number")
+    found = []
+    for text in texts:
+        try:
+            found.append(re.compile(text))
+        except (re.error, OverflowError, RecursionError) as error:
+            document.fail(place, f"no regular expression: {escape(str(error))}", hint="\\. is a dot, \\d+ a number")
+    return tuple(found)
 
 
 def fill_in(template: str, match: re.Match[str], n: int | None = None) -> str:
@@ -227,4 +258,4 @@ def fill_in(template: str, match: re.Match[str], n: int | None = None) -> str:
             )
         return known[found[1]]
 
-    return re.sub(r"\{(\w+)\}", value, template)
+    return re.sub(r"\{([^{}]*)\}", value, template)

@@ -9,6 +9,7 @@ from typing import Any
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.layouts.experts import parts_of
+from weightops.layouts.parts import is_mtp
 from weightops.lazy import LazyTensor
 from weightops.ops.elementwise import cast
 from weightops.ops.linear import Along, wide
@@ -22,6 +23,15 @@ _READERS: Mapping[str, str] = {
     r"|experts\.\d+\.w[13])\.weight",
 }
 """By the last part of a norm's name, what reads it in the same layer."""
+_BLOCKS: Mapping[str, str] = {
+    "input_layernorm": "self_attn|linear_attn|mamba",
+    "post_attention_layernorm": "mlp|block_sparse_moe|feed_forward",
+}
+_WITHIN = re.compile(r".+\.(?:(?:o|down|q_b|kv_b)_proj|experts\.\d+\.w2)\.weight|.+bias")
+"""Of blocks, what reads something else than the norm before them."""
+_IN_RESIDUAL = ("minimax",)
+"""Models whose residual is what the norm gave, by model_type: it has no other place."""
+_OTHER_HEADS = ("score.", "classifier.", "v_head.")
 _SHIFTED = re.compile(r"gemma|gemma2|gemma3(_text)?|recurrent_gemma|qwen3_next|qwen3_5(_moe)?(_text)?|nemotron")
 """Models that keep a norm's weight less 1, by model_type. Gemma 3n and 4 do not."""
 _POST_NORMED = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -77,14 +87,7 @@ def _readers(name: str, tensors: Mapping[str, LazyTensor], config: Mapping[str, 
     """All that reads a norm."""
     final, layer = _FINAL.fullmatch(name), _LAYER.fullmatch(name)
     if final is not None:
-        tied = any(part.get("tie_word_embeddings") is True for part in parts_of(config))
-        heads = [n for n in tensors if n.endswith(("lm_head.weight", "embed_out.weight"))]
-        if tied or not heads:
-            raise UsageError(
-                f"{escape(name)}: the head is the embedding, which would be folded too",
-                hint="weightops shard --untie writes a head of its own",
-            )
-        return heads
+        return _heads(name, tensors, config)
     if layer is None or layer["norm"] not in _READERS:
         raise UsageError(
             f"{escape(name)} is no norm whose readers are known",
@@ -93,9 +96,46 @@ def _readers(name: str, tensors: Mapping[str, LazyTensor], config: Mapping[str, 
     post_normed = any(f"{layer['layer']}{other}.weight" in tensors for other in _POST_NORMED)
     if post_normed and layer["norm"] == "post_attention_layernorm":
         raise UsageError(f"{escape(name)} follows attention: what reads it is a sum, into which nothing is folded")
+    if str(parts_of(config)[-1].get("model_type")) in _IN_RESIDUAL:
+        raise UsageError(f"{escape(name)} is part of the residual in this model, which cannot be folded")
     pattern = re.compile(re.escape(layer["layer"]) + f"(?:{_READERS[layer['norm']]})")
     readers = [n for n in tensors if pattern.fullmatch(n)]
-    others = [n for n in tensors if n.startswith((f"{layer['layer']}linear_attn.", f"{layer['layer']}mamba."))]
-    if not readers or (others and layer["norm"] == "input_layernorm"):
-        raise UsageError(f"{escape(name)}: what reads it is not known", hint="scale does it step by step")
+    _refuse_others(name, layer["layer"], layer["norm"], readers, tensors)
     return readers
+
+
+def _heads(name: str, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> list[str]:
+    """What reads the final norm."""
+    tied = any(part.get("tie_word_embeddings") is True for part in parts_of(config))
+    heads = [n for n in tensors if n.endswith(("lm_head.weight", "embed_out.weight"))]
+    if tied or not heads:
+        raise UsageError(
+            f"{escape(name)}: the head is the embedding, which would be folded too",
+            hint="weightops shard --untie writes a head of its own",
+        )
+    further = next(filter(is_mtp(config), tensors), None)
+    other = next((n for n in tensors if n.startswith(_OTHER_HEADS)), further)
+    if other is not None:
+        hint = "weightops part --drop mtp leaves such layers out" if other == further else None
+        raise UsageError(f"{escape(name)} is read by the head, and by what {escape(other)} is part of", hint=hint)
+    return heads
+
+
+def _refuse_others(name: str, layer: str, norm: str, readers: Sequence[str], tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise `UsageError` for a norm without readers, and unless all else in its layer is known not to read it."""
+    own = re.compile(re.escape(layer) + f"(?:{_BLOCKS[norm]})\\.")
+    known = re.compile(re.escape(layer) + f"(?:{'|'.join(_BLOCKS.values())})\\.")
+    for other, tensor in tensors.items():
+        if not other.startswith(layer) or len(tensor.spec.shape) < 2 or other in readers or _WITHIN.fullmatch(other):
+            continue
+        if own.match(other) or not known.match(other):
+            raise UsageError(
+                f"{escape(name)}: whether {escape(other)} reads it is not known",
+                hint="weightops experts --layout separate takes stacks apart; scale does it step by step",
+            )
+    parallel = norm == "input_layernorm" and not any(
+        f"{layer}{each}.weight" in tensors for each in ("post_attention_layernorm", "pre_feedforward_layernorm")
+    )
+    if not readers or parallel:
+        why = "the layer's blocks are parallel, and both read it" if readers else "what reads it is not known"
+        raise UsageError(f"{escape(name)}: {why}", hint="scale does it step by step")

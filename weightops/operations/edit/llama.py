@@ -121,6 +121,8 @@ def _scaled(
         r"model\.layers\.\d+\.self_attn\.q_proj\.(weight|bias)": query,
         r"lm_head\.weight": head,
     }
+    odd = next((factor for factor in factors.values() if not (math.isfinite(factor) and factor > 0)), None)
+    _need(odd is None, f"a factor of its weights is {odd}, expected a number above zero")
     steps += [{"select": name, "scale": {"by": factor}} for name, factor in factors.items() if factor != 1.0]
     exact = all(math.frexp(factor)[0] == 0.5 for factor in factors.values())
     shown = ", ".join(f"{factor:g}" for factor in factors.values())
@@ -244,6 +246,8 @@ def as_llama(source: Checkpoint, context_length: int | None, evaluate: Evaluate)
     model was trained for. Raises `UsageError` for families that are not Llama in other words, and for settings that
     Llama has not; `IncompatibleInputs` where the result would not load.
     """
+    from weightops.layouts.skeleton import taken_for_granted
+
     where, config = escape(source.name), source.config()
     kind = str(config.get("model_type"))
     if kind == "llama":
@@ -255,13 +259,15 @@ def as_llama(source: Checkpoint, context_length: int | None, evaluate: Evaluate)
             hint=f"these are: {', '.join(FAMILIES)}",
         )
     try:
+        config = {**config, **taken_for_granted(config, where)}
         length = _length(config, context_length)
         plan = FAMILIES[kind](config, source)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise IncompatibleInputs(f"{where}: config.json does not say enough of a {kind} model ({error})") from None
     except UsageError as error:
         raise UsageError(f"{where}: {error}", hint=error.hint) from None
-    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **plan.settings, **length}
+    granted = {key: config[key] for key in config if key not in source.config()}
+    settings = {**granted, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **plan.settings, **length}
     unset = [key for key in plan.unset if key in config]
     bare = _without_code(source)
     result = edit(bare, steps=plan.steps, set=settings, unset=unset, names=("source",), evaluate=evaluate)

@@ -11,11 +11,15 @@ from weightops.errors import UsageError, WeightopsError
 from weightops.formats.adapter.files import refuse_adapter
 from weightops.formats.delta import refuse_delta
 from weightops.formats.folder import refuse_parts
+from weightops.formats.quantized.parts import module_of_part
+from weightops.formats.quantized.weights import stated
 from weightops.formats.sidecars import is_tokenizer_file
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.io.yaml_document import Document
-from weightops.layouts.renamed import with_modules
+from weightops.layouts.embeddings import embeddings_and_heads
+from weightops.layouts.experts import parts_of
+from weightops.layouts.renamed import check_name, with_modules
 from weightops.lazy import Evaluate, LazyTensor
 from weightops.operations.check import held_to_class
 from weightops.operations.edit.document import Step, fill_in, parse_steps
@@ -58,10 +62,32 @@ def edit(
     work = _Work(document, source, by_name, evaluate)
     for step in parse_steps(document, list(steps)) if steps else ():
         work.apply(step)
+    if (set or unset) and "config.json" not in source.sidecars:
+        raise UsageError(
+            f"{escape(source.name)}: has no config.json, in which settings are set", hint="put it beside the weights"
+        )
     result = work.result().with_config(lambda known: with_settings(known, set, unset, escape(source.name)))
+    _refuse_half_tied(result, source)
     if tokenizer is not None:
         result = _with_tokenizer(result, by_name, tokenizer)
     return held_to_class(result, source) if architecture else result
+
+
+def _refuse_half_tied(result: Checkpoint, source: Checkpoint) -> None:
+    """Raise `UsageError` where only one of embedding and head was changed, of a model that is to read one of them."""
+    if not any(part.get("tie_word_embeddings") is True for part in parts_of(result.config())):
+        return
+    for embedding, heads in embeddings_and_heads(result):
+        for head in heads:
+            pair = [(result.get(name), source.get(name)) for name in (embedding, head)]
+            changed = [new is not old for new, old in pair]
+            if pair[1][0] is not None and changed[0] != changed[1]:
+                name = embedding if changed[0] else head
+                raise UsageError(
+                    f"{escape(result.name)}: {escape(embedding)} and {escape(head)} are tied, and only {escape(name)} "
+                    "was changed",
+                    hint="do the same to both, or drop the head; or set tie_word_embeddings: false",
+                )
 
 
 def _with_tokenizer(result: Checkpoint, by_name: Mapping[str, Checkpoint], name: str) -> Checkpoint:
@@ -83,13 +109,17 @@ class _Work:
     by_name: Mapping[str, Checkpoint]
     evaluate: Evaluate
     tensors: dict[str, LazyTensor] = field(init=False)
-    renamed: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(init=False)
+    """By the names of tensors that were only moved, those that they had in the source."""
     notes: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    """Of `dropped`, the names in the source."""
 
     def __post_init__(self) -> None:
         self.tensors = dict(self.source.tensors)
+        self.origins = {name: name for name in self.source}
         self.around = Tensors(self._find, self._names, self.source.config(), self.evaluate, self.notes)
 
     def apply(self, step: Step) -> None:
@@ -103,10 +133,10 @@ class _Work:
 
     def _apply(self, step: Step) -> None:
         pool = self.tensors if step.source is None else self._source(step.source).tensors
-        selected = [Selected(name, m, tensor) for name, tensor in pool.items() if (m := step.pattern.fullmatch(name))]
+        selected = [Selected(name, m, tensor) for name, tensor in pool.items() if (m := step.match(name))]
         if not selected:
             raise UsageError(
-                f"no tensor's whole name matches {escape(step.pattern.pattern)}",
+                f"no tensor's whole name matches {' or '.join(escape(each.pattern) for each in step.patterns)}",
                 hint=f"names are like {escape(next(iter(pool), ''))}; steps see those that the steps before gave",
             )
         if step.primitive == "fold":
@@ -116,8 +146,8 @@ class _Work:
                 f"fold: {len(selected)} norms are in the {len(found) - len(selected)} tensors behind them"
             )
             return
-        if step.primitive not in MOVES:
-            self._refuse_packed(selected)
+        if step.primitive != "drop":
+            self._refuse_packed(step, selected, pool)
         made = list(self._made(step, selected, self._around(step.source)))
         self._put(step, selected, made)
         self.done.append(_said(step, selected, made))
@@ -156,9 +186,11 @@ class _Work:
         """The results in the place of what they come from, unless that is to stay or is another source's."""
         stays = step.keep or step.source is not None
         gone = set() if stays else {one.name for one in selected}
+        moved = {name: self.origins.pop(name) for name in gone if name in self.origins}
         fresh: dict[str, LazyTensor] = {}
         after: dict[str, list[str]] = {}
         for name, tensor, one in made:
+            check_name(one.name, name)
             if name in fresh:
                 raise UsageError(f"two results would be named {escape(name)}", hint="name them apart: {group}, {n}")
             there = name in self.tensors and name not in gone
@@ -169,10 +201,13 @@ class _Work:
             fresh[name] = tensor
             if not there and step.source is None:
                 after.setdefault(one.name, []).append(name)
-            if step.primitive == "name" and not stays and name != one.name:
-                self.renamed[one.name] = name
+            if there:
+                self.origins.pop(name, None)
+            if one.name in moved and name not in self.origins and (step.primitive == "name" or name == one.name):
+                self.origins[name] = moved[one.name]
         if step.primitive == "drop":
             self.dropped |= dict.fromkeys(gone, "left out by an edit")
+            self.lost += moved.values()
         left: dict[str, LazyTensor] = {}
         for name, tensor in self.tensors.items():
             if name not in gone:
@@ -180,13 +215,21 @@ class _Work:
             left |= {new: fresh[new] for new in after.get(name, ())}
         self.tensors = {**left, **{name: tensor for name, tensor in fresh.items() if name not in left}}
 
-    def _refuse_packed(self, selected: Sequence[Selected]) -> None:
-        quantised = self.source.config().get("quantization_config") is not None
+    def _refuse_packed(self, step: Step, selected: Sequence[Selected], pool: Mapping[str, LazyTensor]) -> None:
+        """Quantised tensors are only moved, and into a model only that is quantised in their way."""
+        owner = self.source if step.source is None else self._source(step.source)
+        method, own = (stated(each)[0].get("quant_method") for each in (owner, self.source))
+        if step.primitive in MOVES and method == own:
+            return
+        modules = {module_of_part(name) for name in pool}
         for one in selected:
-            dtype = one.tensor.spec.dtype
-            if dtype.is_packed or dtype.is_block or (quantised and (not dtype.is_float or dtype.bits < 16)):
+            dtype, module = one.tensor.spec.dtype, one.name.removesuffix(".weight")
+            small = not dtype.is_float or dtype.bits < 16
+            known = method is not None or module in modules
+            if dtype.is_packed or dtype.is_block or (small and known) or module_of_part(one.name) is not None:
+                why = "which is only moved here" if method == own else "and what is edited is not quantised so"
                 raise UsageError(
-                    f"{escape(one.name)} is {one.tensor.spec}, part of a quantised weight, which is only moved here",
+                    f"{escape(one.name)} is {one.tensor.spec}, part of a quantised weight, {why}",
                     hint="weightops dequantize makes plain weights of it",
                 )
 
@@ -219,7 +262,8 @@ class _Work:
             result = result.with_digests({**result.digests, **digests})
         if self.dropped:
             result = result.with_dropped(self.dropped)
-        result = result.with_config(lambda config: with_modules(config, self.renamed))
+        names = {origin: name for name, origin in self.origins.items()}
+        result = result.with_config(lambda config: with_modules(config, names, self.lost))
         return result.warned(*self.notes).did(*self.done)
 
 

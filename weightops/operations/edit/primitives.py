@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightops.errors import UsageError
+from weightops.errors import CorruptInput, UsageError
 from weightops.io.escape import escape
 from weightops.layouts.experts import stated
 from weightops.lazy import Evaluate, LazyTensor
@@ -31,7 +31,7 @@ from weightops.ops.lora.factors import Lora
 from weightops.ops.lora.product import Part
 from weightops.ops.measures.loss import counted_cast
 from weightops.ops.permute import permuted
-from weightops.ops.rows import Given, Repeat, extend_by_mean
+from weightops.ops.rows import Given, MeanRow, Repeat, extend_by_mean
 from weightops.spec import DType
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def take(one: Selected, given: Take, around: Tensors) -> LazyTensor:
     if given.range_ is not None:
         if len(given.range_) not in (2, 3):
             raise UsageError("a range is [start, stop] or [start, stop, step]")
+        if given.range_[2:] == [0]:
+            raise UsageError("a range of step 0 has no end", hint="[start, stop] takes every place")
         numbers = range(*given.range_)
     elif isinstance(given.numbers, Mapping):
         if given.by is None:
@@ -158,6 +160,8 @@ def ordered(several: Sequence[Selected], given: Concat | Stack) -> list[LazyTens
             f"the group {escape(given.by)} holds no numbers, and there is no order", hint="order: [gate, up]"
         )
     order = given.order if given.order is not None else [str(i) for i in range(len(keys))]
+    if len(set(order)) != len(order):
+        raise UsageError(f"the order names {escape(next(key for key in order if order.count(key) > 1))} twice")
     if sorted(order) != sorted(keys):
         lacking = sorted(set(order) - keys.keys()) or sorted(keys.keys() - set(order))
         raise UsageError(
@@ -203,31 +207,70 @@ def view(one: Selected, given: list[int | str], around: Tensors) -> LazyTensor:
 
 def fill(one: Selected, given: Fill, around: Tensors) -> LazyTensor:
     """A constant tensor, or one with more rows or fewer."""
-    import torch
-
     spec = one.tensor.spec
     if given.with_ is not None and given.rows is None:
         raise UsageError("with says what new rows are, and there are none", hint="fill: {rows: 32000, with: mean}")
-    dtype = getattr(torch, spec.dtype.value, None)
-    if dtype is None:
-        raise UsageError(f"{escape(one.name)} is {spec.dtype.value}, of which no number is made")
-    element = torch.tensor(given.value, dtype=dtype).reshape(1).view(torch.uint8).numpy().tobytes()
+    if given.rows is not None and given.shape is not None:
+        raise UsageError("shape is that of a constant, rows are those of what is there", hint="say one of them")
+    element = _element(one, given.value)
     if given.rows is None:
         shape = spec.shape if given.shape is None else tuple(around.size(each) for each in given.shape)
+        if any(size < 1 for size in shape):
+            raise UsageError(f"{escape(one.name)} cannot be {list(shape)}", hint="sizes are above zero")
         return LazyTensor.make(Repeat(spec.dtype, shape, element))
     rows, before = given.rows, spec.shape[0] if spec.shape else 0
     if not before or rows < 1:
         raise UsageError(f"{escape(one.name)} is {spec}, of which {rows} rows cannot be made")
+    matched = re.fullmatch(r"copy:(\d{1,9})", given.with_ or "")
+    if given.with_ not in (None, "mean") and (matched is None or int(matched[1]) >= before):
+        raise UsageError(f"new rows cannot be {escape(str(given.with_))}", hint=f"mean, or copy:N of {before} rows")
     if rows <= before:
         return cut(one.tensor, 0, 0, rows)
     if given.with_ == "mean":
+        _check_mean(one, around)
         return extend_by_mean(one.tensor, rows)
-    if given.with_ is None:
+    if matched is None:
         return concat([one.tensor, LazyTensor.make(Repeat(spec.dtype, (rows - before, *spec.shape[1:]), element))], 0)
-    matched = re.fullmatch(r"copy:(\d{1,9})", given.with_)
-    if matched is None or int(matched[1]) >= before:
-        raise UsageError(f"new rows cannot be {escape(given.with_)}", hint=f"mean, or copy:N of {before} rows")
     return taken(one.tensor, 0, [*range(before), *[int(matched[1])] * (rows - before)])
+
+
+def _check_mean(one: Selected, around: Tensors) -> None:
+    """Raise `CorruptInput` for rows without a mean: one that is not a number makes it none. Reads all rows."""
+    import numpy as np
+
+    (data,) = around.evaluate([cast(LazyTensor.make(MeanRow(), one.tensor), DType.F32)])
+    if not np.isfinite(np.frombuffer(data, np.float32)).all():
+        raise CorruptInput(
+            f"{escape(one.name)}: the mean of its rows is not finite, as some of them are not",
+            hint="fill: {rows: N, with: copy:2} takes a row that is",
+        )
+
+
+def _element(one: Selected, value: int | float) -> bytes:
+    """A number as the tensor holds it; raises `UsageError` for one that its type cannot."""
+    import torch
+
+    dtype = getattr(torch, one.tensor.spec.dtype.value, None)
+    if dtype is None:
+        raise UsageError(f"{escape(one.name)} is {one.tensor.spec.dtype.value}, of which no number is made")
+    try:
+        number = torch.tensor(value, dtype=dtype)
+        fits = number.isinf().item() == math.isinf(value) if dtype.is_floating_point else number.item() == value
+    except (OverflowError, RuntimeError, ValueError):
+        fits = False
+    if not fits:
+        raise UsageError(f"{escape(one.name)} is {one.tensor.spec.dtype.value}, which cannot hold {value}")
+    return number.reshape(1).view(torch.uint8).numpy().tobytes()
+
+
+def _check_factors(values: LazyTensor, *factors: float) -> None:
+    """Raise `UsageError` for a factor beyond the type that arithmetic is done in."""
+    import numpy as np
+
+    most = float(np.finfo(values.spec.dtype.value).max)
+    beyond = next((factor for factor in factors if abs(factor) > most), None)
+    if beyond is not None:
+        raise UsageError(f"{beyond:g} is beyond {values.spec.dtype.value}, in which this is computed")
 
 
 def _rounded(one: Selected, result: LazyTensor) -> LazyTensor:
@@ -238,6 +281,7 @@ def _rounded(one: Selected, result: LazyTensor) -> LazyTensor:
 def scale(one: Selected, given: Scale, around: Tensors) -> LazyTensor:
     """Times a number or a vector, in float32, rounded once."""
     values = wide(one.tensor)
+    _check_factors(values, given.shift, *(() if isinstance(given.by, str) else (given.by,)))
     if not isinstance(given.by, str):
         return _rounded(one, LazyTensor.make(Weighted((float(given.by),)), values))
     vector = cast(wide(around.find(given.from_, fill_in(given.by, one.match))), values.spec.dtype)
@@ -249,6 +293,7 @@ def lowrank(one: Selected, given: LowRank, around: Tensors) -> LazyTensor:
     """Plus a product of factors, as merge-lora adds it."""
     a, b = (around.find(given.from_, fill_in(template, one.match)) for template in (given.a, given.b))
     part = Part(scale=given.scale)
+    _check_factors(wide(one.tensor), given.scale)
     part.check(one.tensor.spec, a.spec, b.spec)
     held = part.held_nbytes(one.tensor.spec, a.spec, b.spec, DType.F32, is_whole=False)
     return LazyTensor.make(Lora((part,), held_nbytes=held), one.tensor, a, b)
@@ -260,6 +305,7 @@ def combine(one: Selected, given: Combine, around: Tensors) -> LazyTensor:
     values = wide(one.tensor)
     inputs = [values, *(cast(wide(other), values.spec.dtype) for other in others)]
     weights = (given.weight, *(other.weight for other in given.with_))
+    _check_factors(values, *weights)
     return _rounded(one, LazyTensor.make(Weighted(weights), *inputs))
 
 
@@ -270,6 +316,7 @@ def project(one: Selected, given: Project, around: Tensors) -> LazyTensor:
     values = wide(one.tensor)
     if len(values.spec.shape) != 2:
         raise UsageError(f"{escape(one.name)} is {one.tensor.spec}: a direction is taken out of matrices")
+    _check_factors(values, given.weight)
     vector = _direction(one, given, around)
     sides = {"output": values.spec.shape[0], "input": values.spec.shape[1]}
     fitting = [side for side, size in sides.items() if size == len(vector)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ def with_settings(
     Raises `UsageError` for a path that is not there, and for rotary settings with which the model would not load.
     """
     edited = copy.deepcopy(dict(config))
+    for path, value in given.items():
+        if not all(path.split(".")):
+            raise UsageError(f"{where}: {escape(path)!r} is no name of a setting", hint="a.b is what is within a")
+        _check_value(path, value, where)
     for path in gone:
         *above, last = path.split(".")
         inner = _inner(edited, above)
@@ -43,6 +48,27 @@ def with_settings(
     if problem is not None:
         raise UsageError(f"{where}: {problem.message}", hint=problem.hint)
     return edited
+
+
+def _check_value(path: str, value: Any, where: str) -> None:
+    """Raise `UsageError` for what config.json cannot hold."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise UsageError(f"{where}: {escape(path)}: {escape(repr(key))[:60]} is no text, as JSON has names")
+            _check_value(f"{path}.{key}", below, where)
+    elif isinstance(value, list | tuple):
+        for below in value:
+            _check_value(path, below, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where}: {escape(path)} is {value}, which JSON has no number for")
+    elif isinstance(value, int) and abs(value) >= 1 << 64:
+        raise UsageError(f"{where}: {escape(path)} is a number of more than 64 bits", hint="a misprint?")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise UsageError(
+            f"{where}: {escape(path)} is a {type(value).__name__}, which config.json cannot hold",
+            hint="quotes make text of it",
+        )
 
 
 def _inner(config: dict[str, Any], path: list[str]) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
 from weightops.io.escape import escape
@@ -95,9 +97,8 @@ def _stack(source: Checkpoint, block: Block, family: Family) -> dict[str, LazyTe
         if missing:
             where = f"{escape(source.name)}: {escape(block.prefix)}experts.0"
             raise IncompatibleInputs(f"{where} has a {leaf} of some of its layers, and not of {listed(missing)}")
-        both = [
-            concat([source[str(gate)], source[str(up)]], 0) for gate, up in zip(lists[GATE], lists[UP], strict=True)
-        ]
+        pairs = zip(lists[GATE], lists[UP], strict=True)
+        both = [_joined(source, block, [source[str(gate)], source[str(up)]]) for gate, up in pairs]
         down = [source[str(name)] for name in lists[DOWN]]
         for module, matrices in ((family.stacked.parts[GATE], both), (family.stacked.parts[DOWN], down)):
             stack = _as_stack(source, block, matrices)
@@ -108,9 +109,18 @@ def _stack(source: Checkpoint, block: Block, family: Family) -> dict[str, LazyTe
     return found
 
 
+def _joined(source: Checkpoint, block: Block, matrices: list[LazyTensor]) -> LazyTensor:
+    return _of(source, block, lambda: concat(matrices, 0))
+
+
 def _as_stack(source: Checkpoint, block: Block, matrices: list[LazyTensor]) -> LazyTensor:
+    return _of(source, block, lambda: stacked(matrices))
+
+
+def _of(source: Checkpoint, block: Block, made: Callable[[], LazyTensor]) -> LazyTensor:
+    """What is made of a layer's experts; what that raises names them."""
     try:
-        return stacked(matrices)
+        return made()
     except IncompatibleInputs as error:
         where = f"{escape(source.name)}: experts of {escape(block.prefix.rstrip('.'))}"
         raise IncompatibleInputs(f"{where}: {error}") from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import IncompatibleInputs, UsageError
+from weightops.errors import CorruptInput, IncompatibleInputs, UsageError
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.source import Source, beside
@@ -145,14 +145,24 @@ def mixture(
     unknown = next((name for name in used if name not in models), None)
     if unknown is not None:
         raise UsageError(f"the mixture: there is no model {escape(unknown)}", hint=f"there are {listed(models)}")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise UsageError(f"a seed is a whole number from 0 to {(1 << 64) - 1}")
     if seed is not None and wanted.gate_mode == "cheap_embed":
         raise UsageError("nothing is random with gate_mode cheap_embed", hint="leave out --seed")
     plain = {name: plain_if_quantised(models[name], evaluate) for name in used}
     base = plain[wanted.base_model]
     target = _target(plain)
     dtype = (parse_dtype(wanted.dtype) if wanted.dtype else None) or base[_EMBEDDING].spec.dtype
+    if not dtype.is_float or dtype.bits < 16:
+        raise UsageError(f"the mixture: dtype is {dtype.value}, expected one of 16 bits or more", hint="bfloat16")
+    if wanted.architecture not in (None, target.model_type):
+        raise UsageError(
+            f"the mixture: architecture is {escape(str(wanted.architecture))[:80]}, and these models make a "
+            f"{target.model_type}"
+        )
     sources = [plain[expert.source_model] for expert in wanted.experts]
     _compare_shapes(base, sources)
+    _compare_activations(base, sources)
     notes: list[str] = []
     routers = _routers(base, wanted, seed or 0, dtype, evaluate, notes)
     tensors: dict[str, LazyTensor] = {}
@@ -173,7 +183,10 @@ def mixture(
     count = len(sources)
     if count & (count - 1):
         notes.append(f"{count} experts are no power of two, which some programs want")
-    edited = base.with_config(lambda config: _config(config, target, count, wanted.experts_per_token))
+    from weightops.layouts.skeleton import taken_for_granted
+
+    granted = taken_for_granted(base.config(), escape(base.name))
+    edited = base.with_config(lambda config: _config({**config, **granted}, target, count, wanted.experts_per_token))
     others = [warning for name in used for warning in plain[name].warnings if warning not in edited.warnings]
     return edited.with_tensors(tensors).with_dtype(dtype).warned(*others, *notes)
 
@@ -217,6 +230,19 @@ def _compare_shapes(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
             raise IncompatibleInputs(f"{escape(source.name)}: has {escape(extra)}, which the base has not")
 
 
+def _compare_activations(base: Checkpoint, sources: Sequence[Checkpoint]) -> None:
+    """Raise `IncompatibleInputs` for an MLP that computes with another function than config.json will say."""
+    wanted = base.config().get("hidden_act", "silu")
+    for source in sources:
+        found = source.config().get("hidden_act", "silu")
+        if found != wanted:
+            raise IncompatibleInputs(
+                f"{escape(source.name)}/config.json: hidden_act is {escape(str(found))[:40]}, expected "
+                f"{escape(str(wanted))[:40]} as in {escape(base.name)}",
+                hint="all experts of a mixture compute with one function",
+            )
+
+
 def _config(config: dict[str, Any], target: _Target, count: int, per_token: int) -> dict[str, Any]:
     edited = {k: v for k, v in config.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp", "head_dim")}
     if config.get("head_dim") is not None:
@@ -242,6 +268,10 @@ def _routers(
     shape = (len(wanted.experts), width)
     if wanted.gate_mode == "cheap_embed":
         rows = np.stack(list(_by_prompts(base, wanted.experts, evaluate)))
+        if not np.isfinite(rows).all():
+            raise CorruptInput(
+                f"{escape(base.name)}: {_EMBEDDING} has rows of tokens in the prompts that are not finite"
+            )
         condition = float(np.linalg.cond(rows))
         if condition > _DEGENERATE:
             notes.append(

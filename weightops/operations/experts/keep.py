@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from weightops.checkpoint import Checkpoint
-from weightops.errors import SourceMissing, UsageError
+from weightops.errors import CorruptInput, SourceMissing, UsageError
 from weightops.io import strict_json
 from weightops.io.escape import escape
 from weightops.io.names import listed
@@ -24,6 +24,7 @@ from weightops.layouts.experts import (
     Block,
     group_count,
     parts_of,
+    refuse_odd_counts,
     same_count,
     stated,
     with_numbers,
@@ -34,13 +35,14 @@ from weightops.operations.experts.use import By, ExpertUse, best
 from weightops.ops.arrange import taken
 
 Lists = Sequence[int] | Mapping[str, int | Sequence[int]]
-"""Numbers of experts for all layers, or lists by the number of the layer; `of` beside these is how many experts they
-are chosen from."""
+"""Numbers of experts for all layers, or lists by the number of the layer, or by its full name where two towers have
+that number; `of` beside these is how many experts they are chosen from."""
 Keep = str | Lists
 """Which experts to keep: lists, `0,2,4-7` for all layers, or the path of a JSON file with lists or with scores."""
 
 _RANGES = re.compile(r"\s*\d+\s*(-\s*\d+\s*)?(,\s*\d+\s*(-\s*\d+\s*)?)*", re.ASCII)
 _MOST = 1 << 16
+_DIGITS = 9
 
 
 def parse_keep(keep: Keep, *, count: int | None = None, by: By | None = None, ungroup: bool = False) -> Lists:
@@ -65,11 +67,12 @@ def _read(keep: str) -> Lists | ExpertUse:
     if _RANGES.fullmatch(keep):
         found: list[int] = []
         for part in keep.split(","):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            if not numbers or len(found) + len(numbers) > _MOST:
-                raise UsageError(f"cannot read the experts {escape(part.strip())!r}", hint="write them as 0,2,4-7")
-            found += numbers
+            first, _, last = (text.strip() for text in part.partition("-"))
+            ends = (first, last or first)
+            start, stop = (int(end) if len(end) <= _DIGITS else _MOST for end in ends)
+            if stop < start or stop >= _MOST or len(found) + stop - start >= _MOST:
+                raise UsageError(f"cannot read the experts {escape(part.strip())[:80]!r}", hint="write them as 0,2,4-7")
+            found += range(start, stop + 1)
         return found
     path = Path(keep)
     if not path.is_file():
@@ -82,7 +85,7 @@ def _read(keep: str) -> Lists | ExpertUse:
         if isinstance(document, dict) and "schema" in document:
             return msgspec.convert(document, ExpertUse)
         return msgspec.convert(document, list[int] | dict[str, int | list[int]])
-    except (msgspec.MsgspecError, OSError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, OSError, RecursionError, UnicodeDecodeError):
         hint = 'for example [0, 2, 3], or {"0": [0, 2, 3], "1": [1, 2, 5]}, or what `weightops eval --experts` writes'
         raise UsageError(f"{where}: expected a list of numbers, or one for each layer", hint=hint) from None
 
@@ -98,6 +101,8 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Lists, *, ungroup: bool 
     config.json says that there is one group, which changes what the router chooses.
     """
     where, config = escape(source.name), source.config()
+    refuse_odd_counts(source)
+    _check_routers(source, blocks, where)
     count = same_count(blocks, where)
     lists = _lists(blocks, keep, count, where)
     left = len(next(iter(lists.values())))
@@ -119,7 +124,8 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Lists, *, ungroup: bool 
         elif name in block.stacks.values():
             tensors[name] = taken(tensor, 0, lists[block.prefix])
     gone = len([n for b in blocks for n in b.apart]) - sum(len(lists[b.prefix]) for b in blocks if b.apart)
-    edited = with_modules(with_numbers(config, dict.fromkeys(COUNTS, left)), renamed)
+    lost = [name for block in blocks for n in block.apart for name in block.apart[n].values() if name not in renamed]
+    edited = with_modules(with_numbers(config, dict.fromkeys(COUNTS, left)), renamed, lost)
     result = source.with_tensors(tensors).with_config(lambda _: edited)
     if not stated(config, COUNTS):
         notes.append(f"{where}: no config.json says how many experts there are; who reads it must be told {left}")
@@ -130,6 +136,16 @@ def kept(source: Checkpoint, blocks: list[Block], keep: Lists, *, ungroup: bool 
         )
     said = f"experts: {left} of {count} kept in {len(blocks)} layers"
     return result.did(f"{said}; {gone} left out" if gone else said).warned(*notes)
+
+
+def _check_routers(source: Checkpoint, blocks: list[Block], where: str) -> None:
+    """Raise `CorruptInput` for experts without a router that is known, whose rows would stay as they are."""
+    for block in blocks:
+        if not any(len(source[name].spec.shape) == 2 for name in block.routed):
+            raise CorruptInput(
+                f"{where}: {escape(block.prefix.rstrip('.'))} has experts, and no router that is known by its name",
+                hint="known are gate, router and router.layer; is a file of the model missing?",
+            )
 
 
 def _names(block: Block) -> list[str]:
@@ -160,15 +176,15 @@ def _lists(blocks: list[Block], keep: Lists, count: int, where: str) -> dict[str
         if single is not None:
             raise UsageError(f"{where}: expected a list of experts for layer {escape(single)}, found a number")
         numbers = {str(block.number) for block in blocks}
-        odd = sorted(by_layer.keys() - numbers)
+        odd = sorted(by_layer.keys() - numbers - {_layer(block) for block in blocks})
         if odd:
             raise UsageError(
                 f"{where}: layer {escape(odd[0])} has no experts", hint=f"layers with are {listed(numbers)}"
             )
     found: dict[str, list[int]] = {}
     for block in blocks:
-        chosen = by_layer.get(str(block.number)) if isinstance(keep, Mapping) else keep
         shown = escape(block.prefix.rstrip("."))
+        chosen = _list_of(block, by_layer, blocks, where) if isinstance(keep, Mapping) else keep
         if chosen is None:
             raise UsageError(
                 f"{where}: there is no list of experts for layer {block.number} ({shown})",
@@ -191,6 +207,24 @@ def _lists(blocks: list[Block], keep: Lists, count: int, where: str) -> dict[str
     return found
 
 
+def _layer(block: Block) -> str:
+    return block.layer.rstrip(".")
+
+
+def _list_of(block: Block, keep: Mapping[str, Sequence[int]], blocks: list[Block], where: str) -> Sequence[int] | None:
+    """What a layer keeps, by its full name or its number; raises `UsageError` for the number of several layers."""
+    if _layer(block) in keep:
+        return keep[_layer(block)]
+    chosen = keep.get(str(block.number))
+    others = [_layer(each) for each in blocks if each.number == block.number and _layer(each) not in keep]
+    if chosen is not None and len(others) > 1:
+        raise UsageError(
+            f"{where}: {block.number} is the number of {' and of '.join(map(escape, others))}",
+            hint=f'name each in full: {{"{escape(others[-1])}": [0, 1]}}',
+        )
+    return chosen
+
+
 def _check_per_token(config: Mapping[str, Any], left: int, where: str) -> None:
     for key, number in stated(config, PER_TOKEN).items():
         if number > left:
@@ -210,6 +244,8 @@ def _regrouped(
     if ungroup:
         note = f"config.json: {GROUPS} and {GROUPS_USED} are 1 now: routers choose among all experts, not by groups"
         return with_numbers(config, {GROUPS: 1, GROUPS_USED: 1}), [note]
+    if count % groups:
+        raise UsageError(f"{where}/config.json: {GROUPS} is {groups}, which does not divide {count} experts")
     size = count // groups
     for prefix, chosen in lists.items():
         left = Counter(number // size for number in chosen)

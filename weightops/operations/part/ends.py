@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.quantized.weights import stated as quantised
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.embeddings import embeddings_and_heads
@@ -26,6 +28,8 @@ _MAPPINGS: Mapping[Head, str] = {
 }
 _OF_HEADS = ("lm_head.", "embed_out.", "score.", "classifier.", "v_head.")
 """How names of heads begin: of language models, of classifiers, and TRL's value head."""
+_BY_NAME = re.compile(r"\bmtp|\.(?:eh_proj|enorm|hnorm|shared_head)\b")
+"""In names of layers that predict further tokens, what no other layer has."""
 _DEVIATION = 0.02
 """transformers' initializer_range where config.json gives none."""
 
@@ -33,7 +37,7 @@ _DEVIATION = 0.02
 def without_mtp(source: Checkpoint) -> Checkpoint:
     """The model without the layers that predict further tokens, and with their count 0; raises `UsageError`."""
     where, config = escape(source.name), source.config()
-    names = list(filter(is_mtp(config), source))
+    names = _further(source)
     known = stated(config, MTP_COUNTS)
     if not names and not any(known.values()):
         raise UsageError(
@@ -46,6 +50,23 @@ def without_mtp(source: Checkpoint) -> Checkpoint:
     return result.did(f"{len(names)} tensors of layers that predict further tokens left out; {counts}")
 
 
+def _further(source: Checkpoint) -> list[str]:
+    """The tensors of layers that predict further tokens.
+
+    Raises `UsageError` for layers that are only behind the last that config.json counts: nothing says what they do.
+    """
+    config = source.config()
+    names = list(filter(is_mtp(config), source))
+    numbered = [name for name in names if not _BY_NAME.search(name)]
+    if len(numbered) == len(names) > 0 and not any(stated(config, MTP_COUNTS).values()):
+        raise UsageError(
+            f"{escape(source.name)}: {escape(numbered[0])} is behind the last layer that config.json counts, and "
+            "nothing says that it predicts further tokens",
+            hint="is num_hidden_layers right?",
+        )
+    return names
+
+
 def with_mtp(source: Checkpoint, original: Checkpoint) -> Checkpoint:
     """The model with the layers that predict further tokens of `original`, and their count.
 
@@ -54,7 +75,7 @@ def with_mtp(source: Checkpoint, original: Checkpoint) -> Checkpoint:
     """
     where, shown = escape(source.name), escape(original.name)
     config, theirs = source.config(), original.config()
-    names = list(filter(is_mtp(theirs), original))
+    names = _further(original)
     if not names:
         raise UsageError(
             f"{shown}: has no layers that predict further tokens", hint="name the model that still has them"
@@ -69,15 +90,36 @@ def with_mtp(source: Checkpoint, original: Checkpoint) -> Checkpoint:
         if mine != other:
             raise IncompatibleInputs(f"{shown}: {key} is {other}, expected {mine} as in {where}")
     ours, count = (stated(c, ("num_hidden_layers",)).get("num_hidden_layers", 0) for c in (config, theirs))
+    _refuse_packed(source, original, names)
     taken: dict[str, LazyTensor] = {}
     for name in names:
         before, dot, rest = name.partition("layers.")
         number, _, leaf = rest.partition(".")
         numbered = bool(dot) and number.isdecimal() and "mtp." not in before
+        if numbered and not ours:
+            raise UsageError(f"{where}/config.json does not say num_hidden_layers, behind which {escape(name)} goes")
         taken[f"{before}layers.{int(number) - count + ours}.{leaf}" if numbered else name] = original[name]
+    there = next((name for name in taken if name in source), None)
+    if there is not None:
+        raise IncompatibleInputs(f"{where}: has a tensor {escape(there)} already, for one of {shown}")
     known = {key: value for key, value in stated(theirs, MTP_COUNTS).items() if value}
     result = source.with_tensors({**source.tensors, **taken}).with_config(lambda config: _with_counts(config, known))
     return result.did(f"{len(taken)} tensors of layers that predict further tokens are those of {shown}")
+
+
+def _refuse_packed(source: Checkpoint, original: Checkpoint, names: Sequence[str]) -> None:
+    """Raise `IncompatibleInputs` for quantised layers, unless the model that they go into is quantised in that way."""
+    mine, theirs = quantised(source)[0], quantised(original)[0]
+    if mine.get("quant_method") == theirs.get("quant_method"):
+        return
+    for name in names:
+        dtype = original[name].spec.dtype
+        if dtype.is_packed or dtype.is_block or dtype.bits < 16 or not dtype.is_float:
+            raise IncompatibleInputs(
+                f"{escape(original.name)}: {escape(name)} is {original[name].spec}, part of a quantised weight, and "
+                f"{escape(source.name)} is not quantised so",
+                hint="weightops dequantize makes plain weights of it",
+            )
 
 
 def _with_counts(config: dict[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
@@ -112,7 +154,11 @@ def with_head(source: Checkpoint, head: Head, labels: int | None, init: Init, se
             f"{where}: no head of {labels} labels can be made", hint="the model's embedding gives its width"
         )
     dtype, width = embedding.spec.dtype, embedding.spec.shape[1]
-    deviation = float(config.get("initializer_range") or _DEVIATION)
+    deviation = config.get("initializer_range", _DEVIATION)
+    if isinstance(deviation, bool) or not isinstance(deviation, int | float) or not 0 <= deviation < 1e6:
+        raise UsageError(
+            f"{where}/config.json: initializer_range is {escape(repr(deviation))[:80]}, expected a number above zero"
+        )
     tensors = {**result.tensors, "score.weight": _fresh((labels, width), dtype, init, deviation, seed)}
     if head == "token-classifier":
         tensors["score.bias"] = LazyTensor.make(Repeat(dtype, (labels,), bytes(dtype.itemsize)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.errors import IncompatibleInputs, UsageError
+from weightops.formats.quantized.weights import stated
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.io.escape import escape
 from weightops.io.names import listed
@@ -39,7 +40,10 @@ _OF_ANY = (
 )
 """What every config of transformers has, and says nothing of the model."""
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_COMPARED = ("rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act", "sliding_window")
+_COMPARED = (
+    *("model_type", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act"),
+    "sliding_window",
+)
 
 
 def text_part(source: Checkpoint) -> Checkpoint:
@@ -89,16 +93,40 @@ def _text_config(config: Mapping[str, Any], where: str, *, has_head: bool) -> di
     inner = {k: v for k, v in (config[key] if key else config).items() if k not in _NOT_OF_TEXT}
     if key is None:
         inner = {k: v for k, v in inner.items() if not OF_IMAGES.match(k)}
-    kind = str(inner.get("model_type") or config.get("model_type"))
+    kind = _text_type(inner, config, key, where)
+    inner["model_type"] = kind
     if kind in TEXT_TYPES:
         inner = _as_type(inner, kind, TEXT_TYPES[kind], where)
     outer = {k: config[k] for k in _OUTER if config.get(k) is not None and inner.get(k) is None}
     if any(k in inner for k in ("dtype", "torch_dtype")):
         outer = {k: v for k, v in outer.items() if k not in ("dtype", "torch_dtype")}
     # What the whole says of ties is what counts: some families say otherwise within.
-    tied = config.get(_TIE) if config.get(_TIE) is not None else not has_head
+    tied = _is_tied(config, has_head=has_head, where=where)
     version = {k: config[k] for k in ("transformers_version",) if k in config}
     return {"architectures": [_class_of(inner["model_type"], where)], **inner, **outer, _TIE: tied, **version}
+
+
+def _text_type(inner: Mapping[str, Any], config: Mapping[str, Any], key: str | None, where: str) -> str:
+    """The model_type of the language model: its own, or what the whole's class takes where it says none."""
+    kind = inner.get("model_type")
+    if kind is None and key is not None:
+        from weightops.layouts.skeleton import parse_config
+
+        plain = {k: v for k, v in config.items() if k != "auto_map"}
+        kind = getattr(getattr(parse_config(plain, where), key, None), "model_type", None)
+    kind = config.get("model_type") if kind is None and key is None else kind
+    if not isinstance(kind, str) or not kind:
+        inside = f"{key}.model_type" if key else "model_type"
+        raise UsageError(f"{where}/config.json: {inside} is {escape(repr(kind))[:80]}, expected text")
+    return kind
+
+
+def _is_tied(config: Mapping[str, Any], *, has_head: bool, where: str) -> bool:
+    """Whether the head is the embedding, by what config.json says outside, or by what is there."""
+    said = config.get(_TIE)
+    if said is not None and not isinstance(said, bool):
+        raise UsageError(f"{where}/config.json: {_TIE} is {escape(repr(said))[:80]}, expected true or false")
+    return not has_head if said is None else said
 
 
 def _as_type(inner: Mapping[str, Any], kind: str, target: str, where: str) -> dict[str, Any]:
@@ -192,6 +220,7 @@ def grafted(source: Checkpoint, text: Checkpoint) -> Checkpoint:
     wanted = {new: name for name in source if (new := spelling.text(name)) is not None}
     text = _stacked_alike(text, {new: source[name] for new, name in wanted.items()})
     given = {name.removeprefix("base_model."): name for name in text}
+    _refuse_quantised_alone(source, text)
     lacking, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     heads = [name for name in (*lacking, *extra) if name in _HEADS]
     if heads:
@@ -211,6 +240,7 @@ def grafted(source: Checkpoint, text: Checkpoint) -> Checkpoint:
             raise IncompatibleInputs(
                 f"{shown}: {escape(given[new])} is {list(found)}, expected {list(expected)} as in {where}", hint=hint
             )
+    _refuse_otherwise(source, text, has_head=any(name in _HEADS for name in wanted))
     graft = {name: text[given[new]] for new, name in wanted.items()}
     notes = _other_settings(source, text)
     odd = {tensor.spec.dtype for name, tensor in graft.items() if tensor.spec.dtype != source[name].spec.dtype}
@@ -221,6 +251,38 @@ def grafted(source: Checkpoint, text: Checkpoint) -> Checkpoint:
     of_text = {name: text.digests[given[new]] for new, name in wanted.items() if given[new] in text.digests}
     result = result.with_digests({**result.digests, **of_text}).warned(*notes)
     return result.did(f"{len(wanted)} tensors of the language model of {where} are those of {shown}")
+
+
+def _refuse_quantised_alone(source: Checkpoint, text: Checkpoint) -> None:
+    """Raise `IncompatibleInputs` unless both are quantised in one way, or neither is."""
+    mine, theirs = (stated(each)[0].get("quant_method") if stated(each)[0] else None for each in (source, text))
+    if mine != theirs:
+        shown = [f"{escape(str(method))[:40]}" if method else "plain" for method in (theirs, mine)]
+        raise IncompatibleInputs(
+            f"{escape(text.name)}: its weights are {shown[0]}, expected {shown[1]} as in {escape(source.name)}",
+            hint="weightops dequantize makes plain weights of a quantised model",
+        )
+
+
+def _refuse_otherwise(source: Checkpoint, text: Checkpoint, *, has_head: bool) -> None:
+    """Raise `IncompatibleInputs` for settings by which the same shapes hold other numbers."""
+    config, own = source.config(), text.config()
+    inner = config[key] if (key := text_key(config)) else config
+    where, shown = escape(source.name), escape(text.name)
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        one, other = inner.get(name), own.get(name)
+        if one is not None and other is not None and one != other:
+            raise IncompatibleInputs(
+                f"{shown}/config.json: {name} is {escape(repr(other))[:40]}, expected {escape(repr(one))[:40]} as in "
+                f"{where}"
+            )
+    ours, theirs = (_is_tied(c, has_head=has_head, where=w) for c, w in ((config, where), (own or config, shown)))
+    if ours != theirs:
+        raise IncompatibleInputs(
+            f"{shown}/config.json: {_TIE} is {str(theirs).lower()}, and {where} is otherwise: one of the two passes "
+            "over the head that lies in its file",
+            hint="weightops shard --untie or --tie makes the two alike",
+        )
 
 
 def _stacked_alike(text: Checkpoint, wanted: Mapping[str, LazyTensor]) -> Checkpoint:
@@ -240,6 +302,8 @@ def _stacked_alike(text: Checkpoint, wanted: Mapping[str, LazyTensor]) -> Checkp
 def _other_settings(source: Checkpoint, text: Checkpoint) -> list[str]:
     config, own = source.config(), text.config()
     inner = config[key] if (key := text_key(config)) else config
+    kind = inner.get("model_type")
+    inner = {**inner, "model_type": TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else None}
     odd = [k for k in _COMPARED if inner.get(k) is not None and own.get(k) is not None and inner[k] != own[k]]
     shown = ", ".join(f"{k} is {escape(str(own[k]))[:60]}, was {escape(str(inner[k]))[:60]}" for k in odd)
     return [f"{escape(text.name)}/config.json: {shown}: what {escape(source.name)} says stays"] if odd else []
