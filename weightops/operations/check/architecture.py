@@ -60,11 +60,17 @@ def held_against(checkpoint: Checkpoint, config: Mapping[str, Any], cache: Path 
 
 
 def architecture_findings(
-    checkpoint: Checkpoint, config: Mapping[str, Any], architecture: Architecture, may_have: Collection[str] = ()
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    may_have: Collection[str] = (),
+    *,
+    was_quantised: bool = False,
 ) -> Iterator[Finding]:
     """Tensors that the model has and the files lack, those that it does not have, and other shapes.
 
-    That there are those of `may_have` is no finding.
+    That there are those of `may_have` is no finding, nor that experts lie apart in a model that is quantised by its
+    config.json or `was_quantised`.
     """
     if not checkpoint:
         return
@@ -85,7 +91,8 @@ def architecture_findings(
     taken = {*known.values(), *may_have}
     left = [n for n in own if n not in taken and not _matches(n, architecture.may_have)]
     if missing and left:
-        target = _targets(checkpoint, config, architecture, [*missing, *left])
+        apart = was_quantised or _may_be_quantised(config)
+        target = _targets(checkpoint, config, architecture, [*missing, *left], experts_apart=apart)
         missing, left = _as_older(checkpoint, target, form, missing, left)
     if missing:
         count = f"{len(missing)} tensor{'s' * (len(missing) != 1)}"
@@ -160,11 +167,16 @@ def _stands_for(name: str) -> tuple[str, ...]:
 
 
 def _targets(
-    checkpoint: Checkpoint, config: Mapping[str, Any], architecture: Architecture, names: Collection[str]
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    names: Collection[str],
+    *,
+    experts_apart: bool,
 ) -> dict[str, str]:
     """What names are loaded into: as transformers knows older ones, and experts apart, as quantising leaves them."""
     found = older_names(config, checkpoint, names)
-    for name in names if _may_be_quantised(config) else ():
+    for name in names if experts_apart else ():
         expert = _EXPERT.fullmatch(name)
         if expert is not None and name not in found:
             stacked = (f"{expert[1]}.{layer}" for layer in _STACKED[expert[2]])

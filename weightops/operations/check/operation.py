@@ -163,7 +163,8 @@ def _held_findings(subject: _Subject, tensors: dict[str, TensorReport]) -> Itera
     if held.architecture is not None:
         zeros = check_gptq.biases_of_zeros(subject.checkpoint, tensors)
         yield from dtype_findings(plain, config)
-        yield from architecture_findings(plain, config, held.architecture, zeros)
+        was_quantised = bool(subject.understood.found)
+        yield from architecture_findings(plain, config, held.architecture, zeros, was_quantised=was_quantised)
         return
     found = list(config_findings(plain, config))
     yield from found
