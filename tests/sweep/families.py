@@ -70,7 +70,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gpt_neox": {},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": _SLIDING},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": _SLIDING,
+        "max_position_embeddings": 131072,  # to which its own rotary settings stretch
+    },
     "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
     "granite": {},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
