@@ -28,7 +28,7 @@ endef
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
-	@echo "make test      lint, types and the test suite (nine minutes on two slow cores)"
+	@echo "make test      lint, types and the test suite (five minutes on two cores)"
 	@echo "make test-all  the slow tests too (gigabytes of disk)"
 	@echo "make docs      the documentation as a site that needs no network, in build/site"
 	@echo "make mutants   what the tests notice of 200 small changes to the code (under two hours; continues when killed)"

@@ -167,62 +167,114 @@ class TestOneByOne:
             assert np.abs(directions[i] @ found[f"layers.{i}.o"]).max() < 1e-5
 
 
-def steps_for(shape: tuple[int, ...]) -> SearchStrategy[tuple[dict[str, Any], Callable[[Array], Array]]]:
-    """A step that a tensor of this shape can take, and the same by numpy."""
+Steps = tuple[list[dict[str, Any]], Callable[[Array], Array]]
+"""Steps that make a tensor `x` of a tensor `x`, and the same by numpy."""
+
+
+def steps_for(shape: tuple[int, ...], factors: dict[str, Array]) -> SearchStrategy[Steps]:
+    """What a tensor of this shape can be put through; `factors` gets what the steps take from another source."""
     axis = st.integers(0, len(shape) - 1)
     count = int(np.prod(shape))
 
-    def taking(at: int) -> SearchStrategy[tuple[dict[str, Any], Callable[[Array], Array]]]:
+    def taking(at: int) -> SearchStrategy[Steps]:
         places = st.lists(st.integers(0, shape[at] - 1), min_size=1, max_size=5)
-        return places.map(lambda chosen: ({"take": {"axis": at, "list": chosen}}, lambda x: np.take(x, chosen, at)))
+        return places.map(lambda chosen: ([{"take": {"axis": at, "list": chosen}}], lambda x: np.take(x, chosen, at)))
 
-    def permuting(axes: list[int]) -> tuple[dict[str, Any], Callable[[Array], Array]]:
-        return {"transpose": axes}, lambda x: np.ascontiguousarray(x.transpose(axes))
+    def permuting(axes: list[int]) -> Steps:
+        return [{"transpose": axes}], lambda x: np.ascontiguousarray(x.transpose(axes))
 
-    def viewing(size: int) -> tuple[dict[str, Any], Callable[[Array], Array]]:
-        return {"view": [size, -1]}, lambda x: x.reshape(size, -1)
+    def viewing(size: int) -> Steps:
+        return [{"view": [size, -1]}], lambda x: x.reshape(size, -1)
 
-    def scaling(by: float) -> tuple[dict[str, Any], Callable[[Array], Array]]:
-        return {"scale": {"by": by}}, lambda x: x * np.float32(by)
+    def scaling(by: float) -> Steps:
+        return [{"scale": {"by": by}}], lambda x: x * np.float32(by)
 
-    def growing(rows: int) -> tuple[dict[str, Any], Callable[[Array], Array]]:
+    def growing(rows: int) -> Steps:
         def by_numpy(x: Array) -> Array:
             more = np.full((max(0, rows - len(x)), *x.shape[1:]), 0.5, x.dtype)
             return np.concatenate([x, more])[:rows]
 
-        return {"fill": {"rows": rows, "value": 0.5}}, by_numpy
+        return [{"fill": {"rows": rows, "value": 0.5}}], by_numpy
+
+    def renaming(name: str) -> Steps:
+        there = {"name": f"{{0}}.{name}"}
+        return [there, {"select": rf"x\.{name}", "name": "x"}], lambda x: x
+
+    def rejoining(at: int) -> SearchStrategy[Steps]:
+        def joined(order: list[int]) -> Steps:
+            apart = {"split": {"axis": at, "parts": shape[at]}, "name": "x.{n}"}
+            together = {"select": r"x\.(?P<n>\d)", "concat": {"axis": at, "by": "n", "order": [*map(str, order)]}}
+            return [apart, {**together, "name": "x"}], lambda x: np.take(x, order, at)
+
+        return st.permutations(range(shape[at])).map(list).map(joined)
+
+    def restacking(order: list[int]) -> Steps:
+        together = {"select": r"x\.(?P<n>\d)", "stack": {"by": "n", "order": [*map(str, order)]}, "name": "x"}
+        return [{"unstack": True, "name": "x.{n}"}, together], lambda x: x[order]
+
+    def combining(weight: float) -> Steps:
+        def by_numpy(x: Array) -> Array:
+            total = x * np.float32(weight)
+            total += x * np.float32(2)
+            return total
+
+        return [{"combine": {"weight": weight, "with": [{"tensor": "{0}", "weight": 2}]}}], by_numpy
+
+    def adding(rank: int) -> Steps:
+        name = f"f{len(factors)}"
+        # of small integers, so that the product is exact in any order
+        a, b = (
+            (np.arange(n * m) % 5 - 2).astype("float32").reshape(n, m) for n, m in ((rank, shape[1]), (shape[0], rank))
+        )
+        factors.update({f"{name}.A": a, f"{name}.B": b})
+        step = {"lowrank": {"a": f"{name}.A", "b": f"{name}.B", "scale": 2.0, "from": "factors"}}
+        return [step], lambda x: x + np.float32(2) * (b @ a)
 
     choices = [
         axis.flatmap(taking),
         st.sampled_from([d for d in range(1, count + 1) if count % d == 0]).map(viewing),
         st.sampled_from([0.5, -3.0, 0.1]).map(scaling),
-        st.integers(1, shape[0] + 2).map(growing),
+        st.integers(1, min(9, shape[0] + 2)).map(growing),
+        st.sampled_from(["a", "b"]).map(renaming),
+        st.sampled_from([0.5, -1.5]).map(combining),
     ]
+    narrow = [at for at, size in enumerate(shape) if size < 10]
+    if narrow:
+        choices.append(st.sampled_from(narrow).flatmap(rejoining))
+    if 0 in narrow and len(shape) > 1:
+        choices.append(st.permutations(range(shape[0])).map(list).map(restacking))
     if len(shape) > 1:
         choices.append(st.permutations(range(len(shape))).map(list).map(permuting))
+    if len(shape) == 2:
+        choices.append(st.integers(1, 3).map(adding))
     return st.one_of(choices)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_steps_in_any_order_are_those_of_numpy_on_whole_tensors(data: DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     array = data.draw(st.sampled_from([numbers(*shape), numbers(*shape, seed=9)]))
     wanted, steps = array, []
-    for _ in range(data.draw(st.integers(1, 5))):
-        step, by_numpy = data.draw(steps_for(wanted.shape))
-        steps.append({"select": "x", **step})
+    factors = {"unused": numbers(1)}
+    for _ in range(data.draw(st.integers(1, 6))):
+        chosen, by_numpy = data.draw(steps_for(wanted.shape, factors))
+        steps += [{"select": "x", **step} for step in chosen]
         wanted = by_numpy(wanted)
-    made = edit(checkpoint({"x": array}), steps=steps, architecture=False, names=("model",), evaluate=read_each)["x"]
-    assert made.spec.shape == wanted.shape
+    others = [checkpoint(factors, "factors")]
+    names = ("model", "factors")
+    source = checkpoint({"x": array})
+    made = edit(source, others, steps=steps, architecture=False, names=names, evaluate=read_each)
+    assert list(made) == ["x"]
+    assert made["x"].spec.shape == wanted.shape
     whole = wanted.astype("float32").tobytes()
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
     buffer = bytearray(stop - start)
     with Evaluator() as evaluate:
-        evaluate(made, start, memoryview(buffer))
+        evaluate(made["x"], start, memoryview(buffer))
     assert bytes(buffer) == whole[start:stop]
-    assert bytes(made.read()) == whole
+    assert bytes(made["x"].read()) == whole
 
 
 def test_dimensions_are_exchanged_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
