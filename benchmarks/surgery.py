@@ -77,7 +77,7 @@ def jobs(size: str, mixture_size: str, folder: Path) -> list[Job]:
         Job("`experts --keep`, 3 of 4", ("experts", str(mixed), "--keep", "0-2")),
         Job("`experts --layout stacked`", ("experts", str(mixed), "--layout", "stacked")),
         Job("`shard --layers`, 2 silent copies", ("shard", str(raw), "--layers", deeper)),
-        Job("`vocab --multiple 128`, mean", ("vocab", str(raw), "--rows", str(SHAPES[size].vocab + 128))),
+        Job("`vocab --rows`, 128 more, mean", ("vocab", str(raw), "--rows", str(SHAPES[size].vocab + 128))),
     ]
 
 
