@@ -387,9 +387,10 @@ def test_without_a_terminal_there_is_one_line_per_shard(family: Path) -> None:
     ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
 )
 def test_signals_stop_the_run_and_it_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    layers = {f"layer.{i}": torch.full((512, 1024), i).half() for i in range(120)}
+    layers = {f"layer.{i}": torch.full((512, 1024), i).half() for i in range(160)}
     write_checkpoint(tmp_path / "model", layers)
-    arguments = ("shard", "model", "--out", "out", "--max-shard-size", "1100KB")
+    # one worker, so that there is a while left to be stopped in
+    arguments = ("shard", "model", "--out", "out", "--max-shard-size", "1100KB", "--workers", "1")
     process = weightops(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out.partial/output").glob("model-*"))) < 3 and time.monotonic() < deadline:
@@ -403,7 +404,7 @@ def test_signals_stop_the_run_and_it_continues(tmp_path: Path, number: signal.Si
     again = weightops(*arguments, cwd=tmp_path)
     _, err = again.communicate()
     assert again.returncode == 0
-    assert "kept model-00001-of-00120" in err
+    assert "kept model-00001-of-00160" in err
     found = {n: t for p in sorted((tmp_path / "out").glob("*.safetensors")) for n, t in load_file(p).items()}
     assert all(torch.equal(found[n], t) for n, t in layers.items())
 
