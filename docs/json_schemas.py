@@ -30,6 +30,7 @@ from weightops.operations.download import DownloadDocument
 from weightops.operations.experts import ExpertUse
 from weightops.operations.inspect import InspectDocument
 from weightops.operations.merge import MergePlan, MergeProof
+from weightops.operations.sign import SignDocument
 from weightops.operations.verify import VerifyDocument
 from weightops.quantization.report import QuantizeReport
 from weightops.quantization.work import BlocksRun
@@ -43,6 +44,7 @@ DOCUMENTS: tuple[Any, ...] = (
     DownloadDocument,
     CheckDocument,
     VerifyDocument,
+    SignDocument,
     InspectDocument,
     CompareDocument,
     MergePlan,

@@ -4,5 +4,15 @@ from __future__ import annotations
 
 from weightops.operations.verify.operation import EXTRA_POLICIES, is_listing, verify
 from weightops.operations.verify.report import FileResult, VerifyDocument, VerifyReport, junit_of_error
+from weightops.operations.verify.signed import verify_signature
 
-__all__ = ["EXTRA_POLICIES", "FileResult", "VerifyDocument", "VerifyReport", "is_listing", "junit_of_error", "verify"]
+__all__ = [
+    "EXTRA_POLICIES",
+    "FileResult",
+    "VerifyDocument",
+    "VerifyReport",
+    "is_listing",
+    "junit_of_error",
+    "verify",
+    "verify_signature",
+]
