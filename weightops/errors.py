@@ -21,6 +21,11 @@ The numbers are the exit codes of the command line, and part of its interface.
 """
 
 
+from __future__ import annotations
+
+from typing import Any
+
+
 class WeightopsError(Exception):
     """The root: catch this to catch everything that weightops reports."""
 
@@ -29,6 +34,16 @@ class WeightopsError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole in other processes too, whatever arguments a subclass is made of."""
+        return _remade, (type(self), self.args, vars(self))
+
+
+def _remade(kind: type[WeightopsError], arguments: tuple[Any, ...], state: dict[str, Any]) -> WeightopsError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(state)
+    return error
 
 
 class IncompatibleInputs(WeightopsError):

@@ -20,7 +20,7 @@ import msgspec
 
 from weightops.engine.lock import Lock, is_lock
 from weightops.errors import OutputExists
-from weightops.io.atomic import temporary_of, write_whole
+from weightops.io.atomic import final_of, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.entries import is_link
@@ -58,12 +58,13 @@ class WorkFolder:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""
         files = (self.document or {}).get("files")
         names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-        own = {*names, *map(temporary_of, names)}
+        own = set(names)
         found = []
         for name, path in _walk(self.path):
-            if is_lock(name) or name in (RUN, temporary_of(RUN)):
+            final = final_of(name)
+            if is_lock(name) or name == RUN:
                 continue
-            if name not in own:
+            if (final or name) not in own and final != RUN:
                 raise OutputExists(
                     f"{escape(str(self.path))} holds {escape(name)}, which weightops did not make",
                     hint="move it away, and run the same command again",
@@ -85,8 +86,7 @@ class WorkFolder:
         """Clear and remove the folder itself; run.json last, which shows whose it is."""
         self.clear()
         try:
-            for name in (temporary_of(RUN), RUN):
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / RUN).unlink(missing_ok=True)
             self._lock.remove()
             self.path.rmdir()
         except OSError:
@@ -115,7 +115,7 @@ def refuse_others(path: Path, schema: str) -> None:
     if not path.exists():
         return
     # A run that was killed right away has left no more than its lock.
-    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and entry.name != temporary_of(RUN)]
+    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and final_of(entry.name) != RUN]
     if others and read_document(path, schema) is None:
         raise OutputExists(
             f"{shown} is there, and weightops cannot tell that it made it", hint="move it away, or choose another --out"
