@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weightops.engine.control import Control
 from weightops.engine.digest import in_threads, watch
+from weightops.engine.ending import ending_of
 from weightops.engine.finish import check_expected, finish, seen
 from weightops.engine.joint import group
 from weightops.engine.preflight import default_workers, preflight
@@ -141,11 +142,13 @@ def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifes
         for job in jobs:
             with _at_fault(job):
                 job.warnings += prove(job.plan, job.staging, control)
-                digests |= job.watched | seen(job.plan, job.records.values())
+                digests |= job.watched | seen(job.plan.origins, job.records.values())
         manifests = []
         for job in jobs:
             with _at_fault(job):
-                manifests.append(finish(job.plan, job.staging, job.records, digests, job.fetched))
+                made = finish(ending_of(job.plan), job.staging.store, job.records, digests, job.fetched)
+                job.staging.store.put(manifest.NAME, made.to_bytes())
+                manifests.append(made)
         return manifests
     except WeightopsError as error:
         is_source_wrong = isinstance(error, Differs) and not any(job.is_wrong for job in jobs)
@@ -213,7 +216,7 @@ def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
         written = write_group([(job.plan, shard, job.staging.store) for job, shard in members], control, threads)
         for (job, shard), (target, record) in zip(members, written, strict=True):
             with _at_fault(job):
-                check_expected(job.plan, {record.name: record.digests}, record.tensors)
+                check_expected(job.plan.expect, {record.name: record.digests}, record.tensors)
             job.staging.commit(target, record)
             note_proven(job.plan, job.staging, control.stores)
             job.records[shard.name] = record

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from weightops.io.platform.entries import is_link, rename
 from weightops.io.platform.files import flush, open_to_write
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.loss import Loss
-from weightops.plan import Plan, first_difference, identity_of
+from weightops.plan import Plan, first_difference
 from weightops.stores.local import LocalStore
 from weightops.stores.reader import FileReader
 from weightops.stores.store import Target
@@ -80,7 +81,7 @@ class Beside(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
-    """`run.json`: the plan, its fingerprint and the files that it makes.
+    """`run.json`: the plan without the places of its sources, its fingerprint and the files that it makes.
 
     When all is written it says also by which inode the output will be known, what it takes the place of, and which
     folder `beside` it the run needs no longer.
@@ -160,7 +161,7 @@ class Staging:
             _remove_replaced(self._work)
         elif document is not None and not restart:
             if document.get("fingerprint") != plan.fingerprint:
-                difference = first_difference(plan.identity, identity_of(document.get("plan")))
+                difference = first_difference(self._identity, document.get("plan"))
                 raise PlanDiffers(
                     f"{escape(str(self._work.path))} is the partial output of another plan: {difference}",
                     hint="run the earlier command again to finish it, or give --restart to throw it away",
@@ -187,10 +188,15 @@ class Staging:
             raise write_failure(self._work.path, error) from None
         self.records = records
 
+    @cached_property
+    def _identity(self) -> Any:
+        """The plan without places: the queries of URLs, which hold secrets, are none of a file's business."""
+        return self._plan.identity
+
     def _run(self, **more: Any) -> PartialRun:
         plan = self._plan
         files = (JOURNAL, *(f"{OUTPUT}/{name}" for name in sorted(plan.file_names)))
-        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=plan.to_json(), **more)
+        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=self._identity, **more)
 
     def commit(self, target: Target, record: ShardRecord) -> None:
         """Give a finished, durable shard its name, then note it."""
