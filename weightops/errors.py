@@ -20,7 +20,6 @@ The message is one sentence that names file, tensor, expected and found; `hint` 
 The numbers are the exit codes of the command line, and part of its interface.
 """
 
-
 from __future__ import annotations
 
 from typing import Any

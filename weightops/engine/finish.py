@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from weightops.checkpoint import Sidecar, Written
 from weightops.engine.ending import Ending
 from weightops.engine.finished import PLAN, SOURCES, sources_mark
-from weightops.engine.staging import ShardRecord
+from weightops.engine.records import ShardRecord
 from weightops.errors import CorruptInput, Differs
 from weightops.formats.proofs import manifest
 from weightops.io.digests import FileDigests, hash_bytes, new_hasher

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from weightops.checkpoint import Copied
 from weightops.engine.control import Control
 from weightops.engine.finish import write_small
-from weightops.engine.staging import ProofRecord, Staging
+from weightops.engine.records import ProofRecord
+from weightops.engine.staging import Staging
 from weightops.engine.stream import BLOCK_NBYTES
 from weightops.formats.layout import Data
 from weightops.formats.sniff import check_head

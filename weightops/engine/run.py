@@ -17,8 +17,9 @@ from weightops.engine.finish import check_expected, finish, seen
 from weightops.engine.joint import group
 from weightops.engine.preflight import default_workers, preflight
 from weightops.engine.proof import fetch_sidecars, note_proven, prove
+from weightops.engine.records import Record, ShardRecord, WatchRecord
 from weightops.engine.sample import sample
-from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord, published
+from weightops.engine.staging import Staging, published
 from weightops.engine.stream import BLOCK_NBYTES, File, write_files
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import Differs, OutputExists, WeightopsError

@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import cast
 
-from weightops.io.platform.machine import file_system_type
+from weightops.io.platform.machine import c_function, file_system_type
 from weightops.io.platform.optional import module
 
 _fcntl = module("fcntl")
@@ -142,9 +142,8 @@ def _reserve(fd: int, offset: int, nbytes: int) -> None:
 @cache
 def _fallocate() -> Callable[..., int] | None:
     """fallocate(2) of Linux."""
-    try:
-        call = ctypes.CDLL(None, use_errno=True).fallocate
-    except (AttributeError, OSError, TypeError):  # as of systems that are not Linux
+    call = c_function("fallocate")
+    if call is None:
         return None
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     call.restype = ctypes.c_int
