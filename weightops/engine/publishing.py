@@ -23,7 +23,8 @@ from weightops.io.direct import write_failure
 from weightops.io.platform.entries import rename
 
 SCHEMA = "weightops-partial/1"
-OUTPUT, REPLACED = "output", "replaced"
+OUTPUT, WHOLE, REPLACED = "output", "whole", "replaced"
+"""What becomes the output, what a job calls that when all shards are in it, and what the output takes the place of."""
 
 
 class Beside(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,8 +93,8 @@ def _beside(work: WorkFolder) -> tuple[Path, str] | None:
 
 def remove_replaced(work: WorkFolder) -> None:
     """Remove what a published output took the place of; after an exchange of names it may be in the output's own."""
-    for folder in (work.path / REPLACED, work.path / OUTPUT):
-        if is_replaced(folder, work):
+    for name in (REPLACED, OUTPUT, WHOLE):
+        if is_replaced(folder := work.path / name, work):
             shutil.rmtree(folder)
 
 

@@ -136,7 +136,7 @@ def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifes
     """Write everything into the partial folders; where nothing in one is worth keeping, a failure leaves none."""
     try:
         for job in jobs:
-            job.fetched = fetch_sidecars(job.plan, job.staging.store, control)
+            job.fetched = fetch_sidecars(job.plan.sidecars, job.plan.digests, job.staging.store, control)
         _watch(jobs, workers, control)
         _write_shards(jobs, workers, control)
         digests: dict[str, str] = {}

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from weightops.engine.lock import Lock, is_lock
-from weightops.errors import Locked, OutputExists
+from weightops.errors import Claimed, OutputExists
 from weightops.io.atomic import final_of, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
@@ -46,10 +46,10 @@ class JobOwner(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", ta
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 
-    def locked(self, shown: str) -> Locked:
+    def claimed(self, shown: str) -> Claimed:
         """The error for another run that would write here."""
         job = escape(self.job)
-        return Locked(
+        return Claimed(
             f"{shown} is being written by the job {job}",
             hint=f"`weightops finish {job}` ends it, `weightops finish {job} --abandon` gives it up",
         )
@@ -64,7 +64,7 @@ class WorkFolder:
     def __init__(self, path: Path, schema: str, job: JobOwner | None = None) -> None:
         """Make the folder, or take over what a run that ended, or this `job`, has left.
 
-        Raises `OutputExists` for a folder that is not ours, `Locked`, also for one of another job.
+        Raises `OutputExists` for a folder that is not ours, `Locked`, `Claimed`.
         """
         self.path, self.schema = path, schema
         refuse_others(path, schema, job)
@@ -147,7 +147,7 @@ def read_owner(path: Path) -> JobOwner | None:
 def refuse_others(path: Path, schema: str, job: JobOwner | None = None) -> None:
     """Raise `OutputExists` unless a run can work at `path`: nothing is there, or what such a run, or `job`, has left.
 
-    Raises `Locked` for a folder of another job.
+    Raises `Claimed` for a folder of another job.
     """
     shown = escape(str(path))
     if is_link(path) or (path.exists() and not path.is_dir()):
@@ -161,7 +161,7 @@ def refuse_others(path: Path, schema: str, job: JobOwner | None = None) -> None:
     owner = read_owner(path)
     if owner is not None:
         if owner != job:
-            raise owner.locked(shown)
+            raise owner.claimed(shown)
         return
     # A run that was killed right away has left no more than its lock.
     others = [entry for entry in path.iterdir() if not is_lock(entry.name) and final_of(entry.name) != RUN]

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape as escape_glob
 from pathlib import Path
 
 from weightops.errors import OutputExists, UsageError
@@ -35,7 +36,7 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-_TEMPORARY = re.compile(r"(.*/)?\.([^/]+)\.[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}\.tmp", re.DOTALL)
+_TEMPORARY = re.compile(r"(.*/)?\.([^/]+)\.([0-9a-f]{12}-\d+-\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 def temporary_of(name: str) -> str:
@@ -68,6 +69,16 @@ def write_new(path: Path, data: bytes) -> None:
         raise OutputExists(f"{escape(str(path))} exists", hint="it is left alone: choose another name") from None
     except OSError as error:
         raise write_failure(path, error) from None
+
+
+def remove_left(path: Path) -> None:
+    """Remove what processes that have ended for certain have left of a file that they were writing."""
+    for found in path.parent.glob(f".{escape_glob(path.name)}.*.tmp"):
+        match = _TEMPORARY.fullmatch(found.name)
+        owner = Owner.parse(match[3]) if match is not None and match[2] == path.name else None
+        if owner is not None and owner.is_alive() is False:
+            with suppress(OSError):
+                found.unlink()
 
 
 @contextmanager

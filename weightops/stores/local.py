@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
-from weightops.io.atomic import make_folder, publish, temporary_of, write_new, write_whole, writing_whole
+from weightops.io.atomic import make_folder, publish, remove_left, temporary_of, write_new, write_whole, writing_whole
 from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import inside, open_regular
@@ -101,10 +101,16 @@ class LocalTarget(DirectFile):
     def __init__(self, final: Path, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]]) -> None:
         self._final = final
         self._temporary = final.with_name(temporary_of(final.name))
+        remove_left(final)
         super().__init__(self._temporary, nbytes, shared=shared)
 
     def commit(self) -> None:
         publish(self._temporary, self._final)
+
+    def abandon(self) -> None:
+        super().abandon()
+        with suppress(OSError):
+            self._temporary.unlink()
 
 
 def read_from(fd: int, file: SourceFile, offset: int, out: memoryview) -> None:
