@@ -27,6 +27,7 @@ __all__ = [
     "experts",
     "explain_merge",
     "extract_lora",
+    "finish",
     "generate",
     "generate_all",
     "imatrix",
@@ -50,6 +51,7 @@ __all__ = [
     "verify",
     "verify_merge",
     "vocab",
+    "work",
 ]
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         experts,
         explain_merge,
         extract_lora,
+        finish,
         generate,
         generate_all,
         imatrix,
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
         verify,
         verify_merge,
         vocab,
+        work,
     )
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, Unpack
 from weightops.api.outputs import Output, local, one
 from weightops.api.prove import hold_checklist
 from weightops.errors import UsageError
-from weightops.recipes.execute import Result, StrPath, several
+from weightops.recipes.execute import Result
 from weightops.recipes.names import field_of
+from weightops.recipes.planning import StrPath, several
 
 
 def recover(

@@ -21,7 +21,8 @@ from weightops.formats.proofs import manifest
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.plan import sources_of
-from weightops.recipes.execute import Result, Running, StrPath, Wanted, may_skip, several, write_all
+from weightops.recipes.execute import Result, Running, may_skip, refuse_job, write_all
+from weightops.recipes.planning import StrPath, Wanted, several
 
 if TYPE_CHECKING:
     from weightops.engine.work_folder import WorkFolder
@@ -56,6 +57,7 @@ def imatrix(
     from weightops.quantization.run import compute_dtype, identity, marks, window_length
     from weightops.quantization.work import SCHEMA, Work, blocks_of, check_room
 
+    refuse_job(running, "a block is run after the one before it,")
     out = local(out)
     if out.suffix not in (".gguf", ".dat"):
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
-from weightops.api.outputs import Output, split_output
+from weightops.api.outputs import Output, local, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, find_marked
@@ -28,7 +28,8 @@ from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.io.strict_json import as_json, dumps
 from weightops.plan import parse_size, sources_of
-from weightops.recipes.execute import Result, StrPath, Wanted, may_skip, several, write_all
+from weightops.recipes.execute import Result, may_skip, refuse_job, write_all
+from weightops.recipes.planning import StrPath, Wanted, several
 
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
@@ -106,7 +107,8 @@ def quantize(
     from weightops.quantization.work import SCHEMA, blocks_of
 
     files, running = split_output(output)
-    out = Path(out)
+    refuse_job(running, "a block is quantised after the one before it,")
+    out = local(out)
     control = running.get("control") or Control()
     running["control"] = control
     is_skipping = may_skip(running)

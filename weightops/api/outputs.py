@@ -12,16 +12,18 @@ from weightops.errors import UsageError
 from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document
-from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, execute, write_all
+from weightops.recipes.execute import Result, Running, execute, write_all
+from weightops.recipes.planning import Files, StrPath, Wanted
 from weightops.recipes.recipe import FILE_FIELDS, Recipe, one_step, parse_recipe, read_recipe
 from weightops.recipes.steps import Location
+from weightops.stores.places import Out, as_out
 
 
 class Output(Files, Running, total=False):
     """How to write a result: what of its files (`Files`), and how (`Running`)."""
 
 
-def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Path, Result]:
+def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Out, Result]:
     """Carry out a recipe: a YAML file, the same as a mapping, or a `Recipe`; results by output folder.
 
     All outputs are written from one read of the sources, and appear when all are whole.
@@ -36,12 +38,12 @@ def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]
 def save(checkpoint: Checkpoint, out: StrPath, **output: Unpack[Output]) -> Result:
     """Write any checkpoint, opened or derived, to a folder, with index, sidecars and manifest."""
     files, running = split_output(output)
-    return write_all({local(out): _wanted(checkpoint, files)}, running)[local(out)]
+    return write_all({as_out(out): _wanted(checkpoint, files)}, running)[as_out(out)]
 
 
-def save_all(outputs: Mapping[StrPath, tuple[Checkpoint, Files]], **running: Unpack[Running]) -> dict[Path, Result]:
+def save_all(outputs: Mapping[StrPath, tuple[Checkpoint, Files]], **running: Unpack[Running]) -> dict[Out, Result]:
     """Write several checkpoints, each to its folder: what they share is read and computed once."""
-    wanted = {local(out): _wanted(checkpoint, files) for out, (checkpoint, files) in outputs.items()}
+    wanted = {as_out(out): _wanted(checkpoint, files) for out, (checkpoint, files) in outputs.items()}
     return write_all(wanted, running)
 
 
@@ -75,7 +77,7 @@ def one(
         for role, source in sources.items()
     }
     files, running = split_output(output)
-    (result,) = execute(one_step(verb, given, options, str(local(out)), files), running).values()
+    (result,) = execute(one_step(verb, given, options, os.fspath(as_out(out)), files), running).values()
     return result
 
 

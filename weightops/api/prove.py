@@ -20,7 +20,7 @@ from weightops.formats.proofs.manifest import Manifest
 from weightops.formats.proofs.published import find_manifest
 from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
-from weightops.recipes.execute import StrPath, several
+from weightops.recipes.planning import StrPath, several
 
 if TYPE_CHECKING:
     from weightops.formats.hub_places import Snapshot

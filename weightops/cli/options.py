@@ -11,11 +11,12 @@ import click
 from click.core import ParameterSource
 
 from weightops.cli.output import PROGRESS, VERBOSE, running
-from weightops.cli.params import DEVICE, DIGESTS, FLOATS, FOLDER, SEVERAL, NameOrFile, OneOf, named, published, some
+from weightops.cli.params import DEVICE, DIGESTS, FLOATS, OUT, SEVERAL, NameOrFile, OneOf, named, published, some
 from weightops.cli.progress import HOWS
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
+    from weightops.engine.job.drive import Executor
     from weightops.recipes.execute import Result
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -69,7 +70,7 @@ progress_options = _all(
 )
 report_options = _all(json_option, progress_options)
 out_option = click.option(
-    "-o", "--out", type=FOLDER, required=True, help="Folder to write. It appears when it is complete."
+    "-o", "--out", type=OUT, required=True, help="Folder to write. It appears when it is complete."
 )
 dry_run_option = click.option(
     "-n", "--dry-run", is_flag=True, help="Show what would be written, and what that takes. Write nothing."
@@ -91,6 +92,22 @@ run_options = _all(
     workers_option,
     report_options,
 )
+job_options = _all(
+    click.option(
+        "--job",
+        type=OUT,
+        metavar="JOB",
+        help="Do nothing yet, but write into this folder what there is to do, for several machines: `weightops work` "
+        "does a part, `weightops finish` ends it.",
+    ),
+    click.option(
+        "--executor",
+        metavar="WHO",
+        shell_complete=some("threads", "dask:"),
+        help="Have the job done at once: by the threads of this process, or by dask:ADDRESS, the workers of a Dask "
+        "cluster that see the same files.",
+    ),
+)
 digest_option = click.option(
     "--digest",
     shell_complete=some(*DIGESTS),
@@ -98,7 +115,7 @@ digest_option = click.option(
     metavar="NAME",
     help=f"Record this digest too, such as md5 or sha256. {SEVERAL}",
 )
-write_options = _all(
+write_here_options = _all(
     click.option(
         "--format",
         type=OneOf(named("formats.containers", "FORMATS")),
@@ -130,7 +147,9 @@ write_options = _all(
     ),
     run_options,
 )
-"""What every command that writes a checkpoint takes besides its output."""
+"""What a command takes that writes a checkpoint on this machine alone, besides its output."""
+write_options = _all(write_here_options, job_options)
+"""What every other command that writes a checkpoint takes."""
 run_model_options = _all(
     click.option(
         "--dtype",
@@ -179,10 +198,22 @@ def write(
     from weightops.cli.results import show_result
 
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
+    if "executor" in options:
+        options["executor"] = executor(options["executor"], workers)
     with running(quiet) as control:
         result = function(*arguments, control=control, **options)
     show_result(result, as_json, quiet, workers)
     return result
+
+
+def executor(given: str | None, workers: int | None) -> Executor | None:
+    """Who does the groups of a job; workers elsewhere are given what their own environment describes."""
+    if given is None:
+        return None
+    from weightops.cli.elsewhere import do_group
+    from weightops.recipes.jobs import executor_of
+
+    return executor_of(given, workers, do_group)
 
 
 def cache_folder(name: str) -> Path | None:

@@ -114,13 +114,15 @@ def _width(cell: str) -> int:
 
 
 @contextmanager
-def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
+def running(
+    quiet: bool, *, connect: Callable[[], Web] | None = None, time_limit_s: float | None = None
+) -> Iterator[Control]:
     """A control that shows progress as --progress says, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel.
 
     A second signal ends at once.
 
     With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
-    environment describes, as it does the Hugging Face cache.
+    environment describes, as it does the Hugging Face cache. After `time_limit_s` it is cancelled as by SIGTERM.
     """
     from weightops.engine.control import Control  # imported here because help and completion do without it
 
@@ -138,12 +140,12 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
         return web
 
     stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
-    control = Control(progress, stores=stores)
+    control = Control(progress, stores=stores, time_limit_s=time_limit_s)
     details: AbstractContextManager[None] = nullcontext()
     if is_verbose:
         from weightops.cli.details import Timed, showing_details
 
-        control, details = Control(Timed(progress), stores=stores), showing_details(progress)
+        control, details = Control(Timed(progress), stores=stores, time_limit_s=time_limit_s), showing_details(progress)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

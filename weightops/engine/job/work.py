@@ -7,6 +7,7 @@ it is whole and durable. The record of the group comes last.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 
 import msgspec
@@ -27,7 +28,7 @@ from weightops.plan import Plan, Shard
 _LOG = logging.getLogger(__name__)
 
 
-def work(place: str, number: int, control: Control, *, threads: int = 1, roots: Iterable[str] = ()) -> bool:
+def work(place: str, number: int, control: Control, *, threads: int | None = None, roots: Iterable[str] = ()) -> bool:
     """Do a group of the job at `place`, unless it is done; whether there was anything to do.
 
     Outputs must lie beside the job, or below one of `roots`. Raises what reading and writing raises, and as
@@ -36,7 +37,7 @@ def work(place: str, number: int, control: Control, *, threads: int = 1, roots: 
     with control.stores.connected():
         job = OpenJob(place, control.stores)
         job.refuse_elsewhere(roots)
-        return work_on(job, number, control, threads)
+        return work_on(job, number, control, threads or os.cpu_count() or 1)
 
 
 def work_on(job: OpenJob, number: int, control: Control, threads: int) -> bool:
