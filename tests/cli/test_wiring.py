@@ -193,8 +193,9 @@ RUNNING = [
     row("--restart", "restart", True),
     row("--if-exists skip", "if_exists", "skip"),
     row("--workers 3", "workers", 3),
+    row("--job jobs", "job", Path("jobs")),
 ]
-ELSEWHERE = {"--out", "-o", "--json", "--progress", "--verbose", "-v", "--quiet", "-q", "-n", "--check"}
+ELSEWHERE = {"--out", "-o", "--json", "--progress", "--verbose", "-v", "--quiet", "-q", "-n", "--check", "--executor"}
 """Of the output's name, of what is shown, and of what is done before the operation."""
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from weightops.engine.control import Control
-from weightops.engine.job.finish import Published
-from weightops.engine.job.finish import abandon as abandon_job
-from weightops.engine.job.finish import finish as finish_job
-from weightops.engine.job.work import work as work_group
 from weightops.recipes.planning import StrPath, several
-from weightops.stores.places import Out, as_out
+
+if TYPE_CHECKING:
+    from weightops.engine.job.finish import Published
 
 
 def work(
@@ -21,13 +21,15 @@ def work(
     workers: int | None = None,
     control: Control | None = None,
 ) -> bool:
-    """Do one group of a job, counted from 0; False if it was done already. Any number may be done at once, also twice.
+    """Do one group of a job, counted from 0; False if it was done already. Any may be done at once, also one twice.
 
     What writes the job is any function that writes, with `job=`. Outputs must lie beside the job, or below an
     `output_root`: who does a group need not have written the job. `workers` are threads for its arithmetic.
     """
-    roots = [str(root) for root in several(output_root)]
-    return work_group(str(job), group, control or Control(), threads=workers, roots=roots)
+    from weightops.engine.job import work as groups
+
+    roots = [os.fspath(root) for root in several(output_root)]
+    return groups.work(os.fspath(job), group, control or Control(), threads=workers, roots=roots)
 
 
 def finish(
@@ -36,14 +38,16 @@ def finish(
     abandon: bool = False,
     output_root: StrPath | Sequence[StrPath] = (),
     control: Control | None = None,
-) -> dict[Out, Published]:
+) -> list[Published]:
     """Prove a job whose groups are done, and give its outputs their names; any number of times, also at once.
 
-    Raises `weightops.errors.Unfinished`, which has the `groups` that are missing. With `abandon` nothing is finished,
-    and what the job has made is removed, but for outputs that have their names.
+    Raises `weightops.errors.Unfinished`, which has the `groups` that are missing. With `abandon` nothing is finished:
+    what the job has made is removed, but for outputs that have their names.
     """
-    roots = [str(root) for root in several(output_root)]
+    from weightops.engine.job import finish as ends
+
+    roots = [os.fspath(root) for root in several(output_root)]
     if abandon:
-        abandon_job(str(job), control or Control(), roots=roots)
-        return {}
-    return {as_out(each.out): each for each in finish_job(str(job), control or Control(), roots=roots)}
+        ends.abandon(os.fspath(job), control or Control(), roots=roots)
+        return []
+    return ends.finish(os.fspath(job), control or Control(), roots=roots)

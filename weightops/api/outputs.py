@@ -12,7 +12,7 @@ from weightops.errors import UsageError
 from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document
-from weightops.recipes.execute import Result, Running, execute, write_all
+from weightops.recipes.execute import Result, Running, RunningHere, execute, write_all
 from weightops.recipes.planning import Files, StrPath, Wanted
 from weightops.recipes.recipe import FILE_FIELDS, Recipe, one_step, parse_recipe, read_recipe
 from weightops.recipes.steps import Location
@@ -21,6 +21,10 @@ from weightops.stores.places import Out, as_out
 
 class Output(Files, Running, total=False):
     """How to write a result: what of its files (`Files`), and how (`Running`)."""
+
+
+class OutputHere(Files, RunningHere, total=False):
+    """The same, of what only this process can do."""
 
 
 def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Out, Result]:
@@ -51,11 +55,11 @@ def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
     return Wanted(checkpoint, files, {"operation": "save", "from": checkpoint.name}, {})
 
 
-def split_output(output: Output) -> tuple[Files, Running]:
+def split_output(output: Output | OutputHere, known: type = Output) -> tuple[Files, Running]:
     """What of the keywords is about files, and what about the run."""
-    unknown = next((name for name in output if name not in Output.__annotations__), None)
+    unknown = next((name for name in output if name not in known.__annotations__), None)
     if unknown is not None:
-        raise TypeError(f"unexpected keyword argument {unknown!r}; outputs take {', '.join(Output.__annotations__)}")
+        raise TypeError(f"unexpected keyword argument {unknown!r}; outputs take {', '.join(known.__annotations__)}")
     files = {name: value for name, value in output.items() if name in FILE_FIELDS and value is not None}
     running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
     return files, running  # type: ignore[return-value]  # both are parts of `Output`

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +12,9 @@ from weightops.stores.stores import Stores
 
 if TYPE_CHECKING:
     from weightops.stores.web.web import Web
+
+
+_SIGTERM = 15
 
 
 class Progress(Protocol):
@@ -92,6 +94,6 @@ class Control:
         if self._parent is not None:
             self._parent.check()
         if self._deadline is not None and time.monotonic() > self._deadline:
-            self.cancel(signal.SIGTERM)
+            self.cancel(_SIGTERM)
         if self._stop.is_set():
             raise Interrupted(self._signal)

@@ -20,7 +20,7 @@ class ShardEnd(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, tuple[DType, tuple[int, ...]]]
 
 
-class Ending(msgspec.Struct, frozen=True, kw_only=True):
+class Ending(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-job-output/1"):
     """The files of an output but its shards, and what its manifest says that is known before.
 
     `mark` is `plan_mark` of its plan; `provenance` is said instead of that and of the sources, if there is any.

@@ -42,16 +42,14 @@ _OPENERS = {frozenset({"adapter"}): open_adapter, frozenset({"tokenizer"}): open
 IfExists = Literal["fail", "skip"]
 
 
-class Running(TypedDict, total=False):
-    """How to write.
+class RunningHere(TypedDict, total=False):
+    """How to write, by this process.
 
     `workers`: shards in work at once. `overwrite`: replace an existing output once the new one is whole. `if_exists`:
     with "skip" an output that the same plan has made, of sources that hold what they held, is left alone if it is
     whole, so that the same call may be made again; anything else there is refused, or overwritten if it may be.
     `restart`: throw a partial output of another plan away. `dry_run`: plan only. `control`: progress and stop, and the
     `web` to read sources on servers through; one with defaults is opened if it has none.
-    `job`: write what is to be done into this folder, for workers on any machine (`weightops.work`, `weightops.finish`).
-    `executor`: have it done at once, by "threads" here or by "dask:ADDRESS", workers of a Dask cluster.
     """
 
     workers: int | None
@@ -60,6 +58,15 @@ class Running(TypedDict, total=False):
     restart: bool
     dry_run: bool
     control: Control | None
+
+
+class Running(RunningHere, total=False):
+    """How to write, by whomever.
+
+    `job`: write what is to be done into this folder, for workers on any machine (`weightops.work`, `weightops.finish`).
+    `executor`: have it done at once, by "threads" here or by "dask:ADDRESS", the workers of a Dask cluster.
+    """
+
     job: StrPath | None
     executor: str | Executor | None
 
@@ -259,19 +266,12 @@ def _made(plans: Mapping[Out, Plan], running: Running) -> dict[Out, Manifest]:
     return made
 
 
-def may_skip(running: Running) -> bool:
+def may_skip(running: RunningHere) -> bool:
     """Whether an output that is there and right may be left alone; raises `UsageError` for what is no answer."""
     chosen = running.get("if_exists", "fail")
     if chosen not in get_args(IfExists):
         raise UsageError(f"if_exists is {chosen!r}, expected one of {', '.join(get_args(IfExists))}")
     return chosen == "skip"
-
-
-def refuse_job(running: Running, what: str) -> None:
-    """Raise `UsageError` if others are to do what is done here, in one order."""
-    name = next((name for name in ("job", "executor") if running.get(name) is not None), None)
-    if name is not None:
-        raise UsageError(f"{name} has no use: {what} on this machine", hint=f"leave out {name}")
 
 
 def _without_place(wanted: Wanted, plan: Plan) -> tuple[str, ...]:

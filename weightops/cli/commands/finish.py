@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+import weightops
 from weightops.cli.colour import say
 from weightops.cli.meter import human
 from weightops.cli.options import report_options
@@ -56,18 +57,11 @@ def command(job: Path | str, abandon: bool, output_root: tuple[str, ...], as_jso
     \b
     Example:
       weightops finish ./tuned-job
-      weightops finish ./tuned-job --abandon
+      weightops finish ./other-job --abandon
     """
-    from weightops.engine.job.finish import abandon as give_up  # here because help and completion do without
-    from weightops.engine.job.finish import finish
-
     place = os.fspath(job)
     with running(quiet) as control:
-        if abandon:
-            give_up(place, control, roots=output_root)
-            published = []
-        else:
-            published = finish(place, control, roots=output_root)
+        published = weightops.finish(place, abandon=abandon, output_root=output_root, control=control)
     outputs = tuple(
         FinishedOutput(
             out=each.out,

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+import weightops
 from weightops.cli.colour import say
 from weightops.cli.options import report_options, workers_option
 from weightops.cli.output import print_json, running
@@ -69,11 +70,9 @@ def command(
       weightops work ./tuned-job --group 0
       weightops finish ./tuned-job
     """
-    from weightops.engine.job.work import work  # here because help and completion do without
-
     number = group if group is not None else _index()
     with running(quiet, time_limit_s=time_limit) as control:
-        done = work(os.fspath(job), number, control, threads=workers, roots=output_root)
+        done = weightops.work(job, number, output_root=output_root, workers=workers, control=control)
     if as_json:
         print_json(msgspec.to_builtins(WorkDocument(job=os.fspath(job), group=number, done=done)))
     elif not quiet:
