@@ -20,9 +20,10 @@ from weightops.cli.progress import make_progress
 from weightops.errors import UsageError, WeightopsError
 from weightops.io import strict_json
 from weightops.io.escape import escape, is_harmless
-from weightops.stores.stores import WEB, Stores
+from weightops.stores.stores import BUCKETS, WEB, Stores
 
 if TYPE_CHECKING:
+    from weightops.stores.s3.connection import S3
     from weightops.stores.web.web import Web
 
 if TYPE_CHECKING:
@@ -137,7 +138,14 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
         web.on_wait = progress.note
         return web
 
-    stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
+    def open_buckets() -> S3:
+        from weightops.cli import network
+
+        buckets = network.open_buckets()
+        buckets.on_wait = progress.note
+        return buckets
+
+    stores = Stores(connect={WEB: open_web, BUCKETS: open_buckets}, cache=hub_cache(), offline=is_offline())
     control = Control(progress, stores=stores)
     details: AbstractContextManager[None] = nullcontext()
     if is_verbose:

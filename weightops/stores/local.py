@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightops.errors import CorruptInput, WeightopsError
+from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.atomic import make_folder, publish, temporary_of, write_new, write_whole, writing_whole
-from weightops.io.direct import DirectFile
+from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
-from weightops.io.paths import inside, open_regular
+from weightops.io.paths import check_relative, inside, open_regular
 from weightops.io.platform.files import read_at
 from weightops.io.reflink import Extent
 from weightops.io.source_file import SourceFile
@@ -54,6 +54,23 @@ class LocalStore:
 
     def put(self, name: str, data: bytes) -> None:
         write_whole(self._place(name), data)
+
+    def remove(self, name: str) -> None:
+        path = inside(self.root, name, str(self.root))
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failure(path, error) from None
+
+    def find(self, name: str) -> bytes | None:
+        try:
+            return self.get(name)
+        except SourceMissing:
+            return None
+
+    def listed(self, folder: str) -> list[str]:
+        below = self.root / check_relative(folder, self.shown) if folder else self.root
+        return sorted(path.relative_to(self.root).as_posix() for path in below.rglob("*") if path.is_file())
 
     @contextmanager
     def putting(self, name: str) -> Iterator[Callable[[bytes], None]]:

@@ -94,6 +94,15 @@ class WritableStore(Store, Protocol):
         Those are to be written all the same.
         """
 
+    def remove(self, name: str) -> None:
+        """See that there is no file of that name."""
+
+    def find(self, name: str) -> bytes | None:
+        """A small file, whole; None if there is none of that name."""
+
+    def listed(self, folder: str) -> list[str]:
+        """The names of all files below a folder of it, at any depth, sorted; of all there are for an empty name."""
+
     def putting(self, name: str) -> AbstractContextManager[Callable[[bytes], None]]:
         """As `put`, piece by piece: lends a function that takes them."""
 
