@@ -49,11 +49,11 @@ def open_web(*, endpoint: str | None = None, policy: Policy | None = None) -> We
     return Web(policy, endpoint=endpoint, token=_token(), proxy_for=proxy_for)
 
 
-def open_buckets() -> S3:
+def open_buckets(policy: Policy | None = None) -> S3:
     """Connections to buckets, as the environment and ~/.aws describe them; raises as `open_account` does."""
     from weightops.stores.s3.connection import S3  # imported here because most commands need no bucket
 
-    return S3(proxy_for=proxy_for)
+    return S3(policy=policy, proxy_for=proxy_for)
 
 
 def token_is_set() -> bool:

@@ -24,6 +24,7 @@ from weightops.stores.stores import BUCKETS, WEB, Stores
 
 if TYPE_CHECKING:
     from weightops.stores.s3.connection import S3
+    from weightops.stores.web.policy import Policy
     from weightops.stores.web.web import Web
 
 if TYPE_CHECKING:
@@ -115,13 +116,15 @@ def _width(cell: str) -> int:
 
 
 @contextmanager
-def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
+def running(
+    quiet: bool, *, connect: Callable[[], Web] | None = None, policy: Policy | None = None
+) -> Iterator[Control]:
     """A control that shows progress as --progress says, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel.
 
     A second signal ends at once.
 
     With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
-    environment describes, as it does the Hugging Face cache.
+    environment describes, as it does the Hugging Face cache. `policy` is that for buckets.
     """
     from weightops.engine.control import Control  # imported here because help and completion do without it
 
@@ -141,7 +144,7 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
     def open_buckets() -> S3:
         from weightops.cli import network
 
-        buckets = network.open_buckets()
+        buckets = network.open_buckets(policy)
         buckets.on_wait = progress.note
         return buckets
 

@@ -64,6 +64,17 @@ def list_bucket(place: BucketPlace, connection: S3) -> Listing:
     return Listing(str(place), files)
 
 
+def list_in_bucket(place: BucketPlace, connection: S3) -> Listing:
+    """The files of a folder in a bucket with the digests that its manifest gives, or one file; raises likewise."""
+    try:
+        return _with_digests(list_bucket(place, connection), connection)
+    except SourceMissing:
+        if place.is_folder:
+            raise
+    found = identity_of(connection, address(place.bucket, place.key))
+    return Listing(str(place), (RemoteFile(found.name, found.path, found.nbytes, etag=found.etag),))
+
+
 def _find_file(place: BucketPlace, stores: Stores) -> ListedStore | SourceFile:
     """The object of a key; all parts of a GGUF model, any of which stands for all."""
     found = identity_of(stores.s3, address(place.bucket, place.key))

@@ -50,8 +50,8 @@ class S3(Web):
         *,
         proxy_for: Callable[[str], str | None] = lambda url: None,
     ) -> None:
-        super().__init__(policy, proxy_for=proxy_for)
         self.account = account or open_account()
+        super().__init__(policy, proxy_for=proxy_for, ahead=self.account.ranges)
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str], body: Buffer | None = None
@@ -100,6 +100,8 @@ class S3(Web):
             where, signed = self.account.signed(method, bucket, key, query, headers, digest)
             response = super().request(method, where, signed, body)
             if response.status < 300:
+                if "Content-Range" in response.headers:
+                    response.status = 206  # which rclone gives as 200
                 return response
             region = response.headers.get("x-amz-bucket-region", "")
             if response.status in (301, 307, 400) and region and self.account.move(bucket, region):

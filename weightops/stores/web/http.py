@@ -266,6 +266,7 @@ class Http:
         for pool in self._pools.values():
             pool.clear()
         for connected in list(self._sockets):
+            _shut(connected)  # or who waits for it would not notice
             connected.close()
 
     def __enter__(self) -> Self:
