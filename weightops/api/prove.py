@@ -21,6 +21,7 @@ from weightops.formats.proofs.published import find_manifest
 from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
 from weightops.recipes.planning import StrPath, several
+from weightops.stores.s3.places import is_bucket
 
 if TYPE_CHECKING:
     from weightops.formats.hub_places import Snapshot
@@ -157,13 +158,25 @@ def verify(
 ) -> VerifyReport:
     """Hold a folder or file against its own manifest, another one, a checksum list or a published name.
 
-    `hf://org/name` is its copy in the cache of the control's `stores`, which is held against the hub's digests if no
-    other manifest is given; offline against the names of its blobs, which are digests.
+    What is in a bucket is read there. `hf://org/name` is its copy in the cache of the control's `stores`, which is held
+    against the hub's digests if no other manifest is given; offline against the names of its blobs, which are digests.
     A folder that differs is a report whose verdict is False, not an error.
     """
     from weightops.operations.verify import verify as operation
+    from weightops.operations.verify import verify_bucket
 
     control = control or Control()
+    if is_bucket(os.fspath(folder)):
+        return verify_bucket(
+            os.fspath(folder),
+            find_manifest(os.fspath(manifest)) if manifest is not None else None,
+            quick=quick,
+            content=content,
+            extra=extra,
+            algorithm=algorithm,
+            workers=workers,
+            control=control,
+        )
     snapshot = _snapshot(folder, control) if is_remote(folder) else None
     return operation(
         local(folder) if snapshot is None else snapshot.folder,

@@ -55,7 +55,7 @@ _SECTIONS = {**dict.fromkeys(FILE_FIELDS, "Files of the result"), **dict.fromkey
 
 
 class Place(click.Path):
-    """A path; where `remote` allows it also a repository on a hub or a URL, which stays the text that it is.
+    """A path; where `remote` allows it also a repository on a hub, a URL or a place in a bucket, which stays text.
 
     One `to_write` to may be a bucket and prefix.
     """
@@ -68,6 +68,7 @@ class Place(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from weightops.formats.places import is_remote
         from weightops.io.escape import escape
+        from weightops.stores.s3.places import is_bucket, parse_place
 
         if self._to_write:
             from weightops.stores.places import as_out, is_url
@@ -76,6 +77,8 @@ class Place(click.Path):
                 return as_out(value)
         if not is_remote(value):
             return super().convert(value, param, ctx)
+        if is_bucket(value):
+            parse_place(value)  # which refuses what holds a password, before it is shown or written anywhere
         if not self._remote:
             self.fail(f"{escape(value)} is not on this machine; `weightops download` fetches it.", param, ctx)
         return value

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightops.errors import UsageError
 from weightops.io.escape import escape
+from weightops.stores.s3.places import parse_place
 
 Out = Path | str
 """Where an output goes: a path, or the URL of a bucket and prefix."""
@@ -29,4 +30,5 @@ def as_out(place: str | os.PathLike[str]) -> Out:
             f"{escape(text)}: nothing can be written there",
             hint="name a folder on this machine, or s3://BUCKET/PREFIX",
         )
+    parse_place(text)  # which refuses what holds a password, before it is shown or written anywhere
     return text.rstrip("/")
