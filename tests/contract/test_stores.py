@@ -275,6 +275,18 @@ def test_a_target_has_no_name_before_it_is_committed(writable: WritableStore) ->
     assert writable.get("a") == bytes(block)
 
 
+def test_a_target_of_which_only_the_most_was_known_ends_where_it_ends(writable: WritableStore) -> None:
+    """More than any disk has: no room is taken ahead."""
+    target = writable.target("a", 1 << 55, is_most=True)
+    block = memoryview(page_memory(8192))
+    block[:5] = b"whole"
+    target.write(0, block, 8192)
+    target.write(8192, block, 5)
+    target.close(8197)
+    target.commit()
+    assert writable.get("a") == bytes(block) + b"whole"
+
+
 class Faults:
     """The `fatal`-th of all calls finds the disk full."""
 

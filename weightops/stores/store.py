@@ -88,10 +88,13 @@ class WritableStore(Store, Protocol):
     def put(self, name: str, data: bytes) -> None:
         """A file, in the place of what may have its name."""
 
-    def target(self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}) -> Target:
+    def target(
+        self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}, *, is_most: bool = False
+    ) -> Target:
         """A file of `nbytes` bytes to be written piece by piece; ranges of other files it may share where it can.
 
-        Those are to be written all the same.
+        Those are to be written all the same. If `is_most`, there may be fewer bytes in the end, and no room is taken
+        for them before they come.
         """
 
     def putting(self, name: str) -> AbstractContextManager[Callable[[bytes], None]]:
