@@ -131,6 +131,7 @@ class Plan:
 
     @cached_property
     def shard_nbytes(self) -> dict[str, int]:
+        """Bytes of the output's weight files by name: of compressed ones the most that they can have."""
         return {shard.name: self.layout(shard).nbytes for shard in self.shards}
 
     @property
@@ -158,8 +159,13 @@ class Plan:
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of the output's weight files."""
+        """Bytes of the output's weight files: of compressed ones the most that they can have."""
         return sum(self.shard_nbytes.values())
+
+    @cached_property
+    def least_nbytes(self) -> int:
+        """Bytes that the output's weight files have in any case."""
+        return sum(self.layout(shard).least_nbytes for shard in self.shards)
 
     def index(self) -> bytes | None:
         """The index file, or None for a single shard."""

@@ -46,7 +46,11 @@ ROWS: dict[str, list[Row]] = {
         row("--carry x* --carry y", "carry", ("x*", "y")),
         row("--drop z", "drop", ("z",)),
     ],
-    "diff": [row("--method subtract", "method", "subtract"), row("--dtype float16", "dtype", "float16", dtype=F16)],
+    "diff": [
+        row("--method subtract", "method", "subtract"),
+        row("--dtype float16", "dtype", "float16", dtype=F16),
+        row("--compress", "compress", True),
+    ],
     "convert": [
         row("--to meta", "to", "meta"),
         row("--from tencentpretrain", "from_", "tencentpretrain"),

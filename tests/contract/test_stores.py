@@ -313,6 +313,18 @@ def test_what_is_removed_is_gone_and_what_is_not_there_is_none(writable: Writabl
     assert not writable.has("sub/a")
 
 
+def test_a_target_of_which_only_the_most_was_known_ends_where_it_ends(writable: WritableStore) -> None:
+    """More than the disk has: no room is taken ahead."""
+    target = writable.target("a", 1 << 40, is_most=True)
+    block = memoryview(page_memory(8192))
+    block[:5] = b"whole"
+    target.write(0, block, 8192)
+    target.write(8192, block, 5)
+    target.close(8197)
+    target.commit()
+    assert writable.get("a") == bytes(block) + b"whole"
+
+
 def test_all_files_below_a_folder_are_listed(writable: WritableStore) -> None:
     for name in ("b/2/x", "b/1", "a", "bb/y"):
         writable.put(name, b"")

@@ -37,12 +37,15 @@ def diff(
     *,
     method: str = "exact",
     dtype: str | None = None,
+    compress: bool = False,
     **output: Unpack[Output],
 ) -> Result:
     """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
     if method == "exact" and output.get("format") not in (None, "safetensors"):
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
-    return one("diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype})
+    return one(
+        "diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype, "compress": compress}
+    )
 
 
 def merge_lora(

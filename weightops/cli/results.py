@@ -40,7 +40,7 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
     elif result.manifest is None:
         say(_dry_run_text(result, workers))
     elif not quiet:
-        nbytes, count = result.plan.total_nbytes, len(result.plan.shards)
+        nbytes, count = result.nbytes, len(result.plan.shards)
         kept = f", {len(result.resumed)} kept from before" if result.resumed else ""
         say(
             f"{escape(str(result.out))}: {len(result.manifest.tensors)} tensors, {human(nbytes)} in {count} files{kept}"

@@ -234,7 +234,7 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
         path = folder / record.name if isinstance(record, ShardRecord) else None
         if path is None or not isinstance(record, ShardRecord) or not path.is_file():
             continue
-        if path.stat().st_size != record.nbytes or record.nbytes != plan.shard_nbytes.get(record.name):
+        if path.stat().st_size != record.nbytes or record.name not in plan.shard_nbytes:
             continue
         _, digests = hash_file(path, ("xxh3_128",))
         if digests["xxh3_128"] == record.digests["xxh3_128"]:

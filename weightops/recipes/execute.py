@@ -92,9 +92,20 @@ class Result:
 
     __repr__ = brief
 
+    @property
+    def file_nbytes(self) -> dict[str, int]:
+        """Bytes of the weight files by name; of compressed ones that are not written yet the most they can have."""
+        made = self.manifest
+        return {n: made.files[n].nbytes if made else nbytes for n, nbytes in self.plan.shard_nbytes.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files, as `file_nbytes` has them."""
+        return sum(self.file_nbytes.values())
+
     def _repr_html_(self) -> str:
-        rows = [(shard.name, in_units(self.plan.shard_nbytes[shard.name])) for shard in self.plan.shards]
-        facts = {"files": len(rows), "size": in_units(self.plan.total_nbytes), "warnings": len(self.warnings)}
+        rows = [(name, in_units(nbytes)) for name, nbytes in self.file_nbytes.items()]
+        facts = {"files": len(rows), "size": in_units(self.nbytes), "warnings": len(self.warnings)}
         title = f"{self.out}{'' if self.manifest else ' (not written: a dry run)'}"
         return card(title, facts, ("file", "size"), rows, what="files")
 

@@ -81,9 +81,11 @@ class LocalStore:
         with writing_whole(self._place(name)) as write:
             yield write
 
-    def target(self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}) -> LocalTarget:
+    def target(
+        self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}, *, is_most: bool = False
+    ) -> LocalTarget:
         """A file to be written piece by piece; what it shares with other files see `DirectFile`."""
-        return LocalTarget(self._place(name), nbytes, shared)
+        return LocalTarget(self._place(name), 0 if is_most else nbytes, shared)
 
     def _place(self, name: str) -> Path:
         path = inside(self.root, name, str(self.root))

@@ -123,7 +123,9 @@ class S3Store:
             target.abandon()
             raise
 
-    def target(self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}) -> S3Target:
+    def target(
+        self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}, *, is_most: bool = False
+    ) -> S3Target:
         """A file of `nbytes` bytes to be written piece by piece, see `S3Target`; nothing is shared in a bucket."""
         return S3Target(self._connection, self._address(name), nbytes)
 
