@@ -35,6 +35,7 @@ from weightops.operations.download import DownloadDocument
 from weightops.operations.experts import ExpertUse
 from weightops.operations.inspect import InspectDocument
 from weightops.operations.merge import MergePlan, MergeProof
+from weightops.operations.sign import SignDocument
 from weightops.operations.verify import VerifyDocument
 from weightops.quantization.report import QuantizeReport
 from weightops.quantization.work import BlocksRun
@@ -50,6 +51,7 @@ DOCUMENTS: tuple[Any, ...] = (
     DownloadDocument,
     CheckDocument,
     VerifyDocument,
+    SignDocument,
     InspectDocument,
     CompareDocument,
     MergePlan,

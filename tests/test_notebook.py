@@ -11,6 +11,7 @@ import pytest
 import torch
 from fetching import REPO, fetch
 from hub import Hub
+from signing_keys import save_key
 from support import write_checkpoint
 from tiny_models import save_tiny, text
 
@@ -28,6 +29,7 @@ RESULTS: dict[str, Callable[[Path], Any]] = {
     "TensorReport": lambda source: next(iter(weightops.check(source).tensors.values())),
     "Manifest": weightops.manifest,
     "VerifyReport": lambda source: weightops.verify(source, source.with_name("SHA256SUMS")),
+    "Signed": lambda source: weightops.sign(source, key=source.with_name("signer.key"), dry_run=True),
     "Evaluation": lambda source: weightops.evaluate(source, source.with_name("text.txt"), reference=source),
     "Score": lambda source: weightops.evaluate(source, source.with_name("text.txt")).scores[0],
     "Generation": lambda source: weightops.generate(source, "x" * 40),
@@ -44,6 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / ("b" * 200)
     save_tiny(source, "llama")
     (folder / "text.txt").write_text(text(200))
+    save_key(folder, "signer")
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
     (folder / "recipe.yaml").write_text(f"sources: {{x: ./{source.name}}}\noutputs: {{./out: {{from: x}}}}\n")
     return source
@@ -68,7 +71,7 @@ def test_a_download_is_one_short_line(tmp_path: Path) -> None:
     assert repr(result).startswith("Download(")
 
 
-PICTURED = ["Result", "Checkpoint", "Inspection", "CheckReport", "VerifyReport", "Evaluation"]
+PICTURED = ["Result", "Checkpoint", "Inspection", "CheckReport", "VerifyReport", "Signed", "Evaluation"]
 
 
 @pytest.mark.parametrize("name", PICTURED)

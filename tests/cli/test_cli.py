@@ -28,6 +28,7 @@ from hub import Hub
 from meta_model import meta_download
 from mtp_models import save_with_mtp
 from safetensors.torch import load_file
+from signing_keys import save_key
 from support import digests, write_checkpoint
 from systems import needs_itself
 from tiny_models import quantize_tiny, save_tiny, save_tokenizer, text
@@ -78,6 +79,8 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         (family / "zhixi.gguf.weightops-manifest.json").write_bytes(made.to_bytes())
     if command == "verify":
         assert run(["download", "--cache", "org/name", "-q"]) == 0
+    if command in ("verify", "sign"):
+        save_key(family, "signer")
     if command == "convert":
         meta_download(family / "llama-2-7b")
         assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0
@@ -237,6 +240,7 @@ def test_the_examples_in_the_help_run(
         words = [word.replace("https://example.org", f"{os.environ['HF_ENDPOINT']}/static/files") for word in words]
         if command == "verify" and expected == 0:
             assert run(["manifest", "./zhixi", "--overwrite"]) == 0
+            assert run(["sign", "./zhixi", "--key", "signer.key", "--overwrite"]) == 0
         assert run(words) == expected, line
 
 

@@ -21,6 +21,7 @@ import msgspec
 import pytest
 import torch
 from hub import Hub
+from signing_keys import save_key
 from support import write_checkpoint
 from tiny_models import quantize_tiny, save_tiny, text
 
@@ -86,6 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     save_tiny(folder / "tiny", "llama", num_hidden_layers=1)
     quantize_tiny(folder / "tiny", folder / "tiny-gptq")
     (folder / "text.txt").write_text(text(60))
+    for name in ("signer", "other"):
+        save_key(folder, name)
     (folder / "MD5SUMS").write_text(f"{'0' * 32}  model.safetensors\n")
     recipe = {"sources": {"raw": "./raw"}, "outputs": {"./run-1": {"from": "raw"}, "./run-2": {"from": "raw"}}}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -123,6 +126,9 @@ RUNS = [
     ("verify delta --quick", "verify/1", 0),
     ("verify delta --content", "verify/1", 0),
     ("verify raw --manifest MD5SUMS", "verify/1", 3),
+    ("sign raw --key signer.key", "sign/1", 0),
+    ("verify raw --signature raw/model.sig --key signer.pub", "verify/1", 0),
+    ("verify raw --signature raw/model.sig --key other.pub", "error/2", 3),
     ("inspect delta", "inspect/2", 0),
     ("inspect wrong --stats --tree", "inspect/2", 0),
     ("inspect lora --stats --base tiny", "inspect/2", 0),

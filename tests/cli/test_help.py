@@ -13,10 +13,12 @@ from command_lines import command_of, line_of
 from weightops.cli.main import COMMANDS, GROUPS, LINES, SUBCOMMANDS, run
 from weightops.recipes.verbs import VERBS
 
-WRITERS = {*map(line_of, VERBS), "quantize", "imatrix", "download", "manifest"}
+WRITERS = {*map(line_of, VERBS), "quantize", "imatrix", "download", "manifest", "sign"}
 ADAPTERS = ("adapter combine", "adapter rank")
 OWN_WORDS = {
-    "--out": {"download", "manifest", "generate", "imatrix"},
+    "--out": {"download", "manifest", "sign", "generate", "imatrix"},
+    "--key": {"sign"},
+    "--certificate": {"sign"},
     "--workers": {"download"},
     "--overwrite": {"download"},
     "--dry-run": {"download", "serve"},

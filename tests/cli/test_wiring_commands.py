@@ -21,6 +21,7 @@ from support import write_checkpoint
 
 import weightops
 from weightops.cli.main import LINES, run
+from weightops.formats.proofs.signers import Credentials, Trust
 from weightops.inference.asked import Asked
 from weightops.inference.prompt_file import Wanted
 from weightops.inference.prompts import conversation
@@ -174,8 +175,27 @@ ROWS: dict[str, list[Row]] = {
         same("--quick", quick=True),
         same("--content", content=True),
         same("--extra fail", extra="fail"),
+        row("", {}, extra="warn"),
         same("--algorithm md5", algorithm="md5"),
         same("--workers 3", workers=3),
+        *(
+            row(f"--signature a {argv}", {"signature": "a", **python}, **arrives)
+            for argv, python, arrives in (
+                ("--key b", {"key": "b"}, {"signature": Path("a"), "trust": Trust(key=Path("b"))}),
+                (
+                    "--certificate a --certificate b",
+                    {"certificate": ("a", "b")},
+                    {"trust": Trust(certificate=(Path("a"), Path("b")))},
+                ),
+                (
+                    "--identity i --issuer u --trust-config a",
+                    {"identity": "i", "issuer": "u", "trust_config": "a"},
+                    {"trust": Trust(identity="i", issuer="u", trust_config=Path("a"))},
+                ),
+                ("--key b --extra warn", {"key": "b", "extra": "warn"}, {"extra": "warn"}),
+                ("--key b", {"key": "b"}, {"extra": "fail"}),
+            )
+        ),
     ],
     "manifest": [
         row("--digest md5 --digest sha256", {"digest": ("md5", "sha256")}, digests=("md5", "sha256")),
@@ -184,6 +204,29 @@ ROWS: dict[str, list[Row]] = {
         row("--sha256sums", None, digests=("sha256",)),
         row("--xxh128sums", None, digests=("xxh3_128",)),
         same("--workers 3", workers=3),
+    ],
+    "sign": [
+        row("--key a", {"key": "a"}, credentials=Credentials(key=Path("a"))),
+        row(
+            "--key a --password-file list.md5",
+            {"key": "a", "password_file": "list.md5"},
+            credentials=Credentials(key=Path("a"), password=b"one"),
+        ),
+        row(
+            "--key a --certificate b --chain a --chain b",
+            {"key": "a", "certificate": "b", "chain": ("a", "b")},
+            credentials=Credentials(key=Path("a"), certificate=Path("b"), chain=(Path("a"), Path("b"))),
+        ),
+        row(
+            "--sigstore --identity-token list.md5 --trust-config a",
+            {"sigstore": True, "identity_token": "list.md5", "trust_config": "a"},
+            credentials=Credentials(sigstore=True, identity_token="one", trust_config=Path("a")),
+        ),
+        row("--key a --out b", {"key": "a", "out": "b"}, out=Path("b")),
+        row("--key a --allow-symlinks", {"key": "a", "allow_symlinks": True}, allow_symlinks=True),
+        row("--key a --overwrite", {"key": "a", "overwrite": True}, overwrite=True),
+        row("--key a --dry-run", {"key": "a", "dry_run": True}, dry_run=True),
+        row("--key a --workers 3", {"key": "a", "workers": 3}, workers=3),
     ],
     "inspect": [
         row("--include a* --include b", {"include": ("a*", "b")}),
@@ -254,6 +297,7 @@ GIVEN = {
     "manifest": ("source", ("source",)),
     "work": ("source --group 2", ("source", 2)),
     "finish": ("source", ("source",)),
+    "sign": ("source", ("source",)),
     "download": ("org/model --out out", ("org/model", "out")),
 }
 REQUIRED = {"imatrix": "--calibration a", "eval": "--text text.txt", "generate": "--prompt one"}
@@ -302,6 +346,8 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in (
         "compare.compare",
         "verify.verify",
+        "verify.verify_signature",
+        "sign.sign",
         "manifest.make_manifest",
         "inspect.inspect",
         "download.download_into",

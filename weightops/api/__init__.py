@@ -29,7 +29,7 @@ from weightops.api.jobs import finish, work
 from weightops.api.merging import compare_merge, explain_merge, merge, verify_merge
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
-from weightops.api.prove import check, download, inspect, manifest, verify
+from weightops.api.prove import check, download, inspect, manifest, sign, verify
 from weightops.api.surgery import edit, experts, part
 from weightops.api.talk import chat, generate_all, open_pool
 from weightops.api.vocabulary import vocab
@@ -77,6 +77,7 @@ __all__ = [
     "save",
     "save_all",
     "shard",
+    "sign",
     "verify",
     "verify_merge",
     "vocab",

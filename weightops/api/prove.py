@@ -21,6 +21,7 @@ from weightops.formats.proofs.published import find_manifest
 from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
 from weightops.recipes.planning import StrPath, several
+from weightops.stores.local import read_source
 from weightops.stores.s3.places import is_bucket
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from weightops.operations.check import CheckOptions, CheckReport
     from weightops.operations.download import Download
     from weightops.operations.inspect import Inspection
+    from weightops.operations.sign import Signed
     from weightops.operations.verify import VerifyReport
     from weightops.stores.web.web import Web
 
@@ -151,39 +153,72 @@ def verify(
     *,
     quick: bool = False,
     content: bool = False,
-    extra: str = "warn",
+    extra: str | None = None,
     algorithm: str | None = None,
+    signature: StrPath | None = None,
+    key: StrPath | None = None,
+    certificate: StrPath | Sequence[StrPath] = (),
+    identity: str | None = None,
+    issuer: str | None = None,
+    trust_config: StrPath | None = None,
     workers: int | None = None,
     control: Control | None = None,
 ) -> VerifyReport:
-    """Hold a folder or file against its own manifest, another one, a checksum list or a published name.
+    """Hold a folder or file against its own manifest, another one, a checksum list, a published name or a signature.
 
     What is in a bucket is read there. `hf://org/name` is its copy in the cache of the control's `stores`, which is held
     against the hub's digests if no other manifest is given; offline against the names of its blobs, which are digests.
     A folder that differs is a report whose verdict is False, not an error.
+
+    With `signature`, a bundle of OpenSSF model signing, the files have to be those that it lists, and it has to be
+    signed by one of: a public `key`, a certificate that those in `certificate` vouch for, or an `identity` of Sigstore
+    that `issuer` knows; all are files but the last two. `extra` is what to do about files that are not listed: warn,
+    and with a signature fail, unless it says otherwise.
     """
     from weightops.operations.verify import verify as operation
     from weightops.operations.verify import verify_bucket
 
     control = control or Control()
+    trusted = {"key": key, "certificate": certificate, "identity": identity, "issuer": issuer}
+    trusted["trust_config"] = trust_config
+    for name in (name for name, value in trusted.items() if value and signature is None):
+        raise UsageError(f"{name} says whose signature counts, and there is none", hint="give the signature too")
     if is_bucket(os.fspath(folder)):
+        if signature is not None:
+            raise UsageError("what is in a bucket has no signature to be verified there", hint="download it first")
         return verify_bucket(
             os.fspath(folder),
             find_manifest(os.fspath(manifest)) if manifest is not None else None,
             quick=quick,
             content=content,
-            extra=extra,
+            extra="warn" if extra is None else extra,
             algorithm=algorithm,
             workers=workers,
             control=control,
         )
     snapshot = _snapshot(folder, control) if is_remote(folder) else None
+    if signature is not None:
+        from weightops.formats.proofs.signers import Trust
+        from weightops.operations.verify import verify_signature
+
+        others = {"manifest": manifest, "quick": quick, "content": content, "algorithm": algorithm}
+        for name in (name for name, value in others.items() if value):
+            raise UsageError(f"{name} has no use with a signature, which is a list of digests", hint="leave it out")
+        return verify_signature(
+            local(folder) if snapshot is None else snapshot.folder,
+            Path(signature),
+            Trust(_path(key), _paths(certificate), identity, issuer, _path(trust_config)),
+            extra="fail" if extra is None else extra,
+            name=None if snapshot is None else snapshot.name,
+            workers=workers,
+            control=control,
+        )
     return operation(
         local(folder) if snapshot is None else snapshot.folder,
         find_manifest(os.fspath(manifest)) if manifest is not None else None,
         quick=quick,
         content=content,
-        extra=extra,
+        extra="warn" if extra is None else extra,
         algorithm=algorithm,
         workers=workers,
         control=control,
@@ -191,6 +226,65 @@ def verify(
         structure=_structure,
         snapshot=snapshot,
     )
+
+
+def _path(place: StrPath | None) -> Path | None:
+    return None if place is None else Path(place)
+
+
+def _paths(places: StrPath | Sequence[StrPath]) -> tuple[Path, ...]:
+    return tuple(map(Path, [places] if isinstance(places, str | os.PathLike) else places))
+
+
+def sign(
+    folder: StrPath,
+    *,
+    out: StrPath | None = None,
+    key: StrPath | None = None,
+    password_file: StrPath | None = None,
+    certificate: StrPath | None = None,
+    chain: StrPath | Sequence[StrPath] = (),
+    sigstore: bool = False,
+    identity_token: StrPath | None = None,
+    trust_config: StrPath | None = None,
+    allow_symlinks: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    workers: int | None = None,
+    control: Control | None = None,
+) -> Signed:
+    """Sign all files of a folder, or a single file, as a bundle of OpenSSF model signing: model.sig in the folder.
+
+    With a private `key`, which the first line of `password_file` unlocks; with a `certificate` for it, and a `chain` of
+    those that lead to one that others trust; or with `sigstore`, by the OpenID Connect token in `identity_token`, that
+    of the machine, or a browser. All of these are files. See `weightops.operations.sign`.
+    """
+    from weightops.formats.proofs.signers import Credentials
+    from weightops.operations.sign import sign as operation
+
+    credentials = Credentials(
+        _path(key),
+        _first_line(password_file) if password_file is not None else None,
+        _path(certificate),
+        _paths(chain),
+        sigstore,
+        _first_line(identity_token).decode("ascii", "replace") if identity_token is not None else None,
+        _path(trust_config),
+    )
+    return operation(
+        local(folder),
+        credentials,
+        out=_path(out),
+        allow_symlinks=allow_symlinks,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        workers=workers,
+        control=control,
+    )
+
+
+def _first_line(path: StrPath) -> bytes:
+    return read_source(Path(path))[1].partition(b"\n")[0].removesuffix(b"\r")
 
 
 def _snapshot(folder: StrPath, control: Control) -> Snapshot:

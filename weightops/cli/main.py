@@ -55,6 +55,7 @@ GROUPS = {
         "verify": "Check that the files of a model are the right ones.",
         "check": "Look for mistakes in a model's values, tensors and settings.",
         "manifest": "Record the digests of a model's files, for later checks.",
+        "sign": "Sign the files of a model, with a key or with Sigstore.",
         "compare": "Say what changed between models, where, and by how much.",
     },
     "Look at it": {

@@ -11,7 +11,19 @@ import click
 from click.core import ParameterSource
 
 from weightops.cli.output import PROGRESS, VERBOSE, running
-from weightops.cli.params import DEVICE, DIGESTS, FLOATS, OUT, SEVERAL, NameOrFile, OneOf, named, published, some
+from weightops.cli.params import (
+    DEVICE,
+    DIGESTS,
+    FILE,
+    FLOATS,
+    OUT,
+    SEVERAL,
+    NameOrFile,
+    OneOf,
+    named,
+    published,
+    some,
+)
 from weightops.cli.progress import HOWS
 from weightops.errors import UsageError
 
@@ -114,6 +126,11 @@ digest_option = click.option(
     multiple=True,
     metavar="NAME",
     help=f"Record this digest too, such as md5 or sha256. {SEVERAL}",
+)
+trust_config_option = click.option(
+    "--trust-config",
+    type=FILE,
+    help="Which Sigstore to ask: a trust configuration in JSON; default: the public one.",
 )
 write_here_options = _all(
     click.option(

@@ -64,8 +64,17 @@ class Hasher(Protocol):
         """The digest so far, in lower-case hexadecimal."""
 
 
+class ToHash(NamedTuple):
+    """A file to digest by some algorithms: all of it, or its bytes from `start` to before `stop`."""
+
+    path: Path
+    algorithms: Collection[str]
+    start: int = 0
+    stop: int | None = None
+
+
 class FileDigests(NamedTuple):
-    """A file's size in bytes, and its digests by algorithm."""
+    """How many bytes were read, which of a whole file is its size, and their digests by algorithm."""
 
     nbytes: int
     digests: dict[str, str]
@@ -119,8 +128,11 @@ def hash_file(
     algorithms: Collection[str],
     on_bytes: Callable[[int], object] | None = None,
     cancelled: Callable[[], object] | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
 ) -> FileDigests:
-    """Read a regular file once and digest it by every algorithm.
+    """Read a regular file once, or its bytes from `start` to before `stop`, and digest it by every algorithm.
 
     Between blocks of at most 4 MiB, `on_bytes` is told how many bytes were read, and `cancelled` raises in order
     to stop.
@@ -136,38 +148,44 @@ def hash_file(
 
     with open(open_regular(path), "rb", buffering=0) as file:
         before = os.fstat(file.fileno())
-        hashers = {name: new_hasher(name, before.st_size) for name in algorithms}
+        expected = (before.st_size if stop is None else stop) - start
+        hashers = {name: new_hasher(name, expected) for name in algorithms}
         advise_in_order(file.fileno())
         # The xxHash family outruns the disk and the page cache: handing its blocks to a thread would cost more.
-        threaded = before.st_size > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
+        threaded = expected > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
         block_nbytes = _THREAD_BLOCK_NBYTES if threaded else _BLOCK_NBYTES
         update = _update_threaded if threaded else _update
-        nbytes = update(list(hashers.values()), _blocks(file, escape(str(path)), before.st_size, block_nbytes, tick))
+        if start:
+            file.seek(start)
+        # One byte more than a whole file has would show that it grows.
+        most = expected + (stop is None)
+        nbytes = update(list(hashers.values()), _blocks(file, escape(str(path)), start, most, block_nbytes, tick))
         after = os.fstat(file.fileno())
-    if nbytes != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+    if nbytes != expected or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise CorruptInput(
             f"{escape(str(path))}: changed while it was being hashed"
-            f" (expected {before.st_size} bytes, found {max(nbytes, after.st_size)})",
+            f" (expected {before.st_size} bytes, found {max(start + nbytes, after.st_size)})",
             hint="wait until whatever writes it has finished, then run the command again",
         )
     return FileDigests(nbytes, {name: hasher.hexdigest() for name, hasher in hashers.items()})
 
 
 def _blocks(
-    file: FileIO, shown: str, nbytes: int, block_nbytes: int, tick: Callable[[int], None]
+    file: FileIO, shown: str, start: int, most: int, block_nbytes: int, tick: Callable[[int], None]
 ) -> Iterator[memoryview]:
-    """The file, block by block, in two buffers by turns: a block stays whole while the next one is read.
+    """What follows in the file, which is read from `start` on, in two buffers by turns.
 
-    Stops soon after `nbytes`, lest a file that grows as fast as it is read keep us forever.
+    A block stays whole while the next one is read. Never more than `most` bytes, lest a file that grows as fast as it
+    is read keep us forever.
     """
-    buffers = [memoryview(bytearray(min(nbytes + 1, block_nbytes))) for _ in range(2)]
+    buffers = [memoryview(bytearray(min(most, block_nbytes))) for _ in range(2)]
     done = 0
     tick(0)
-    while done <= nbytes:
+    while done < most:
         try:
-            count = file.readinto(buffers[0])
+            count = file.readinto(buffers[0][: most - done])
         except OSError as error:
-            raise WeightopsError(f"{shown}: cannot be read at byte {done} ({error.strerror})") from None
+            raise WeightopsError(f"{shown}: cannot be read at byte {start + done} ({error.strerror})") from None
         if not count:
             return
         yield buffers[0][:count]
@@ -205,20 +223,21 @@ def _finish(futures: Iterable[Future[Any]]) -> None:
 
 
 def hash_files(
-    files: Sequence[tuple[Path, Collection[str]]],
+    files: Sequence[tuple[Path, Collection[str]] | ToHash],
     *,
     workers: int | None = None,
     on_bytes: Callable[[int], object] | None = None,
     cancelled: Callable[[], object] | None = None,
 ) -> list[FileDigests | WeightopsError]:
-    """Digest each file by its algorithms, `workers` files at a time (by default one per core), largest first.
+    """Digest each file, or part of one, `workers` of them at a time (by default one per core), largest first.
 
     The results stand in the order of `files`; a file that cannot be hashed has its error in its place. Callbacks
     as for `hash_file`, one call at a time but from several threads. An exception from a callback, and a
     KeyboardInterrupt, stop all workers within a block and come out here.
     Raises `UsageError` for an algorithm that is unknown or not installed.
     """
-    for algorithm in {name for _, algorithms in files for name in algorithms}:
+    wanted = [ToHash(*each) for each in files]
+    for algorithm in {name for each in wanted for name in each.algorithms}:
         new_hasher(algorithm, 0)
     if workers is not None and workers < 1:
         raise UsageError(f"cannot hash with {workers} workers, expected at least 1")
@@ -237,9 +256,9 @@ def hash_files(
             if cancelled is not None:
                 cancelled()
 
-    def work(path: Path, algorithms: Collection[str]) -> FileDigests | WeightopsError:
+    def work(each: ToHash) -> FileDigests | WeightopsError:
         try:
-            return hash_file(path, algorithms, advance, check)
+            return hash_file(each.path, each.algorithms, advance, check, start=each.start, stop=each.stop)
         except Interrupted:
             raise
         except WeightopsError as error:
@@ -247,25 +266,28 @@ def hash_files(
 
     pool = ThreadPoolExecutor(workers or cores(), "hash-file")
     try:
-        futures = {i: pool.submit(work, *files[i]) for i in _largest_first([path for path, _ in files])}
+        futures = {i: pool.submit(work, wanted[i]) for i in _largest_first(wanted)}
         pending = set(futures.values())
         while pending:
             # Python may miss a signal that comes just before a wait, and see it when the wait is over.
             done, pending = wait(pending, _MAX_WAIT_S, FIRST_EXCEPTION)
             _finish(done)
-        return [futures[i].result() for i in range(len(files))]
+        return [futures[i].result() for i in range(len(wanted))]
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _largest_first(paths: Sequence[Path]) -> list[int]:
-    """Indices of `paths`; what cannot be asked for its size goes last, and fails when its turn comes."""
+def _largest_first(wanted: Sequence[ToHash]) -> list[int]:
+    """Indices of `wanted`; what cannot be asked for its size goes last, and fails when its turn comes."""
 
     def nbytes(index: int) -> int:
+        each = wanted[index]
+        if each.stop is not None:
+            return each.stop - each.start
         try:
-            return paths[index].stat().st_size
+            return each.path.stat().st_size - each.start
         except OSError:
             return 0
 
-    return sorted(range(len(paths)), key=nbytes, reverse=True)
+    return sorted(range(len(wanted)), key=nbytes, reverse=True)

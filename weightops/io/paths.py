@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Literal
 
 from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.escape import escape, is_harmless
@@ -108,6 +109,43 @@ def files_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> Ite
                 pending.append(f"{prefix}{entry.name}/")
             else:
                 yield prefix + entry.name
+
+
+EntryKind = Literal["file", "link", "linked folder", "other"]
+
+
+def entries_below(
+    folder: Path, skipped: Collection[str], unreadable: Callable[[str, OSError], None]
+) -> Iterator[tuple[str, EntryKind]]:
+    """As `files_below`, but nothing is passed over save the entries of `folder` itself in `skipped`.
+
+    A link is one to a file, or to a folder, which is not searched; what is neither file nor folder is something else.
+    """
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        try:
+            with os.scandir(folder / prefix) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            unreadable(prefix, error)
+            continue
+        for entry in entries:
+            if not prefix and entry.name in skipped:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, _kind(entry)
+
+
+def _kind(entry: os.DirEntry[str]) -> EntryKind:
+    try:
+        if entry.is_file():
+            return "link" if entry.is_symlink() else "file"
+        return "linked folder" if entry.is_dir() else "other"
+    except OSError:
+        return "other"  # a link in a circle
 
 
 def open_regular(path: Path) -> int:

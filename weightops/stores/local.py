@@ -11,7 +11,7 @@ from weightops.errors import CorruptInput, SourceMissing, WeightopsError
 from weightops.io.atomic import make_folder, publish, remove_left, temporary_of, write_new, write_whole, writing_whole
 from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
-from weightops.io.paths import check_relative, inside, open_regular
+from weightops.io.paths import inside, open_regular
 from weightops.io.platform.files import read_at
 from weightops.io.reflink import Extent
 from weightops.io.source_file import SourceFile

@@ -10,9 +10,21 @@ import click
 import weightops
 from weightops.cli.colour import say, styled
 from weightops.cli.meter import human
-from weightops.cli.options import refuse_unused, report_options, workers_option
+from weightops.cli.options import refuse_unused, report_options, trust_config_option, workers_option
 from weightops.cli.output import escape_lines, print_json, running, save_report, warn
-from weightops.cli.params import DIGESTS, FILE, SOURCE, Command, NameOrFile, OneOf, epilog, named, published, some
+from weightops.cli.params import (
+    DIGESTS,
+    FILE,
+    SEVERAL,
+    SOURCE,
+    Command,
+    NameOrFile,
+    OneOf,
+    epilog,
+    named,
+    published,
+    some,
+)
 from weightops.errors import WeightopsError
 from weightops.io.escape import escape
 
@@ -33,9 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--extra",
     type=OneOf(named("operations.verify", "EXTRA_POLICIES")),
-    default="warn",
-    show_default=True,
-    help="What to do about files that are not on the list.",
+    help="What to do about files that are not on the list; default: warn, and fail with a signature.",
 )
 @click.option(
     "--algorithm",
@@ -43,6 +53,23 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="The digest that a checksum list holds, such as md5, if its name does not say it.",
 )
+@click.option(
+    "--signature",
+    type=FILE,
+    help="Compare with this signature, such as model.sig, which has to be by the --key, --certificate or --identity.",
+)
+@click.option("--key", type=FILE, help="The public key, in PEM, of whoever has to have signed.")
+@click.option(
+    "--certificate",
+    type=FILE,
+    multiple=True,
+    help=f"A file of certificates, in PEM, one of which has to vouch for the signer's. {SEVERAL}",
+)
+@click.option("--identity", metavar="NAME", help="Who has to have signed with Sigstore: a mail address or a URL.")
+@click.option(
+    "--issuer", metavar="URL", help="Who has to have known that identity, such as https://accounts.google.com."
+)
+@trust_config_option
 @click.option("--junit", type=FILE, help="Write the result as JUnit XML, which continuous integration reads.")
 @workers_option
 @report_options
@@ -51,8 +78,14 @@ def command(
     manifest: str | None,
     quick: bool,
     content: bool,
-    extra: str,
+    extra: str | None,
     algorithm: str | None,
+    signature: Path | None,
+    key: Path | None,
+    certificate: tuple[Path, ...],
+    identity: str | None,
+    issuer: str | None,
+    trust_config: Path | None,
     junit: Path | None,
     workers: int | None,
     as_json: bool,
@@ -70,11 +103,15 @@ def command(
       weightops verify ./zhixi --manifest zhixi-13b-base
       weightops verify ./zhixi.gguf
       weightops verify hf://org/name
+      weightops verify ./zhixi --signature ./zhixi/model.sig --key signer.pub
 
     Lists of md5sum, sha256sum, b3sum and xxhsum are read too, and Meta's checklist.chk. If files differ, the verdict
     says whether the tensors in them do, and which. A name such as hf://org/name[@revision] means the copy of that
     repository in the Hugging Face cache. It is compared with the digests of its hub, or, with HF_HUB_OFFLINE, with
     those that the cache names its files by.
+
+    A signature is a list of digests under which somebody has put a name, as `weightops sign` and model-signing write
+    it. Files that it does not list are wrong, too.
     """
     if content:
         refuse_unused("with --content, which compares tensors and no files", "extra", "algorithm")
@@ -91,6 +128,12 @@ def command(
                 content=content,
                 extra=extra,
                 algorithm=algorithm,
+                signature=signature,
+                key=key,
+                certificate=certificate,
+                identity=identity,
+                issuer=issuer,
+                trust_config=trust_config,
                 workers=workers,
                 control=control,
             )
@@ -118,6 +161,8 @@ def _text(report: VerifyReport) -> str:
         ("is not in the manifest", report.tensors_extra),
     ):
         lines += [f"tensor {escape(name)} {what}" for name in names]
+    if report.signer is not None:
+        lines.append(f"signed by {escape_lines(report.signer)}")
     return "\n".join([*lines, _verdict(report)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from weightops.operations.verify.bucket import verify_bucket
 from weightops.operations.verify.operation import EXTRA_POLICIES, is_listing, verify
 from weightops.operations.verify.report import FileResult, VerifyDocument, VerifyReport, junit_of_error
+from weightops.operations.verify.signed import verify_signature
 
 __all__ = [
     "EXTRA_POLICIES",
@@ -15,4 +16,5 @@ __all__ = [
     "junit_of_error",
     "verify",
     "verify_bucket",
+    "verify_signature",
 ]

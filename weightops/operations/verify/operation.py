@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,14 @@ from typing import TYPE_CHECKING, Literal
 from weightops.engine.control import Control
 from weightops.errors import CorruptInput, Interrupted, SourceMissing, UsageError, WeightopsError
 from weightops.formats.places import repository_hint
+from weightops.formats.proofs import bundle
 from weightops.formats.proofs import manifest as own
 from weightops.formats.proofs.checksums import is_checksum_list, read_checksums
 from weightops.formats.proofs.manifest import Manifest, read_manifest
 from weightops.io.digests import HEX_DIGITS, FileDigests, hash_files
 from weightops.io.escape import escape
 from weightops.io.paths import files_below, inside
+from weightops.operations.verify.files import decoded, in_words, look
 from weightops.operations.verify.report import FileResult, Status, VerifyReport
 from weightops.spec import TensorSpec
 
@@ -180,7 +181,9 @@ def _with_files(
 ) -> VerifyReport:
     """The report with a result for each listed file, in the manifest's order, then for each extra one."""
     shown = escape(str(manifest or folder))
-    seen = {name: _look(folder, name, wanted, shown) for name, wanted in expected.items()}
+    seen = {
+        name: look(folder, name, wanted.nbytes, in_words(wanted.digests), shown) for name, wanted in expected.items()
+    }
     present = {name: at for name, at in seen.items() if not isinstance(at, FileResult)}
     hashed: dict[str, FileDigests | WeightopsError] = {}
     if report.mode == "full":
@@ -203,39 +206,17 @@ def _with_files(
     return replace(report, files=tuple(files), nbytes=nbytes)
 
 
-def _look(folder: Path, name: str, expected: Expected, shown: str) -> FileResult | tuple[Path, int]:
-    """Path and size of a regular file that has the listed size, or else what is wrong with it."""
-    try:
-        path = inside(folder, name, shown)
-        status = path.stat()
-    except CorruptInput as error:
-        return FileResult(name, "unreadable", detail=str(error))
-    except (FileNotFoundError, NotADirectoryError):
-        return FileResult(name, "missing", _in_words(expected.digests))
-    except OSError as error:
-        return FileResult(name, "unreadable", detail=str(error.strerror))
-    if not stat.S_ISREG(status.st_mode):
-        return FileResult(name, "unreadable", detail="not a regular file")
-    if expected.nbytes not in (None, status.st_size):
-        return FileResult(name, "differs", f"{expected.nbytes} bytes", f"{status.st_size} bytes")
-    return path, status.st_size
-
-
 def compared(name: str, expected: Expected, nbytes: int, found: FileDigests | WeightopsError | None) -> FileResult:
     """The result for a file of the right size, with what hashing gave if it was hashed."""
     if isinstance(found, SourceMissing):
-        return FileResult(name, "missing", _in_words(expected.digests))
+        return FileResult(name, "missing", in_words(expected.digests))
     if isinstance(found, WeightopsError):
         return FileResult(name, "unreadable", detail=str(found))
     if found is None:
         listed = "" if expected.nbytes is None else f"{expected.nbytes} bytes"
         return FileResult(name, "ok", listed, f"{nbytes} bytes")
     status: Status = "ok" if found.digests == expected.digests else "differs"
-    return FileResult(name, status, _in_words(expected.digests), _in_words(found.digests))
-
-
-def _in_words(digests: Mapping[str, str]) -> str:
-    return ", ".join(f"{algorithm} {digest}" for algorithm, digest in digests.items())
+    return FileResult(name, status, in_words(expected.digests), in_words(found.digests))
 
 
 def _extras(folder: Path, manifest: Path | None, listed: Collection[str]) -> list[FileResult]:
@@ -243,25 +224,20 @@ def _extras(folder: Path, manifest: Path | None, listed: Collection[str]) -> lis
     found: list[FileResult] = []
 
     def unreadable(name: str, error: OSError) -> None:
-        found.append(FileResult(_decoded(name), "unreadable", detail=f"cannot be searched ({error.strerror})"))
+        found.append(FileResult(decoded(name), "unreadable", detail=f"cannot be searched ({error.strerror})"))
 
     expected = {*listed, *(name[:i] for name in listed for i, character in enumerate(name) if character == "/")}
     manifest = manifest.resolve() if manifest is not None else None
     for name in files_below(folder, unreadable):
         if name not in expected and not is_listing(name) and (folder / name).resolve() != manifest:
-            found.append(FileResult(_decoded(name), "extra", detail="not listed"))
+            found.append(FileResult(decoded(name), "extra", detail="not listed"))
     return found
 
 
 def is_listing(name: str) -> bool:
-    """Whether a file lists others: a manifest or a checksum list."""
+    """Whether a file lists others: a manifest, a checksum list or a signature."""
     base = name.rpartition("/")[2]
-    return own.is_manifest_name(base) or is_checksum_list(base)
-
-
-def _decoded(name: str) -> str:
-    """A name from the file system as text that can be encoded again, for reports."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return own.is_manifest_name(base) or is_checksum_list(base) or base == bundle.NAME
 
 
 def with_content(report: VerifyReport, folder: Path, manifest: Manifest, tensors: TensorDigests) -> VerifyReport:

@@ -49,6 +49,7 @@ class VerifyDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schem
     tensors_differ: tuple[str, ...]
     tensors_missing: tuple[str, ...]
     tensors_extra: tuple[str, ...]
+    signer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class VerifyReport:
     `nbytes` were read in `elapsed_s` seconds, retries by tensor included.
     `problems` are faults of the folder as a whole: of its headers or index, or why its tensors cannot be read;
     `warnings` change nothing about the verdict.
-    `content_equal` is None when the tensors were not compared.
+    `content_equal` is None when the tensors were not compared, `signer` when the list is no signature; else it says who
+    has signed it.
     """
 
     folder: str
@@ -75,6 +77,7 @@ class VerifyReport:
     nbytes: int = 0
     elapsed_s: float = 0.0
     warnings: tuple[str, ...] = ()
+    signer: str | None = None
 
     __repr__ = brief
 
@@ -116,6 +119,7 @@ class VerifyReport:
             tensors_differ=self.tensors_differ,
             tensors_missing=self.tensors_missing,
             tensors_extra=self.tensors_extra,
+            signer=self.signer,
         )
         return as_json(document)
 
