@@ -57,6 +57,8 @@ PRINTED = {
         "weightops cast ./model --dtype bfloat16 --out ./model-bf16 --json",
     ),
     "weightops-run/2": ("`run`", "weightops run ./release.yaml --dry-run --json"),
+    "weightops-work/1": ("`work`", "weightops work ./job --group 0 --json"),
+    "weightops-finish/1": ("`finish`", "weightops finish ./job --json"),
     "weightops-quantize/1": (
         "`quantize`",
         "weightops quantize ./tiny-llama --method rtn --group-size 32 --skip '*.mlp.*' --skip '*.[123].*' "
@@ -141,6 +143,20 @@ WRITTEN = {
         "",
         "out.partial/run.json",
     ),
+    "weightops-job/1": (
+        "JOB/job.json, what several machines share",
+        "weightops shard ./model --out ./shared --job ./another-job",
+        "another-job/job.json",
+    ),
+    "weightops-job-group/1": ("JOB/groups/00000.json, a part of it", "", "another-job/groups/00000.json"),
+    "weightops-job-output/1": ("JOB/outputs/0.json, how an output ends", "", "another-job/outputs/0.json"),
+    "weightops-job-owner/1": (
+        "OUT.partial/weightops-job.json, while a job makes OUT",
+        "",
+        "shared.partial/weightops-job.json",
+    ),
+    "weightops-job-record/1": ("JOB/records/00000.json, a part that is done", "", "job/records/00000.json"),
+    "weightops-job-finished/1": ("JOB/finished.json, when all of it is", "", "job/finished.json"),
     "weightops-blocks/1": ("OUT.blocks/run.json, the same of `quantize`", "", "out.blocks/run.json"),
 }
 
@@ -169,12 +185,13 @@ def prepared() -> Iterator[Path]:
             prompts = ("Once", "The weights", "of the")
             experts = [{"source_model": "./tiny-llama", "positive_prompts": [each]} for each in prompts]
             mixture = {"base_model": "./tiny-llama", "gate_mode": "cheap_embed", "experts": experts}
-            weightops.experts_from_dense(mixture, "moe")
+            weightops.experts(None, "moe", from_dense=mixture)
             Path("prompts.txt").write_text("Once upon a time\nThe weights\n", encoding="utf-8")
             outputs = {"./out-f16": {"from": "cut", "dtype": "float16"}}
             recipe: dict[str, Any] = {"sources": {"raw": "./model"}, "outputs": outputs}
             recipe["tensors"] = {"cut": {"shard": {"source": "raw", "drop": "norm.weight"}}}
             Path("release.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+            weightops.shard("model", "cut", job="job")
             save_key(folder, "signer")
             hub.add("org/name", {path.name: path.read_bytes() for path in Path("model").iterdir()})
             os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}

@@ -14,10 +14,15 @@ import msgspec
 
 from weightops.api.comparison_report import CompareDocument
 from weightops.api.quantize_report import QuantizeDocument
+from weightops.cli.commands.finish import FinishDocument
+from weightops.cli.commands.work import WorkDocument
 from weightops.cli.events import Event
 from weightops.cli.machine import EnvDocument
 from weightops.cli.output import ErrorDocument
-from weightops.engine.staging import PartialRun
+from weightops.engine.ending import Ending
+from weightops.engine.job.documents import Finished, Group, GroupRecord, Job
+from weightops.engine.publishing import PartialRun
+from weightops.engine.work_folder import JobOwner
 from weightops.formats.delta import Delta
 from weightops.formats.proofs.manifest import Manifest
 from weightops.inference.batch import AnswerDocument, AnswersDocument, BatchDocument
@@ -40,6 +45,8 @@ FOLDER = Path(__file__).with_name("schemas")
 DOCUMENTS: tuple[Any, ...] = (
     WriteDocument,
     RunDocument,
+    WorkDocument,
+    FinishDocument,
     QuantizeDocument,
     DownloadDocument,
     CheckDocument,
@@ -65,6 +72,12 @@ DOCUMENTS: tuple[Any, ...] = (
     QuantizeReport,
     PartialRun,
     BlocksRun,
+    Job,
+    Group,
+    Ending,
+    GroupRecord,
+    Finished,
+    JobOwner,
 )
 
 

@@ -39,6 +39,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def store_endpoint() -> Iterator[str]:
+    """Where an object store is that keeps Amazon's rules; one for all tests, each with a bucket of its own."""
+    import buckets
+
+    with buckets.ministack() as endpoint:
+        yield endpoint
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What commands keep in the user's cache folder is kept in one of the tests."""

@@ -133,6 +133,7 @@ def test_operations_list_what_the_command_line_lists() -> None:
 
     found = {path.stem.replace("_", "-") for path in (PACKAGE / "operations").iterdir() if path.stem[0] != "_"}
     elsewhere = {"browse", "chat", "eval", "serve", "generate", "quantize", "imatrix", "run", "env", "completion"}
+    elsewhere |= {"work", "finish"}
     assert found == COMMANDS.keys() - elsewhere
 
 

@@ -32,7 +32,7 @@ FROM_PYTHON: dict[str, Callable[[], Any]] = {
     "an exact delta is always safetensors": lambda: weightops.diff("base", "tuned", "out", format="torch"),
     "an exact delta has no dtype": lambda: weightops.diff("base", "tuned", "out", dtype="float16"),
     "unknown method 'divide'": lambda: weightops.diff("base", "tuned", "out", method="divide"),
-    "expected a folder on this machine": lambda: weightops.shard("base", "hf://org/out"),
+    "nothing can be written there": lambda: weightops.shard("base", "hf://org/out"),
     "a shard size of '0B' holds nothing": lambda: weightops.shard("base", "out", max_shard_size="0B"),
     "unknown format 'zip'": lambda: weightops.shard("base", "out", format="zip"),
     "there is no model to evaluate": lambda: weightops.evaluate([], "base/config.json"),

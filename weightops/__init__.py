@@ -27,6 +27,7 @@ __all__ = [
     "experts",
     "explain_merge",
     "extract_lora",
+    "finish",
     "generate",
     "generate_all",
     "imatrix",
@@ -51,6 +52,7 @@ __all__ = [
     "verify",
     "verify_merge",
     "vocab",
+    "work",
 ]
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
         experts,
         explain_merge,
         extract_lora,
+        finish,
         generate,
         generate_all,
         imatrix,
@@ -95,6 +98,7 @@ if TYPE_CHECKING:
         verify,
         verify_merge,
         vocab,
+        work,
     )
 
 

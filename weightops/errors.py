@@ -12,13 +12,19 @@
     ├── PlanDiffers          12    a partial output was made by another plan
     ├── CorruptInput         13    an input is malformed, truncated, changed under us or hostile
     ├── AuthenticationFailed 14    the server wants another token
+    ├── Unfinished            1    groups of a job are still to be done
     ├── Locked               15    another run holds the output
+    │   └── Claimed          15    a job of many processes holds it
     ├── NoRoom               16    not enough disk or memory
     └── Interrupted     130/143    SIGINT or SIGTERM; the same command again continues
 
 The message is one sentence that names file, tensor, expected and found; `hint` says what to do next.
 The numbers are the exit codes of the command line, and part of its interface.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class WeightopsError(Exception):
@@ -29,6 +35,16 @@ class WeightopsError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole in other processes too, whatever arguments a subclass is made of."""
+        return _remade, (type(self), self.args, vars(self))
+
+
+def _remade(kind: type[WeightopsError], arguments: tuple[Any, ...], state: dict[str, Any]) -> WeightopsError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(state)
+    return error
 
 
 class IncompatibleInputs(WeightopsError):
@@ -93,6 +109,18 @@ class Locked(WeightopsError):
     """Another process is writing this output."""
 
     exit_code = 15
+
+
+class Claimed(Locked):
+    """This output belongs to a job of many processes."""
+
+
+class Unfinished(WeightopsError):
+    """Groups of a job, by their numbers, are still to be done."""
+
+    def __init__(self, message: str, groups: tuple[int, ...], *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.groups = groups
 
 
 class NoRoom(WeightopsError):

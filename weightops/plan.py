@@ -131,6 +131,7 @@ class Plan:
 
     @cached_property
     def shard_nbytes(self) -> dict[str, int]:
+        """Bytes of the output's weight files by name: of compressed ones the most that they can have."""
         return {shard.name: self.layout(shard).nbytes for shard in self.shards}
 
     @property
@@ -158,8 +159,13 @@ class Plan:
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of the output's weight files."""
+        """Bytes of the output's weight files: of compressed ones the most that they can have."""
         return sum(self.shard_nbytes.values())
+
+    @cached_property
+    def least_nbytes(self) -> int:
+        """Bytes that the output's weight files have in any case."""
+        return sum(self.layout(shard).least_nbytes for shard in self.shards)
 
     def index(self) -> bytes | None:
         """The index file, or None for a single shard."""
@@ -173,9 +179,28 @@ class Plan:
         parameters = sum(t.spec.numel for t in counted) if container.counts else None
         return render_index(weight_map, sum(t.nbytes for t in counted), parameters)
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON data."""
-        return {
+    def part(self, shards: Sequence[Shard]) -> Plan:
+        """What of it these shards need to be written, and no more."""
+        expect = self.expect
+        if expect is not None:
+            names = {name for shard in shards for name in shard.tensors}
+            files = {s.name: expect.files[s.name] for s in shards if s.name in expect.files}
+            expect = Expectation(expect.source, files, {n: d for n, d in expect.tensors.items() if n in names})
+        return Plan(
+            recipe={},
+            container=self.container,
+            metadata=self.metadata,
+            shards=tuple(shards),
+            index_name=None,
+            sidecars={},
+            digests=self.digests,
+            expect=expect,
+            reflink=self.reflink,
+        )
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """The plan as JSON data, piece by piece: what is not in shards, then each shard; a whole one may be large."""
+        yield {
             "recipe": dict(self.recipe),
             "container": self.container,
             "metadata": dict(self.metadata),
@@ -189,10 +214,14 @@ class Plan:
             "documents": [msgspec.to_builtins(d) for d in self.documents],
             "watch": [t.to_json() for t in self.watch],
             "origins": msgspec.to_builtins(self.origins),
-            "shards": [
-                {"name": s.name, "tensors": [[n, t.to_json()] for n, t in s.tensors.items()]} for s in self.shards
-            ],
         }
+        for s in self.shards:
+            yield {"name": s.name, "tensors": [[n, t.to_json()] for n, t in s.tensors.items()]}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data."""
+        head, *shards = self.pieces()
+        return {**head, "shards": shards}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Plan:
@@ -216,15 +245,29 @@ class Plan:
             ),
         )
 
-    @cached_property
+    def identities(self) -> Iterator[Any]:
+        """The pieces as far as they depend on what is read and written, not on where the sources lie."""
+        for piece in self.pieces():
+            yield identity_of(json.loads(json.dumps(piece)))
+
+    @property
     def identity(self) -> Any:
-        """The plan as data that depends on what is read and written, not on where the sources lie."""
-        return identity_of(json.loads(json.dumps(self.to_json())))
+        """All of them in one."""
+        head, *shards = self.identities()
+        return {**head, "shards": shards}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the identity: equal plans write equal files."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the identities: equal plans write equal files."""
+        return digest_of(self.identities())
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    """SHA-256 of JSON values, a line each."""
+    state = hashlib.sha256()
+    for value in values:
+        state.update(json.dumps(value, sort_keys=True).encode() + b"\n")
+    return state.hexdigest()
 
 
 def sources_of(tensors: Iterable[LazyTensor]) -> tuple[SourceFile, ...]:

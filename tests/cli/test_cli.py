@@ -200,6 +200,15 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
             save_tiny(family / name, "llama", hidden_size=16, num_hidden_layers=1)
         (family / "corpus.txt").write_text(text(9))
         (family / "chatml.jinja").write_text("{{ messages }}<|im_end|>")
+    if command in ("work", "finish"):
+        shutil.copytree(family / "llama-13b", family / "llama")
+        shutil.copytree(family / "zhixi-diff", family / "diff")
+    if command == "finish":
+        for name in ("tuned-job", "other-job"):
+            out = "tuned" if name == "tuned-job" else "other"
+            job = ["--raw", "./llama", "--diff", "./diff", "--out", out, "--job", name]
+            assert run(["recover", *job]) == 0
+        assert run(["work", "./tuned-job", "--group", "0"]) == 0
     if command == "run":
         recipe = {"sources": {"raw": "./llama-13b"}, "outputs": {"./out": {"from": "raw", "dtype": "bfloat16"}}}
         (family / "release.yaml").write_text(json.dumps(recipe))

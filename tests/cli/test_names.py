@@ -20,6 +20,7 @@ from support import write_checkpoint
 import weightops
 from weightops.api import Output
 from weightops.api.merging import MergeOptions
+from weightops.api.outputs import OutputHere
 from weightops.cli.commands.merge import PARAMETERS
 from weightops.cli.main import LINES, cli, run
 from weightops.errors import UsageError
@@ -27,7 +28,7 @@ from weightops.inference.asked import Asked
 from weightops.io.yaml_document import Document
 from weightops.operations.check import CheckOptions
 from weightops.ops.merging.methods import METHODS
-from weightops.recipes.execute import Running
+from weightops.recipes.execute import Running, RunningHere
 from weightops.recipes.names import OLD_NAMES, OUTPUT
 from weightops.recipes.recipe import FILE_FIELDS, Recipe, parse_recipe
 from weightops.recipes.verbs import VERBS, find_verb
@@ -43,6 +44,7 @@ OF_THE_COMMAND = {
     "chat": {"jsonl"},
     "compare": {"html"},
     "merge": {"html", "explain", "verify"},
+    "work": {"time_limit"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
 """What only the command line has: reports in files, exit codes, what Python gives to a `Web`, and what other functions
@@ -59,7 +61,8 @@ WITHOUT = {"env", "completion", "browse", "serve"}
 """Commands that have no function."""
 OF_PYTHON = {"control", "web", "cache"}
 OPEN = {
-    f"Unpack[{kind.__name__}]": {*kind.__annotations__} for kind in (Output, Running, CheckOptions, Asked, MergeOptions)
+    f"Unpack[{kind.__name__}]": {*kind.__annotations__}
+    for kind in (Output, OutputHere, Running, RunningHere, CheckOptions, Asked, MergeOptions)
 }
 SHOWN = {"as_json", "quiet", "verbose", "progress"}
 DERIVED = {"convert": {"as_in_2023"}}

@@ -254,6 +254,14 @@ ROWS: dict[str, list[Row]] = {
         same("--offline", offline=True),
         same("--dry-run", dry_run=True),
     ],
+    "work": [
+        row("--workers 3", {"workers": 3}, threads=3),
+        row("--output-root a --output-root b", {"output_root": ("a", "b")}, roots=["a", "b"]),
+        row("--output-root a", {"output_root": "a"}, roots=["a"]),
+    ],
+    "finish": [
+        row("--output-root a --output-root b", {"output_root": ("a", "b")}, roots=["a", "b"]),
+    ],
     "env": [],
     "completion": [],
 }
@@ -272,6 +280,8 @@ ELSEWHERE = {
     "env": {"--gpu"},
     "download": {"--cache"},
     "generate": {"--prompts"},
+    "work": {"--group", "--time-limit"},
+    "finish": {"--abandon"},
 }
 """Of the command alone, and defaults by their names."""
 GIVEN = {
@@ -285,6 +295,8 @@ GIVEN = {
     "verify": ("source", ("source",)),
     "inspect": ("source", ("source",)),
     "manifest": ("source", ("source",)),
+    "work": ("source --group 2", ("source", 2)),
+    "finish": ("source", ("source",)),
     "sign": ("source", ("source",)),
     "download": ("org/model --out out", ("org/model", "out")),
 }
@@ -320,6 +332,8 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("evaluate.evaluate", "generate.Generation", "chat.Chat"):
         stand_in(f"weightops.inference.{name}")
     stand_in("weightops.operations.check.check")
+    for name in ("work.work", "finish.finish"):
+        stand_in(f"weightops.engine.job.{name}")
     pool = MagicMock()
     pool.__exit__.return_value = None
     monkeypatch.setattr("weightops.api.talk.open_pool", lambda _, **options: found.update(options) or pool)

@@ -76,7 +76,7 @@ ROWS = [
 ]
 ELSEWHERE = {"--out", "--html", "--explain", "--verify", "--json", "--quiet", "--progress", "--verbose", "--dry-run"}
 WRITING = {"--format", "--max-shard-size", "--expect", "--digest", "--card", "--reflink"}
-RUNNING = {"--overwrite", "--if-exists", "--restart", "--workers"}
+RUNNING = {"--overwrite", "--if-exists", "--restart", "--workers", "--job", "--executor"}
 """Of the files and of the run: test_wiring.py has these for all operations."""
 
 

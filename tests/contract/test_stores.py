@@ -1,4 +1,4 @@
-"""What every store answers, asked of each: a folder, one on a web server, a repository of a hub or in a cache.
+"""What every store answers, asked of each: a folder, one in a bucket or on a web server, a hub's repository, a copy.
 
 After restic's backend suite and zarr's StoreTests. A new kind of store is one more `Kind` here.
 """
@@ -14,20 +14,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import buckets
 import pytest
 from hub import Hub
 from huggingface_hub import snapshot_download
 from safetensors.numpy import save
 
-from weightops.errors import CorruptInput, OutputExists, SourceMissing, WeightopsError
+from weightops.errors import CorruptInput, NoRoom, OutputExists, SourceMissing, WeightopsError
 from weightops.formats.places import find_place
 from weightops.io.platform.machine import page_memory
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import LocalStore
 from weightops.stores.reader import FileReader
+from weightops.stores.s3 import target
+from weightops.stores.s3.store import S3Store
 from weightops.stores.store import Store, WritableStore
-from weightops.stores.stores import Stores
-from weightops.stores.web.policy import Policy
+from weightops.stores.stores import BUCKETS, Stores
+from weightops.stores.web.http import Http
+from weightops.stores.web.policy import Policy, Transient
 from weightops.stores.web.web import Web
 
 WEIGHTS = save({}, {"filler": "x" * 300_000})
@@ -50,13 +54,16 @@ class Kind:
     has_subfolders: bool = True
 
 
-@pytest.fixture(params=["local", "web", "hub", "cache", "cache offline"])
+@pytest.fixture(params=["local", "s3", "s3 listed", "web", "hub", "cache", "cache offline"])
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
     if request.param == "local":
         for name, data in FILES.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(data)
         yield Kind(Stores(), lambda: LocalStore(tmp_path), lambda name, data: slowly(tmp_path / name, data))
+        return
+    if request.param.startswith("s3"):
+        yield from in_bucket(request.getfixturevalue("store_endpoint"), is_listed=request.param.endswith("listed"))
         return
     with Hub() as hub, Web(QUICK, endpoint=hub.endpoint) as web:
         is_cached = request.param.startswith("cache")
@@ -83,6 +90,24 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
         publish()
         yield Kind(stores, place, change, has_subfolders=request.param != "web")
         assert not is_cached or hub.bytes_sent() == 0
+
+
+def in_bucket(endpoint: str, *, is_listed: bool) -> Iterator[Kind]:
+    """A store that asks anew each time, or one of what was listed when it was opened."""
+    with buckets.connect(endpoint) as connection:
+        stores = Stores(connect={BUCKETS: lambda: buckets.connect(endpoint)})
+        store = S3Store(buckets.new_bucket(connection), "models/m", connection)
+        for name, data in FILES.items():
+            store.put(name, data)
+
+        def place() -> Store:
+            found = find_place(store.shown, stores)
+            assert not isinstance(found, SourceFile)
+            return found
+
+        yield Kind(stores, place if is_listed else lambda: store, store.put)
+        with stores.connected():
+            pass  # what is open still is closed at the end
 
 
 def slowly(path: Path, data: bytes) -> None:
@@ -182,9 +207,13 @@ def test_other_bytes_are_another_identity_and_the_first_never_gives_them(kind: K
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["local"])
-def writable(request: pytest.FixtureRequest, tmp_path: Path) -> WritableStore:
-    return LocalStore(tmp_path)
+@pytest.fixture(params=["local", "s3"])
+def writable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[WritableStore]:
+    if request.param == "local":
+        yield LocalStore(tmp_path)
+        return
+    with buckets.connect(request.getfixturevalue("store_endpoint")) as connection:
+        yield S3Store(buckets.new_bucket(connection), "out", connection)
 
 
 def names(store: Store) -> list[str]:
@@ -275,18 +304,49 @@ def test_a_target_has_no_name_before_it_is_committed(writable: WritableStore) ->
     assert writable.get("a") == bytes(block)
 
 
-class Faults:
-    """The `fatal`-th of all calls finds the disk full."""
+def test_what_is_removed_is_gone_and_what_is_not_there_is_none(writable: WritableStore) -> None:
+    writable.put("sub/a", b"data")
+    assert writable.find("sub/a") == b"data"
+    for _ in range(2):
+        writable.remove("sub/a")
+        assert writable.find("sub/a") is None
+    assert not writable.has("sub/a")
 
-    def __init__(self, fatal: int) -> None:
-        self.count, self._fatal = 0, fatal
+
+def test_a_target_of_which_only_the_most_was_known_ends_where_it_ends(writable: WritableStore) -> None:
+    """More than the disk has: no room is taken ahead."""
+    target = writable.target("a", 1 << 40, is_most=True)
+    block = memoryview(page_memory(8192))
+    block[:5] = b"whole"
+    target.write(0, block, 8192)
+    target.write(8192, block, 5)
+    target.close(8197)
+    target.commit()
+    assert writable.get("a") == bytes(block) + b"whole"
+
+
+def test_all_files_below_a_folder_are_listed(writable: WritableStore) -> None:
+    for name in ("b/2/x", "b/1", "a", "bb/y"):
+        writable.put(name, b"")
+    assert writable.listed("") == ["a", "b/1", "b/2/x", "bb/y"]
+    assert writable.listed("b") == ["b/1", "b/2/x"]
+    assert writable.listed("nowhere") == []
+
+
+class Faults:
+    """The `fatal`-th of all calls fails: it is not made, or, if its answer `is_lost`, made and then fails."""
+
+    def __init__(self, fatal: int, error: Exception, *, is_lost: bool = False) -> None:
+        self.count, self._fatal, self._error, self._is_lost = 0, fatal, error, is_lost
 
     def among(self, original: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
             self.count += 1
-            if self.count == self._fatal:
-                raise OSError(28, os.strerror(28))
-            return original(*args, **kwargs)
+            if self.count != self._fatal:
+                return original(*args, **kwargs)
+            if self._is_lost:
+                original(*args, **kwargs).close()  # type: ignore[attr-defined]
+            raise self._error
 
         return call
 
@@ -295,19 +355,27 @@ class Faults:
 def test_a_fault_at_every_call_leaves_the_name_with_nothing_or_the_whole(
     writable: WritableStore, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kinds: list[tuple[object, list[str], Exception, bool]] = [
+        (os, ["open", "write", "pwrite", "fsync", "replace", "link", "rename"], OSError(28, os.strerror(28)), False)
+    ]
+    if isinstance(writable, S3Store):
+        monkeypatch.setattr(target, "PART_NBYTES", 20_000)
+        monkeypatch.setattr(target, "_STEP_NBYTES", 1)
+        kinds = [(Http, ["request"], NoRoom("full"), False), (Http, ["request"], Transient("lost"), True)]
     data = random.Random(1).randbytes(70_000)
-    for fatal in range(1, 100):
-        name, faults = f"file-{fatal}", Faults(fatal)
-        with monkeypatch.context() as patch:
-            for call in ("open", "write", "pwrite", "fsync", "replace", "link", "rename"):
-                patch.setattr(os, call, faults.among(getattr(os, call)))
-            with suppress(WeightopsError):
-                way(writable, name, data)
-        # What had its name before the folder could be flushed is whole too.
-        assert not writable.has(name) or writable.get(name) == data
-        if faults.count < fatal:
-            break
-    assert faults.count > 3
+    for where, calls, error, is_lost in kinds:
+        for fatal in range(1, 100):
+            name, faults = f"file-{is_lost}-{fatal}", Faults(fatal, error, is_lost=is_lost)
+            with monkeypatch.context() as patch:
+                for call in calls:
+                    patch.setattr(where, call, faults.among(getattr(where, call)))
+                with suppress(*(() if is_lost else (WeightopsError,))):
+                    way(writable, name, data)
+            # What had its name before the folder could be flushed is whole too.
+            assert not writable.has(name) or writable.get(name) == data
+            if faults.count < fatal:
+                break
+        assert fatal > (1 if isinstance(writable, S3Store) else 3)
 
 
 @ways

@@ -52,6 +52,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "raw", raw, small, shards=2)
     write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()} | {"e": torch.ones(3)}, small, shards=2)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
+    weightops.diff(folder / "raw", folder / "tuned", folder / "small", compress=True)
     write_checkpoint(folder / "published", {n: torch.randn(40, 50) for n in raw})
     codes = {f"{name}.weight": torch.randn(40, 50).to(torch.float8_e4m3fn) for name in "abcdef"}
     scales = {f"{name}.weight_scale_inv": torch.rand(3, 2) for name in "abcdef"}
@@ -73,7 +74,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMMANDS = [
     "diff --raw raw --tuned tuned",
+    "diff --raw raw --tuned tuned --compress",
     "recover --raw raw --diff delta",
+    "recover --raw raw --diff small",
     "recover --raw raw --diff published --format torch-1.12",
     "convert meta --to hf --set context_length=8 --dtype float16",
     "convert meta --model-parallel 4 --to=meta",
@@ -99,7 +102,7 @@ The slow tests kill each at every change."""
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(family: Path, command: str, step: int) -> None:
-    folders = ("raw", "tuned", "delta", "published", "meta", "blocks", "steps.yml", "words", "others")
+    folders = ("raw", "tuned", "delta", "small", "published", "meta", "blocks", "steps.yml", "words", "others")
     name, *words = command.split()
     arguments = [name, *(str(family / word) if word in folders else word for word in words)]
     out = family / "out"

@@ -17,7 +17,7 @@ from weightops.formats.folder import open_checkpoint
 from weightops.lazy import LazyTensor
 from weightops.operations.recover import recover
 from weightops.ops.elementwise import Add, cast
-from weightops.recipes.execute import Files
+from weightops.recipes.planning import Files
 from weightops.spec import DType
 from weightops.stores.reader import FileReader
 

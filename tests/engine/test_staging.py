@@ -16,7 +16,7 @@ from systems import needs_itself
 import weightops
 from weightops.engine import staging, targets
 from weightops.engine.control import Control
-from weightops.engine.staging import partial
+from weightops.engine.publishing import partial
 from weightops.errors import CorruptInput, Interrupted, OutputExists, PlanDiffers
 
 PRECIOUS = "months of work"

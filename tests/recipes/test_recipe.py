@@ -67,7 +67,7 @@ def test_a_recipe_is_read_with_its_paths_from_its_own_folder(tmp_path: Path) -> 
         ("max_shard_size: 10GB", "max_shard_size: ten", r"r\.yaml:11: .*max_shard_size: cannot read the size 'ten'"),
         ("max_shard_size: 10GB", "max_shard_size: 1.5", r"r\.yaml:11: .*max_shard_size: expected a size"),
         ("digest: [md5]", "card: 3", r"r\.yaml:11: .*card: expected true or false"),
-        ("  two:", "  hf://org/two:", r"r\.yaml:12: .*an output must be a folder on this machine"),
+        ("  two:", "  hf://org/two:", r"r\.yaml:12: .*nothing can be written there"),
         ("  two: {from: both}", "  ./one: {from: both}", r"r\.yaml:12: outputs\.\./one: is given twice"),
         ("{path: /old, ", "{file: /old, ", r"r\.yaml:1: sources\.old\.file: unknown field"),
         ("  base:\n", "  base: {cast: {}, shard: {}}\n  x:\n", r"r\.yaml:4: tensors\.base: expected one operation"),

@@ -25,6 +25,7 @@ from weightops.api.change import (
 )
 from weightops.api.comparison import Comparisons, compare
 from weightops.api.importance import imatrix
+from weightops.api.jobs import finish, work
 from weightops.api.merging import compare_merge, explain_merge, merge, verify_merge
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
@@ -55,6 +56,7 @@ __all__ = [
     "experts",
     "explain_merge",
     "extract_lora",
+    "finish",
     "generate",
     "generate_all",
     "imatrix",
@@ -79,4 +81,5 @@ __all__ = [
     "verify",
     "verify_merge",
     "vocab",
+    "work",
 ]

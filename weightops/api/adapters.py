@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from weightops.api.outputs import Output, one
-from weightops.recipes.execute import Result, StrPath, several
+from weightops.recipes.execute import Result
+from weightops.recipes.planning import StrPath, several
 
 
 def combine_adapters(

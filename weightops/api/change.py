@@ -9,8 +9,9 @@ from typing import Any, Literal, Unpack
 from weightops.api.outputs import Output, local, one
 from weightops.api.prove import hold_checklist
 from weightops.errors import UsageError
-from weightops.recipes.execute import Result, StrPath, several
+from weightops.recipes.execute import Result
 from weightops.recipes.names import field_of
+from weightops.recipes.planning import StrPath, several
 
 
 def recover(
@@ -36,12 +37,15 @@ def diff(
     *,
     method: str = "exact",
     dtype: str | None = None,
+    compress: bool = False,
     **output: Unpack[Output],
 ) -> Result:
     """Make a delta from which holders of `raw` recover `tuned`; see `weightops.operations.diff`."""
     if method == "exact" and output.get("format") not in (None, "safetensors"):
         raise UsageError("an exact delta is always safetensors", hint="leave out --format")
-    return one("diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype})
+    return one(
+        "diff", {"raw": raw, "tuned": tuned}, out, output, {"method": method, "dtype": dtype, "compress": compress}
+    )
 
 
 def merge_lora(

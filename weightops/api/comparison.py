@@ -17,7 +17,7 @@ from weightops.inference.asked import Asked
 from weightops.io.brief import brief
 from weightops.io.escape import escape
 from weightops.io.strict_json import as_json
-from weightops.recipes.execute import StrPath
+from weightops.recipes.planning import StrPath
 
 if TYPE_CHECKING:
     from weightops.inference.answers import AnswersReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from weightops.api.models import opened
 from weightops.api.outputs import local
@@ -21,7 +21,8 @@ from weightops.formats.proofs import manifest
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.plan import sources_of
-from weightops.recipes.execute import Result, Running, StrPath, Wanted, may_skip, several, write_all
+from weightops.recipes.execute import Result, Running, RunningHere, may_skip, write_all
+from weightops.recipes.planning import StrPath, Wanted, several
 
 if TYPE_CHECKING:
     from weightops.engine.work_folder import WorkFolder
@@ -40,7 +41,7 @@ def imatrix(
     seq_len: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    **running: Unpack[Running],
+    **running: Unpack[RunningHere],
 ) -> Result:
     """Measure the inputs of a model's linear layers on some text, for `convert` and llama-quantize.
 
@@ -87,13 +88,13 @@ def imatrix(
         recipe = _recipe(texts, samples=len(data.tokens), seq_len=length, seed=seed)
         said = (*checkpoint.warnings, *data.warnings, *layers.warnings)
 
-        def write(sums: Sums, running: Running, beside: WorkFolder | None = None) -> Result:
+        def write(sums: Sums, running: RunningHere, beside: WorkFolder | None = None) -> Result:
             datasets, shape = [path.name for path in texts], (len(data.tokens), length)
             made = matrix_of(sums, out.stem, datasets, shape, is_old=out.suffix == ".dat")
             # What was run is read once more, to know the source by its content, and to hold it against its manifest.
             made = replace(made, watch=tuple(checkpoint.values()), warnings=(*said, *made.warnings))
             wanted = Wanted(made, {}, recipe, {"source": checkpoint}, beside=beside, provenance=provenance)
-            return write_all({out: wanted}, running)[out]
+            return write_all({out: wanted}, cast("Running", running))[out]
 
         if is_skipping:
             at = manifest.beside(out)

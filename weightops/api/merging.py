@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import yaml
 
 from weightops.api.comparison import Comparisons, compare
-from weightops.api.outputs import Output, local, split_output
+from weightops.api.outputs import Output, split_output
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors
 from weightops.errors import UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document
-from weightops.recipes.execute import Result, StrPath, derive, execute
+from weightops.recipes.execute import Result, derive, execute
 from weightops.recipes.merging import OPTIONS, as_document, expand, read_text
+from weightops.recipes.planning import StrPath
 from weightops.recipes.recipe import Destination, Recipe
 from weightops.recipes.steps import Location
 from weightops.recipes.verbs import find_verb
+from weightops.stores.places import as_out
 
 if TYPE_CHECKING:
     from weightops.operations.merge import MergePlan, MergeProof
@@ -65,7 +67,7 @@ def merge(models: Models, out: StrPath, **options: Unpack[MergeOptions]) -> Resu
     merging = {name: value for name, value in options.items() if name in Merging.__annotations__}
     files, running = split_output({n: v for n, v in options.items() if n not in merging})  # type: ignore[arg-type]
     recipe = _recipe(models, merging)
-    return execute(_to(recipe, str(local(out)), files), running)[local(out)]
+    return execute(_to(recipe, os.fspath(as_out(out)), files), running)[as_out(out)]
 
 
 def explain_merge(models: Models, *, control: Control | None = None, **merging: Unpack[Merging]) -> MergePlan:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
-from weightops.api.outputs import Output, split_output
+from weightops.api.outputs import OutputHere, local, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, find_marked
@@ -28,7 +28,8 @@ from weightops.io.brief import brief
 from weightops.io.digests import hash_file
 from weightops.io.strict_json import as_json, dumps
 from weightops.plan import parse_size, sources_of
-from weightops.recipes.execute import Result, StrPath, Wanted, may_skip, several, write_all
+from weightops.recipes.execute import Result, may_skip, write_all
+from weightops.recipes.planning import StrPath, Wanted, several
 
 if TYPE_CHECKING:
     from weightops.inference.evaluate import Evaluation
@@ -87,7 +88,7 @@ def quantize(
     checkpoint_format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq",
     device: str = "auto",
     max_memory: str | int | None = None,
-    **output: Unpack[Output],
+    **output: Unpack[OutputHere],
 ) -> Quantization:
     """Quantise the linear layers of a model's blocks; see `weightops.quantization.driver`.
 
@@ -105,8 +106,8 @@ def quantize(
     from weightops.quantization.run import prepare, quantized, sample_length, scale_dtype
     from weightops.quantization.work import SCHEMA, blocks_of
 
-    files, running = split_output(output)
-    out = Path(out)
+    files, running = split_output(output, OutputHere)
+    out = local(out)
     control = running.get("control") or Control()
     running["control"] = control
     is_skipping = may_skip(running)

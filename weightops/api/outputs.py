@@ -12,16 +12,22 @@ from weightops.errors import UsageError
 from weightops.formats.places import is_remote
 from weightops.io.escape import escape
 from weightops.io.yaml_document import Document
-from weightops.recipes.execute import Files, Result, Running, StrPath, Wanted, execute, write_all
+from weightops.recipes.execute import Result, Running, RunningHere, execute, write_all
+from weightops.recipes.planning import Files, StrPath, Wanted
 from weightops.recipes.recipe import FILE_FIELDS, Recipe, one_step, parse_recipe, read_recipe
 from weightops.recipes.steps import Location
+from weightops.stores.places import Out, as_out
 
 
 class Output(Files, Running, total=False):
     """How to write a result: what of its files (`Files`), and how (`Running`)."""
 
 
-def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Path, Result]:
+class OutputHere(Files, RunningHere, total=False):
+    """The same, of what only this process can do."""
+
+
+def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]) -> dict[Out, Result]:
     """Carry out a recipe: a YAML file, the same as a mapping, or a `Recipe`; results by output folder.
 
     All outputs are written from one read of the sources, and appear when all are whole.
@@ -36,12 +42,12 @@ def run(recipe: StrPath | Mapping[str, Any] | Recipe, **running: Unpack[Running]
 def save(checkpoint: Checkpoint, out: StrPath, **output: Unpack[Output]) -> Result:
     """Write any checkpoint, opened or derived, to a folder, with index, sidecars and manifest."""
     files, running = split_output(output)
-    return write_all({local(out): _wanted(checkpoint, files)}, running)[local(out)]
+    return write_all({as_out(out): _wanted(checkpoint, files)}, running)[as_out(out)]
 
 
-def save_all(outputs: Mapping[StrPath, tuple[Checkpoint, Files]], **running: Unpack[Running]) -> dict[Path, Result]:
+def save_all(outputs: Mapping[StrPath, tuple[Checkpoint, Files]], **running: Unpack[Running]) -> dict[Out, Result]:
     """Write several checkpoints, each to its folder: what they share is read and computed once."""
-    wanted = {local(out): _wanted(checkpoint, files) for out, (checkpoint, files) in outputs.items()}
+    wanted = {as_out(out): _wanted(checkpoint, files) for out, (checkpoint, files) in outputs.items()}
     return write_all(wanted, running)
 
 
@@ -49,11 +55,11 @@ def _wanted(checkpoint: Checkpoint, files: Files) -> Wanted:
     return Wanted(checkpoint, files, {"operation": "save", "from": checkpoint.name}, {})
 
 
-def split_output(output: Output) -> tuple[Files, Running]:
+def split_output(output: Output | OutputHere, known: type = Output) -> tuple[Files, Running]:
     """What of the keywords is about files, and what about the run."""
-    unknown = next((name for name in output if name not in Output.__annotations__), None)
+    unknown = next((name for name in output if name not in known.__annotations__), None)
     if unknown is not None:
-        raise TypeError(f"unexpected keyword argument {unknown!r}; outputs take {', '.join(Output.__annotations__)}")
+        raise TypeError(f"unexpected keyword argument {unknown!r}; outputs take {', '.join(known.__annotations__)}")
     files = {name: value for name, value in output.items() if name in FILE_FIELDS and value is not None}
     running = {name: value for name, value in output.items() if name not in FILE_FIELDS}
     return files, running  # type: ignore[return-value]  # both are parts of `Output`
@@ -75,7 +81,7 @@ def one(
         for role, source in sources.items()
     }
     files, running = split_output(output)
-    (result,) = execute(one_step(verb, given, options, str(local(out)), files), running).values()
+    (result,) = execute(one_step(verb, given, options, os.fspath(as_out(out)), files), running).values()
     return result
 
 

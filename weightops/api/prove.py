@@ -20,8 +20,9 @@ from weightops.formats.proofs.manifest import Manifest
 from weightops.formats.proofs.published import find_manifest
 from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
-from weightops.recipes.execute import StrPath, several
+from weightops.recipes.planning import StrPath, several
 from weightops.stores.local import read_source
+from weightops.stores.s3.places import is_bucket
 
 if TYPE_CHECKING:
     from weightops.formats.hub_places import Snapshot
@@ -165,8 +166,8 @@ def verify(
 ) -> VerifyReport:
     """Hold a folder or file against its own manifest, another one, a checksum list, a published name or a signature.
 
-    `hf://org/name` is its copy in the cache of the control's `stores`, which is held against the hub's digests if no
-    other manifest is given; offline against the names of its blobs, which are digests.
+    What is in a bucket is read there. `hf://org/name` is its copy in the cache of the control's `stores`, which is held
+    against the hub's digests if no other manifest is given; offline against the names of its blobs, which are digests.
     A folder that differs is a report whose verdict is False, not an error.
 
     With `signature`, a bundle of OpenSSF model signing, the files have to be those that it lists, and it has to be
@@ -175,12 +176,26 @@ def verify(
     and with a signature fail, unless it says otherwise.
     """
     from weightops.operations.verify import verify as operation
+    from weightops.operations.verify import verify_bucket
 
     control = control or Control()
     trusted = {"key": key, "certificate": certificate, "identity": identity, "issuer": issuer}
     trusted["trust_config"] = trust_config
     for name in (name for name, value in trusted.items() if value and signature is None):
         raise UsageError(f"{name} says whose signature counts, and there is none", hint="give the signature too")
+    if is_bucket(os.fspath(folder)):
+        if signature is not None:
+            raise UsageError("what is in a bucket has no signature to be verified there", hint="download it first")
+        return verify_bucket(
+            os.fspath(folder),
+            find_manifest(os.fspath(manifest)) if manifest is not None else None,
+            quick=quick,
+            content=content,
+            extra="warn" if extra is None else extra,
+            algorithm=algorithm,
+            workers=workers,
+            control=control,
+        )
     snapshot = _snapshot(folder, control) if is_remote(folder) else None
     if signature is not None:
         from weightops.formats.proofs.signers import Trust

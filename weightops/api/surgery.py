@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from weightops.api.outputs import Output, local, one, split_output
+from weightops.api.outputs import Output, one, split_output
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.io.yaml_document import Document, read_document
 from weightops.recipes.editing import with_sources
-from weightops.recipes.execute import Result, StrPath, execute, several
+from weightops.recipes.execute import Result, execute
 from weightops.recipes.merging import Expanded, read_text
+from weightops.recipes.planning import StrPath, several
 from weightops.recipes.recipe import Destination, Recipe, location, place_of, plain_step
 from weightops.recipes.steps import Location, Step
+from weightops.stores.places import as_out
 
 if TYPE_CHECKING:
     from weightops.layouts.experts import Layout
@@ -61,8 +63,8 @@ def edit(
         given = {"source": os.fspath(source), "steps": list(steps), "config": config, "tokenizer": tokenizer}
         document, folder = Document({"edit": {k: v for k, v in given.items() if v is not None}}, "edit"), Path()
     places, step = _edit(document, folder, named, architecture)
-    recipe = Recipe(places, {"result": step}, {str(local(out)): Destination("result", {}, files)}, document)
-    return execute(recipe, running)[local(out)]
+    recipe = Recipe(places, {"result": step}, {os.fspath(as_out(out)): Destination("result", {}, files)}, document)
+    return execute(recipe, running)[as_out(out)]
 
 
 def part(

@@ -11,7 +11,7 @@ from weightops.api.models import ComputeDType, for_models, opened_merged
 from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.inference.asked import Asked, settings_of
-from weightops.recipes.execute import StrPath
+from weightops.recipes.planning import StrPath
 
 if TYPE_CHECKING:
     from weightops.inference.batch import BatchDocument

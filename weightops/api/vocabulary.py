@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 from weightops.api.outputs import Output, one
-from weightops.recipes.execute import Result, StrPath, several
+from weightops.recipes.execute import Result
+from weightops.recipes.planning import StrPath, several
 
 
 def vocab(

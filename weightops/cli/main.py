@@ -48,6 +48,8 @@ GROUPS = {
         "shard": "Rewrite a model in other files, names or layers.",
         "vocab": "Change a model's vocabulary: rows, tokens, tokenizer, ids.",
         "run": "Carry out a recipe: several steps and results in one go.",
+        "work": "Do a part of a job that several machines share.",
+        "finish": "End a job: prove it, and give its results their names.",
     },
     "Prove that it is right": {
         "verify": "Check that the files of a model are the right ones.",
@@ -107,6 +109,7 @@ ENVIRONMENT = {
     "HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME": "where the Hugging Face cache is; default ~/.cache/huggingface/hub",
     "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY": "http://user:password@host:port, by the scheme of a URL",
     "NO_PROXY": "hosts and networks (10.0.0.0/8), each with a port or without, that need no proxy; * is all",
+    "SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX": "which group `work` does, as Slurm and Kubernetes number their tasks",
     "XDG_CACHE_HOME": "where what architectures are like is kept; default ~/.cache",
     "SSL_CERT_FILE": "authorities to trust in the place of the system's",
 }

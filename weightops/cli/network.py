@@ -7,6 +7,7 @@ import os
 import re
 import urllib.request
 from contextlib import suppress
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from weightops.cli.hub_cache import is_offline, is_set
@@ -15,6 +16,9 @@ from weightops.io.escape import escape
 from weightops.stores.web.policy import Policy
 from weightops.stores.web.urls import DEFAULT_ENDPOINT, origin, show
 from weightops.stores.web.web import Web
+
+if TYPE_CHECKING:
+    from weightops.stores.s3.connection import S3
 
 _ITEM = re.compile(r"(?P<host>\[[0-9a-f:.%]+\]|[^:]*)(?::(?P<port>\d{1,5}))?")
 
@@ -43,6 +47,13 @@ def open_web(*, endpoint: str | None = None, policy: Policy | None = None) -> We
         )
     endpoint = hub_endpoint(endpoint)
     return Web(policy, endpoint=endpoint, token=_token(), proxy_for=proxy_for)
+
+
+def open_buckets(policy: Policy | None = None) -> S3:
+    """Connections to buckets, as the environment and ~/.aws describe them; raises as `open_account` does."""
+    from weightops.stores.s3.connection import S3  # imported here because most commands need no bucket
+
+    return S3(policy=policy, proxy_for=proxy_for)
 
 
 def token_is_set() -> bool:

@@ -16,7 +16,7 @@ from weightops.cli.params import (
     DIGESTS,
     FILE,
     FLOATS,
-    FOLDER,
+    OUT,
     SEVERAL,
     NameOrFile,
     OneOf,
@@ -28,6 +28,7 @@ from weightops.cli.progress import HOWS
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
+    from weightops.engine.job.drive import Executor
     from weightops.recipes.execute import Result
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -81,7 +82,7 @@ progress_options = _all(
 )
 report_options = _all(json_option, progress_options)
 out_option = click.option(
-    "-o", "--out", type=FOLDER, required=True, help="Folder to write. It appears when it is complete."
+    "-o", "--out", type=OUT, required=True, help="Folder to write. It appears when it is complete."
 )
 dry_run_option = click.option(
     "-n", "--dry-run", is_flag=True, help="Show what would be written, and what that takes. Write nothing."
@@ -103,6 +104,22 @@ run_options = _all(
     workers_option,
     report_options,
 )
+job_options = _all(
+    click.option(
+        "--job",
+        type=OUT,
+        metavar="JOB",
+        help="Do nothing yet, but write into this folder what there is to do, for several machines: `weightops work` "
+        "does a part, `weightops finish` ends it.",
+    ),
+    click.option(
+        "--executor",
+        metavar="WHO",
+        shell_complete=some("threads", "dask:"),
+        help="Have the job done at once: by the threads of this process, or by dask:ADDRESS, the workers of a Dask "
+        "cluster that see the same files.",
+    ),
+)
 digest_option = click.option(
     "--digest",
     shell_complete=some(*DIGESTS),
@@ -115,7 +132,7 @@ trust_config_option = click.option(
     type=FILE,
     help="Which Sigstore to ask: a trust configuration in JSON; default: the public one.",
 )
-write_options = _all(
+write_here_options = _all(
     click.option(
         "--format",
         type=OneOf(named("formats.containers", "FORMATS")),
@@ -147,7 +164,9 @@ write_options = _all(
     ),
     run_options,
 )
-"""What every command that writes a checkpoint takes besides its output."""
+"""What a command takes that writes a checkpoint on this machine alone, besides its output."""
+write_options = _all(write_here_options, job_options)
+"""What every other command that writes a checkpoint takes."""
 run_model_options = _all(
     click.option(
         "--dtype",
@@ -196,10 +215,22 @@ def write(
     from weightops.cli.results import show_result
 
     as_json, quiet, workers = options.pop("as_json"), options.pop("quiet"), options["workers"]
+    if "executor" in options:
+        options["executor"] = executor(options["executor"], workers)
     with running(quiet) as control:
         result = function(*arguments, control=control, **options)
     show_result(result, as_json, quiet, workers)
     return result
+
+
+def executor(given: str | None, workers: int | None) -> Executor | None:
+    """Who does the groups of a job; workers elsewhere are given what their own environment describes."""
+    if given is None:
+        return None
+    from weightops.cli.elsewhere import do_group
+    from weightops.recipes.jobs import executor_of
+
+    return executor_of(given, workers, do_group)
 
 
 def cache_folder(name: str) -> Path | None:

@@ -20,9 +20,11 @@ from weightops.cli.progress import make_progress
 from weightops.errors import UsageError, WeightopsError
 from weightops.io import strict_json
 from weightops.io.escape import escape, is_harmless
-from weightops.stores.stores import WEB, Stores
+from weightops.stores.stores import BUCKETS, WEB, Stores
 
 if TYPE_CHECKING:
+    from weightops.stores.s3.connection import S3
+    from weightops.stores.web.policy import Policy
     from weightops.stores.web.web import Web
 
 if TYPE_CHECKING:
@@ -114,13 +116,20 @@ def _width(cell: str) -> int:
 
 
 @contextmanager
-def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterator[Control]:
+def running(
+    quiet: bool,
+    *,
+    connect: Callable[[], Web] | None = None,
+    policy: Policy | None = None,
+    time_limit_s: float | None = None,
+) -> Iterator[Control]:
     """A control that shows progress as --progress says, and that SIGINT, SIGTERM and Windows' SIGBREAK cancel.
 
     A second signal ends at once.
 
     With `quiet` it shows none. `connect` makes connections to servers, if such are wanted: by default those that the
-    environment describes, as it does the Hugging Face cache.
+    environment describes, as it does the Hugging Face cache. `policy` is that for buckets. After `time_limit_s` it is
+    cancelled as by SIGTERM.
     """
     from weightops.engine.control import Control  # imported here because help and completion do without it
 
@@ -137,13 +146,20 @@ def running(quiet: bool, *, connect: Callable[[], Web] | None = None) -> Iterato
         web.on_wait = progress.note
         return web
 
-    stores = Stores(connect={WEB: open_web}, cache=hub_cache(), offline=is_offline())
-    control = Control(progress, stores=stores)
+    def open_buckets() -> S3:
+        from weightops.cli import network
+
+        buckets = network.open_buckets(policy)
+        buckets.on_wait = progress.note
+        return buckets
+
+    stores = Stores(connect={WEB: open_web, BUCKETS: open_buckets}, cache=hub_cache(), offline=is_offline())
+    control = Control(progress, stores=stores, time_limit_s=time_limit_s)
     details: AbstractContextManager[None] = nullcontext()
     if is_verbose:
         from weightops.cli.details import Timed, showing_details
 
-        control, details = Control(Timed(progress), stores=stores), showing_details(progress)
+        control, details = Control(Timed(progress), stores=stores, time_limit_s=time_limit_s), showing_details(progress)
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

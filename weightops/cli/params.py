@@ -37,25 +37,48 @@ DIGESTS = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "blake2b", "b3
 FLOATS = ("float32", "float16", "bfloat16")
 
 _HOW = "How to run"
-_RUNNING = ("dry_run", "overwrite", "if_exists", "restart", "workers", "as_json", "progress", "verbose", "quiet")
+_RUNNING = (
+    "dry_run",
+    "overwrite",
+    "if_exists",
+    "restart",
+    "workers",
+    "job",
+    "executor",
+    "as_json",
+    "progress",
+    "verbose",
+    "quiet",
+)
 _SECTIONS = {**dict.fromkeys(FILE_FIELDS, "Files of the result"), **dict.fromkeys(_RUNNING, _HOW)}
 """Under which title options are shown, by name; the others come first."""
 
 
 class Place(click.Path):
-    """A path; where `remote` allows it also a repository on a hub or a URL, which stays the text that it is."""
+    """A path; where `remote` allows it also a repository on a hub, a URL or a place in a bucket, which stays text.
 
-    def __init__(self, *, remote: bool) -> None:
+    One `to_write` to may be a bucket and prefix.
+    """
+
+    def __init__(self, *, remote: bool, to_write: bool = False) -> None:
         super().__init__(path_type=Path)
-        self._remote = remote
-        self.name = "path|url" if remote else "path"
+        self._remote, self._to_write = remote, to_write
+        self.name = "path|url" if remote or to_write else "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from weightops.formats.places import is_remote
         from weightops.io.escape import escape
+        from weightops.stores.s3.places import is_bucket, parse_place
 
+        if self._to_write:
+            from weightops.stores.places import as_out, is_url
+
+            if is_url(value):
+                return as_out(value)
         if not is_remote(value):
             return super().convert(value, param, ctx)
+        if is_bucket(value):
+            parse_place(value)  # which refuses what holds a password, before it is shown or written anywhere
         if not self._remote:
             self.fail(f"{escape(value)} is not on this machine; `weightops download` fetches it.", param, ctx)
         return value
@@ -138,6 +161,7 @@ def named(module: str, name: str) -> Callable[[], tuple[str, ...]]:
 
 FOLDER = Place(remote=False)
 SOURCE = Place(remote=True)
+OUT = Place(remote=False, to_write=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 

@@ -19,6 +19,7 @@ from weightops.ops.measures.loss import Loss
 from weightops.recipes.execute import Result
 from weightops.recipes.recipe import Recipe
 from weightops.recipes.report import write_json
+from weightops.stores.places import Out
 
 SKIPPED = "is there, made by this very plan of these sources, and complete by the sizes of its files: skipped"
 _SHOWN_LOSSES = 5
@@ -33,10 +34,13 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
     elif result.skipped:
         if not quiet:
             say(f"{escape(str(result.out))}: {SKIPPED}")
+    elif result.manifest is None and result.job is not None:
+        if not quiet:
+            show_job(result.job, result.groups or 0)
     elif result.manifest is None:
         say(_dry_run_text(result, workers))
     elif not quiet:
-        nbytes, count = result.plan.total_nbytes, len(result.plan.shards)
+        nbytes, count = result.nbytes, len(result.plan.shards)
         kept = f", {len(result.resumed)} kept from before" if result.resumed else ""
         say(
             f"{escape(str(result.out))}: {len(result.manifest.tensors)} tensors, {human(nbytes)} in {count} files{kept}"
@@ -50,6 +54,16 @@ def show_result(result: Result, as_json: bool, quiet: bool, workers: int | None)
         if errors:
             say(_error_text(errors))
         say(f"content {result.manifest.content_id}")
+
+
+def show_job(place: str, groups: int) -> None:
+    """What there is to do for a job that was written."""
+    shown = escape(place)
+    say(
+        f"{shown}: {groups} groups to do, on any machine that sees the same files:\n"
+        f"  weightops work {shown} --group K      for each K from 0 to {groups - 1}\n"
+        f"  weightops finish {shown}"
+    )
 
 
 def _loss_text(losses: Mapping[str, Loss]) -> str:
@@ -106,11 +120,16 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files{network}",
             *_time(plan.sources),
             f"memory   at most {human(memory)}",
-            f"disk     {human(plan.total_nbytes)} of {human(free_disk(result.out))} free",
+            f"disk     {human(plan.total_nbytes)}{_free(result.out)}",
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
             *(f"{'does' if not i else '':<8} {sentence}" for i, sentence in enumerate(result.done)),
         ]
     )
+
+
+def _free(out: Out) -> str:
+    """The room where an output goes, if that is known."""
+    return f" of {human(free_disk(out))} free" if isinstance(out, Path) else " in a bucket"
 
 
 def _time(files: Collection[SourceFile]) -> list[str]:
@@ -122,7 +141,7 @@ def _time(files: Collection[SourceFile]) -> list[str]:
     return [f"time     at least {duration(least_s)} at {human(rate)}/s, as fast as this disk was read just now"]
 
 
-def what_a_recipe_does(recipe: Recipe, results: Mapping[Path, Result], workers: int | None) -> str:
+def what_a_recipe_does(recipe: Recipe, results: Mapping[Out, Result], workers: int | None) -> str:
     """What would be read, done and written."""
     plans = [result.plan for result in results.values()]
     origins = {origin.role: origin for plan in plans for origin in plan.origins}
@@ -140,9 +159,8 @@ def what_a_recipe_does(recipe: Recipe, results: Mapping[Path, Result], workers: 
     for (out, result), destination in zip(results.items(), recipe.outputs.values(), strict=True):
         cast = ", ".join(str(value) for value in destination.cast.values()) or "as it is"
         count, nbytes = len(result.plan.shards), human(result.plan.total_nbytes)
-        written.append(
-            (escape(str(out)), escape(destination.name), escape(cast), str(count), nbytes, human(free_disk(out)))
-        )
+        free = human(free_disk(out)) if isinstance(out, Path) else ""
+        written.append((escape(str(out)), escape(destination.name), escape(cast), str(count), nbytes, free))
     files = {file: None for plan in plans for file in plan.sources}
     read = f"reads    {human(sum(f.nbytes for f in files))} from {len(files)} files"
     if any(plan.is_remote for plan in plans):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from weightops.errors import Interrupted
@@ -11,6 +12,9 @@ from weightops.stores.stores import Stores
 
 if TYPE_CHECKING:
     from weightops.stores.web.web import Web
+
+
+_SIGTERM = 15
 
 
 class Progress(Protocol):
@@ -54,8 +58,8 @@ class Silent:
 class Control:
     """Progress, the places that are read from, checks done once, and a way to stop.
 
-    `web` are connections to servers that are open already; `stores` makes its own.
-    `cancel` may be called from a signal handler or another thread.
+    `web` are connections to servers that are open already; `stores` makes its own. After `time_limit_s` it stops as by
+    SIGTERM. `cancel` may be called from a signal handler or another thread.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Control:
         parent: Control | None = None,
         web: Web | None = None,
         stores: Stores | None = None,
+        time_limit_s: float | None = None,
     ) -> None:
         self.progress: Progress = progress or (parent.progress if parent else Silent())
         self.stores: Stores = stores or (parent.stores if parent and web is None else Stores(web))
@@ -72,6 +77,7 @@ class Control:
         self._parent = parent
         self._stop = threading.Event()
         self._signal = 2
+        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
 
     def cancel(self, signal_number: int = 2) -> None:
         """Ask everything that runs under this control to stop, as the signal would."""
@@ -87,5 +93,7 @@ class Control:
         """Raise `Interrupted` once this control or its parent was cancelled; to be called between blocks of work."""
         if self._parent is not None:
             self._parent.check()
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.cancel(_SIGTERM)
         if self._stop.is_set():
             raise Interrupted(self._signal)

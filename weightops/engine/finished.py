@@ -6,8 +6,6 @@ of samples of all that it was made of. Neither depends on where sources lie, or 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -23,7 +21,7 @@ from weightops.formats.proofs.manifest import Manifest
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
-from weightops.plan import Plan
+from weightops.plan import Plan, digest_of
 from weightops.stores.reader import FileReader
 
 PLAN, SOURCES = "plan", "sources"
@@ -33,25 +31,18 @@ _OF_A_MOMENT = {"mtime_ns", "digest", "etag"}
 
 def plan_mark(plan: Plan) -> str:
     """A digest of what the plan does, whatever its sources hold."""
-    identity = dict(plan.identity)
-    del identity["origins"], identity["provenance"]
-    return digest_of(lasting(identity))
+    pieces = ({k: v for k, v in each.items() if k not in ("origins", "provenance")} for each in plan.identities())
+    return digest_of(map(lasting, pieces))
 
 
 def sources_mark(samples: Mapping[str, str], remote: tuple[SourceFile, ...]) -> str:
     """A digest of what the sources hold: samples by shard, and of files on servers what is known of their content."""
-    return digest_of([sorted(samples.items()), [[file.name, file.digest or file.etag] for file in remote]])
+    return digest_of([sorted(samples.items()), *([file.name, file.digest or file.etag] for file in remote)])
 
 
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def marks(plan: Plan, samples: Mapping[str, str]) -> dict[str, str]:
-    """What the manifest of an output says of how it was made; `samples` are those of its shards, by name."""
-    remote = tuple(file for file in plan.sources if file.is_remote)
-    return {PLAN: plan_mark(plan), SOURCES: sources_mark(samples, remote)}
+def remote_sources(plan: Plan) -> tuple[SourceFile, ...]:
+    """The files of the plan that something is known of without reading them."""
+    return tuple(file for file in plan.sources if file.is_remote)
 
 
 def lasting(value: Any) -> Any:
@@ -86,7 +77,7 @@ def _find_made(out: Path, plan: Plan) -> Manifest | None:
     def made_of() -> str:
         with FileReader() as files:
             samples = {shard.name: sample(shard.tensors.values(), files) for shard in plan.shards}
-        return marks(plan, samples)[SOURCES]
+        return sources_mark(samples, remote_sources(plan))
 
     target = (FileTarget if plan.is_file else FolderTarget)(out, overwrite=False)
     found = _find_marked(out, target.manifest, plan_mark(plan), made_of)

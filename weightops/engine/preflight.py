@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightops.checkpoint import Copied
 from weightops.engine.limits import peak_memory
-from weightops.engine.staging import OUTPUT, partial
+from weightops.engine.publishing import OUTPUT, partial
 from weightops.errors import NoRoom, UsageError
 from weightops.io.escape import escape
 from weightops.io.paths import check_names
@@ -92,7 +92,7 @@ def _check_disk(plans: Mapping[Path, Plan]) -> None:
         disk = next(p for p in target.parents if p.exists()).stat().st_dev
         there = taken_disk(partial(target) / OUTPUT, "*")
         sidecars = sum(s.file.nbytes for s in plan.sidecars.values() if isinstance(s, Copied))
-        needed[disk] = needed.get(disk, 0) + plan.total_nbytes + sidecars + _SPARE_NBYTES - there
+        needed[disk] = needed.get(disk, 0) + plan.least_nbytes + sidecars + _SPARE_NBYTES - there
         free = free_disk(out)
         if needed[disk] > free:
             raise NoRoom(f"{escape(str(out))}: the output needs {needed[disk]} bytes of disk, {free} are free")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weightops.checkpoint import Copied
+from weightops.checkpoint import Copied, Sidecar
 from weightops.engine.control import Control
 from weightops.engine.finish import write_small
-from weightops.engine.staging import ProofRecord, Staging
+from weightops.engine.records import ProofRecord
+from weightops.engine.staging import Staging
 from weightops.engine.stream import BLOCK_NBYTES
 from weightops.formats.layout import Data
 from weightops.formats.sniff import check_head
@@ -106,16 +107,18 @@ def fetched_nbytes(plan: Plan) -> int:
     )
 
 
-def fetch_sidecars(plan: Plan, store: WritableStore, control: Control) -> dict[str, FileDigests]:
+def fetch_sidecars(
+    sidecars: Mapping[str, Sidecar], algorithms: Collection[str], store: WritableStore, control: Control
+) -> dict[str, FileDigests]:
     """Write the small files that come from elsewhere; raises as `Remote.read` does if one is not as expected."""
     found = {}
-    for name, sidecar in plan.sidecars.items():
+    for name, sidecar in sidecars.items():
         if isinstance(sidecar, Copied) and sidecar.file.is_remote:
             control.check()
             data = control.stores.read(sidecar.file)
             if not sidecar.file.digest:
                 check_head(data, sidecar.file.shown)
-            found[name] = write_small(store, name, data, plan.digests)
+            found[name] = write_small(store, name, data, algorithms)
     return found
 
 
@@ -164,6 +167,20 @@ def _hold(tensors: Iterable[LazyTensor], control: Control, proven: Collection[st
     if wanting:
         _read_again(wanting, control)
     return tuple(warnings)
+
+
+def to_be_proven(tensors: Iterable[LazyTensor]) -> tuple[SourceFile, ...]:
+    """The files that only their own digest can prove, if all of the tensors are read."""
+    return tuple(file for file, reading in _readings(tensors).items() if reading.must_prove(file))
+
+
+def prove_files(files: Sequence[SourceFile], control: Control) -> None:
+    """Read files from their beginnings to their ends, and hold them against their digests; raises `Differs`."""
+    try:
+        _read_again(files, control)
+    finally:
+        for file in files:
+            control.stores.forget(file)
 
 
 def unproven(tensors: Iterable[LazyTensor]) -> tuple[str, ...]:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from weightops.engine.control import Control
 from weightops.engine.digest import in_threads, watch
+from weightops.engine.ending import ending_of
 from weightops.engine.finish import check_expected, finish, seen
 from weightops.engine.joint import group
 from weightops.engine.preflight import default_workers, preflight
 from weightops.engine.proof import fetch_sidecars, note_proven, prove
+from weightops.engine.records import Record, ShardRecord, WatchRecord
 from weightops.engine.sample import sample
-from weightops.engine.staging import Record, ShardRecord, Staging, WatchRecord, published
+from weightops.engine.staging import Staging, published
 from weightops.engine.stream import BLOCK_NBYTES, File, write_files
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import Differs, OutputExists, WeightopsError
@@ -134,18 +136,20 @@ def _write(jobs: Sequence[_Job], workers: int, control: Control) -> list[manifes
     """Write everything into the partial folders; where nothing in one is worth keeping, a failure leaves none."""
     try:
         for job in jobs:
-            job.fetched = fetch_sidecars(job.plan, job.staging.store, control)
+            job.fetched = fetch_sidecars(job.plan.sidecars, job.plan.digests, job.staging.store, control)
         _watch(jobs, workers, control)
         _write_shards(jobs, workers, control)
         digests: dict[str, str] = {}
         for job in jobs:
             with _at_fault(job):
                 job.warnings += prove(job.plan, job.staging, control)
-                digests |= job.watched | seen(job.plan, job.records.values())
+                digests |= job.watched | seen(job.plan.origins, job.records.values())
         manifests = []
         for job in jobs:
             with _at_fault(job):
-                manifests.append(finish(job.plan, job.staging, job.records, digests, job.fetched))
+                made = finish(ending_of(job.plan), job.staging.store, job.records, digests, job.fetched)
+                job.staging.store.put(manifest.NAME, made.to_bytes())
+                manifests.append(made)
         return manifests
     except WeightopsError as error:
         is_source_wrong = isinstance(error, Differs) and not any(job.is_wrong for job in jobs)
@@ -213,7 +217,7 @@ def _write_shards(jobs: Sequence[_Job], workers: int, control: Control) -> None:
         written = write_group([(job.plan, shard, job.staging.store) for job, shard in members], control, threads)
         for (job, shard), (target, record) in zip(members, written, strict=True):
             with _at_fault(job):
-                check_expected(job.plan, {record.name: record.digests}, record.tensors)
+                check_expected(job.plan.expect, {record.name: record.digests}, record.tensors)
             job.staging.commit(target, record)
             note_proven(job.plan, job.staging, control.stores)
             job.records[shard.name] = record
@@ -230,7 +234,7 @@ def _committed(plan: Plan, journal: Iterable[Record], folder: Path, control: Con
         path = folder / record.name if isinstance(record, ShardRecord) else None
         if path is None or not isinstance(record, ShardRecord) or not path.is_file():
             continue
-        if path.stat().st_size != record.nbytes or record.nbytes != plan.shard_nbytes.get(record.name):
+        if path.stat().st_size != record.nbytes or record.name not in plan.shard_nbytes:
             continue
         _, digests = hash_file(path, ("xxh3_128",))
         if digests["xxh3_128"] == record.digests["xxh3_128"]:

@@ -12,86 +12,49 @@ If OUT exists it is whole: it appears by one rename, after everything in it has 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from weightops.engine.lock import is_lock
+from weightops.engine.publishing import (
+    OUTPUT,
+    SCHEMA,
+    Beside,
+    PartialRun,
+    flush_names,
+    give_name,
+    inode_of,
+    is_published,
+    partial,
+    remove_published,
+    remove_replaced,
+    restore_replaced,
+    target_of,
+)
+from weightops.engine.records import Record, ShardRecord, WatchRecord
 from weightops.engine.sample import sample
-from weightops.engine.targets import FileTarget, FolderTarget, Place
+from weightops.engine.targets import FolderTarget
 from weightops.engine.work_folder import WorkFolder, read_document, refuse_others
-from weightops.errors import Locked, OutputExists, PlanDiffers, UsageError, WeightopsError
+from weightops.errors import Locked, OutputExists, PlanDiffers, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
-from weightops.io.atomic import fsync_folder, write_all
+from weightops.io.atomic import write_all
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
-from weightops.io.platform.entries import is_link, rename
+from weightops.io.platform.entries import is_link
 from weightops.io.platform.files import flush, open_to_write
 from weightops.lazy import LazyTensor
-from weightops.ops.measures.loss import Loss
-from weightops.plan import Plan, first_difference, identity_of
+from weightops.plan import Plan, first_difference
 from weightops.stores.local import LocalStore
 from weightops.stores.reader import FileReader
 from weightops.stores.store import Target
 
-SCHEMA = "weightops-partial/1"
-JOURNAL, OUTPUT, REPLACED = "journal.jsonl", "output", "replaced"
-
-
-class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="shard"):
-    """A committed shard; `sample` is of all that it was made of."""
-
-    name: str
-    nbytes: int
-    sample: str
-    digests: dict[str, str]
-    tensors: dict[str, str]
-    witnesses: dict[str, str]
-    losses: dict[str, Loss] = {}
-    notes: dict[str, dict[str, float]] = {}
-
-
-class WatchRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="watch"):
-    """The tensors to be watched first have been, and were as expected; `sample` is of what they are made of."""
-
-    sample: str
-    witnesses: dict[str, str]
-
-
-class ProofRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="done", tag="proof"):
-    """Remote files, by digest, that have been read and had that digest."""
-
-    digests: list[str]
-
-
-Record = ShardRecord | WatchRecord | ProofRecord
-
-
-class Beside(msgspec.Struct, frozen=True, kw_only=True):
-    """Another folder of a run, by its name beside the output and what it is."""
-
-    name: str
-    schema: str
-
-
-class PartialRun(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
-    """`run.json`: the plan, its fingerprint and the files that it makes.
-
-    When all is written it says also by which inode the output will be known, what it takes the place of, and which
-    folder `beside` it the run needs no longer.
-    """
-
-    fingerprint: str
-    files: tuple[str, ...]
-    plan: dict[str, Any]
-    finished: int | msgspec.UnsetType | None = msgspec.UNSET
-    replaces: int | msgspec.UnsetType | None = msgspec.UNSET
-    beside: Beside | msgspec.UnsetType = msgspec.UNSET
+JOURNAL = "journal.jsonl"
 
 
 class Staging:
@@ -112,7 +75,7 @@ class Staging:
         """
         self.out = out = Path(os.path.abspath(out))
         self._plan, self._beside = plan, beside
-        self._target = _target(out, plan, overwrite=overwrite)
+        self._target = target_of(out, is_file=plan.is_file, overwrite=overwrite)
         self.warnings: tuple[str, ...] = ()
         self.records: list[Record] = []
         self._journal = -1
@@ -124,8 +87,8 @@ class Staging:
         try:
             self.published = published(out, plan)
             if self.published is None:
-                self._restore_replaced()
-                self._target = _target(out, plan, overwrite=overwrite)  # of what is there now
+                restore_replaced(out, self._work)
+                self._target = target_of(out, is_file=plan.is_file, overwrite=overwrite)  # of what is there now
                 self._target.refuse_existing()
                 self._begin(restart)
         except BaseException:
@@ -140,27 +103,21 @@ class Staging:
         if is_link(folder) or not folder.is_dir():
             return
         document = read_document(folder, SCHEMA)
-        is_over = document is not None and _is_published(out, document)
+        is_over = document is not None and is_published(out, document)
         if is_over or all(is_lock(entry.name) for entry in folder.iterdir()):
             with suppress(Locked, OutputExists), WorkFolder(folder, SCHEMA) as work:
-                _remove_published(work)
-
-    def _restore_replaced(self) -> None:
-        """Put back what a run that was killed between two renames had moved aside."""
-        aside = self._work.path / REPLACED
-        if not os.path.lexists(self.out) and _is_replaced(aside, self._work):
-            rename(aside, self.out)
+                remove_published(work)
 
     def _begin(self, restart: bool) -> None:
         """Go on where an earlier run of the same plan stopped, or anew."""
         document, plan = self._work.document, self._plan
         records: list[Record] = []
         nbytes = 0
-        if document is not None and _is_published(self.out, document):
-            _remove_replaced(self._work)
+        if document is not None and is_published(self.out, document):
+            remove_replaced(self._work)
         elif document is not None and not restart:
             if document.get("fingerprint") != plan.fingerprint:
-                difference = first_difference(plan.identity, identity_of(document.get("plan")))
+                difference = first_difference(self._identity, document.get("plan"))
                 raise PlanDiffers(
                     f"{escape(str(self._work.path))} is the partial output of another plan: {difference}",
                     hint="run the earlier command again to finish it, or give --restart to throw it away",
@@ -187,10 +144,15 @@ class Staging:
             raise write_failure(self._work.path, error) from None
         self.records = records
 
+    @cached_property
+    def _identity(self) -> Any:
+        """The plan without places: the queries of URLs, which hold secrets, are none of a file's business."""
+        return self._plan.identity
+
     def _run(self, **more: Any) -> PartialRun:
         plan = self._plan
         files = (JOURNAL, *(f"{OUTPUT}/{name}" for name in sorted(plan.file_names)))
-        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=plan.to_json(), **more)
+        return PartialRun(fingerprint=plan.fingerprint, files=files, plan=self._identity, **more)
 
     def commit(self, target: Target, record: ShardRecord) -> None:
         """Give a finished, durable shard its name, then note it."""
@@ -210,29 +172,23 @@ class Staging:
         """Note that everything is there, and what will be `out`; raises `OutputExists` if anything else is there."""
         self._work.own_files()
         try:
-            for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
-                fsync_folder(folder)
+            flush_names(self.folder)
             staged = self.folder / self.out.name if self._plan.is_file else self.folder
             other = self._beside
             beside = msgspec.UNSET if other is None else Beside(name=other.path.name, schema=other.schema)
-            self._work.begin(self._run(finished=_inode(staged), replaces=_inode(self.out), beside=beside))
+            self._work.begin(self._run(finished=inode_of(staged), replaces=inode_of(self.out), beside=beside))
         except OSError as error:
             raise write_failure(self.folder, error) from None
 
     def publish(self) -> None:
         """Give the output, which must be finished, its name."""
-        if self.published is not None:
-            return
-        try:
-            self._target.publish(self.folder, self._work.path / REPLACED)
-            fsync_folder(self.out.parent)
-        except OSError as error:
-            raise write_failure(self.out, error) from None
+        if self.published is None:
+            give_name(self._work, self._target, self.folder)
 
     def clean(self) -> None:
         """Remove what is left beside an output that has its name, and what that took the place of."""
         self._close_journal()
-        _remove_published(self._work, self._beside)
+        remove_published(self._work, self._beside)
 
     @property
     def has_shards(self) -> bool:
@@ -257,56 +213,6 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._close_journal()
         self._work.close()
-
-
-def _remove_published(work: WorkFolder, beside: WorkFolder | None = None) -> None:
-    """Remove what a run leaves beside its output; its own folder last, which says what the others are."""
-    with suppress(OutputExists, Locked), ExitStack() as stack:
-        _remove_replaced(work)
-        if beside is None and (path := _beside(work)) is not None:
-            beside = stack.enter_context(WorkFolder(*path))
-        if beside is not None:
-            beside.remove()
-        work.remove()
-
-
-def _beside(work: WorkFolder) -> tuple[Path, str] | None:
-    """Another folder of the run, and its schema: where the sources of its output lay."""
-    found = (work.document or {}).get("beside")
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "schema")):
-        return None
-    path = work.path.with_name(Path(found["name"]).name)
-    return (path, found["schema"]) if read_document(path, found["schema"]) is not None else None
-
-
-def _remove_replaced(work: WorkFolder) -> None:
-    """Remove what a published output took the place of; after an exchange of names it may be in the output's own."""
-    for folder in (work.path / REPLACED, work.path / OUTPUT):
-        if _is_replaced(folder, work):
-            shutil.rmtree(folder)
-
-
-def _is_replaced(folder: Path, work: WorkFolder) -> bool:
-    """Whether this is the folder that the run was about to replace when it had all."""
-    return folder.is_dir() and _inode(folder) == (work.document or {}).get("replaces")
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.lstat().st_ino
-    except OSError:
-        return None
-
-
-def _target(out: Path, plan: Plan, *, overwrite: bool) -> Place:
-    return (FileTarget if plan.is_file else FolderTarget)(out, overwrite=overwrite)
-
-
-def partial(out: Path) -> Path:
-    """Where the run that makes `out` works; raises `UsageError` for what can be no output."""
-    if not out.name:
-        raise UsageError(f"{out} cannot be an output", hint="name a folder to be made: --out DIR")
-    return out.with_name(f"{out.name}.partial")
 
 
 def refuse_target(out: Path, *, overwrite: bool) -> None:
@@ -355,13 +261,8 @@ def published(out: Path, plan: Plan) -> Manifest | None:
     """The manifest of an output that an earlier run of this plan gave its name, if it was killed before it ended."""
     out = Path(os.path.abspath(out))
     document = read_document(partial(out), SCHEMA)
-    if document is None or document.get("fingerprint") != plan.fingerprint or not _is_published(out, document):
+    if document is None or document.get("fingerprint") != plan.fingerprint or not is_published(out, document):
         return None
     if not is_made_of(read_journal(partial(out))[0], plan):
         return None
-    return manifest.read_manifest(_target(out, plan, overwrite=False).manifest)
-
-
-def _is_published(out: Path, document: Mapping[str, Any]) -> bool:
-    """Whether what is at `out` is the very folder or file that the run has made."""
-    return document.get("finished") is not None and _inode(out) == document["finished"]
+    return manifest.read_manifest(target_of(out, is_file=plan.is_file, overwrite=False).manifest)

@@ -17,9 +17,10 @@ from typing import Any
 
 import xxhash
 
+from weightops.engine.coder import Coder
 from weightops.engine.control import Control
 from weightops.engine.joint import common_block, common_nodes, first_read, interleave
-from weightops.formats.layout import Data, Late, Layout, Literal, Piece
+from weightops.formats.layout import Coded, Data, Late, Layout, Lengths, Literal, Piece
 from weightops.formats.safetensors import SharingLayout
 from weightops.io.digests import new_hasher
 from weightops.io.escape import escape
@@ -83,7 +84,7 @@ class _Digester:
         self._current: tuple[str, Any] = ("", None)
         self._late: tuple[Late, bytes] | None = None
         self.tensors: dict[str, str] = {
-            p.name: xxhash.xxh3_128_hexdigest(b"") for p in layout.pieces if isinstance(p, Data)
+            p.name: xxhash.xxh3_128_hexdigest(b"") for p in layout.pieces if isinstance(p, Data | Coded)
         }
 
     def work(self, slot: _Slot) -> None:
@@ -187,42 +188,44 @@ class _Stream:
     ) -> None:
         self._file = file
         self.digester = _Digester(file.layout, file.algorithms)
-        shared = file.layout.shared if isinstance(file.layout, SharingLayout) else {}
-        self.target = file.store.target(file.name, file.layout.nbytes, shared)
-        self._pieces = deque(file.layout.pieces)
+        layout = file.layout
+        shared = layout.shared if isinstance(layout, SharingLayout) else {}
+        self.target = file.store.target(file.name, layout.nbytes, shared, is_most=layout.least_nbytes < layout.nbytes)
+        self._pieces = deque(layout.pieces)
         self._free, self._filled, self._control, self._failures = free, filled, control, failures
         self._slot: _Slot | None = None
         self._offset = 0
+        self._coder = Coder()
 
     @property
     def data(self) -> list[LazyTensor]:
         """The tensors that are still to come, in their order."""
-        return [self._file.tensors[piece.name] for piece in self._pieces if isinstance(piece, Data)]
+        return [self._file.tensors[piece.name] for piece in self._pieces if isinstance(piece, Data | Coded)]
 
-    def next_tensor(self) -> tuple[Data, LazyTensor]:
+    def next_tensor(self) -> tuple[Data | Coded, LazyTensor]:
         """Fill in what lies before the next tensor, and take that."""
-        while not isinstance(piece := self._pieces.popleft(), Data):
+        while not isinstance(piece := self._pieces.popleft(), Data | Coded):
             self._fill_bytes(piece)
         return piece, self._file.tensors[piece.name]
 
     def fill_rest(self) -> None:
         """Fill in what lies behind the last tensor, and pass it on."""
         for piece in self._pieces:
-            assert not isinstance(piece, Data)
+            assert not isinstance(piece, Data | Coded)
             self._fill_bytes(piece)
         self.flush()
 
     def close(self) -> Written:
         """Flush to disk what was written, and say what it is."""
-        self.target.close()
-        layout, digests = self._file.layout, self.digester.tensors
+        self.target.close(self._offset)
+        layout, digests = self._file.layout, {**self.digester.tensors, **self._coder.digests}
         if isinstance(layout, SharingLayout):
             scale, unit = (1e9, "GB") if layout.nbytes >= 1e9 else (1e6, "MB")
             shared = f"{self.target.shared_nbytes / scale:.1f} of {layout.nbytes / scale:.1f} {unit}"
             self._control.progress.note(f"{escape(layout.name)}: {shared} shared with the source")
         digests = {**digests, **{alias: digests[name] for alias, name in layout.aliases.items()}}
         return Written(
-            self.target, layout.nbytes, self.digester.digests, {name: digests[name] for name in self._file.tensors}
+            self.target, self._offset, self.digester.digests, {name: digests[name] for name in self._file.tensors}
         )
 
     def _current(self) -> _Slot:
@@ -258,17 +261,26 @@ class _Stream:
             self._filled.put(self._slot)
             self._slot = None
 
-    def _fill_bytes(self, piece: Literal | Late) -> None:
-        position = 0
-        while position < piece.nbytes:
-            part = self.take(piece, position, piece.nbytes - position)
-            if isinstance(piece, Literal):
-                part[:] = piece.data[position : position + len(part)]
-            position += len(part)
+    def _fill_bytes(self, piece: Literal | Late | Lengths) -> None:
+        if isinstance(piece, Late):
+            position = 0
+            while position < piece.nbytes:
+                position += len(self.take(piece, position, piece.nbytes - position))
+            return
+        data = piece.data if isinstance(piece, Literal) else piece.render(self._coder.lengths)
+        self._put(piece, 0, memoryview(data))
 
-    def evaluate(self, piece: Data, tensor: LazyTensor, start: int, nbytes: int, read: Evaluator) -> None:
+    def evaluate(self, piece: Data | Coded, tensor: LazyTensor, start: int, nbytes: int, read: Evaluator) -> None:
         """Evaluate whole grains of a tensor into slots: straight where they fit, else by way of scratch memory."""
         stop, grain = start + nbytes, tensor.grain
+        if isinstance(piece, Coded):
+            block = max(1, BLOCK_NBYTES // grain) * grain
+            with read.scratch(min(block, nbytes)) as buffer:
+                for first in range(start, stop, block):
+                    part = buffer[: stop - first]
+                    read(tensor, first, part)
+                    self.copy(piece, first, part, read.threads)
+            return
         while start < stop:
             rest, space = stop - start, self.space
             whole = rest if rest <= space else space // grain * grain
@@ -281,8 +293,18 @@ class _Stream:
                 self.copy(piece, start, buffer)
                 start += len(buffer)
 
-    def copy(self, piece: Data, start: int, data: memoryview) -> None:
-        """Bytes of a tensor from `start`, which have been evaluated elsewhere."""
+    def copy(self, piece: Data | Coded, start: int, data: memoryview, threads: int = 1) -> None:
+        """Bytes of a tensor from `start`, which have been evaluated elsewhere; coded by so many threads."""
+        if isinstance(piece, Data):
+            self._put(piece, start, data)
+            return
+        self._control.check()  # zeros take no slot, where it is asked otherwise
+        before = self._offset
+        for coded in self._coder.blocks(piece, start, data, threads):
+            self._put(piece, 0, memoryview(coded))
+        self._control.progress.advance(len(data) - (self._offset - before))  # of what is saved nothing is left to do
+
+    def _put(self, piece: Piece, start: int, data: memoryview) -> None:
         done = 0
         while done < len(data):
             part = self.take(piece, start + done, len(data) - done)
@@ -311,11 +333,13 @@ def _fill_together(streams: Sequence[_Stream], read: Evaluator) -> None:
                 _fill_block(stream, piece, tensor, start, block, read)
 
 
-def _fill_block(stream: _Stream, piece: Data, tensor: LazyTensor, start: int, nbytes: int, read: Evaluator) -> None:
+def _fill_block(
+    stream: _Stream, piece: Data | Coded, tensor: LazyTensor, start: int, nbytes: int, read: Evaluator
+) -> None:
     """Evaluate one block in one piece, for others will ask for the same one."""
-    if nbytes <= stream.space:
+    if isinstance(piece, Data) and nbytes <= stream.space:
         read(tensor, start, stream.take(piece, start, nbytes))
         return
     with read.scratch(nbytes) as buffer:
         read(tensor, start, buffer)
-        stream.copy(piece, start, buffer)
+        stream.copy(piece, start, buffer, read.threads)

@@ -1,6 +1,7 @@
 """A folder beside an output in which one run works, `OUT.partial` or `OUT.blocks`.
 
     FOLDER/weightops.lock    held by the run that works here; says who that is
+    FOLDER/weightops-job.json  if it belongs to a job of many processes, which one; no other run works here then
     FOLDER/run.json          what the run is, and the files that it makes; written before anything else
     FOLDER/...               what the run makes, under names that can be told from run.json
 
@@ -19,13 +20,39 @@ from typing import Any
 import msgspec
 
 from weightops.engine.lock import Lock, is_lock
-from weightops.errors import OutputExists
-from weightops.io.atomic import temporary_of, write_whole
+from weightops.errors import Claimed, OutputExists
+from weightops.io.atomic import final_of, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.entries import is_link
 
-RUN = "run.json"
+RUN, OWNER = "run.json", "weightops-job.json"
+
+
+class JobOwner(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-job-owner/1"):
+    """Whose a partial output is that many processes write: a job, by its place and the fingerprint of what it does."""
+
+    job: str
+    fingerprint: str
+
+    @classmethod
+    def parse(cls, data: bytes) -> JobOwner | None:
+        """What `encode` wrote, None for anything else."""
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    def claimed(self, shown: str) -> Claimed:
+        """The error for another run that would write here."""
+        job = escape(self.job)
+        return Claimed(
+            f"{shown} is being written by the job {job}",
+            hint=f"`weightops finish {job}` ends it, `weightops finish {job} --abandon` gives it up",
+        )
 
 
 class WorkFolder:
@@ -34,18 +61,23 @@ class WorkFolder:
     `document` is the run.json that an earlier run left there, None if there is none.
     """
 
-    def __init__(self, path: Path, schema: str) -> None:
-        """Make the folder, or take over what a run that ended has left.
+    def __init__(self, path: Path, schema: str, job: JobOwner | None = None) -> None:
+        """Make the folder, or take over what a run that ended, or this `job`, has left.
 
-        Raises `OutputExists` for a folder that is not ours, `Locked`.
+        Raises `OutputExists` for a folder that is not ours, `Locked`, `Claimed`.
         """
         self.path, self.schema = path, schema
-        refuse_others(path, schema)
+        refuse_others(path, schema, job)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_failure(path, error) from None
         self._lock = Lock(path)
+        try:
+            refuse_others(path, schema, job)  # which a job may have claimed meanwhile
+        except BaseException:
+            self._lock.release()
+            raise
         self.document = read_document(path, schema)
 
     def begin(self, document: msgspec.Struct) -> None:
@@ -58,12 +90,13 @@ class WorkFolder:
         """What the run, or an earlier one like it, has made here; raises `OutputExists` for anything else."""
         files = (self.document or {}).get("files")
         names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-        own = {*names, *map(temporary_of, names)}
+        own = set(names)
         found = []
         for name, path in _walk(self.path):
-            if is_lock(name) or name in (RUN, temporary_of(RUN)):
+            final = final_of(name)
+            if is_lock(name) or name in (RUN, OWNER):
                 continue
-            if name not in own:
+            if (final or name) not in own and final != RUN:
                 raise OutputExists(
                     f"{escape(str(self.path))} holds {escape(name)}, which weightops did not make",
                     hint="move it away, and run the same command again",
@@ -85,7 +118,7 @@ class WorkFolder:
         """Clear and remove the folder itself; run.json last, which shows whose it is."""
         self.clear()
         try:
-            for name in (temporary_of(RUN), RUN):
+            for name in (OWNER, RUN):
                 (self.path / name).unlink(missing_ok=True)
             self._lock.remove()
             self.path.rmdir()
@@ -103,8 +136,19 @@ class WorkFolder:
         self.close()
 
 
-def refuse_others(path: Path, schema: str) -> None:
-    """Raise `OutputExists` unless a run can work at `path`: nothing is there, or what such a run has left."""
+def read_owner(path: Path) -> JobOwner | None:
+    """The job that a folder belongs to, if it belongs to one."""
+    try:
+        return JobOwner.parse((path / OWNER).read_bytes())
+    except OSError:
+        return None
+
+
+def refuse_others(path: Path, schema: str, job: JobOwner | None = None) -> None:
+    """Raise `OutputExists` unless a run can work at `path`: nothing is there, or what such a run, or `job`, has left.
+
+    Raises `Claimed` for a folder of another job.
+    """
     shown = escape(str(path))
     if is_link(path) or (path.exists() and not path.is_dir()):
         what = "a link" if is_link(path) else "no folder"
@@ -114,8 +158,13 @@ def refuse_others(path: Path, schema: str) -> None:
         )
     if not path.exists():
         return
+    owner = read_owner(path)
+    if owner is not None:
+        if owner != job:
+            raise owner.claimed(shown)
+        return
     # A run that was killed right away has left no more than its lock.
-    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and entry.name != temporary_of(RUN)]
+    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and final_of(entry.name) != RUN]
     if others and read_document(path, schema) is None:
         raise OutputExists(
             f"{shown} is there, and weightops cannot tell that it made it", hint="move it away, or choose another --out"

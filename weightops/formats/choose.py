@@ -12,7 +12,7 @@ from weightops.formats.adapter.files import model_files
 from weightops.io.escape import escape
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.lora")
-WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".wdelta", *_TORCH_SUFFIXES, ".gguf")
 _NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*"
     r"|.*_optim_states)\.\w+"
@@ -26,7 +26,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?\.\w+
 def find_index(names: Iterable[str], shown: str) -> str | None:
     """The index to go by: safetensors before torch, the usual name before others."""
     found = [n for n in names if n.endswith(".index.json")]
-    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.bin"):
+    for pattern in ("model.safetensors", "*.safetensors", "*.wdelta", "pytorch_model.bin", "*.bin"):
         matching = [n for n in found if Path(n.removesuffix(".index.json")).match(pattern)]
         if len(matching) > 1:
             raise CorruptInput(
@@ -54,7 +54,7 @@ def weights_without_index(names: Iterable[str], shown: str, is_named: bool = Fal
     Files that were named by a pattern (`is_named`) may also have no numbers.
     """
     known = model_files([n for n in names if is_weights(n)])
-    for suffixes in ((".safetensors",), _TORCH_SUFFIXES, (".gguf",)):
+    for suffixes in ((".safetensors",), (".wdelta",), _TORCH_SUFFIXES, (".gguf",)):
         weights = [n for n in known if n.endswith(suffixes)]
         weights = [n for n in weights if not _BESIDE_GGUF.fullmatch(n)] or weights
         usual = [n for n in weights if n in ("model.safetensors", "pytorch_model.bin")]

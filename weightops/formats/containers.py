@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightops.checkpoint import Checkpoint
+from weightops.formats.compressed import SUFFIX as COMPRESSED
+from weightops.formats.compressed import compressed_layout
 from weightops.formats.layout import Layout
 from weightops.formats.quantized.parts import module_of_part
 from weightops.formats.safetensors import safetensors_layout, sharing_layout
@@ -176,6 +178,7 @@ CONTAINERS: Mapping[str, Container] = {
     "safetensors": Container(
         _safetensors, _numbered(pack, "model", ".safetensors"), ".safetensors", True, sharing=sharing_layout
     ),
+    "wdelta": Container(compressed_layout, _numbered(pack, "delta", COMPRESSED), COMPRESSED, True),
     "torch": Container(_torch("torch"), _numbered(pack_shared, "pytorch_model", ".bin"), ".bin", shares=True),
     "torch-1.12": Container(_torch("torch-1.12"), _numbered(pack_2023, "pytorch_model", ".bin"), ".bin", counts=False),
     "tencentpretrain": Container(

@@ -12,6 +12,8 @@ from weightops.checkpoint import Checkpoint
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import find_adapter, trained_beside
 from weightops.formats.choose import PART, chosen, find_index, is_weights, weights_without_index
+from weightops.formats.compressed import SUFFIX as COMPRESSED
+from weightops.formats.compressed import read_compressed
 from weightops.formats.index import ShardIndex, parse_index
 from weightops.formats.places import Matching, find_place, store_beside
 from weightops.formats.proofs import manifest
@@ -265,6 +267,9 @@ def _read_weights(files: Sequence[SourceFile], stores: Stores) -> list[_Weights]
 def _read_file(file: SourceFile, files: FileReader) -> _Weights:
     if file.name.endswith(".safetensors"):
         found = read_safetensors(file, files)
+        return _Weights(found.tensors, metadata=found.metadata)
+    if file.name.endswith(COMPRESSED):
+        found = read_compressed(file, files)
         return _Weights(found.tensors, metadata=found.metadata)
     if file.name.endswith(".gguf"):
         from weightops.formats.gguf import read_gguf  # imported here because few folders hold one

@@ -1,11 +1,11 @@
-"""The layout of a file to be written: known to the byte before any tensor is computed.
+"""The layout of a file to be written: known to the byte before any tensor is computed, but for what is compressed.
 
 A container format's writer is a pure function from names and specs to a layout; the engine streams it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Crcs = Mapping[str, int]
@@ -39,7 +39,28 @@ class Late:
     render: Callable[[Crcs], bytes]
 
 
-Piece = Literal | Data | Late
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """The bytes of the tensor `name` in blocks of `block_nbytes`, each as `code` puts it: never more than it has.
+
+    So its `nbytes` are the most that it can take.
+    """
+
+    name: str
+    nbytes: int
+    block_nbytes: int
+    code: Callable[[memoryview], bytes | memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """`nbytes` bytes that depend on how many each of the coded blocks placed before them takes."""
+
+    nbytes: int
+    render: Callable[[Sequence[int]], bytes]
+
+
+Piece = Literal | Data | Late | Coded | Lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +72,13 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the file: of one that is compressed the most that it can have."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def least_nbytes(self) -> int:
+        """Bytes that the file has in any case."""
+        return sum(piece.nbytes for piece in self.pieces if not isinstance(piece, Coded))
 
     @property
     def needs_crc(self) -> bool:

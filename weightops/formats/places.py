@@ -12,6 +12,7 @@ from weightops.formats.choose import chosen, is_weights
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import LocalStore
+from weightops.stores.s3.places import is_bucket
 from weightops.stores.store import Store
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\S+)?", re.ASC
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is really a repository on a hub or a URL."""
+    """Whether a path is really a repository on a hub, a URL or a place in a bucket."""
     if "://" not in os.fspath(path):
         return False
+    if is_bucket(os.fspath(path)):
+        return True
     from weightops.stores.web.listing import is_location
 
     return is_location(os.fspath(path))
@@ -37,6 +40,10 @@ def is_repository_name(text: str) -> bool:
 
 def find_place(path: str | os.PathLike[str], stores: Stores) -> Store | SourceFile:
     """The folder or weight file that is meant; raises `SourceMissing`."""
+    if is_bucket(os.fspath(path)):
+        from weightops.formats.bucket_places import find_in_bucket
+
+        return find_in_bucket(os.fspath(path), stores)
     if is_remote(path):
         from weightops.formats.web_places import find_remote
 

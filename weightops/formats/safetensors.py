@@ -45,22 +45,48 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says: of each tensor its spec and where it begins, in the order of their bytes; where those end.
+
+    `nbytes` are those of the header itself, with its length.
+    """
+
+    nbytes: int
+    tensors: dict[str, tuple[TensorSpec, int]]
+    end: int
+    metadata: dict[str, str]
+
+
 def read_safetensors(file: SourceFile, files: FileReader) -> SafetensorsFile:
     """Read a header; raises `CorruptInput` unless it describes every byte of the file exactly once."""
-    name = file.shown
-    head = files.read(file, 0, min(64, file.nbytes))
-    if file.nbytes < 8:
+    header = read_header(file, files)
+    end = header.nbytes + header.end
+    if end != file.nbytes:
+        fault = "truncated" if end > file.nbytes else "followed by bytes that belong to no tensor"
+        raise CorruptInput(f"{file.shown}: {fault}: the header describes {end} bytes, found {file.nbytes}")
+    tensors = {
+        key: LazyTensor.make(Stored(file, header.nbytes + begin, spec.dtype, spec.shape))
+        for key, (spec, begin) in header.tensors.items()
+    }
+    return SafetensorsFile(file, tensors, header.metadata)
+
+
+def read_header(file: SourceFile, files: FileReader, offset: int = 0) -> Header:
+    """Read the header at `offset`; raises `CorruptInput` unless its tensors lie one after the other."""
+    name, left = file.shown, max(0, file.nbytes - offset)
+    head = files.read(file, offset, min(64, left))
+    if left < 8:
         raise explain(head, name, f"{file.nbytes} bytes is too short for a safetensors file")
     header_nbytes = int.from_bytes(head[:8], "little")
-    if header_nbytes > min(MAX_HEADER_NBYTES, file.nbytes - 8):
+    if header_nbytes > min(MAX_HEADER_NBYTES, left - 8):
         raise explain(head, name, f"header of {header_nbytes} bytes in a file of {file.nbytes}")
     if head[8:9] != b"{":
         raise explain(head, name, "the header does not begin with '{'")
-    header = strict_json.load_object(files.read(file, 8, header_nbytes), f"{name}: header")
+    header = strict_json.load_object(files.read(file, offset + 8, header_nbytes), f"{name}: header")
     if len(header) > MAX_TENSORS:
         raise CorruptInput(f"{name}: the header lists {len(header)} tensors, at most {MAX_TENSORS} are read")
     metadata = _metadata(header.pop("__metadata__", None), name)
-    start = 8 + header_nbytes
     entries = [(*_entry(key, value, name), key) for key, value in header.items()]
     entries.sort(key=lambda e: (e[1], e[2]))
     position = 0
@@ -70,11 +96,8 @@ def read_safetensors(file: SourceFile, files: FileReader) -> SafetensorsFile:
             fault = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
             raise CorruptInput(f"{name}: {escape(key)} begins at byte {begin} and {fault}, expected {position}")
         position = end
-        tensors[key] = LazyTensor.make(Stored(file, start + begin, spec.dtype, spec.shape))
-    if start + position != file.nbytes:
-        fault = "truncated" if start + position > file.nbytes else "followed by bytes that belong to no tensor"
-        raise CorruptInput(f"{name}: {fault}: the header describes {start + position} bytes, found {file.nbytes}")
-    return SafetensorsFile(file, tensors, metadata)
+        tensors[key] = (spec, begin)
+    return Header(8 + header_nbytes, tensors, position, metadata)
 
 
 def _metadata(value: Any, name: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     ),
     (b"<!doctype", "an HTML page", "the download saved an error or login page: fetch the file again"),
     (b"<html", "an HTML page", "the download saved an error or login page: fetch the file again"),
+    (b"wdelta", "a compressed delta, or one of another version", "its name has to end in .wdelta"),
     (b"gguf", "a GGUF file", "convert from the original checkpoint instead"),
     (b"pk\x03\x04", "a zip archive, as torch.save writes", "rename it to .bin or .pt"),
     (b"\x1f\x8b", "gzip data", "unpack it first"),
@@ -51,7 +52,7 @@ _JSON = re.compile(rb'[\s\xef\xbb\xbf]*[{\["]')
 _RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 """A line of a file of tiktoken's."""
 _MARKUP = (".html", ".htm", ".xhtml", ".xht", ".xml", ".svg")
-_BINARY = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".npz")
+_BINARY = (".safetensors", ".wdelta", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".npz")
 _TROUBLE = {"error", "errors", "detail", "message", "msg"}
 _CIRCUMSTANCES = {"code", "status", "statuscode", "success", "title", "type", "path", "timestamp", "request_id", "hint"}
 

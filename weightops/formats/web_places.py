@@ -30,8 +30,11 @@ from weightops.stores.web.small import describe, read_whole
 from weightops.stores.web.urls import show
 from weightops.stores.web.web import Web
 
-_USUAL_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "delta.safetensors.index.json")
-_USUAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "delta.safetensors")
+_USUAL_INDEXES = (
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
+    *("delta.safetensors.index.json", "delta.wdelta.index.json"),
+)
+_USUAL_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "delta.safetensors", "delta.wdelta")
 _USUAL_SIDECARS = (
     *("config.json", "generation_config.json", "weightops-delta.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),

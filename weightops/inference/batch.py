@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from weightops.engine.control import Control
-from weightops.engine.finished import digest_of, sources_mark
+from weightops.engine.finished import sources_mark
 from weightops.engine.sample import sample
 from weightops.errors import CorruptInput, Interrupted, Locked, OutputExists, PlanDiffers, WeightopsError
 from weightops.formats.sidecars import Kind, kind_of
@@ -31,7 +31,7 @@ from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.files import flush, open_to_write, read_at, try_lock
 from weightops.io.strict_json import as_json
-from weightops.plan import sources_of
+from weightops.plan import digest_of, sources_of
 from weightops.stores.reader import FileReader
 from weightops.version import __version__
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape as escape_glob
 from pathlib import Path
 
 from weightops.errors import OutputExists, UsageError
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
+from weightops.io.owner import Owner
 from weightops.io.platform.entries import flush_folder, give_name, is_read_only, replace_file
 from weightops.io.platform.files import flush, open_to_write
 
@@ -33,10 +36,19 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
+_TEMPORARY = re.compile(r"(.*/)?\.([^/]+)\.([0-9a-f]{12}-\d+-\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
 def temporary_of(name: str) -> str:
-    """What a file is called while it is written."""
+    """What a file is called while this process writes it: like no other's, for two may write one file at a time."""
     folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}.{last}.tmp"
+    return f"{folder}{slash}.{last}.{Owner.here()}-{secrets.token_hex(4)}.tmp"
+
+
+def final_of(name: str) -> str | None:
+    """What the file will be called that has this name while a process writes it; None for names of other kinds."""
+    match = _TEMPORARY.fullmatch(name)
+    return f"{match[1] or ''}{match[2]}" if match else None
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -47,7 +59,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def write_new(path: Path, data: bytes) -> None:
     """As `write_whole`, for a name that nothing has; raises `OutputExists`, also if something takes it meanwhile."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(temporary_of(path.name))
     try:
         with removed_at_end(temporary):
             write_whole(temporary, data)
@@ -57,6 +69,16 @@ def write_new(path: Path, data: bytes) -> None:
         raise OutputExists(f"{escape(str(path))} exists", hint="it is left alone: choose another name") from None
     except OSError as error:
         raise write_failure(path, error) from None
+
+
+def remove_left(path: Path) -> None:
+    """Remove what processes that have ended for certain have left of a file that they were writing."""
+    for found in path.parent.glob(f".{escape_glob(path.name)}.*.tmp"):
+        match = _TEMPORARY.fullmatch(found.name)
+        owner = Owner.parse(match[3]) if match is not None and match[2] == path.name else None
+        if owner is not None and owner.is_alive() is False:
+            with suppress(OSError):
+                found.unlink()
 
 
 @contextmanager
@@ -73,7 +95,8 @@ def removed_at_end(temporary: Path) -> Iterator[None]:
 def writing_whole(path: Path) -> Iterator[Callable[[bytes], None]]:
     """Lend a function that writes a file piece by piece; it gets its name, durably, when all is well at the end."""
     try:
-        temporary, fd = _create(path.with_name(temporary_of(path.name)))
+        temporary = path.with_name(temporary_of(path.name))
+        fd = open_to_write(temporary, is_new=True)
     except OSError as error:
         raise write_failure(path, error) from None
 
@@ -108,15 +131,6 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise write_failure(path, error) from None
     fsync_folder(path.parent)
-
-
-def _create(path: Path) -> tuple[Path, int]:
-    """A new file, open for writing, of this name; of one like it if that is taken, by whomever."""
-    try:
-        return path, open_to_write(path, is_new=True)
-    except FileExistsError:
-        path = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
-        return path, open_to_write(path, is_new=True)
 
 
 def check_folder(path: Path) -> None:

@@ -140,10 +140,13 @@ class DirectFile:
         except OSError as error:
             raise self._failure(error) from None
         finally:
-            self.abandon()
+            self._release()
 
     def abandon(self) -> None:
         """Close without a promise; for a file that will be thrown away."""
+        self._release()
+
+    def _release(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

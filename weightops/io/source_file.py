@@ -43,9 +43,11 @@ class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def shown(self) -> str:
-        """The path, safe for a terminal; of a URL without the query, which may hold a signature."""
+        """The path, safe for a terminal; of a URL without user, password and query, which may hold a signature."""
         if self.is_on_server:
-            return escape(self.path.partition("?")[0])
+            scheme, mark, rest = self.path.partition("?")[0].partition("://")
+            host, slash, path = rest.partition("/")
+            return escape(f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}")
         return escape(str(self.local_path))
 
     @property

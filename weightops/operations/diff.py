@@ -20,12 +20,15 @@ from weightops.version import library_versions
 METHODS = ("exact", "subtract")
 
 
-def diff(raw: Checkpoint, tuned: Checkpoint, *, method: str = "exact", dtype: DType | None = None) -> Checkpoint:
+def diff(
+    raw: Checkpoint, tuned: Checkpoint, *, method: str = "exact", dtype: DType | None = None, compress: bool = False
+) -> Checkpoint:
     """The delta from `raw` to `tuned`.
 
     `exact` is the exclusive or of the stored bits, recovered to the bit whatever the dtype; `subtract` is
     `tuned - raw` in `dtype` (default float32), a folder that looks like a model, as stanford_alpaca's
-    weight_diff.py and FastChat's make_delta.py publish it.
+    weight_diff.py and FastChat's make_delta.py publish it. With `compress` an exact one is the same delta in smaller
+    files (`weightops.formats.compressed`).
     Raises `IncompatibleInputs` when `subtract` finds tensors of other names or shapes.
     """
     refuse_delta(raw, "raw")
@@ -33,7 +36,12 @@ def diff(raw: Checkpoint, tuned: Checkpoint, *, method: str = "exact", dtype: DT
     if method == "exact":
         if dtype is not None:
             raise UsageError("an exact delta has no dtype", hint="leave out --dtype, or use --method subtract")
-        return _exact(raw, tuned)
+        return replace(_exact(raw, tuned), container="wdelta" if compress else None)
+    if compress:
+        raise UsageError(
+            "what --method subtract makes is for programs that read safetensors alone, which no compressed file is",
+            hint="leave out --compress, or use --method exact",
+        )
     if method == "subtract":
         return _subtract(raw, tuned, dtype or DType.F32)
     raise UsageError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")

@@ -18,7 +18,7 @@ import torch
 
 from weightops.checkpoint import Checkpoint, written_json
 from weightops.engine.control import Control
-from weightops.engine.finished import PLAN, SOURCES, digest_of, lasting
+from weightops.engine.finished import PLAN, SOURCES, lasting
 from weightops.engine.proof import hold
 from weightops.engine.sample import sample
 from weightops.engine.work_folder import WorkFolder
@@ -44,7 +44,7 @@ from weightops.io.strict_json import as_json
 from weightops.layouts.skeleton import read_config
 from weightops.lazy import LazyTensor, read_each
 from weightops.operations.repack import repacked
-from weightops.plan import identity_of
+from weightops.plan import digest_of, identity_of
 from weightops.quantization import report
 from weightops.quantization.calibration import Calibration
 from weightops.quantization.driver import find_modules, quantize_blocks
@@ -158,7 +158,7 @@ def marks(run: BlocksRun, source: Checkpoint, files: Mapping[str, Any]) -> dict[
         "sidecars": sidecars,
         "files": {name: value for name, value in files.items() if value},
     }
-    return {PLAN: digest_of(said), SOURCES: identity["source contents"]}
+    return {PLAN: digest_of([said]), SOURCES: identity["source contents"]}
 
 
 def _refuse_quantized(source: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from weightops.recipes.names import FILE_FIELDS as FILE_FIELDS
 from weightops.recipes.names import OUTPUT, field_of, parameter_of
 from weightops.recipes.steps import Location, Step, plain
 from weightops.recipes.verbs import Verb, find_verb
+from weightops.stores.places import as_out
 
 CAST_FIELDS = ("dtype", "keep", "on_overflow", "scheme", "strategy", "cast_all")
 """What an output may say of its tensors: they are cast last."""
@@ -60,6 +61,14 @@ class Recipe:
             for source in _inputs(self.steps[name]):
                 self._visit(source, (*above, name), done)
             done[name] = None
+
+    def absolute(self) -> Recipe:
+        """The same, whatever folder a process is in that opens the sources."""
+        sources = {
+            name: place if is_remote(place.path) else replace(place, path=os.path.abspath(place.path))
+            for name, place in self.sources.items()
+        }
+        return replace(self, sources=sources)
 
     def roles(self, name: str) -> set[str]:
         """What the steps take this source or step as."""
@@ -247,8 +256,10 @@ def _references(document: Document, place: Place, given: Any, known: Collection[
 def _destination(document: Document, name: str, value: Any, known: set[str], folder: Path) -> Destination:
     place: Place = ("outputs", name)
     fields = {field_of(parameter_of(k, OUTPUT)): given for k, given in document.mapping(place, value).items()}
-    if is_remote(name):
-        document.fail(place, "an output must be a folder on this machine")
+    try:
+        as_out(name)
+    except UsageError as error:
+        raise document.blame(place, error) from None
     if "from" not in fields:
         document.fail(place, "lacks from", hint="it says which checkpoint goes there")
     (source,) = _references(document, (*place, "from"), fields.pop("from"), known, several=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from weightops.errors import CorruptInput, WeightopsError
-from weightops.io.atomic import make_folder, publish, temporary_of, write_new, write_whole, writing_whole
-from weightops.io.direct import DirectFile
+from weightops.errors import CorruptInput, SourceMissing, WeightopsError
+from weightops.io.atomic import make_folder, publish, remove_left, temporary_of, write_new, write_whole, writing_whole
+from weightops.io.direct import DirectFile, write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import inside, open_regular
 from weightops.io.platform.files import read_at
@@ -28,8 +28,10 @@ class LocalStore:
     is_near = True
     notes: tuple[str, ...] = ()
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_there: bool = False) -> None:
+        """If the folder `is_there`, it is not made when something is written to it, but missed when it is gone."""
         self.root = root
+        self._is_there = is_there
         self.shown = escape(str(root))
         self.name = root.resolve().name
 
@@ -55,19 +57,43 @@ class LocalStore:
     def put(self, name: str, data: bytes) -> None:
         write_whole(self._place(name), data)
 
+    def remove(self, name: str) -> None:
+        path = inside(self.root, name, str(self.root))
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failure(path, error) from None
+
+    def find(self, name: str) -> bytes | None:
+        try:
+            return self.get(name)
+        except SourceMissing:
+            return None
+
+    def listed(self, folder: str) -> list[str]:
+        root = inside(self.root, folder, str(self.root)) if folder else self.root
+        found = (Path(path, name) for path, _, names in os.walk(root) for name in names)
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
+
     @contextmanager
     def putting(self, name: str) -> Iterator[Callable[[bytes], None]]:
         """As `put`, piece by piece: lends a function that takes them."""
         with writing_whole(self._place(name)) as write:
             yield write
 
-    def target(self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}) -> LocalTarget:
+    def target(
+        self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}, *, is_most: bool = False
+    ) -> LocalTarget:
         """A file to be written piece by piece; what it shares with other files see `DirectFile`."""
-        return LocalTarget(self._place(name), nbytes, shared)
+        return LocalTarget(self._place(name), 0 if is_most else nbytes, shared)
 
     def _place(self, name: str) -> Path:
         path = inside(self.root, name, str(self.root))
-        make_folder(path.parent)
+        if self._is_there and path.parent == self.root:
+            if not self.root.is_dir():
+                raise SourceMissing(f"{self.shown}: there is no such folder any more")
+        else:
+            make_folder(path.parent)
         return path
 
 
@@ -77,10 +103,16 @@ class LocalTarget(DirectFile):
     def __init__(self, final: Path, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]]) -> None:
         self._final = final
         self._temporary = final.with_name(temporary_of(final.name))
+        remove_left(final)
         super().__init__(self._temporary, nbytes, shared=shared)
 
     def commit(self) -> None:
         publish(self._temporary, self._final)
+
+    def abandon(self) -> None:
+        super().abandon()
+        with suppress(OSError):
+            self._temporary.unlink()
 
 
 def read_from(fd: int, file: SourceFile, offset: int, out: memoryview) -> None:

@@ -88,10 +88,22 @@ class WritableStore(Store, Protocol):
     def put(self, name: str, data: bytes) -> None:
         """A file, in the place of what may have its name."""
 
-    def target(self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}) -> Target:
+    def remove(self, name: str) -> None:
+        """Let nothing have this name any more; it may be that nothing has it now."""
+
+    def find(self, name: str) -> bytes | None:
+        """A small file, whole; None if nothing has its name."""
+
+    def listed(self, folder: str) -> list[str]:
+        """All files in a folder of the store and below it, by their names in the store, sorted; "" is the store."""
+
+    def target(
+        self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}, *, is_most: bool = False
+    ) -> Target:
         """A file of `nbytes` bytes to be written piece by piece; ranges of other files it may share where it can.
 
-        Those are to be written all the same.
+        Those are to be written all the same. If `is_most`, there may be fewer bytes in the end, and no room is taken
+        for them before they come.
         """
 
     def putting(self, name: str) -> AbstractContextManager[Callable[[bytes], None]]:

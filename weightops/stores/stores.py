@@ -6,14 +6,18 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from weightops.errors import UsageError, WeightopsError
+from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
+from weightops.stores.local import LocalStore
 
 if TYPE_CHECKING:
     from weightops.stores.cache import HubCache
-    from weightops.stores.store import Remote
+    from weightops.stores.s3.connection import S3
+    from weightops.stores.store import Remote, WritableStore
     from weightops.stores.web.web import Web
 
 
@@ -27,11 +31,18 @@ def _no_cache() -> Remote:
     raise UsageError("there is no cache to read from", hint="give the Stores that the checkpoint was opened with")
 
 
+def _open_s3() -> Remote:
+    from weightops.stores.s3.connection import S3  # imported here because most commands need no bucket
+
+    return S3()
+
+
 WEB = "web"
+BUCKETS = "s3"
 _CACHE = "cache"
-_KINDS: Mapping[str, Callable[[], Remote]] = {WEB: _open_web, _CACHE: _no_cache}
+_KINDS: Mapping[str, Callable[[], Remote]] = {WEB: _open_web, BUCKETS: _open_s3, _CACHE: _no_cache}
 """By kind of place: how to reach it where nobody says how."""
-_SCHEMES: Mapping[str, str] = {"http": WEB, "https": WEB, "hf-cache": _CACHE}
+_SCHEMES: Mapping[str, str] = {"http": WEB, "https": WEB, "s3": BUCKETS, "hf-cache": _CACHE}
 """Kinds by what a source file's path begins with."""
 
 
@@ -68,6 +79,11 @@ class Stores:
         return cast("Web", self._remote(WEB))
 
     @property
+    def s3(self) -> S3:
+        """Connections to buckets; raises what making them raises."""
+        return cast("S3", self._remote(BUCKETS))
+
+    @property
     def cache(self) -> HubCache | None:
         """The cache of a hub's files, if there is to be one."""
         return cast("HubCache", self._remote(_CACHE)) if self._has_cache else None
@@ -79,6 +95,21 @@ class Stores:
     def read(self, file: SourceFile) -> bytes:
         """A small file at no plain path, whole; raises as `Remote.read` does."""
         return self.reader_of(file).read(file)
+
+    def writable(self, place: str | os.PathLike[str]) -> WritableStore:
+        """The folder at a path or at `s3://bucket/prefix`, to be written to; raises `UsageError` for other places."""
+        text = os.fspath(place)
+        if text.startswith("s3://"):
+            from weightops.stores.s3.places import parse_place
+            from weightops.stores.s3.store import S3Store
+
+            found = parse_place(text)
+            return S3Store(found.bucket, found.key, self.s3)
+        if "://" in text:
+            raise UsageError(
+                f"{escape(text)}: is no place that can be written to", hint="a folder, or s3://bucket/name"
+            )
+        return LocalStore(Path(text))
 
     def _remote(self, kind: str) -> Remote:
         with self._lock:

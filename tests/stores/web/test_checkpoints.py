@@ -43,7 +43,7 @@ from weightops.stores.web.web import Web
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "knowlm"
 QUICK = Policy(timeout_s=0.3, attempts=4, first_delay_s=0.01)
-WEIGHTS = (".safetensors", ".bin")
+WEIGHTS = (".safetensors", ".wdelta", ".bin")
 MB: Any = {"max_shard_size": "1MB"}
 STATE = dict[str, torch.Tensor]
 
@@ -86,6 +86,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weightops.save(by_layer, folder / "tuned", **MB)
     weightops.save(by_layer, folder / "torch", format="torch", **MB)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta", **MB)
+    weightops.diff(folder / "raw", folder / "tuned", folder / "small", compress=True, **MB)
     subtract: Any = {"method": "subtract", "dtype": "float16", **MB}
     weightops.diff(folder / "raw", folder / "tuned", folder / "published", **subtract)
     weightops.diff(folder / "raw", folder / "tuned", folder / "published-bin", format="torch-1.12", **subtract)
@@ -125,7 +126,7 @@ def shard(hub: Hub, source: str, out: Path, **options: Any) -> Result:
 # --- the same results, from few bytes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("diff", ["delta", "published", "published-bin"])
+@pytest.mark.parametrize("diff", ["delta", "small", "published", "published-bin"])
 @pytest.mark.parametrize("container", ["safetensors", "torch"])
 def test_recover_gives_the_same_bytes_as_from_disk(
     hub: Hub, family: Path, tmp_path: Path, diff: str, container: str

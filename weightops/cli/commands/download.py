@@ -126,7 +126,7 @@ def command(
             return Web(endpoint=hub_endpoint(endpoint))  # which says what URLs of that hub mean; nobody is asked
         return open_web(endpoint=endpoint, policy=policy)
 
-    with running(quiet, connect=connect) as control:
+    with running(quiet, connect=connect, policy=policy) as control:
         place = hub_cache() if cache else None
         found = weightops.download(source, out, cache=place, offline=offline, control=control, **options)
     warn(found.warnings)

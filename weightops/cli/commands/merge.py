@@ -13,7 +13,7 @@ import weightops
 from weightops.cli.colour import say, styled
 from weightops.cli.options import refuse_unused, write, write_options
 from weightops.cli.output import print_json, running, save_report, table
-from weightops.cli.params import FILE, FOLDER, SEED, SOURCE, WRITE_CODES, Command, NameOf, NumberType, epilog, named
+from weightops.cli.params import FILE, OUT, SEED, SOURCE, WRITE_CODES, Command, NameOf, NumberType, epilog, named
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 from weightops.io.strict_json import as_json
@@ -60,7 +60,7 @@ def _parameters(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("merge", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("models", nargs=-1, required=True, type=SOURCE, metavar="MODEL...")
-@click.option("-o", "--out", type=FOLDER, help="Folder to write. It appears when it is complete.")
+@click.option("-o", "--out", type=OUT, help="Folder to write. It appears when it is complete.")
 @click.option(
     "--method",
     type=NameOf(named("ops.merging.methods", "METHODS")),
@@ -179,6 +179,7 @@ def _write(target: Any, merging: Mapping[str, Any], out: Path, html: Path | None
     from weightops.io.atomic import check_target
 
     if html is not None:
+        refuse_unused("with --html, which compares a result that is there", "job", "executor")
         check_target(html)
     workers, quiet, is_dry = options["workers"], options["quiet"], options["dry_run"]
     write(partial(weightops.merge, target), out, **merging, **options)
@@ -211,7 +212,10 @@ def _verify(target: Any, merging: Mapping[str, Any], folder: Path | str, options
     click.get_current_context().exit(0 if proof.is_same else 3)
 
 
-_WRITING = ("format", "max_shard_size", "expect", "digest", "card", "reflink", "overwrite", "restart", "dry_run")
+_WRITING = (
+    *("format", "max_shard_size", "expect", "digest", "card", "reflink"),
+    *("overwrite", "restart", "dry_run", "job", "executor"),
+)
 
 
 def _plan_text(plan: MergePlan) -> str:

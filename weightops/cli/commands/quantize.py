@@ -12,7 +12,7 @@ import click
 import weightops
 from weightops.cli.colour import say
 from weightops.cli.meter import human, percent
-from weightops.cli.options import out_option, refuse_unused, write_options
+from weightops.cli.options import out_option, refuse_unused, write_here_options
 from weightops.cli.output import print_json, running, save_report, table, warn
 from weightops.cli.params import (
     CONTAINER,
@@ -123,7 +123,7 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
     help="Memory that may be used to save time, such as 8GB; default: half of what is free.",
 )
 @click.option("--html", type=FILE, help="Write a page for a browser, with the error of every layer.")
-@write_options
+@write_here_options
 def command(
     source: Path | str, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:

@@ -9,7 +9,7 @@ import click
 
 import weightops
 from weightops.cli.colour import say
-from weightops.cli.options import run_options
+from weightops.cli.options import executor, job_options, run_options
 from weightops.cli.output import print_json, running, warn
 from weightops.cli.params import WRITE_CODES, Command, epilog
 
@@ -17,6 +17,7 @@ from weightops.cli.params import WRITE_CODES, Command, epilog
 @click.command("run", cls=Command, epilog=epilog(WRITE_CODES))
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @run_options
+@job_options
 def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Carry out a recipe: several steps and several results, in one go.
 
@@ -45,11 +46,12 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from the folder of the recipe.
     """
     # Imported here because help and completion do without them.
-    from weightops.cli.results import show_result, what_a_recipe_does
+    from weightops.cli.results import show_job, show_result, what_a_recipe_does
     from weightops.recipes.recipe import read_recipe
     from weightops.recipes.report import run_json
 
     parsed = read_recipe(recipe)
+    options["executor"] = executor(options["executor"], options["workers"])
     with running(quiet) as control:
         results = weightops.run(parsed, control=control, **options)
     if as_json:
@@ -57,6 +59,12 @@ def command(recipe: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         return
     if options["dry_run"]:
         say(what_a_recipe_does(parsed, results, options["workers"]))
+    first = next(iter(results.values()))
+    if first.job is not None and first.manifest is None:
+        warn(warning for result in results.values() for warning in result.warnings)
+        if not quiet:
+            show_job(first.job, first.groups or 0)
+        return
     for result in results.values():
         if options["dry_run"] and not result.skipped:
             warn(result.warnings)

@@ -95,6 +95,7 @@ def _crc_of(content: Piece) -> Callable[[Crcs], int]:
         return lambda _: crc32
     if isinstance(content, Data):
         return lambda crcs: crcs[content.name] if content.nbytes else 0
+    assert isinstance(content, Late)
     return lambda crcs: zlib.crc32(content.render(crcs))
 
 

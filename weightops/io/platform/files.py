@@ -5,15 +5,19 @@ Descriptors are never inherited by other programs; Python sees to that.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
 import struct
 import threading
+from collections.abc import Callable
+from functools import cache
 from io import FileIO
 from pathlib import Path
+from typing import cast
 
-from weightops.io.platform.machine import file_system_type
+from weightops.io.platform.machine import c_function, file_system_type
 from weightops.io.platform.optional import module
 
 _fcntl = module("fcntl")
@@ -25,6 +29,8 @@ _HAS_PREADV, _HAS_PWRITE = hasattr(os, "preadv"), hasattr(os, "pwrite")
 _HAS_FALLOCATE, _HAS_FADVISE = hasattr(os, "posix_fallocate"), hasattr(os, "posix_fadvise")
 _FULLFSYNC = getattr(_fcntl, "F_FULLFSYNC", None)
 _IN_MEMORY = ("tmpfs", "ramfs")
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE"""
 _CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _ZEROS = bytes(1 << 20)
@@ -117,17 +123,38 @@ def allocate(fd: int, offset: int, nbytes: int) -> None:
     """Take the disk for a range of a file, where that can be had without writing it."""
     if _HAS_FALLOCATE:
         try:
-            os.posix_fallocate(fd, offset, nbytes)
+            _reserve(fd, offset, nbytes)
         except OSError as error:
             if error.errno not in _CANNOT_RESERVE:
                 raise
+
+
+def _reserve(fd: int, offset: int, nbytes: int) -> None:
+    """Raises `OSError` with one of `_CANNOT_RESERVE` where the file system cannot: glibc's posix_fallocate would
+    write a byte into each block there, which on NFS is the file over the wire once more. So the system is asked first.
+    """
+    call = _fallocate()
+    if call is not None and call(fd, _KEEP_SIZE, offset, 1) and ctypes.get_errno() in _CANNOT_RESERVE:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.posix_fallocate(fd, offset, nbytes)
+
+
+@cache
+def _fallocate() -> Callable[..., int] | None:
+    """fallocate(2) of Linux."""
+    call = c_function("fallocate")
+    if call is None:
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    call.restype = ctypes.c_int
+    return cast("Callable[..., int]", call)
 
 
 def fill(fd: int, nbytes: int) -> None:
     """Make an empty file one of zeros that are all on the disk: nothing written to it later can find that full."""
     if _HAS_FALLOCATE:
         try:
-            os.posix_fallocate(fd, 0, nbytes)
+            _reserve(fd, 0, nbytes)
             return
         except OSError as error:
             if error.errno not in _CANNOT_RESERVE:

@@ -13,6 +13,7 @@ from weightops.operations.download import operation as operation
 from weightops.operations.download import record as record
 from weightops.operations.download import source as sources
 from weightops.operations.download.operation import Download
+from weightops.stores.s3.places import BucketPlace
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def download_into(
         return operation.from_manifest(out, found)
     operation.check_out(out)
     with control.stores.connected() as stores:
-        web = stores.web
+        web = stores.s3 if isinstance(target.place, BucketPlace) else stores.web
         target = sources.with_digests(target, digests, checksums, web)
         version = sources.find_version(target, web)
         request = record.request_of(str(target.place), version, target.expected_by, include, exclude)

@@ -50,7 +50,7 @@ _PREVIOUS = f"{STATE}/previous.json"
 _SPARE_NBYTES = 16 << 20
 _DROPPINGS = re.compile(rf"(?:.*/)?(?:\.cache/huggingface|{re.escape(STATE)})(?:/.*)?", re.DOTALL)
 """What clients keep for themselves in a folder, and people upload with it: no part of a model, wherever it lies."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_WEIGHTS = (".safetensors", ".wdelta", ".bin", ".pt", ".pth", ".gguf")
 
 
 Files = tuple[RemoteFile, ...]

@@ -10,12 +10,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from weightops.errors import CorruptInput, SourceMissing, UsageError
+from weightops.formats.bucket_places import list_in_bucket
 from weightops.formats.proofs.checksums import BY_LENGTH, ChecksumList, parse_checksums, read_checksums
 from weightops.formats.proofs.published import published, repository_of
 from weightops.formats.web_places import list_folder
 from weightops.io.digests import HEX_DIGITS
 from weightops.io.escape import escape
 from weightops.stores.local import read_source
+from weightops.stores.s3.connection import S3
+from weightops.stores.s3.places import BucketPlace, is_bucket, parse_place
 from weightops.stores.web.hub import find_commit, find_file, list_commit
 from weightops.stores.web.listing import (
     HubFile,
@@ -52,7 +55,7 @@ class UrlList:
 class Target:
     """A place, and digests by file name and algorithm that `expected_by` demands of what is there."""
 
-    place: HubRepository | HubFile | WebFile | WebFolder | UrlList
+    place: HubRepository | HubFile | WebFile | WebFolder | BucketPlace | UrlList
     expected: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     expected_by: str = ""
 
@@ -68,10 +71,14 @@ class Target:
 
 
 def find_target(source: str, revision: str | None = None, endpoint: str = DEFAULT_ENDPOINT) -> Target:
-    """Read what `source` means: a URL or hf://, a file that lists URLs, a published name, or org/name at `endpoint`.
+    """Read what `source` means: a URL, s3:// or hf://, a list of URLs, a published name, or org/name at `endpoint`.
 
     Raises `UsageError`, `SourceMissing`, `CorruptInput` for a bad list.
     """
+    if is_bucket(source):
+        if revision is not None:
+            raise UsageError(f"{show(source)}: a bucket has no revision")
+        return Target(parse_place(source))
     if is_location(source):
         return Target(parse_location(source, revision, endpoint))
     if Path(source).is_file():
@@ -198,3 +205,6 @@ def list_target(target: Target, version: str, web: Web) -> Listing:
             return Listing(str(target.place), files, version)
         case WebFolder():
             return list_folder(target.place, web)
+        case BucketPlace():
+            assert isinstance(web, S3)
+            return list_in_bucket(target.place, web)

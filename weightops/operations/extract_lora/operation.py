@@ -174,13 +174,14 @@ def _refuse_rest(factored: Collection[str], untargeted: Sequence[str], others: S
 
 
 def _whole(role: str, checkpoint: Checkpoint, evaluate: Evaluate) -> Checkpoint:
-    """A whole model in plain numbers on this machine, dequantised if it is quantised; what is none is refused."""
+    """A whole model in plain numbers, here or in a bucket, dequantised if it is quantised; what is none is refused."""
     shown = f"{role} {escape(checkpoint.name)}"
     refuse_delta(checkpoint, role)
     refuse_parts(checkpoint)
     refuse_adapter(checkpoint, role)
     sources = (node.op.source for tensor in checkpoint.values() for node in tensor.walk())
-    if any(source is not None and source.is_on_server for source in sources):
+    # A bucket may be as near as a disk, and who keeps models there has nowhere else to put them.
+    if any(source is not None and source.is_on_server and source.scheme != "s3" for source in sources):
         raise UsageError(
             f"{shown} is on a server, and would be fetched {PASSES + 2} times or more",
             hint="weightops download fetches it once",

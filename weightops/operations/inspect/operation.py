@@ -24,6 +24,7 @@ from weightops.io.source_file import SourceFile
 from weightops.operations.dequantize import shapes_of
 from weightops.operations.inspect.adapter import AdapterReport, report_adapter
 from weightops.operations.inspect.report import Inspection
+from weightops.ops.compressed import Compressed
 from weightops.stores.store import Store
 
 _SHOWN = 5
@@ -85,7 +86,7 @@ def inspect(
     model_type = everything.config().get("model_type") or text(everything.metadata, ARCHITECTURE_KEY)
     return Inspection(
         path=path,
-        kind="exact delta" if delta.NAME in checkpoint.sidecars else "LoRA adapter" if report else _kind(everything),
+        kind="LoRA adapter" if report else _kind(everything),
         tensors={name: tensor.spec for name, tensor in checkpoint.items()},
         shards=dict(checkpoint.shards),
         aliases=find_aliases(checkpoint.tensors),
@@ -112,6 +113,9 @@ def _quantised(checkpoint: Checkpoint, control: Control) -> tuple[Quantized, tup
 
 def _kind(checkpoint: Checkpoint) -> str:
     """What a checkpoint is; GGUF files may be adapters, parts of models that see, or none at all."""
+    if delta.NAME in checkpoint.sidecars:
+        is_compressed = any(isinstance(tensor.op, Compressed) for tensor in checkpoint.values())
+        return f"exact delta{', compressed' if is_compressed else ''}"
     kind = kind_of(checkpoint.metadata)
     return "checkpoint" if kind == "model" else f"GGUF file, {kind}"
 

@@ -1,7 +1,8 @@
-"""A folder or file held against a manifest or a checksum list."""
+"""A folder or file, here or in a bucket, held against a manifest or a checksum list."""
 
 from __future__ import annotations
 
+from weightops.operations.verify.bucket import verify_bucket
 from weightops.operations.verify.operation import EXTRA_POLICIES, is_listing, verify
 from weightops.operations.verify.report import FileResult, VerifyDocument, VerifyReport, junit_of_error
 from weightops.operations.verify.signed import verify_signature
@@ -14,5 +15,6 @@ __all__ = [
     "is_listing",
     "junit_of_error",
     "verify",
+    "verify_bucket",
     "verify_signature",
 ]

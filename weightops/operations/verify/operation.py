@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 EXTRA_POLICIES = ("fail", "warn", "ignore")
-_DEFAULT_MANIFESTS = (own.NAME, "checklist.chk", "MD5SUMS", "SHA256SUMS", "XXH128SUMS")
+DEFAULT_MANIFESTS = (own.NAME, "checklist.chk", "MD5SUMS", "SHA256SUMS", "XXH128SUMS")
 
 TensorDigests = Callable[[Path], Mapping[str, tuple[TensorSpec, str]]]
 """Reads a checkpoint folder: spec and xxh3_128 of each tensor."""
@@ -42,7 +42,7 @@ StructureCheck = Callable[[Path], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Expected:
+class Expected:
     """What a listing says about one file; checksum lists know no sizes."""
 
     digests: dict[str, str]
@@ -94,16 +94,16 @@ def verify(
     report = VerifyReport(name, str(path or by), mode, extra, warnings=snapshot.notes if snapshot else ())
     if path is None:
         assert snapshot is not None
-        expected = {n: _Expected(dict(each.digests), each.nbytes) for n, each in snapshot.files.items()}
+        expected = {n: Expected(dict(each.digests), each.nbytes) for n, each in snapshot.files.items()}
     elif known is not None:
-        expected = _from_manifest(known, path, algorithm)
+        expected = from_manifest(known, escape(str(path)), algorithm)
     else:
         found = read_checksums(path, algorithm, root)
-        expected = {name: _Expected(digests) for name, digests in found.by_file().items()}
+        expected = {name: Expected(digests) for name, digests in found.by_file().items()}
         report = replace(report, warnings=(*report.warnings, *found.notes))
     _LOG.info("comparing %s with %s: %d files", escape(str(folder)), escape(str(path)), len(expected))
     if file is not None:
-        expected, report = _of_file(expected, file, escape(report.manifest)), replace(report, extra="ignore")
+        expected, report = of_file(expected, file, escape(report.manifest)), replace(report, extra="ignore")
     control = control or Control()
     if content:
         if known is None or tensors is None:
@@ -111,23 +111,23 @@ def verify(
                 f"{escape(report.manifest)}: only a manifest of weightops knows tensors, which content compares",
                 hint="leave content out to compare files",
             )
-        report = _with_content(report, folder, known, tensors)
+        report = with_content(report, folder, known, tensors)
     else:
         report = _with_files(report, root, path, expected, workers, control)
         if quick and structure is not None:
             report = replace(report, problems=tuple(structure(folder)))
         differs = any(file.status not in ("ok", "extra") for file in report.files)
         if not quick and differs and tensors is not None and known is not None and known.tensors:
-            report = _with_content(report, folder, known, tensors)
+            report = with_content(report, folder, known, tensors)
     return replace(report, elapsed_s=time.monotonic() - started)
 
 
 def _default_manifest(folder: Path) -> Path:
-    for name in _DEFAULT_MANIFESTS:
+    for name in DEFAULT_MANIFESTS:
         if os.path.lexists(folder / name):
             return inside(folder, name, escape(str(folder)))
     raise SourceMissing(
-        f"{escape(str(folder))}: holds no manifest (looked for {', '.join(_DEFAULT_MANIFESTS)})",
+        f"{escape(str(folder))}: holds no manifest (looked for {', '.join(DEFAULT_MANIFESTS)})",
         hint="name a manifest, a checksum list or a published list; `weightops manifest` makes one",
     )
 
@@ -142,7 +142,7 @@ def _manifest_beside(file: Path) -> Path:
     return path
 
 
-def _of_file(expected: Mapping[str, _Expected], file: str, shown: str) -> dict[str, _Expected]:
+def of_file(expected: Mapping[str, Expected], file: str, shown: str) -> dict[str, Expected]:
     """What a listing says of one file. If it lists no other, it is of this one, whatever that is called now."""
     if file in expected:
         return {file: expected[file]}
@@ -151,9 +151,8 @@ def _of_file(expected: Mapping[str, _Expected], file: str, shown: str) -> dict[s
     raise UsageError(f"{shown} does not list {escape(file)}", hint="verify the folder that it lists")
 
 
-def _from_manifest(manifest: Manifest, path: Path, algorithm: str | None) -> dict[str, _Expected]:
+def from_manifest(manifest: Manifest, shown: str, algorithm: str | None) -> dict[str, Expected]:
     """Sizes and all digests of our own manifest, or the digest by `algorithm` only."""
-    shown = escape(str(path))
     if not manifest.files:
         raise CorruptInput(f"{shown}: lists no files")
     expected = {}
@@ -168,7 +167,7 @@ def _from_manifest(manifest: Manifest, path: Path, algorithm: str | None) -> dic
                 f"{shown}: has no {escape(algorithm)} digest for {escape(name)!r}, only {', '.join(entry.digests)}"
             )
         chosen = entry.digests if algorithm is None else {algorithm: entry.digests[algorithm]}
-        expected[name] = _Expected(chosen, entry.nbytes)
+        expected[name] = Expected(chosen, entry.nbytes)
     return expected
 
 
@@ -176,7 +175,7 @@ def _with_files(
     report: VerifyReport,
     folder: Path,
     manifest: Path | None,
-    expected: Mapping[str, _Expected],
+    expected: Mapping[str, Expected],
     workers: int | None,
     control: Control,
 ) -> VerifyReport:
@@ -198,7 +197,7 @@ def _with_files(
         control.progress.stop()
         hashed = dict(zip(present, outcomes, strict=True))
     files = [
-        at if isinstance(at, FileResult) else _compare(name, expected[name], at[1], hashed.get(name))
+        at if isinstance(at, FileResult) else compared(name, expected[name], at[1], hashed.get(name))
         for name, at in seen.items()
     ]
     if report.extra != "ignore":
@@ -207,7 +206,7 @@ def _with_files(
     return replace(report, files=tuple(files), nbytes=nbytes)
 
 
-def _compare(name: str, expected: _Expected, nbytes: int, found: FileDigests | WeightopsError | None) -> FileResult:
+def compared(name: str, expected: Expected, nbytes: int, found: FileDigests | WeightopsError | None) -> FileResult:
     """The result for a file of the right size, with what hashing gave if it was hashed."""
     if isinstance(found, SourceMissing):
         return FileResult(name, "missing", in_words(expected.digests))
@@ -241,7 +240,7 @@ def is_listing(name: str) -> bool:
     return own.is_manifest_name(base) or is_checksum_list(base) or base == bundle.NAME
 
 
-def _with_content(report: VerifyReport, folder: Path, manifest: Manifest, tensors: TensorDigests) -> VerifyReport:
+def with_content(report: VerifyReport, folder: Path, manifest: Manifest, tensors: TensorDigests) -> VerifyReport:
     """The report with the tensors compared, wherever they lie; why they cannot be read is a problem."""
     try:
         found = tensors(folder)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urljoin
@@ -37,6 +37,7 @@ _TICK_S = 0.2
 _MAX_IDLE = 16
 _TOLD_WAIT_S = 5.0
 _MAX_DRAINED_NBYTES = 64 << 10
+_PIECE_NBYTES = 256 << 10
 
 Result = TypeVar("Result")
 
@@ -98,7 +99,7 @@ class Http:
                 headers["If-Range"] = f'"{validator}"'
         location = url
         for _ in range(_MAX_REDIRECTS):
-            response = self._request(location, headers)
+            response = self.request("GET", location, headers)
             if response.status not in _REDIRECTS:
                 body = Body(self, url, response, raw=raw)
                 self._watch(body)
@@ -113,7 +114,7 @@ class Http:
                     body.close()
                     raise
                 return body
-            _finish(response)
+            finish(response)
             try:
                 target = urljoin(location, response.headers.get("Location", ""))
             except ValueError:
@@ -122,7 +123,13 @@ class Http:
             location = target
         raise CorruptInput(f"{show(url)}: more than {_MAX_REDIRECTS} redirects")
 
-    def _request(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | memoryview | None = None
+    ) -> urllib3.BaseHTTPResponse:
+        """One request, by the proxy that is for it and with the token if that is for it; the answer as it comes.
+
+        Raises `Transient`, `NetworkFailed`, `AuthenticationFailed`, and what `interrupt` was given.
+        """
         self.check()
         self._start_watching()
         proxy = self._proxy_for(url)
@@ -131,8 +138,9 @@ class Http:
             headers["Authorization"] = f"Bearer {self.token}"
         try:
             response = self._pool(proxy).request(
-                "GET",
+                method,
                 url,
+                body=self._pieces(body) if body is not None else None,  # type: ignore[arg-type]  # sent as they are
                 headers=headers,
                 preload_content=False,
                 decode_content=False,
@@ -154,6 +162,13 @@ class Http:
             response.close()
             raise refused(proxy or host_of(url), 407, response.reason or "")
         return response
+
+    def _pieces(self, body: bytes | memoryview) -> Iterator[memoryview]:
+        """A body in pieces: each has the time-out to itself, and between them all can stop."""
+        view = memoryview(body)
+        for start in range(0, len(view), _PIECE_NBYTES):
+            self.check()
+            yield view[start : start + _PIECE_NBYTES]
 
     def _pool(self, proxy: str | None) -> urllib3.PoolManager:
         with self._lock:
@@ -251,6 +266,7 @@ class Http:
         for pool in self._pools.values():
             pool.clear()
         for connected in list(self._sockets):
+            _shut(connected)  # or who waits for it would not notice
             connected.close()
 
     def __enter__(self) -> Self:
@@ -290,7 +306,7 @@ class Tries:
         raise NetworkFailed(f"{self._what}: {error}{why}", hint="run the same command again later: it continues")
 
 
-def _finish(response: urllib3.BaseHTTPResponse) -> None:
+def finish(response: urllib3.BaseHTTPResponse) -> None:
     """Keep the connection if what is left to read of the answer is little."""
     length = response.headers.get("Content-Length", "")
     if length.isascii() and length.isdigit() and int(length) <= _MAX_DRAINED_NBYTES:

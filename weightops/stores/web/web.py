@@ -14,7 +14,10 @@ from weightops.stores.web.urls import DEFAULT_ENDPOINT
 
 
 class Web(Http):
-    """`Http`, and reading files through it by their identity (a `Remote`). Raises as `Http` does."""
+    """`Http`, and reading files through it by their identity (a `Remote`), `ahead` ranges at a time.
+
+    Raises as `Http` does.
+    """
 
     def __init__(
         self,
@@ -23,9 +26,10 @@ class Web(Http):
         endpoint: str = DEFAULT_ENDPOINT,
         token: str | None = None,
         proxy_for: Callable[[str], str | None] = lambda url: None,
+        ahead: int = 1,
     ) -> None:
         super().__init__(policy, endpoint=endpoint, token=token, proxy_for=proxy_for)
-        self.ranges = RangeReader(self)
+        self.ranges = RangeReader(self, ahead)
 
     def read_into(self, file: SourceFile, offset: int, out: memoryview, following: int = 0) -> None:
         self.ranges.read_into(file, offset, out, following)

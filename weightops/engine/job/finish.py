@@ -1,0 +1,205 @@
+"""The end of a job: every record there, all of it as it has to be, the rest of the files, and names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import msgspec
+
+from weightops.engine.control import Control
+from weightops.engine.ending import Ending
+from weightops.engine.finish import finish as finish_files
+from weightops.engine.finish import seen
+from weightops.engine.job.documents import (
+    FINISHED,
+    JOB,
+    Finished,
+    decode,
+    ending_name,
+    find_record,
+    group_name,
+    read_ending,
+    record_name,
+)
+from weightops.engine.job.outputs import Output
+from weightops.engine.job.place import OpenJob
+from weightops.engine.proof import fetch_sidecars
+from weightops.engine.records import ShardRecord
+from weightops.errors import Claimed, CorruptInput, Differs, Locked, Unfinished
+from weightops.formats.proofs import manifest
+from weightops.formats.proofs.manifest import Manifest
+from weightops.io.escape import escape
+from weightops.stores.store import WritableStore
+
+_WAIT_S, _PATIENCE_S = 0.2, 120.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """An output of a job that has its name."""
+
+    out: str
+    manifest: Manifest
+
+
+@dataclass
+class _Work:
+    """An output on its way to its name."""
+
+    output: Output
+    ending: Ending
+    records: dict[str, ShardRecord]
+    store: WritableStore | None = None
+
+
+def finish(place: str, control: Control, *, roots: Iterable[str] = ()) -> list[Published]:
+    """Prove a job, and give its outputs their names; any number of times, also by several at once.
+
+    Raises `Unfinished` if groups are missing, `CorruptInput` and `Differs` for what is not as it should be, and what
+    writing raises.
+    """
+    with control.stores.connected() as stores:
+        job = OpenJob(place, stores)
+        job.refuse_elsewhere(roots)
+        give_up = time.monotonic() + _PATIENCE_S
+        while True:
+            control.check()
+            if job.store.find(FINISHED) is not None:
+                return _published(job)
+            try:
+                return _finish(job, control)
+            except Claimed:
+                raise
+            except Locked:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(_WAIT_S)  # another process finishes it
+
+
+def _finish(job: OpenJob, control: Control) -> list[Published]:
+    works, witnesses = _collect(job)
+    with ExitStack() as stack:
+        for work in works:
+            work.store = stack.enter_context(work.output.ending(work.ending.file_names))
+        for work in works:
+            witnesses |= seen(work.ending.origins, work.records.values())
+        finished = [_complete(work, witnesses, control) for work in works]
+        # Once the first has its name, the others are known to be whole.
+        for work, made in zip(works, finished, strict=True):
+            if work.store is not None:
+                work.output.publish(made)
+    for work in works:
+        work.output.clean()
+    done = Finished(job=job.document.fingerprint, content_ids=tuple(made.content_id for made in finished))
+    job.store.put(FINISHED, msgspec.json.encode(done))
+    return [Published(each.out, made) for each, made in zip(job.document.outputs, finished, strict=True)]
+
+
+def _collect(job: OpenJob) -> tuple[list[_Work], dict[str, str]]:
+    """What has been done, by output, and digests by label; raises `Unfinished`."""
+    document = job.document
+    works = [_Work(o, read_ending(job.store, document, i), {}) for i, o in enumerate(job.outputs)]
+    witnesses: dict[str, str] = {}
+    missing = []
+    there = set(job.store.listed("records"))
+    for number in range(document.groups):
+        record = find_record(job.store, document, number) if record_name(number) in there else None
+        if record is None:
+            missing.append(number)
+            continue
+        witnesses |= record.witnesses
+        for output, shards in record.shards.items():
+            works[output].records |= {shard.name: shard for shard in shards}
+    if missing:
+        shown, listed = escape(job.place), _ranges(missing)
+        raise Unfinished(
+            f"{shown}: {len(missing)} of {document.groups} groups are not done: {listed}",
+            tuple(missing),
+            hint=f"do them, `weightops work {shown} --group K` or `sbatch --array={listed}`, and finish once more",
+        )
+    for work in works:
+        _hold(job, work)
+    return works, witnesses
+
+
+def _hold(job: OpenJob, work: _Work) -> None:
+    """Raise `CorruptInput` unless the records are of the very shards that the output has."""
+    odd = min(work.records.keys() ^ work.ending.shards.keys(), default=None)
+    if odd is not None:
+        raise CorruptInput(f"{escape(job.place)}: its records and its plan differ in {escape(odd)}")
+    for name, record in work.records.items():
+        shard = work.ending.shards[name]
+        if record.nbytes != shard.nbytes or record.tensors.keys() != shard.tensors.keys():
+            raise CorruptInput(f"{escape(job.place)}: the record of {escape(name)} is not of the file that was planned")
+
+
+def _complete(work: _Work, witnesses: dict[str, str], control: Control) -> Manifest:
+    """Write what is not shards, and say what is in the output; of one that has its name already, its manifest."""
+    if work.store is None:
+        return _made(work)
+    for name, record in work.records.items():
+        nbytes = work.store.identity(name).nbytes
+        if nbytes != record.nbytes:
+            raise Differs(f"{work.output.shown}: {escape(name)} has {nbytes} bytes, its record says {record.nbytes}")
+    fetched = fetch_sidecars(work.ending.sidecars, work.ending.digests, work.store, control)
+    return finish_files(work.ending, work.store, work.records, witnesses, fetched)
+
+
+def _made(work: _Work) -> Manifest:
+    """The manifest of an output that has its name, if it is what the records say."""
+    digests = {name: digest for record in work.records.values() for name, digest in record.tensors.items()}
+    expected = manifest.content_id({name: (spec, digests[name]) for name, spec in work.ending.specs.items()})
+    made = work.output.manifest()
+    if made is None or made.content_id != expected:
+        raise Differs(
+            f"{work.output.shown}: is no longer being made by this job, and is not what it makes",
+            hint="give the job up with `weightops finish JOB --abandon`, and write it anew",
+        )
+    return made
+
+
+def _published(job: OpenJob) -> list[Published]:
+    """The outputs of a job that was finished before; raises `Differs` if they have been changed since."""
+    done = decode(job.store, FINISHED, job.store.get(FINISHED), Finished)
+    found = []
+    for output, each, content_id in zip(job.outputs, job.document.outputs, done.content_ids, strict=True):
+        output.clean()
+        made = output.manifest()
+        if made is None or made.content_id != content_id:
+            raise Differs(
+                f"{output.shown}: the job {escape(job.place)} was finished, and is not what is there now",
+                hint="remove the job's folder, and write the job anew to make it again",
+            )
+        found.append(Published(each.out, made))
+    return found
+
+
+def abandon(place: str, control: Control, *, roots: Iterable[str] = ()) -> None:
+    """Give a job up: remove what it has made, and its own files; outputs that have their names stay."""
+    with control.stores.connected() as stores:
+        job = OpenJob(place, stores)
+        job.refuse_elsewhere(roots)
+        for number, output in enumerate(job.outputs):
+            is_written = job.store.find(ending_name(number)) is not None
+            output.abandon(read_ending(job.store, job.document, number).file_names if is_written else ())
+        for number in range(job.document.groups):
+            for name in (record_name(number), group_name(number)):
+                job.store.remove(name)
+        for number in range(len(job.outputs)):
+            job.store.remove(ending_name(number))
+        job.store.remove(FINISHED)
+        job.store.remove(JOB)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers in order as schedulers write them: 0-3,7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
