@@ -9,7 +9,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
@@ -43,6 +43,8 @@ HEX_DIGITS |= {f"blake2b-{bits}": bits // 4 for bits in range(8, 512, 8)}
 GIT_SHA1 = "git_sha1"
 """SHA-1 of a git blob, which is `blob NBYTES NUL` and the content: what hubs know small files by."""
 
+_QUICK = ("xxh3_128", "xxh3_64", "xxh64", "b3")
+"""What costs next to nothing beside another digest, in the order in which they are preferred."""
 _XXHASH: dict[str, Callable[[], Hasher]] = {
     "xxh64": xxhash.xxh64,
     "xxh3_64": xxhash.xxh3_64,
@@ -84,6 +86,12 @@ def check_algorithm(name: str) -> None:
     """Raise `UsageError` unless there is such an algorithm."""
     if name not in HEX_DIGITS:
         raise UsageError(f"unknown digest algorithm {escape(name)!r}, expected one of {', '.join(NAMED)}")
+
+
+def cheapest(digests: Mapping[str, str], computed: Collection[str]) -> dict[str, str]:
+    """Of the digests of one file the one that costs least, where some are computed anyway; none if none is known."""
+    known = [name for name in (*computed, *_QUICK, *digests) if name in digests and name in HEX_DIGITS]
+    return {known[0]: digests[known[0]]} if known else {}
 
 
 def new_hasher(algorithm: str, nbytes: int | None = None) -> Hasher:
