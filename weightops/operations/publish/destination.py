@@ -46,8 +46,8 @@ class Destination(Protocol):
     def create(self, *, is_private: bool) -> There:
         """Make the place, where that is a thing of its own."""
 
-    def check(self, files: Sequence[Outgoing], there: There) -> None:
-        """Refuse before anything is sent what cannot be sent."""
+    def check(self, missing: Sequence[Outgoing], there: There) -> None:
+        """Refuse before anything is sent what cannot be sent: files that are not there, or there otherwise."""
 
     def proof(self, file: Outgoing, found: RemoteFile, control: Control) -> str:
         """In words, what proves that a file there is this one; empty if it is not."""

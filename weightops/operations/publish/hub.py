@@ -72,7 +72,7 @@ class Hub:
         create_repository(self._repository, is_private=is_private, web=self._web)
         return self.look()
 
-    def check(self, files: Sequence[Outgoing], there: There) -> None:
+    def check(self, missing: Sequence[Outgoing], there: There) -> None:
         if self._repository.revision != _MAIN and not there.exists:
             raise UsageError(f"{self.shown}: a new repository has the branch {_MAIN} alone", hint="publish there first")
 

@@ -12,14 +12,18 @@ from weightops.errors import Differs, SourceMissing, UsageError
 from weightops.formats.proofs.bundle import GIT
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.escape import escape
+from weightops.operations.publish.bucket import Bucket
 from weightops.operations.publish.destination import Destination, There
 from weightops.operations.publish.hub import Hub
 from weightops.operations.publish.package import CARD, Package, find_package, made, prove
 from weightops.operations.publish.report import FileStatus, Published, PublishedFile
 from weightops.stores.outgoing import Outgoing
+from weightops.stores.s3.places import is_bucket, parse_place
 from weightops.stores.stores import Stores
 from weightops.stores.web.listing import HUB_SCHEME, HubRepository, parse_location
 
+_NEVER = (*GIT, ".weightops")
+"""What is never deleted: what a repository goes by, and the work of a job."""
 Broken = Callable[[Path], Sequence[str]]
 """Looks for what is wrong with a checkpoint in a folder: errors, in sentences."""
 
@@ -43,13 +47,14 @@ def publish(
 ) -> Published:
     """Let the files that the manifest of `folder` lists, its card and its signature be at `place`, and prove that.
 
-    `place` is `hf://org/name`, with `@branch` if not main. Only what differs is sent, and then is there all at once, in
-    one commit with this `message`; a run that was interrupted sends no file again that has arrived whole. A repository
-    that is not there is made only to `create` it, private unless it is to be `public`. Files there that the folder
+    `place` is `hf://org/name`, with `@branch` if not main, or `s3://bucket/prefix`. Only what differs is sent; a run
+    that was interrupted sends no file again that has arrived whole. On a hub it is there all at once, in one commit
+    with this `message`, and a repository that is not there is made only to `create` it, private unless it is to be
+    `public`. In a bucket nothing is replaced, and the manifest is there when all of it is. Files there that the folder
     lacks stay, unless `delete` says otherwise. `dry_run` finds out what would be sent, and sends nothing.
     Raises `Differs` for a folder that is not as its manifest says, that is `broken`, or whose signature is not of
-    these files, and for a branch that has moved meanwhile; `UsageError`, `SourceMissing`, `AuthenticationFailed`,
-    `NetworkFailed`, `NoRoom`.
+    these files, and for a branch that has moved meanwhile; `OutputExists` for objects that would have to be replaced;
+    `UsageError`, `SourceMissing`, `AuthenticationFailed`, `NetworkFailed`, `NoRoom`.
     """
     started = time.monotonic()
     control = control or Control()
@@ -57,7 +62,7 @@ def publish(
         raise UsageError("who can see a place is decided when it is made", hint="add --create, or leave out --public")
     package = find_package(folder)
     with control.stores.connected() as stores:
-        destination = find_destination(place, stores)
+        destination = find_destination(place, stores, has_history=create or message is not None)
         there = destination.look()
         if not there.exists and not create:
             raise SourceMissing(
@@ -68,11 +73,11 @@ def publish(
         _refuse_broken(folder, broken)
         card = _new_card(package, destination, make_card)
         files[-1:-1] = card
-        destination.check(files, there)
         proofs = _proofs(destination, files, there, control)
         missing = [file for file in files if file.name not in proofs]
+        destination.check(missing, there)
         names = {file.name for file in files}
-        strange = tuple(name for name in there.files if name not in names and name.partition("/")[0] not in GIT)
+        strange = tuple(name for name in there.files if name not in names and name.partition("/")[0] not in _NEVER)
         visibility = "public" if public else "private"
         found = Published(
             folder=str(folder),
@@ -110,15 +115,25 @@ def publish(
     return replace(found, elapsed_s=time.monotonic() - started)
 
 
-def find_destination(place: str, stores: Stores) -> Destination:
-    """What is published to. Raises `UsageError` for what is no such place."""
+def find_destination(place: str, stores: Stores, *, has_history: bool = False) -> Destination:
+    """What is published to; `has_history` if that is to be a thing of its own, with commits.
+
+    Raises `UsageError` for what is no such place.
+    """
+    if is_bucket(place):
+        if has_history:
+            raise UsageError(
+                f"{parse_place(place)}: a folder in a bucket is not made, belongs to the bucket, and has no commits",
+                hint="leave out --create, --public and --message",
+            )
+        return Bucket(parse_place(place), stores)
     if place.startswith(HUB_SCHEME):
         found = parse_location(place)
         if isinstance(found, HubRepository):
             return Hub(found, stores.web)
     raise UsageError(
         f"{escape(place)}: nothing can be published there",
-        hint="name a repository: hf://org/name, or hf://org/name@branch",
+        hint="name a repository, hf://org/name or hf://org/name@branch, or a folder in a bucket, s3://bucket/prefix",
     )
 
 
