@@ -15,7 +15,7 @@ from writable_hub import WritableHub
 import weightops
 from weightops.engine.control import Control
 from weightops.errors import Interrupted
-from weightops.operations.publish import Published
+from weightops.operations.publish import Publication
 from weightops.stores.web.policy import Policy
 from weightops.stores.web.web import Web
 
@@ -56,7 +56,7 @@ def listed(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if name != "notes.txt"}
 
 
-def publish(hub: WritableHub, folder: Path, place: str = PLACE, **options: Any) -> Published:
+def publish(hub: WritableHub, folder: Path, place: str = PLACE, **options: Any) -> Publication:
     """`weightops publish` with a policy that does not keep a test waiting."""
     token = options.pop("token", TOKEN)
     with Web(options.pop("policy", QUICK), endpoint=hub.endpoint, token=token) as web:

@@ -23,8 +23,9 @@ _PIECE_NBYTES = 64 << 10
 
 @dataclass
 class WritableHub(Hub):
-    """A hub on which "me", of the organisation "org", has the token."""
+    """A hub on which "me" has the token, who is in some organisations."""
 
+    organizations: tuple[str, ...] = ("org",)
     chunk_nbytes: int | None = None  # larger contents are sent in parts of so many bytes
     room_nbytes: int = 1 << 40
     ignored: set[str] = field(default_factory=set)  # by .gitignore
@@ -95,13 +96,15 @@ class WritingHandler(Handler):
 
     def whoami(self) -> Answer:
         self.allow()
-        return self.json({"type": "user", "name": "me", "orgs": [{"name": "org"}]}, "")
+        return self.json(
+            {"type": "user", "name": "me", "orgs": [{"name": each} for each in self.hub.organizations]}, ""
+        )
 
     def create(self) -> Answer:
         self.allow()
         asked = json.loads(self.body)
         repo = f"{asked['organization'] or 'me'}/{asked['name']}"
-        if asked["organization"] not in (None, "me", "org"):
+        if asked["organization"] not in (None, "me", *self.hub.organizations):
             raise Refused(403, f"You don't have the rights to create a model under the namespace {repo}")
         if repo in self.hub.repos:
             raise Refused(409, "You already created this model repo")

@@ -14,7 +14,7 @@ from weightops.formats.proofs.manifest import Manifest
 from weightops.recipes.planning import StrPath
 
 if TYPE_CHECKING:
-    from weightops.operations.publish import Published
+    from weightops.operations.publish import Publication
 
 
 def publish(
@@ -28,7 +28,7 @@ def publish(
     dry_run: bool = False,
     workers: int | None = None,
     control: Control | None = None,
-) -> Published:
+) -> Publication:
     """Let the files of a folder's manifest, its card and its signature be at `hf://org/name`, in one commit.
 
     First they are held against the manifest, and what `check` finds broken is refused. See

@@ -29,7 +29,7 @@ GROUPS = {
         "download": "Download a model, and check every file against its digest.",
     },
     "Give it to others": {
-        "publish": "Publish a verified model on a hub, in one commit.",
+        "publish": "Publish a verified model on a hub or in a bucket.",
     },
     "Make a model of others": {
         "recover": "Recover a tuned model from the original and a difference.",

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import weightops
 from weightops.engine.control import Control
 from weightops.errors import Interrupted, OutputExists, SourceMissing, UsageError, WeightopsError
-from weightops.operations.publish import Published, bucket
+from weightops.operations.publish import Publication, bucket
 from weightops.stores.s3.connection import S3
 from weightops.stores.s3.store import S3Store
 from weightops.stores.s3.target import PART_NBYTES
@@ -39,7 +39,7 @@ def control_of(endpoint: str) -> Control:
     return Control(stores=Stores(connect={BUCKETS: lambda: buckets.connect(endpoint)}))
 
 
-def publish(store: S3Store, folder: Path, endpoint: str, **options: Any) -> Published:
+def publish(store: S3Store, folder: Path, endpoint: str, **options: Any) -> Publication:
     return weightops.publish(folder, store.shown, control=control_of(endpoint), **options)
 
 

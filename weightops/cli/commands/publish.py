@@ -16,7 +16,7 @@ from weightops.cli.params import FOLDER, Command, epilog
 from weightops.io.escape import escape
 
 if TYPE_CHECKING:
-    from weightops.operations.publish import Published
+    from weightops.operations.publish import Publication
 
 
 @click.command("publish", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 @workers_option
 @report_options
 def command(folder: Path, place: str, endpoint: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Publish a model on a hub: exactly the files that were verified, in one commit.
+    """Publish a model on a hub or in a bucket: exactly the files that were verified.
 
     The files of FOLDER are held against its weightops-manifest.json, and the model is checked; what is damaged or
-    broken is not published. Then the files that the manifest lists, README.md, model.sig and the manifest go to PLACE,
-    hf://org/name or hf://org/name@branch. What is there already is not sent, and everything appears at once. If it is
+    broken is not published. Then the files that the manifest lists, README.md, model.sig and the manifest go to PLACE:
+    hf://org/name, hf://org/name@branch, or s3://bucket/prefix. What is there already is not sent. If it is
     interrupted, the same command continues.
 
     \b
@@ -50,9 +50,11 @@ def command(folder: Path, place: str, endpoint: str | None, as_json: bool, quiet
       weightops publish ./zhixi hf://zjunlp/zhixi --create --dry-run
       weightops publish ./zhixi hf://zjunlp/zhixi --create
 
-    Afterwards the hub's own list is held against what was sent, file by file. Nothing at PLACE is deleted without
-    --delete, and if somebody else makes a commit meanwhile, none is made. The token is that of HF_TOKEN, or of
-    `hf auth login`.
+    On a hub everything appears at once, in one commit; if somebody else makes one meanwhile, none is made. In a bucket
+    nothing is replaced, and the manifest comes last. Afterwards what the hub or the store lists is held against what
+    was sent, file by file. Nothing at PLACE is deleted without --delete.
+
+    The hub's token is that of HF_TOKEN, or of `hf auth login`; keys for buckets are those of the environment or ~/.aws.
     """
     from weightops.cli.network import open_web  # imported here because help and completion do without it
 
@@ -67,7 +69,7 @@ def command(folder: Path, place: str, endpoint: str | None, as_json: bool, quiet
         say(_text(found))
 
 
-def _files(found: Published) -> list[str]:
+def _files(found: Publication) -> list[str]:
     rows = [("file", "size", "", "proof")]
     rows += [(escape(file.name), human(file.nbytes), file.status, escape(file.proof)) for file in found.files]
     return [
@@ -79,7 +81,7 @@ def _files(found: Published) -> list[str]:
     ]
 
 
-def _dry_run_text(found: Published) -> str:
+def _dry_run_text(found: Publication) -> str:
     new = ", new" if found.created else ""
     return "\n".join(
         [
@@ -92,7 +94,7 @@ def _dry_run_text(found: Published) -> str:
     )
 
 
-def _text(found: Published) -> str:
+def _text(found: Publication) -> str:
     new = sum(file.status == "sent" for file in found.files)
     what = f"{new} sent, {human(found.sent_nbytes)}" if new else "nothing to send"
     at = f" at {found.version[:12]}" if found.version else ""

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from weightops.operations.publish.operation import publish
-from weightops.operations.publish.report import PublishDocument, Published, PublishedFile
+from weightops.operations.publish.report import Publication, PublishDocument, PublishedFile
 
-__all__ = ["PublishDocument", "Published", "PublishedFile", "publish"]
+__all__ = ["Publication", "PublishDocument", "PublishedFile", "publish"]

@@ -16,7 +16,7 @@ from weightops.operations.publish.bucket import Bucket
 from weightops.operations.publish.destination import Destination, There
 from weightops.operations.publish.hub import Hub
 from weightops.operations.publish.package import CARD, Package, find_package, made, prove
-from weightops.operations.publish.report import FileStatus, Published, PublishedFile
+from weightops.operations.publish.report import FileStatus, Publication, PublishedFile
 from weightops.stores.outgoing import Outgoing
 from weightops.stores.s3.places import is_bucket, parse_place
 from weightops.stores.stores import Stores
@@ -44,7 +44,7 @@ def publish(
     make_card: MakeCard | None = None,
     workers: int | None = None,
     control: Control | None = None,
-) -> Published:
+) -> Publication:
     """Let the files that the manifest of `folder` lists, its card and its signature be at `place`, and prove that.
 
     `place` is `hf://org/name`, with `@branch` if not main, or `s3://bucket/prefix`. Only what differs is sent; a run
@@ -79,7 +79,7 @@ def publish(
         names = {file.name for file in files}
         strange = tuple(name for name in there.files if name not in names and name.partition("/")[0] not in _NEVER)
         visibility = "public" if public else "private"
-        found = Published(
+        found = Publication(
             folder=str(folder),
             destination=destination.shown,
             owner=there.owner,

@@ -28,7 +28,7 @@ class PublishedFile:
 
 
 class PublishDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-publish/1"):
-    """What `publish --json` prints: a `Published` as it stands. `sent_bytes` were sent in `elapsed_s` seconds."""
+    """What `publish --json` prints: a `Publication` as it stands. `sent_bytes` were sent in `elapsed_s` seconds."""
 
     folder: str
     destination: str
@@ -48,7 +48,7 @@ class PublishDocument(msgspec.Struct, frozen=True, kw_only=True, tag_field="sche
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class Publication:
     """What is at a destination now, or with `dry_run` would be.
 
     `owner` and `visibility` say whose it is and who sees it, `version` is the commit, where there are such, and
