@@ -8,14 +8,16 @@ import msgspec
 
 from weightops.checkpoint import Document, Sidecar
 from weightops.engine.finished import plan_mark, remote_sources
+from weightops.engine.kinds import import_kinds, modules_of
 from weightops.io.source_file import SourceFile
 from weightops.plan import Expectation, Origin, Plan
 from weightops.spec import DType, TensorSpec
 
 
 class ShardEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """A weight file as it has to be: its size, and dtype and shape of its tensors."""
+    """A weight file as it has to be: the least and the most bytes it has, and dtype and shape of its tensors."""
 
+    least_nbytes: int
     nbytes: int
     tensors: dict[str, tuple[DType, tuple[int, ...]]]
 
@@ -33,17 +35,19 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     index: bytes | None
     sidecars: dict[str, Sidecar]
     described: tuple[dict[str, Any], ...]
-    """Its documents as data."""
+    """Its documents as data, whose kinds `modules` know."""
+    modules: tuple[str, ...]
     origins: tuple[Origin, ...]
     remote: tuple[SourceFile, ...]
     expect: Expectation | None
-    is_file: bool
     file_names: tuple[str, ...]
     mark: str
     provenance: dict[str, str]
 
     @property
     def documents(self) -> tuple[Document, ...]:
+        """Raises `CorruptInput`, and what msgspec raises."""
+        import_kinds(self.modules)
         return tuple(msgspec.convert(d, Document.registry[d["document"]]) for d in self.described)
 
     @property
@@ -58,6 +62,7 @@ def ending_of(plan: Plan) -> Ending:
         recipe=dict(plan.recipe),
         shards={
             shard.name: ShardEnd(
+                least_nbytes=plan.layout(shard).least_nbytes,
                 nbytes=plan.shard_nbytes[shard.name],
                 tensors={n: (t.spec.dtype, t.spec.shape) for n, t in shard.tensors.items()},
             )
@@ -68,10 +73,10 @@ def ending_of(plan: Plan) -> Ending:
         index=plan.index(),
         sidecars=dict(plan.sidecars),
         described=tuple(msgspec.to_builtins(document) for document in plan.documents),
+        modules=modules_of(plan.documents),
         origins=plan.origins,
         remote=remote_sources(plan),
         expect=plan.expect,
-        is_file=plan.is_file,
         file_names=tuple(sorted(plan.file_names)),
         mark=plan_mark(plan),
         provenance=dict(plan.provenance),
