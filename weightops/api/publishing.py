@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weightops.api.outputs import local
 from weightops.api.prove import check
 from weightops.engine.control import Control
-from weightops.errors import NoWeights
+from weightops.errors import NoWeights, UsageError
 from weightops.formats.proofs.manifest import Manifest
 from weightops.recipes.planning import StrPath
 
@@ -53,10 +53,10 @@ def publish(
 
 
 def _broken(folder: Path, workers: int | None, control: Control) -> Sequence[str]:
-    """The errors that `check` finds; a folder without weights has none."""
+    """The errors that `check` finds; a folder without weights, or with weights that are not read here, has none."""
     try:
         report = check(folder, workers=workers, control=control)
-    except NoWeights:
+    except (NoWeights, UsageError):
         return ()
     return [finding.message for finding in report.findings if finding.severity == "error"]
 

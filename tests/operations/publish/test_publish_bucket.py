@@ -129,6 +129,17 @@ def test_an_interrupted_run_sends_no_object_again(
     assert sent[-1].endswith("/weightops-manifest.json")
 
 
+def test_uploads_that_were_left_are_gone_when_all_is_there(store: S3Store, model: Path, store_endpoint: str) -> None:
+    save_file({"b": torch.zeros(PART_NBYTES // 2)}, model / "other.safetensors")
+    save_manifest(model)
+    left = store.target("other.safetensors", 2 * PART_NBYTES)
+    left.write(0, memoryview(bytes(PART_NBYTES + 1)), PART_NBYTES + 1)
+    left.close()
+    publish(store, model, store_endpoint)
+    with pytest.raises(WeightopsError, match="does not know the upload"):
+        left.commit()
+
+
 def test_nothing_is_replaced(store: S3Store, model: Path, store_endpoint: str) -> None:
     store.put("other.safetensors", b"theirs")
     with pytest.raises(OutputExists, match=r"other.safetensors exists, and is not the file"):

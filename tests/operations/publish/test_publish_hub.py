@@ -417,6 +417,15 @@ def test_a_folder_that_says_nothing_of_itself_is_not_published(hub: WritableHub,
         publish(hub, tmp_path / "plain/model.safetensors", create=True)
 
 
+def test_a_manifest_without_digests_proves_nothing(hub: WritableHub, model: Path) -> None:
+    path = model / "weightops-manifest.json"
+    document = json.loads(path.read_bytes())
+    document["files"][WEIGHTS[0]]["digests"] = {"crc3": "00"}
+    path.write_text(json.dumps(document))
+    with pytest.raises(CorruptInput, match=r"has no digest of model\.safetensors that is known here"):
+        publish(hub, model, create=True)
+
+
 def test_a_file_that_changes_while_it_is_sent_is_not_committed(hub: WritableHub, model: Path) -> None:
     def touch(oid: str, nbytes: int) -> None:
         (model / WEIGHTS[0]).touch()

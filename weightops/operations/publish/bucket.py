@@ -19,7 +19,7 @@ from weightops.stores.reader import FileReader
 from weightops.stores.s3.listing import list_objects
 from weightops.stores.s3.places import BucketPlace, address
 from weightops.stores.s3.store import S3Store
-from weightops.stores.s3.target import part_nbytes
+from weightops.stores.s3.target import PART_NBYTES, part_nbytes
 from weightops.stores.stores import Stores
 from weightops.stores.web.listing import RemoteFile
 
@@ -128,6 +128,8 @@ class Bucket:
         for file in files:
             if file.name == NAME:
                 self._store.create(NAME, file.read())
+        # What a run that was interrupted could not abort: nobody needs it, now that these names are taken for good.
+        self._store.abort_uploads([file.name for file in files if file.nbytes > PART_NBYTES])
         for name in deleted:
             self._store.remove(name)
         control.progress.stop()

@@ -95,6 +95,12 @@ def prove(package: Package, algorithms: Collection[str], workers: int | None, co
             wrong[name] = f"has {status.st_size} bytes, expected {listed[name].nbytes}"
     _refuse(wrong, shown)
     expected = {name: cheapest(listed[name].digests, algorithms) if name in listed else {} for name in names}
+    unknown = next((name for name in names if name in listed and not expected[name]), None)
+    if unknown is not None:
+        raise CorruptInput(
+            f"{shown}/{NAME}: has no digest of {escape(unknown)} that is known here",
+            hint=f"look at the folder, and then: weightops manifest {shown} --overwrite",
+        )
     control.progress.start("verifying", sum(nbytes for nbytes, _ in found_at.values()))
     hashed = hash_files(
         [
