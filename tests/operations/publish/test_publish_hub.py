@@ -294,7 +294,16 @@ def test_a_folder_without_a_card_is_given_one(hub: WritableHub, tmp_path: Path) 
     assert "weightops download hf://org/model --out ./model" in card
     assert "`weightops verify ./model`" in card
     assert "weightops recover --raw raw --diff ./model --out ./recovered" in card
-    assert publish(hub, tmp_path / "delta").sent_nbytes == 0
+    again = publish(hub, tmp_path / "delta", delete=True)
+    assert (again.sent_nbytes, again.kept, again.deleted) == (0, ("README.md",), ())
+
+
+def test_a_card_that_was_edited_there_stays(hub: WritableHub, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", {"a": torch.ones(4)})
+    save_manifest(tmp_path / "model")
+    hub.add("org/model", {"README.md": b"# edited there\n"})
+    publish(hub, tmp_path / "model", delete=True)
+    assert there(hub)["README.md"] == b"# edited there\n"
 
 
 def gone(hub: WritableHub) -> None:

@@ -71,13 +71,13 @@ def publish(
             )
         files = prove(package, destination.algorithms, workers, control)
         _refuse_broken(folder, broken)
-        card = _new_card(package, destination, make_card)
+        card = _new_card(package, destination, there, make_card)
         files[-1:-1] = card
         proofs = _proofs(destination, files, there, control)
         missing = [file for file in files if file.name not in proofs]
+        to_send = {file.name for file in missing}
         destination.check(missing, there)
-        names = {file.name for file in files}
-        strange = tuple(name for name in there.files if name not in names and name.partition("/")[0] not in _NEVER)
+        deleted, kept = _left(package, files, there, delete=delete)
         visibility = "public" if public else "private"
         found = Publication(
             folder=str(folder),
@@ -86,30 +86,30 @@ def publish(
             visibility=there.visibility or visibility,
             version=there.version,
             created=not there.exists,
-            files=tuple(_result(file, proofs, missing, "to send") for file in files),
+            files=tuple(_result(file, proofs, to_send, "to send") for file in files),
             not_sent=package.others,
-            deleted=strange if delete else (),
-            kept=() if delete else strange,
+            deleted=deleted,
+            kept=kept,
             sent_nbytes=sum(file.nbytes for file in missing),
             dry_run=dry_run,
-            warnings=tuple(_warnings(package, there, () if delete else strange, public=public, is_new=bool(card))),
+            warnings=tuple(_warnings(package, there, kept, public=public, is_new=bool(card))),
         )
         if not dry_run:
             if not there.exists:
                 there = destination.create(is_private=not public)
-            for name in found.deleted:
+            for name in deleted:
                 control.progress.note(f"{destination.shown}: {escape(name)} is deleted")
             sent_nbytes = 0
-            if missing or found.deleted:
+            if missing or deleted:
                 text = message or f"Publish {destination.title} with weightops"
-                there, sent_nbytes = destination.send(missing, found.deleted, there, text, workers, control)
+                there, sent_nbytes = destination.send(missing, deleted, there, text, workers, control)
                 proofs = _proofs(destination, files, there, control)
-                _hold(destination, files, proofs, found.deleted, there)
+                _hold(destination, files, proofs, deleted, there)
             found = replace(
                 found,
                 visibility=there.visibility,
                 version=there.version,
-                files=tuple(_result(file, proofs, missing, "sent") for file in files),
+                files=tuple(_result(file, proofs, to_send, "sent") for file in files),
                 sent_nbytes=sent_nbytes,
             )
     return replace(found, elapsed_s=time.monotonic() - started)
@@ -146,18 +146,32 @@ def _refuse_broken(folder: Path, broken: Broken) -> None:
         )
 
 
-def _new_card(package: Package, destination: Destination, make_card: MakeCard | None) -> list[Outgoing]:
-    """A card for a folder that has none; a signed one would not be as it was signed with it."""
-    if package.has_card or package.signature is not None or make_card is None:
+def _new_card(package: Package, destination: Destination, there: There, make_card: MakeCard | None) -> list[Outgoing]:
+    """A card for a folder that has none, unless there is one at the destination, which may have been edited there.
+
+    A signed folder would not be as it was signed with it.
+    """
+    if package.has_card or package.signature is not None or CARD in there.files or make_card is None:
         return []
     data = make_card(package.manifest, destination.title, destination.shown)
     return [made(CARD, data, destination.algorithms)]
 
 
+def _left(
+    package: Package, files: Collection[Outgoing], there: There, *, delete: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of what is there and the folder lacks: what is to go, and what stays, as a card does where there is no other."""
+    names = {file.name for file in files}
+    strange = [name for name in there.files if name not in names and name.partition("/")[0] not in _NEVER]
+    stays = {CARD} if package.signature is None else set[str]()
+    deleted = tuple(name for name in strange if delete and name not in stays)
+    return deleted, tuple(name for name in strange if name not in deleted)
+
+
 def _warnings(package: Package, there: There, kept: Sequence[str], *, public: bool, is_new: bool) -> Iterator[str]:
     if is_new:
         yield f"the folder has no {CARD}: one is published that is made from its manifest"
-    elif not package.has_card:
+    elif not package.has_card and CARD not in there.files:
         yield f"the folder has no {CARD}, and is signed without one: none is published"
     if kept and package.signature is not None:
         yield f"what stays there is not signed, and will not verify: {escape(kept[0])}" + (
@@ -173,10 +187,8 @@ def _proofs(destination: Destination, files: Sequence[Outgoing], there: There, c
     return {name: proof for name, proof in found.items() if proof}
 
 
-def _result(
-    file: Outgoing, proofs: Mapping[str, str], missing: Collection[Outgoing], status: FileStatus
-) -> PublishedFile:
-    return PublishedFile(file.name, file.nbytes, status if file in missing else "there", proofs.get(file.name, ""))
+def _result(file: Outgoing, proofs: Mapping[str, str], missing: Collection[str], status: FileStatus) -> PublishedFile:
+    return PublishedFile(file.name, file.nbytes, status if file.name in missing else "there", proofs.get(file.name, ""))
 
 
 def _hold(
