@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,19 +27,22 @@ _FORBIDDEN = (".git", ".cache")
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The manifest of a folder, and what else belongs to it; `others` are files that stay here."""
+    """What of a folder is published: files by `names`, in order, the manifest last; `others` stay here.
+
+    `digests` are those of the files that were read to find this out, by SHA-256: they must not change meanwhile.
+    """
 
     folder: Path
     manifest: Manifest
-    has_card: bool
-    signature: bytes | None
+    names: tuple[str, ...]
     others: tuple[str, ...]
+    digests: Mapping[str, str]
+    signature: bytes | None
 
     @property
-    def names(self) -> list[str]:
-        """The files that are sent, in order."""
-        own = [*([CARD] if self.has_card else []), *([bundle.NAME] if self.signature is not None else []), NAME]
-        return [*(name for name in self.manifest.files if name not in own), *own]
+    def has_card(self) -> bool:
+        """Whether the folder has a card of its own."""
+        return CARD in self.names
 
 
 def find_package(folder: Path) -> Package:
@@ -54,18 +58,26 @@ def find_package(folder: Path) -> Package:
     if not os.path.lexists(folder / NAME):
         raise SourceMissing(
             f"{shown}: holds no {NAME}, which says what is to be published",
-            hint=f"look at the folder, and then: weightops manifest {shown} --out {shown}/{NAME}",
+            hint=f"look at the folder, and then: weightops manifest {shown}",
         )
-    manifest = parse_manifest(read_source(inside(folder, NAME, shown))[1], f"{shown}/{NAME}")
+    data = read_source(inside(folder, NAME, shown))[1]
+    manifest = parse_manifest(data, f"{shown}/{NAME}")
     for name in manifest.files:
         if {*name.split("/")} & {*_FORBIDDEN} or name in (NAME, bundle.NAME):
             raise UsageError(f"{shown}/{NAME} lists {escape(name)}, which cannot be published", hint="move it away")
-    has_card = CARD in manifest.files or os.path.lexists(folder / CARD)
-    signed = os.path.lexists(folder / bundle.NAME)
-    signature = read_source(inside(folder, bundle.NAME, shown))[1] if signed else None
-    package = Package(folder, manifest, has_card, signature, ())
-    others = tuple(name for name in files_below(folder, _unreadable) if name not in package.names)
-    return Package(folder, manifest, has_card, signature, others)
+    is_signed = os.path.lexists(folder / bundle.NAME)
+    signature = read_source(inside(folder, bundle.NAME, shown))[1] if is_signed else None
+    card = [CARD] if CARD not in manifest.files and os.path.lexists(folder / CARD) else []
+    names = (*manifest.files, *card, *([bundle.NAME] if is_signed else []), NAME)
+    known = {NAME: data, **({} if signature is None else {bundle.NAME: signature})}
+    return Package(
+        folder,
+        manifest,
+        names,
+        tuple(sorted({*files_below(folder, _unreadable)} - {*names})),
+        {name: hashlib.sha256(data).hexdigest() for name, data in known.items()},
+        signature,
+    )
 
 
 def _unreadable(name: str, error: OSError) -> None:
@@ -95,6 +107,7 @@ def prove(package: Package, algorithms: Collection[str], workers: int | None, co
             wrong[name] = f"has {status.st_size} bytes, expected {listed[name].nbytes}"
     _refuse(wrong, shown)
     expected = {name: cheapest(listed[name].digests, algorithms) if name in listed else {} for name in names}
+    expected |= {name: {"sha256": digest} for name, digest in package.digests.items()}
     unknown = next((name for name in names if name in listed and not expected[name]), None)
     if unknown is not None:
         raise CorruptInput(
