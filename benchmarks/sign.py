@@ -79,9 +79,8 @@ def main() -> None:
         "## Signatures",
         "",
         f"Written by `make bench-sign`: {options.runs} runs of each whole command by turns, on {nbytes / 1e9:.0f} GB",
-        f"in {len(paths)} files of a warm cache, and {cores} cores. Beside the seconds stand those of the processor, in "
-        "brackets. Goal: 0.9 of the",
-        "digest's own rate.",
+        f"in {len(paths)} files of a warm cache, and {cores} cores. Beside the seconds stand those of the processor,",
+        "in brackets. Goal: 0.9 of the digest's own rate.",
         "",
         "| command | seconds | rate | of the digest's own: median (min to max) | by processor | RssAnon peak |",
         "|---|---|---|---|---|---|",
