@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from weightops.api.models import opened
 from weightops.api.outputs import local
 from weightops.engine.control import Control
-from weightops.engine.finished import PLAN, SOURCES, find_marked
+from weightops.engine.finished import PLAN, SOURCES, find_marked, lying
 from weightops.engine.preflight import refuse_among
 from weightops.engine.proof import hold
 from weightops.engine.staging import Staging
@@ -98,7 +98,7 @@ def imatrix(
 
         if is_skipping:
             at = manifest.beside(out)
-            found = find_marked(out, at, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may)
+            found = find_marked(lying(out, at), provenance[PLAN], lambda: provenance[SOURCES], may_differ=may)
             if found is not None:
                 planned = write(expected(layers), {"dry_run": True, "control": control})
                 return replace(planned, manifest=found, skipped=True)

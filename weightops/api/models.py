@@ -13,7 +13,7 @@ import msgspec
 from weightops.api.outputs import OutputHere, local, split_output
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
-from weightops.engine.finished import PLAN, SOURCES, find_marked
+from weightops.engine.finished import PLAN, SOURCES, find_marked, lying
 from weightops.engine.preflight import refuse_among
 from weightops.engine.staging import Staging, refuse_target
 from weightops.engine.work_folder import refuse_others
@@ -149,7 +149,9 @@ def quantize(
         provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
         if is_skipping:
             may = running.get("overwrite", False)
-            if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may):
+            if find_marked(
+                lying(out, out / manifest.NAME), provenance[PLAN], lambda: provenance[SOURCES], may_differ=may
+            ):
                 return Quantization(estimate, skipped=True)
         if running.get("dry_run"):
             return Quantization(estimate)

@@ -270,10 +270,13 @@ def _made(plans: Mapping[Out, Plan], running: Running) -> dict[Out, Manifest]:
     if not may_skip(running):
         return {}
     may_differ = running.get("overwrite", False)
-    found = {out: find_made(Path(out), plan, may_differ=may_differ) for out, plan in plans.items()}
+    control = running.get("control") or Control()
+    with control.stores.connected() as stores:
+        found = {out: find_made(out, plan, stores, may_differ=may_differ) for out, plan in plans.items()}
     made = {out: manifest for out, manifest in found.items() if manifest is not None}
     for out in made if not running.get("dry_run") else ():
-        Staging.clean_up_after(Path(out))
+        if isinstance(out, Path):
+            Staging.clean_up_after(out)
     return made
 
 

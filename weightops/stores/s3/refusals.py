@@ -16,6 +16,7 @@ from weightops.errors import (
     NoRoom,
     OutputExists,
     SourceMissing,
+    UploadGone,
     WeightopsError,
 )
 from weightops.io.escape import escape
@@ -55,10 +56,6 @@ _REFUSED = {
 
 class Taken(OutputExists):
     """There is an object of that name, and the request was not to replace one."""
-
-
-class UploadGone(WeightopsError):
-    """The store does not know an upload: it was ended or aborted."""
 
 
 def parse_answer(data: bytes, shown: str) -> ET.Element:

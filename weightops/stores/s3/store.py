@@ -19,10 +19,10 @@ from weightops.stores.s3.places import BucketPlace, address, located
 from weightops.stores.s3.refusals import Taken
 from weightops.stores.s3.target import S3Target
 from weightops.stores.s3.uploads import abort_uploads
+from weightops.stores.store import PROBES
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import describe, read_whole
 
-_PROBES = ".weightops/probe-"
 CREATE_ONLY = {"If-None-Match": "*"}
 
 
@@ -140,7 +140,7 @@ class S3Store:
 
         It is shown by doing so: a small object of a random name is created twice, and removed.
         """
-        name = f"{_PROBES}{secrets.token_hex(8)}"
+        name = f"{PROBES}{secrets.token_hex(8)}"
         self._connection.retried(self.shown, lambda: self._connection.call("PUT", self._address(name), body=b"1"))
         try:
             self.create(name, b"2")

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import NamedTuple
 from xml.sax.saxutils import escape as xml_escape
 
-from weightops.errors import SourceMissing, WeightopsError
+from weightops.errors import SourceMissing, UploadGone, WeightopsError
 from weightops.io.source_file import SourceFile
 from weightops.stores.s3.connection import S3
-from weightops.stores.s3.refusals import Taken, UploadGone, code_of, parse_answer, refusal
+from weightops.stores.s3.refusals import Taken, code_of, parse_answer, refusal
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import describe
 from weightops.stores.web.urls import show

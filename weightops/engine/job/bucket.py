@@ -1,0 +1,143 @@
+"""A job's output in a bucket, where nothing can be renamed: shards have their names at once, and the manifest is last.
+
+    OUT/.weightops/owner.json    whose it is; created before anything else, and removed when all is there
+    OUT/SHARD                    there when it is whole, for what has been uploaded of it is not seen before
+    OUT/weightops-manifest.json  created once: with it OUT is an output, and without it nothing of ours reads OUT
+
+A single file FILE has these beside it, as FILE.weightops/owner.json and FILE.weightops-manifest.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightops.engine.job.documents import JobOutput
+from weightops.errors import CorruptInput, Differs, Locked, OutputExists, UploadGone
+from weightops.formats.job_owner import WORK, JobOwner, owner_name
+from weightops.formats.proofs import manifest
+from weightops.formats.proofs.manifest import Manifest
+from weightops.stores.s3.places import BucketPlace, parse_place
+from weightops.stores.store import WritableStore
+from weightops.stores.stores import Stores
+
+if TYPE_CHECKING:
+    from weightops.stores.s3.store import S3Store
+
+
+class BucketOutput:
+    """A folder in a bucket, or an object. Nothing that is there is ever replaced."""
+
+    def __init__(self, output: JobOutput, owner: JobOwner, stores: Stores) -> None:
+        place = parse_place(output.out)
+        self.shown = str(place)
+        self._owner = owner
+        above, _, name = place.key.rpartition("/")
+        self._file = name if output.is_file else ""
+        root = BucketPlace(place.bucket, above) if output.is_file else place
+        self._bucket: S3Store = stores.bucket(root)
+        self.store: WritableStore = self._bucket
+        self._owner_name = owner_name(self._file)
+        self._manifest_name = f"{self._file}.{manifest.NAME}" if self._file else manifest.NAME
+
+    def refuse_taken(self) -> None:
+        """Raise `OutputExists` and `Claimed` for what is in the way of a job that is to begin."""
+        owner = self._found_owner()
+        if owner not in (None, self._owner):
+            raise owner.claimed(self.shown)
+        if owner is None and self._has_files():
+            raise OutputExists(
+                f"{self.shown} exists, and nothing in a bucket is replaced",
+                hint="choose another --out, or remove what is there first",
+            )
+
+    def _has_files(self) -> bool:
+        if self._file:
+            return self.store.has(self._file) or self.store.has(self._manifest_name)
+        return any(not name.startswith(f"{WORK}/") for name in self.store.listed(""))
+
+    def claim(self, *, restart: bool) -> None:
+        self.refuse_taken()
+        if self._found_owner() is not None:
+            return
+        self.store.probe()
+        try:
+            self.store.create(self._owner_name, self._owner.encode())
+        except OutputExists:
+            self.refuse_taken()  # another job has it since, if not this one
+            return
+        if self.store.has(self._manifest_name):  # another job has begun and ended since
+            self.store.remove(self._owner_name)
+            self.refuse_taken()
+
+    def _found_owner(self) -> JobOwner | None:
+        data = self.store.find(self._owner_name)
+        if data is None:
+            return None
+        owner = JobOwner.parse(data)
+        if owner is None:
+            raise OutputExists(f"{self.shown}/{self._owner_name} is not of weightops", hint="choose another --out")
+        return owner
+
+    def refuse_lost(self) -> None:
+        owner = self._found_owner()
+        if owner is None:
+            raise self._owner.lost(self.shown)
+        if owner != self._owner:
+            raise owner.claimed(self.shown)
+
+    def manifest(self) -> Manifest | None:
+        data = self.store.find(self._manifest_name)
+        if data is None:
+            return None
+        try:
+            return manifest.parse_manifest(data, f"{self.shown}/{manifest.NAME}")
+        except CorruptInput:
+            return None
+
+    @contextmanager
+    def ending(self, files: Sequence[str], shards: Collection[str]) -> Iterator[WritableStore | None]:
+        """As `Output.ending`. Several processes may hold it at a time: they write the same."""
+        if self._found_owner() != self._owner or self.manifest() is not None:
+            yield None
+            return
+        self._bucket.abort_uploads(shards)  # each shard is there: these are of attempts that came too late, or died
+        try:
+            yield self.store
+        except UploadGone:
+            if self.manifest() is None:
+                raise
+            raise Locked(f"{self.shown} has just been finished by another process") from None
+
+    def publish(self, finished: Manifest) -> None:
+        try:
+            self.store.create(self._manifest_name, finished.to_bytes())
+        except OutputExists:
+            made = self.manifest()
+            if made is None or _bare(made) != _bare(finished):
+                raise Differs(
+                    f"{self.shown}: another process has ended it as something else", hint="weightops verify says more"
+                ) from None
+        shards = {tensor.file for tensor in finished.tensors.values()}
+        self._bucket.abort_uploads(finished.files.keys() - shards)  # of processes that died while they ended it
+
+    def clean(self) -> None:
+        if self._found_owner() == self._owner and self.manifest() is not None:
+            self.store.remove(self._owner_name)
+
+    def abandon(self, files: Sequence[str]) -> None:
+        if self._found_owner() != self._owner:
+            return
+        if self.manifest() is None:
+            self._bucket.abort_uploads(files)
+            for name in files:
+                self.store.remove(name)
+        self.store.remove(self._owner_name)
+
+
+def _bare(made: Manifest) -> Manifest:
+    """The manifest without what it says of the machine that made it."""
+    return msgspec.structs.replace(made, provenance={})
