@@ -94,7 +94,7 @@ def _begin(store: WritableStore, place: str, document: Job, stores: Stores, *, r
     is_other = found is not None and read_job(store) != document
     if is_other and restart and any(is_own(place, output) for output in document.outputs):
         abandon(place, Control(stores=stores))
-        found = None
+        found, is_other = None, False
     if found is None:
         odd = next((name for name in store.listed("") if not is_of_job(name)), None)
         if odd is not None or store.find(FINISHED) is not None:
