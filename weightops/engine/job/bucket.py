@@ -21,7 +21,7 @@ from weightops.formats.job_owner import WORK, JobOwner, owner_name
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.stores.s3.places import BucketPlace, parse_place
-from weightops.stores.store import WritableStore
+from weightops.stores.store import PROBES, WritableStore
 from weightops.stores.stores import Stores
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class BucketOutput:
 
     def clean(self) -> None:
         if self._found_owner() == self._owner and self.manifest() is not None:
-            self.store.remove(self._owner_name)
+            self._remove_owner()
 
     def abandon(self, files: Sequence[str]) -> None:
         if self._found_owner() != self._owner:
@@ -135,6 +135,12 @@ class BucketOutput:
             self._bucket.abort_uploads(files)
             for name in files:
                 self.store.remove(name)
+        self._remove_owner()
+
+    def _remove_owner(self) -> None:
+        """Remove what says whose it is, and what probing has left that did not end."""
+        for name in (name for name in self.store.listed(WORK) if name.startswith(PROBES)):
+            self.store.remove(name)
         self.store.remove(self._owner_name)
 
 

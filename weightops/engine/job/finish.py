@@ -20,7 +20,7 @@ from weightops.engine.job.documents import (
     decode,
     ending_name,
     find_record,
-    group_name,
+    is_of_job,
     read_ending,
     record_name,
 )
@@ -197,12 +197,9 @@ def abandon(place: str, control: Control, *, roots: Iterable[str] = ()) -> None:
 
 def _remove(job: OpenJob) -> None:
     """Remove the files of a job, what says what it is last."""
-    there = set(job.store.listed(""))
-    files = [name(number) for number in range(job.document.groups) for name in (record_name, group_name)]
-    files += map(ending_name, range(len(job.outputs)))
-    for name in (*files, FINISHED, JOB):
-        if name in there:
-            job.store.remove(name)
+    names = [name for name in job.store.listed("") if is_of_job(name) and name not in (FINISHED, JOB)]
+    for name in (*names, FINISHED, JOB):
+        job.store.remove(name)
 
 
 def _ranges(numbers: list[int]) -> str:
