@@ -67,9 +67,12 @@ def _refuse_unfinished(place: BucketPlace, owner: str, connection: S3) -> None:
         found = JobOwner.parse(read_whole(owner, connection))
     except SourceMissing:
         found = None
-    by = f"the job {escape(found.job)}" if found else "a job"
-    hint = found.hint if found else "run the command that writes it again: it continues"
-    raise CorruptInput(f"{place}: is not finished, {by} is writing it", hint=hint)
+    if found is not None:
+        raise CorruptInput(f"{place}: is not finished, the job {escape(found.job)} is writing it", hint=found.hint)
+    raise CorruptInput(
+        f"{place}: is not finished, it holds {WORK}/ and no {manifest.NAME}",
+        hint="run the command that writes it again: it continues",
+    )
 
 
 def list_in_bucket(place: BucketPlace, connection: S3) -> Listing:

@@ -11,6 +11,10 @@ WORK = ".weightops"
 """The folder in an output in a bucket, or for a file at the end of its name, that is there only while it is written."""
 
 
+DOWNLOAD = f"{WORK}/download.json"
+"""What is being downloaded into a folder in a bucket."""
+
+
 class JobOwner(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-job-owner/1"):
     """Whose a partial output is that many processes write: a job, by its place and the fingerprint of what it does."""
 

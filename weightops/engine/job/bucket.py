@@ -17,7 +17,7 @@ import msgspec
 
 from weightops.engine.job.documents import JobOutput
 from weightops.errors import CorruptInput, Differs, Locked, OutputExists, UploadGone
-from weightops.formats.job_owner import WORK, JobOwner, owner_name
+from weightops.formats.job_owner import DOWNLOAD, WORK, JobOwner, owner_name
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.stores.s3.places import BucketPlace, parse_place
@@ -57,7 +57,7 @@ class BucketOutput:
     def _has_files(self) -> bool:
         if self._file:
             return self.store.has(self._file) or self.store.has(self._manifest_name)
-        return any(not name.startswith(f"{WORK}/") for name in self.store.listed(""))
+        return any(not name.startswith(f"{WORK}/") or name == DOWNLOAD for name in self.store.listed(""))
 
     def claim(self, *, restart: bool) -> None:
         self.refuse_taken()
