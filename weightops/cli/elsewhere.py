@@ -10,7 +10,7 @@ from weightops.stores.stores import BUCKETS, WEB, Stores
 
 def do_group(place: str, number: int, roots: tuple[str, ...], progress: Progress) -> None:
     """Do a group of a job; raises as `work` does."""
-    from weightops.cli.network import open_buckets, open_web  # imported here because most jobs need no network
+    from weightops.cli.network import open_buckets, open_web  # imported here because many jobs need no network
 
     stores = Stores(connect={WEB: open_web, BUCKETS: open_buckets}, cache=hub_cache(), offline=is_offline())
     work(place, number, Control(progress, stores=stores), roots=roots)
