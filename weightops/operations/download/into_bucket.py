@@ -162,7 +162,7 @@ class _Filling:
         self.store.abort_uploads([file.name for file in self.files])  # of runs that died
         files = {name: _entry(each) for name, each in done.items() if each is not None}
         etags = {name: each.identity for name, each in done.items() if each is not None}
-        made = operation.manifest_of(self.listing, files, etags, self.request, web, unproven=_unproven(self.files))
+        made = record.manifest_of(self.listing, files, etags, self.request, web, unproven=_unproven(self.files))
         try:
             self.store.create(manifest_format.NAME, made.to_bytes())
         except OutputExists:

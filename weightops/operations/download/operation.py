@@ -35,15 +35,13 @@ from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import check_names, check_relative
 from weightops.io.platform.entries import replace_file
-from weightops.operations.download.record import OPERATION, recorded
+from weightops.operations.download.record import manifest_of, recorded
 from weightops.stores.places import Out
 from weightops.stores.transfer.partial import STATE, Claims
 from weightops.stores.transfer.places import check_place, note_of, refuse_other, stamp_of
 from weightops.stores.transfer.transfer import Done, Transfer
 from weightops.stores.web.listing import Listing, RemoteFile
-from weightops.stores.web.small import read_whole
 from weightops.stores.web.web import Web
-from weightops.version import __version__
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_WORKERS = 4
@@ -326,54 +324,6 @@ def fetch(
         )
     transfer.seal(manifest.NAME, made.to_bytes(), control.check)
     return replace(planned, manifest=made, stale=stale, warnings=(*planned.warnings, *_name_stale(stale)))
-
-
-def manifest_of(
-    listing: Listing,
-    files: Mapping[str, FileEntry],
-    etags: Mapping[str, str],
-    request: Mapping[str, Any],
-    web: Web,
-    stale: Sequence[str] = (),
-    unproven: Sequence[str] = (),
-) -> Manifest:
-    """What a download records of its `files`, and of their tensors what their source's own manifest says."""
-    described = _own_manifest(listing, files, web)
-    return Manifest(
-        schema=manifest.SCHEMA,
-        content_id=described.content_id if described else None,
-        tensors=described.tensors if described else {},
-        files=dict(sorted(files.items())),
-        recipe={
-            "operation": OPERATION,
-            **request,
-            "revision": listing.revision,
-            "etags": dict(sorted(etags.items())),
-            "stale": list(stale),
-            **({"unproven": list(unproven)} if unproven else {}),
-        },
-        provenance={"weightops": __version__},
-    )
-
-
-def _own_manifest(listing: Listing, files: Mapping[str, FileEntry], web: Web) -> Manifest | None:
-    """What the source's own manifest says of its tensors, if the files that hold them are those that arrived."""
-    own = next((file for file in listing.files if file.name == manifest.NAME), None)
-    if own is None:
-        return None
-    try:
-        found = manifest.parse_manifest(read_whole(own.url, web, own.digests), f"{listing.source}: {manifest.NAME}")
-    except CorruptInput:
-        return None  # it only adds to what is known; the files have been compared with the source's digests
-    holders = {entry.file for entry in found.tensors.values()}
-    there = holders <= files.keys() & found.files.keys()
-    return found if holders and there and all(_agree(files[name], found.files[name]) for name in holders) else None
-
-
-def _agree(ours: FileEntry, theirs: FileEntry) -> bool:
-    """Whether two descriptions are of one file, as far as they use the same algorithms."""
-    common = ours.digests.keys() & theirs.digests.keys()
-    return ours.nbytes == theirs.nbytes and bool(common) and all(ours.digests[n] == theirs.digests[n] for n in common)
 
 
 def _entry(done: Done) -> FileEntry:
