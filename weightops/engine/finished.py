@@ -81,34 +81,32 @@ def find_made(out: Out, plan: Plan, stores: Stores, *, may_differ: bool = False)
     `OutputExists`, saying what is wrong, for anything else that is there, unless it `may_differ`: then None.
     """
     try:
-        return _find_made(_on_disk(out, plan) if isinstance(out, Path) else _in_bucket(out, plan, stores), plan)
+        return _find_made(lying_at(out, stores, is_file=plan.is_file), plan)
     except OutputExists:
         if may_differ:
             return None
         raise
 
 
-def _on_disk(out: Path, plan: Plan) -> Lying:
-    target = (FileTarget if plan.is_file else FolderTarget)(out, overwrite=False)
-    return lying(out, target.manifest)
-
-
-def lying(out: Path, at: Path) -> Lying:
-    """What lies at `out` on this machine, with its manifest `at` a place in it or beside it."""
+def lying_at(out: Out, stores: Stores, *, is_file: bool) -> Lying:
+    """What lies at `out`, a folder or a file."""
+    if not isinstance(out, Path):
+        return _in_bucket(out, stores, is_file=is_file)
+    at = (FileTarget if is_file else FolderTarget)(out, overwrite=False).manifest
     is_there = os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not any(out.iterdir()))
-    folder = out.parent if at.parent == out.parent else out
+    folder = out.parent if is_file else out
     return Lying(
         escape(str(out)), is_there, at.name, lambda: manifest.read_manifest(at), lambda name: _size(folder / name)
     )
 
 
-def _in_bucket(out: str, plan: Plan, stores: Stores) -> Lying:
+def _in_bucket(out: str, stores: Stores, *, is_file: bool) -> Lying:
     place = parse_place(out)
     above, _, name = place.key.rpartition("/")
-    store = stores.bucket(BucketPlace(place.bucket, above) if plan.is_file else place)
-    names = [each for each in store.listed("") if not plan.is_file or each.startswith(name)]
-    own = {each: each.removeprefix(name) if plan.is_file else each for each in names}
-    at = f"{name}.{manifest.NAME}" if plan.is_file else manifest.NAME
+    store = stores.bucket(BucketPlace(place.bucket, above) if is_file else place)
+    names = [each for each in store.listed("") if not is_file or each.startswith(name)]
+    own = {each: each.removeprefix(name) if is_file else each for each in names}
+    at = f"{name}.{manifest.NAME}" if is_file else manifest.NAME
     is_there = at in own or (owner_name() not in own.values() and bool(own))
     sizes = {each: store.identity(each).nbytes for each in names} if is_there else {}
     return Lying(str(place), is_there, at, lambda: manifest.parse_manifest(store.get(at), str(place)), sizes.get)

@@ -215,7 +215,11 @@ def write_all(wanted: Mapping[Out, Wanted], running: Running) -> dict[Out, Resul
     control = running.get("control") or Control()
     place = place_of_job(running.get("job"), executor, missing)
     if place is not None:
-        return results | _as_job(place, missing, results, executor or _here(running), control, running)
+        results |= _as_job(place, missing, results, executor or _here(running), control, running)
+        for beside in (each.beside for out, each in wanted.items() if results[out].manifest is not None):
+            if beside is not None:
+                beside.remove()
+        return results
     with control.stores.connected():
         outcomes = run_all(
             {Path(out): plan for out, plan in missing.items()},

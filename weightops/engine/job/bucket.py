@@ -17,7 +17,7 @@ import msgspec
 
 from weightops.engine.job.documents import JobOutput
 from weightops.errors import CorruptInput, Differs, Locked, OutputExists, UploadGone
-from weightops.formats.job_owner import DOWNLOAD, WORK, JobOwner, owner_name
+from weightops.formats.job_owner import DOWNLOAD, WORK, JobOwner, own_job, owner_name
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.stores.s3.places import BucketPlace, parse_place
@@ -53,6 +53,14 @@ class BucketOutput:
                 f"{self.shown} exists, and nothing in a bucket is replaced",
                 hint="choose another --out, or remove what is there first",
             )
+
+    def refuse_others(self, *, may_exist: bool) -> None:
+        """As `refuse_taken`, where what a job of this place has begun is no other one, whatever it makes."""
+        owner = self._found_owner()
+        if owner is not None and owner.job != self._owner.job:
+            raise owner.claimed(self.shown)
+        if owner is None and not may_exist:
+            self.refuse_taken()
 
     def _has_files(self) -> bool:
         if self._file:
@@ -142,6 +150,17 @@ class BucketOutput:
         for name in (name for name in self.store.listed(WORK) if name.startswith(PROBES)):
             self.store.remove(name)
         self.store.remove(self._owner_name)
+
+
+def refuse_begun(out: str, stores: Stores, *, is_file: bool, may_exist: bool) -> None:
+    """Raise what a job of its own would meet at `out`, for who works long before writing one; as `claim` raises.
+
+    What such a job has begun may go on, and a whole output `may_exist` where it is looked at later.
+    """
+    output = JobOutput(out=out, is_file=is_file, overwrite=False, fingerprint="")
+    found = BucketOutput(output, JobOwner(job=own_job(out, is_file=is_file), fingerprint=""), stores)
+    found.refuse_others(may_exist=may_exist)
+    found.store.probe()
 
 
 def _bare(made: Manifest) -> Manifest:
