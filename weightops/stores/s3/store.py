@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
-from weightops.errors import SourceMissing, WeightopsError
+from weightops.errors import AuthenticationFailed, NetworkFailed, SourceMissing, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.io.reflink import Extent
@@ -23,6 +24,7 @@ from weightops.stores.store import PROBES
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import describe, read_whole
 
+_LOG = logging.getLogger(__name__)
 CREATE_ONLY = {"If-None-Match": "*"}
 
 
@@ -157,9 +159,17 @@ class S3Store:
         )
 
     def abort_uploads(self, names: Collection[str]) -> None:
-        """Abort all uploads to these names that have not ended, whoever began them; to no others."""
+        """Abort all uploads to these names that have not ended, whoever began them; to no others.
+
+        Of a store that does not list them, or not to everybody, they are left: they are seen by nobody, and its own
+        rules end them.
+        """
         for name in names:
-            abort_uploads(self._connection, *located(self._address(name)))
+            try:
+                abort_uploads(self._connection, *located(self._address(name)))
+            except (AuthenticationFailed, NetworkFailed) as error:
+                _LOG.warning("uploads that have not ended are left: %s", error)
+                return
 
 
 def identity_of(connection: S3, url: str) -> SourceFile:
