@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weightops.engine.job.documents import JobOutput
-from weightops.errors import CorruptInput, Differs, Locked, OutputExists, UploadGone
+from weightops.engine.records import ShardRecord
+from weightops.errors import CorruptInput, Differs, Locked, OutputExists, SourceMissing, UploadGone
 from weightops.formats.job_owner import DOWNLOAD, WORK, JobOwner, own_job, owner_name
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
@@ -96,6 +97,12 @@ class BucketOutput:
             raise self._owner.lost(self.shown)
         if owner != self._owner:
             raise owner.claimed(self.shown)
+
+    def has(self, shard: ShardRecord) -> bool:
+        try:
+            return self.store.identity(shard.name).nbytes == shard.nbytes
+        except SourceMissing:
+            return self.manifest() is not None
 
     def manifest(self) -> Manifest | None:
         data = self.store.find(self._manifest_name)

@@ -26,6 +26,7 @@ from weightops.engine.job.documents import (
 )
 from weightops.engine.job.outputs import Output
 from weightops.engine.job.place import OpenJob
+from weightops.engine.job.work import stands
 from weightops.engine.proof import fetch_sidecars
 from weightops.engine.records import ShardRecord
 from weightops.errors import Claimed, CorruptInput, Differs, Locked, Unfinished, WeightopsError
@@ -113,7 +114,7 @@ def _collect(job: OpenJob) -> tuple[list[_Work], dict[str, str]]:
     there = set(job.store.listed("records"))
     for number in range(document.groups):
         record = find_record(job.store, document, number) if record_name(number) in there else None
-        if record is None:
+        if record is None or not stands(job, record):
             missing.append(number)
             continue
         witnesses |= record.witnesses
@@ -154,12 +155,33 @@ def _complete(work: _Work, witnesses: dict[str, str], control: Control) -> Manif
     return finish_files(work.ending, work.store, work.records, witnesses, fetched)
 
 
-def _made(work: _Work) -> Manifest:
-    """The manifest of an output that has its name, if it is what the records say."""
+def made_already(job: OpenJob) -> frozenset[int]:
+    """The outputs that have their names, as the job has made them; none as long as groups are not done."""
+    there, document = set(job.store.listed("")), job.document
+    if FINISHED in there:
+        return frozenset(range(len(job.outputs)))
+    needed = {*map(record_name, range(document.groups)), *map(ending_name, range(len(job.outputs)))}
+    if not needed <= there:
+        return frozenset()
+    try:
+        works, _ = _collect(job)
+    except Unfinished:
+        return frozenset()
+    return frozenset(number for number, work in enumerate(works) if _find_made(work) is not None)
+
+
+def _find_made(work: _Work) -> Manifest | None:
+    """The manifest of what has the output's name, if that is what the records say."""
     digests = {name: digest for record in work.records.values() for name, digest in record.tensors.items()}
     expected = manifest.content_id({name: (spec, digests[name]) for name, spec in work.ending.specs.items()})
     made = work.output.manifest()
-    if made is None or made.content_id != expected:
+    return made if made is not None and made.content_id == expected else None
+
+
+def _made(work: _Work) -> Manifest:
+    """As `_find_made`, for an output that is no longer being made."""
+    made = _find_made(work)
+    if made is None:
         raise Differs(
             f"{work.output.shown}: is no longer being made by this job, and is not what it makes",
             hint="give the job up with `weightops finish JOB --abandon`, and write it anew",
@@ -196,7 +218,7 @@ def abandon(place: str, control: Control, *, roots: Iterable[str] = ()) -> None:
 
 
 def _remove(job: OpenJob) -> None:
-    """Remove the files of a job, what says what it is last."""
+    """Remove the files of a job, what says what it is last: without it the rest would be nobody's."""
     names = [name for name in job.store.listed("") if is_of_job(name) and name not in (FINISHED, JOB)]
     for name in (*names, FINISHED, JOB):
         job.store.remove(name)
