@@ -255,8 +255,8 @@ def main() -> None:
         f"Written by `make bench-buckets`: {options.runs} runs by turns over {options.nbytes / 1e9:g} GB; the server "
         "is rclone's,",
         "on the same cores, and is not counted. Every client signs each request and what it sends, by SHA-256. Reading",
-        "is of ranges of 8 MiB, of which weightops has four on their way, and of one stream with obstore; writing is of",
-        "parts of 16 MiB, of which weightops and obstore have two on their way.",
+        "is of ranges of 8 MiB, of which weightops has four on their way, and of one stream with obstore; writing is",
+        "of parts of 16 MiB, of which weightops and obstore have two on their way.",
         "",
         *report(options.folder, options.others, options.nbytes, options.runs),
         END,

@@ -15,8 +15,9 @@ from weightops.spec import DType, TensorSpec
 
 
 class ShardEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """A weight file as it has to be: its size, and dtype and shape of its tensors."""
+    """A weight file as it has to be: the least and the most bytes it has, and dtype and shape of its tensors."""
 
+    least_nbytes: int
     nbytes: int
     tensors: dict[str, tuple[DType, tuple[int, ...]]]
 
@@ -39,7 +40,6 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     origins: tuple[Origin, ...]
     remote: tuple[SourceFile, ...]
     expect: Expectation | None
-    is_file: bool
     file_names: tuple[str, ...]
     mark: str
     provenance: dict[str, str]
@@ -62,6 +62,7 @@ def ending_of(plan: Plan) -> Ending:
         recipe=dict(plan.recipe),
         shards={
             shard.name: ShardEnd(
+                least_nbytes=plan.layout(shard).least_nbytes,
                 nbytes=plan.shard_nbytes[shard.name],
                 tensors={n: (t.spec.dtype, t.spec.shape) for n, t in shard.tensors.items()},
             )
@@ -76,7 +77,6 @@ def ending_of(plan: Plan) -> Ending:
         origins=plan.origins,
         remote=remote_sources(plan),
         expect=plan.expect,
-        is_file=plan.is_file,
         file_names=tuple(sorted(plan.file_names)),
         mark=plan_mark(plan),
         provenance=dict(plan.provenance),
