@@ -256,6 +256,21 @@ def test_a_worker_whose_upload_is_gone_looks_for_the_record(bucket: Bucket, monk
     assert not bucket.work(job, 0)
 
 
+def test_a_worker_that_comes_when_all_is_done_leaves_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{bucket.url}/out"
+    commit = target.S3Target.commit
+
+    def late(self: target.S3Target) -> None:
+        monkeypatch.setattr(target.S3Target, "commit", commit)
+        bucket.write(out)
+        commit(self)
+
+    monkeypatch.setattr(target.S3Target, "commit", late)
+    with pytest.raises(SourceMissing, match="there is no job"):
+        bucket.write(out)
+    assert not [name for name in bucket.below("out") if name.startswith(".weightops/")]
+
+
 def test_a_manifest_that_says_something_else_is_not_taken_for_ours(bucket: Bucket) -> None:
     job = f"{bucket.url}/job"
     bucket.write(f"{bucket.url}/out", job=job)
