@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import TORCH_DTYPES, digests, random_tensor, same_bits, write_checkpoint
+from tiny_models import save_tiny
 
 import weightops
 from weightops.cli.main import run
@@ -95,6 +96,17 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "raw", raw)
     write_checkpoint(folder / "tuned", tuned)
     weightops.diff(folder / "raw", folder / "tuned", folder / "small", compress=True, max_shard_size="3MB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """raw, and deltas `plain` and `small`, of models that could be run."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "raw", "llama", 0)
+    save_tiny(folder / "tuned", "llama", 1)
+    for name in ("plain", "small"):
+        weightops.diff(folder / "raw", folder / "tuned", folder / name, compress=name == "small")
     return folder
 
 
@@ -189,14 +201,39 @@ def test_shard_makes_a_plain_delta_of_it(family: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "plain").glob("*.wdelta*"))
 
 
-def test_readers_say_what_it_is(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = str(family / "small")
-    for command, code, words in (
-        (["inspect", small], 0, ": exact delta, compressed"),
-        (["check", small], 0, "it is an exact delta, no model"),
-        (["verify", small], 0, "delta-00001-of-00004.wdelta: ok"),
-        (["cast", small, "--dtype", "float16", "--out", "x"], 1, "is a delta, not a model"),
-    ):
-        assert run(command) == code
+@pytest.mark.parametrize("part", [False, True], ids=["the folder", "one of its files"])
+@pytest.mark.parametrize("kind", ["plain", "small"])
+def test_readers_say_what_it_is(models: Path, kind: str, part: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a file that is named alone, without the document."""
+    folder = models / kind
+    name = "delta.wdelta" if kind == "small" else "delta.safetensors"
+    delta = str(folder / name if part else folder)
+    is_what = "is a delta, not a model"
+    commands = [
+        (["inspect", delta], 0, "exact delta" + (", compressed" if kind == "small" else "")),
+        (["check", delta], 0, "it is an exact delta, no model"),
+        (["verify", str(folder)], 0, f"{name}: ok"),
+        (["compare", delta, str(models / "raw")], 1, is_what),
+        (["cast", delta, "--dtype", "float16", "--out", "x"], 1, is_what),
+        (["convert", delta, "--to", "meta", "--out", "x"], 1, is_what),
+        (["recover", "--raw", delta, "--diff", delta, "--out", "x"], 1, is_what),
+        (["generate", delta, "--prompt", "hi"], 1, is_what),
+        (["quantize", delta, "--out", "x"], 1, is_what),
+    ]
+    if part:
+        recover = ["recover", "--raw", str(models / "raw"), "--diff", delta, "--out", "x"]
+        commands.append((recover, 13, "part of an exact delta, without weightops-delta.json"))
+    for command, code, words in commands:
+        assert (run(command), command) == (code, command)
         captured = capsys.readouterr()
         assert words in captured.out + captured.err
+
+
+def test_processes_that_share_a_job_make_the_same_files(family: Path, tmp_path: Path) -> None:
+    """How long a file will be nobody knows before; the job's end knows the least and the most."""
+    job = tmp_path / "job"
+    weightops.diff(family / "raw", family / "tuned", tmp_path / "small", compress=True, max_shard_size="3MB", job=job)
+    for number in range(len(list((job / "groups").iterdir()))):
+        weightops.work(job, number)
+    weightops.finish(job)
+    assert digests(tmp_path / "small") == digests(family / "small")

@@ -14,9 +14,10 @@ from weightops.spec import DType, TensorSpec
 
 
 class ShardEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """A weight file as it has to be: its size, and dtype and shape of its tensors."""
+    """A weight file as it has to be: its size, of a compressed one the most and the least, and its tensors' specs."""
 
     nbytes: int
+    least_nbytes: int
     tensors: dict[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -58,7 +59,8 @@ def ending_of(plan: Plan) -> Ending:
         recipe=dict(plan.recipe),
         shards={
             shard.name: ShardEnd(
-                nbytes=plan.shard_nbytes[shard.name],
+                nbytes=plan.shard_bounds[shard.name][1],
+                least_nbytes=plan.shard_bounds[shard.name][0],
                 tensors={n: (t.spec.dtype, t.spec.shape) for n, t in shard.tensors.items()},
             )
             for shard in plan.shards
