@@ -185,7 +185,7 @@ def prepared() -> Iterator[Path]:
             prompts = ("Once", "The weights", "of the")
             experts = [{"source_model": "./tiny-llama", "positive_prompts": [each]} for each in prompts]
             mixture = {"base_model": "./tiny-llama", "gate_mode": "cheap_embed", "experts": experts}
-            weightops.experts_from_dense(mixture, "moe")
+            weightops.experts(None, "moe", from_dense=mixture)
             Path("prompts.txt").write_text("Once upon a time\nThe weights\n", encoding="utf-8")
             outputs = {"./out-f16": {"from": "cut", "dtype": "float16"}}
             recipe: dict[str, Any] = {"sources": {"raw": "./model"}, "outputs": outputs}

@@ -19,6 +19,7 @@ from support import write_checkpoint
 import weightops
 from weightops import api
 from weightops.cli.main import run
+from weightops.engine.job.drive import Threads
 from weightops.recipes import execute, recipe
 from weightops.recipes.verbs import VERBS, find_verb
 from weightops.spec import DType
@@ -198,8 +199,9 @@ RUNNING = [
     row("--if-exists skip", "if_exists", "skip"),
     row("--workers 3", "workers", 3),
     row("--job jobs", "job", Path("jobs")),
+    row("--executor threads", "executor", Threads()),
 ]
-ELSEWHERE = {"--out", "-o", "--json", "--progress", "--verbose", "-v", "--quiet", "-q", "-n", "--check", "--executor"}
+ELSEWHERE = {"--out", "-o", "--json", "--progress", "--verbose", "-v", "--quiet", "-q", "-n", "--check"}
 """Of the output's name, of what is shown, and of what is done before the operation."""
 
 

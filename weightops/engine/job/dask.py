@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from weightops.engine.control import Control, Progress, Silent
 from weightops.engine.job.documents import read_ending
@@ -30,26 +31,26 @@ def do_group(place: str, number: int, roots: tuple[str, ...], progress: Progress
     work(place, number, Control(progress), roots=roots)
 
 
+@dataclass(frozen=True)
 class Dask:
     """A cluster that is up, by the address of its scheduler; `task` is what its workers do."""
 
-    needs_job = True
-
-    def __init__(self, address: str, task: Task = do_group) -> None:
-        self._address, self._task = address, task
+    address: str
+    task: Task = do_group
+    needs_job: ClassVar[bool] = True
 
     def do(self, job: OpenJob, groups: Sequence[int], control: Control) -> None:
         """Raises `NetworkFailed` if the cluster cannot be reached, `NoRoom` for groups that workers died of."""
         distributed = _distributed()
         try:
-            client = distributed.Client(self._address, timeout=_CONNECT_S, set_as_default=False)
+            client = distributed.Client(self.address, timeout=_CONNECT_S, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             raise NetworkFailed(
-                f"no Dask cluster answers at {escape(self._address)} ({escape(str(error))})",
+                f"no Dask cluster answers at {escape(self.address)} ({escape(str(error))})",
                 hint="name the scheduler's address, as in --executor dask:tcp://127.0.0.1:8786",
             ) from None
         with client:
-            _run(client, self._task, job, groups, control)
+            _run(client, self.task, job, groups, control)
 
 
 def _distributed() -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from weightops.engine.control import Control
 from weightops.engine.digest import in_threads
@@ -17,23 +18,22 @@ from weightops.engine.job.work import work_on
 class Executor(Protocol):
     """What does the groups of a job. It may do one any number of times, anywhere, and go on when it is told to stop."""
 
-    needs_job: bool
+    needs_job: ClassVar[bool]
     """Whether others do the work, so that the job must lie where they see it."""
 
     def do(self, job: OpenJob, groups: Sequence[int], control: Control) -> None:
         """Do these groups; raises the first failure, and begins no others then."""
 
 
+@dataclass(frozen=True)
 class Threads:
     """Threads of this process, as many as `workers` at a time."""
 
-    needs_job = False
-
-    def __init__(self, workers: int | None = None) -> None:
-        self._workers = workers
+    workers: int | None = None
+    needs_job: ClassVar[bool] = False
 
     def do(self, job: OpenJob, groups: Sequence[int], control: Control) -> None:
-        workers = max(1, min(self._workers or os.cpu_count() or 1, len(groups)))
+        workers = max(1, min(self.workers or os.cpu_count() or 1, len(groups)))
         threads = (os.cpu_count() or 1) // workers
 
         def one(number: int, control: Control) -> None:

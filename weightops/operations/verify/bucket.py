@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from weightops.engine.control import Control
 from weightops.engine.digest import digest_tensors, in_threads
 from weightops.errors import CorruptInput, NoWeights, SourceMissing, UsageError, WeightopsError
-from weightops.formats.bucket_places import list_bucket
 from weightops.formats.folder import read_place
 from weightops.formats.proofs import manifest as own
 from weightops.formats.proofs.checksums import parse_checksums
@@ -34,8 +33,9 @@ from weightops.stores.local import read_source
 from weightops.stores.reader import FileReader
 from weightops.stores.s3.places import BucketPlace, parse_place
 from weightops.stores.stores import Stores
-from weightops.stores.web.listing import Listing, RemoteFile
-from weightops.stores.web.small import read_whole
+
+if TYPE_CHECKING:
+    from weightops.stores.web.listing import Listing, RemoteFile
 
 _BLOCK_NBYTES = 4 << 20
 _WORKERS = 4
@@ -99,6 +99,8 @@ def verify_bucket(
 
 def _find(text: str, stores: Stores) -> tuple[Listing, str | None]:
     """A folder's files; of a single object those beside it, and its own name."""
+    from weightops.formats.bucket_places import list_bucket  # imported here because most folders need no network
+
     place = parse_place(text)
     try:
         return list_bucket(place, stores.s3), None
@@ -112,6 +114,8 @@ def _find(text: str, stores: Stores) -> tuple[Listing, str | None]:
 
 def _list_to_go_by(listing: Listing, file: str | None, manifest: Path | None, stores: Stores) -> tuple[str, str, bytes]:
     """Name, place and bytes of what says how the files should be."""
+    from weightops.stores.web.small import read_whole  # imported here because most folders need no network
+
     if manifest is not None:
         return manifest.name, escape(str(manifest)), read_source(manifest)[1]
     usual = DEFAULT_MANIFESTS if file is None else (f"{file}.{own.NAME}", *DEFAULT_MANIFESTS)
