@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/weightops-deltas"), help="on tmpfs, 9 GB")
     parser.add_argument("--report", type=Path, default=Path("docs/benchmarks.md"))
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     torch.manual_seed(1)
     torch.set_num_threads(1)
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -252,7 +253,8 @@ def main() -> None:
         "## Compressed deltas",
         "",
         f"Written by `make bench-deltas`: random weights of a LLaMA's shape, {options.runs} runs by turns on "
-        f"{os.cpu_count()} cores. Sizes are those of all files with weights.",
+        f"{os.cpu_count()} cores,",
+        f"with a load of {load:.0f} from other work before the first. Sizes are those of all files with weights.",
         "",
         "| dtype | tuned is | `diff` | `diff --compress` | share |",
         "|---|---|---|---|---|",
