@@ -46,8 +46,23 @@ def arm(fatal: int) -> None:
         setattr(os, name, wrap(name, getattr(os, name)))
 
 
+THEN = "then"
+"""Between commands that follow one another."""
+
+
+def run_all(arguments: Sequence[str]) -> int:
+    """Exit code of the last of several commands, each of which runs whatever became of the one before."""
+    words = [*arguments, THEN]
+    code = 0
+    while words:
+        end = words.index(THEN)
+        code = run(words[:end])
+        words = words[end + 1 :]
+    return code
+
+
 def forked(arguments: Sequence[str], fatal: int | None) -> int:
-    """Exit code of a command in a child, negative when it was killed at its `fatal`-th change.
+    """Exit code of a command, or several, in a child; negative when it was killed at its `fatal`-th change.
 
     What the child has imported when it ends is imported here too, so that the next need not.
     """
@@ -60,7 +75,7 @@ def forked(arguments: Sequence[str], fatal: int | None) -> int:
         os.fsync = lambda fd: None  # what a killed process has written is there: a change to count, not to wait for
         if fatal is not None:
             arm(fatal)
-        code = run(arguments)
+        code = run_all(arguments)
         with open(writing, "w") as file:
             file.write("\n".join(name for name in sys.modules if name not in before))
         os._exit(code)

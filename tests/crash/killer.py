@@ -1,6 +1,6 @@
-"""Run one weightops command again and again, killed at its first, second, third, ... change to the disk.
+"""Run a weightops command again and again, killed at its first, second, third, ... change to the disk.
 
-    python killer.py STEP OUT[,OUT...] ARGUMENTS...
+    python killer.py STEP OUT[,OUT...] ARGUMENTS... [then ARGUMENTS...]
 
 Of the changes, each STEP-th is tried. After each kill the same command runs undisturbed; what it leaves is held
 against the outputs of a run that was never killed. That one runs in this process, so that children find all that it
@@ -20,9 +20,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from killing import forked
+from killing import forked, run_all
 
-from weightops.cli.main import run
 from weightops.ops import libtorch
 
 
@@ -32,9 +31,9 @@ def state(outs: list[Path]) -> dict[str, str]:
 
 
 def remove(outs: list[Path]) -> list[str]:
-    """Remove the outputs and whatever else is there of them; the names of that, unless it is an empty folder."""
+    """Remove the outputs and whatever else is there of them; the names of that, unless it is a job or empty."""
     beside = [path for out in outs for path in out.parent.glob(f"{out.name}.*")]
-    left = [path.name for path in beside if any(path.iterdir())]
+    left = [path.name for path in beside if any(path.iterdir()) and path.suffix != ".job"]
     for path in (*outs, *beside):
         shutil.rmtree(path, ignore_errors=True)
     return left
@@ -45,7 +44,7 @@ def main() -> None:
     libtorch._library()
     remove(outs)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        assert run(arguments) == 0
+        assert run_all(arguments) == 0
     reference = state(outs)
     remove(outs)
     wrong = []

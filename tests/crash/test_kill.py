@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import THEN
 from meta_model import make_meta
 from safetensors.torch import save_file
 from support import write_checkpoint
@@ -135,6 +136,21 @@ def test_a_model_that_is_quantised_ends_with_the_same_bytes_too(tmp_path: Path, 
     arguments = ["quantize", str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--act-order"]
     sizes = ["--group-size", "32", "--samples", "40", "--seq-len", "64"]
     kill_everywhere([tmp_path / "out"], step, [*arguments, *sizes, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [((), 60), *(pytest.param(options, 1, marks=pytest.mark.slow) for options in ((), ("--overwrite",)))],
+)
+def test_a_job_killed_anywhere_is_written_done_and_finished_by_the_same_commands(
+    family: Path, options: tuple[str, ...], step: int
+) -> None:
+    (family / "recipe.yaml").write_text(RECIPE.replace("format: torch-1.12", "max_shard_size: 5KB"))
+    job = str(family / "one.job")
+    commands = [["run", str(family / "recipe.yaml"), "--job", job, *options]]
+    commands += [["work", job, "--group", str(number)] for number in range(2)]
+    words = [word for command in [*commands, ["finish", job]] for word in (THEN, *command)][1:]
+    kill_everywhere([family / name for name in ("one", "two")], step, words)
 
 
 def kill_everywhere(outs: list[Path], step: int, arguments: list[str]) -> None:

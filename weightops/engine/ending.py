@@ -8,6 +8,7 @@ import msgspec
 
 from weightops.checkpoint import Document, Sidecar
 from weightops.engine.finished import plan_mark, remote_sources
+from weightops.engine.kinds import import_kinds, modules_of
 from weightops.io.source_file import SourceFile
 from weightops.plan import Expectation, Origin, Plan
 from weightops.spec import DType, TensorSpec
@@ -34,7 +35,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     index: bytes | None
     sidecars: dict[str, Sidecar]
     described: tuple[dict[str, Any], ...]
-    """Its documents as data."""
+    """Its documents as data, whose kinds `modules` know."""
+    modules: tuple[str, ...]
     origins: tuple[Origin, ...]
     remote: tuple[SourceFile, ...]
     expect: Expectation | None
@@ -45,6 +47,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=
 
     @property
     def documents(self) -> tuple[Document, ...]:
+        """Raises `CorruptInput`, and what msgspec raises."""
+        import_kinds(self.modules)
         return tuple(msgspec.convert(d, Document.registry[d["document"]]) for d in self.described)
 
     @property
@@ -70,6 +74,7 @@ def ending_of(plan: Plan) -> Ending:
         index=plan.index(),
         sidecars=dict(plan.sidecars),
         described=tuple(msgspec.to_builtins(document) for document in plan.documents),
+        modules=modules_of(plan.documents),
         origins=plan.origins,
         remote=remote_sources(plan),
         expect=plan.expect,

@@ -96,7 +96,7 @@ class WorkFolder:
             final = final_of(name)
             if is_lock(name) or name in (RUN, OWNER):
                 continue
-            if (final or name) not in own and final != RUN:
+            if (final or name) not in own and final not in (RUN, OWNER):
                 raise OutputExists(
                     f"{escape(str(self.path))} holds {escape(name)}, which weightops did not make",
                     hint="move it away, and run the same command again",
@@ -163,12 +163,22 @@ def refuse_others(path: Path, schema: str, job: JobOwner | None = None) -> None:
         if owner != job:
             raise owner.claimed(shown)
         return
-    # A run that was killed right away has left no more than its lock.
-    others = [entry for entry in path.iterdir() if not is_lock(entry.name) and final_of(entry.name) != RUN]
-    if others and read_document(path, schema) is None:
+    if any(map(_is_more, path.iterdir())) and read_document(path, schema) is None:
         raise OutputExists(
             f"{shown} is there, and weightops cannot tell that it made it", hint="move it away, or choose another --out"
         )
+
+
+def is_left(path: Path) -> bool:
+    """Whether there is a folder in which nothing is but what is left of a run that was killed right away."""
+    return path.is_dir() and not is_link(path) and not any(map(_is_more, path.iterdir()))
+
+
+def _is_more(entry: Path) -> bool:
+    """Whether it is more than what is left of a run, or a job, that was killed right away."""
+    if is_lock(entry.name) or final_of(entry.name) in (RUN, OWNER):
+        return False
+    return is_link(entry) or not entry.is_dir() or any(entry.iterdir())
 
 
 def read_document(path: Path, schema: str) -> dict[str, Any] | None:

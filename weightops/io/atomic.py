@@ -62,7 +62,8 @@ def write_new(path: Path, data: bytes) -> None:
     temporary = path.with_name(temporary_of(path.name))
     try:
         with removed_at_end(temporary):
-            write_whole(temporary, data)
+            with _writing(path, temporary) as write:
+                write(data)
             give_name(temporary, path)
             fsync_folder(path.parent)
     except FileExistsError:
@@ -94,8 +95,16 @@ def removed_at_end(temporary: Path) -> Iterator[None]:
 @contextmanager
 def writing_whole(path: Path) -> Iterator[Callable[[bytes], None]]:
     """Lend a function that writes a file piece by piece; it gets its name, durably, when all is well at the end."""
+    temporary = path.with_name(temporary_of(path.name))
+    with _writing(path, temporary) as write:
+        yield write
+    publish(temporary, path)
+
+
+@contextmanager
+def _writing(path: Path, temporary: Path) -> Iterator[Callable[[bytes], None]]:
+    """Lend a function that writes what `path` will hold; it is flushed at the end, and removed after an error."""
     try:
-        temporary = path.with_name(temporary_of(path.name))
         fd = open_to_write(temporary, is_new=True)
     except OSError as error:
         raise write_failure(path, error) from None
@@ -118,7 +127,6 @@ def writing_whole(path: Path) -> Iterator[Callable[[bytes], None]]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    publish(temporary, path)
 
 
 def make_folder(path: Path) -> None:

@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from weightops.engine.ending import Ending
+from weightops.engine.kinds import import_kinds
 from weightops.engine.records import ShardRecord
 from weightops.errors import CorruptInput, SourceMissing, UsageError, WeightopsError
+from weightops.io.atomic import final_of
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
@@ -51,19 +53,25 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="we
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-job-group/1"):
-    """A unit of work: parts of plans by the number of their output, and what else has to be read to its end."""
+    """A unit of work: parts of plans by the number of their output, and what else has to be read to its end.
+
+    `modules` know the ops.
+    """
 
     job: str
+    modules: tuple[str, ...] = ()
     parts: dict[int, dict[str, Any]] = {}
     watch: tuple[dict[str, Any], ...] = ()
     prove: tuple[SourceFile, ...] = ()
 
     @property
     def plans(self) -> dict[int, Plan]:
+        import_kinds(self.modules)
         return {output: Plan.from_json(part) for output, part in self.parts.items()}
 
     @property
     def watched(self) -> list[LazyTensor]:
+        import_kinds(self.modules)
         return [LazyTensor.from_json(document) for document in self.watch]
 
 
@@ -98,7 +106,8 @@ def ending_name(output: int) -> str:
 
 
 def is_of_job(name: str) -> bool:
-    """Whether a job makes a file of this name in its folder."""
+    """Whether a job makes a file of this name in its folder, for good or for a while."""
+    name = final_of(name) or name
     return name in (JOB, FINISHED) or (name.startswith(_FOLDERS) and name.endswith(".json"))
 
 

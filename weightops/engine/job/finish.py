@@ -20,12 +20,13 @@ from weightops.engine.job.documents import (
     decode,
     ending_name,
     find_record,
-    group_name,
+    is_of_job,
     read_ending,
     record_name,
 )
 from weightops.engine.job.outputs import Output
 from weightops.engine.job.place import OpenJob
+from weightops.engine.job.work import stands
 from weightops.engine.proof import fetch_sidecars
 from weightops.engine.records import ShardRecord
 from weightops.errors import Claimed, CorruptInput, Differs, Locked, Unfinished
@@ -107,7 +108,7 @@ def _collect(job: OpenJob) -> tuple[list[_Work], dict[str, str]]:
     there = set(job.store.listed("records"))
     for number in range(document.groups):
         record = find_record(job.store, document, number) if record_name(number) in there else None
-        if record is None:
+        if record is None or not stands(job, record):
             missing.append(number)
             continue
         witnesses |= record.witnesses
@@ -149,12 +150,33 @@ def _complete(work: _Work, witnesses: dict[str, str], control: Control) -> Manif
     return finish_files(work.ending, work.store, work.records, witnesses, fetched)
 
 
-def _made(work: _Work) -> Manifest:
-    """The manifest of an output that has its name, if it is what the records say."""
+def made_already(job: OpenJob) -> frozenset[int]:
+    """The outputs that have their names, as the job has made them; none as long as groups are not done."""
+    there, document = set(job.store.listed("")), job.document
+    if FINISHED in there:
+        return frozenset(range(len(job.outputs)))
+    needed = {*map(record_name, range(document.groups)), *map(ending_name, range(len(job.outputs)))}
+    if not needed <= there:
+        return frozenset()
+    try:
+        works, _ = _collect(job)
+    except Unfinished:
+        return frozenset()
+    return frozenset(number for number, work in enumerate(works) if _find_made(work) is not None)
+
+
+def _find_made(work: _Work) -> Manifest | None:
+    """The manifest of what has the output's name, if that is what the records say."""
     digests = {name: digest for record in work.records.values() for name, digest in record.tensors.items()}
     expected = manifest.content_id({name: (spec, digests[name]) for name, spec in work.ending.specs.items()})
     made = work.output.manifest()
-    if made is None or made.content_id != expected:
+    return made if made is not None and made.content_id == expected else None
+
+
+def _made(work: _Work) -> Manifest:
+    """As `_find_made`, for an output that is no longer being made."""
+    made = _find_made(work)
+    if made is None:
         raise Differs(
             f"{work.output.shown}: is no longer being made by this job, and is not what it makes",
             hint="give the job up with `weightops finish JOB --abandon`, and write it anew",
@@ -186,13 +208,10 @@ def abandon(place: str, control: Control, *, roots: Iterable[str] = ()) -> None:
         for number, output in enumerate(job.outputs):
             is_written = job.store.find(ending_name(number)) is not None
             output.abandon(read_ending(job.store, job.document, number).file_names if is_written else ())
-        for number in range(job.document.groups):
-            for name in (record_name(number), group_name(number)):
+        for name in job.store.listed(""):
+            if is_of_job(name) and name != JOB:
                 job.store.remove(name)
-        for number in range(len(job.outputs)):
-            job.store.remove(ending_name(number))
-        job.store.remove(FINISHED)
-        job.store.remove(JOB)
+        job.store.remove(JOB)  # last: without it the rest would be nobody's
 
 
 def _ranges(numbers: list[int]) -> str:

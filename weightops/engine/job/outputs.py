@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +23,9 @@ from weightops.engine.publishing import (
     restore_replaced,
     target_of,
 )
-from weightops.engine.work_folder import OWNER, JobOwner, WorkFolder, read_owner
-from weightops.errors import OutputExists, PlanDiffers, SourceMissing, WeightopsError
+from weightops.engine.records import ShardRecord
+from weightops.engine.work_folder import OWNER, JobOwner, WorkFolder, is_left, read_document, read_owner
+from weightops.errors import CorruptInput, Locked, OutputExists, PlanDiffers, SourceMissing, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.atomic import final_of, write_new
@@ -52,6 +53,9 @@ class Output(Protocol):
 
     def refuse_lost(self) -> None:
         """Raise `SourceMissing` or `Claimed` unless it is this job's, and not yet published."""
+
+    def has(self, shard: ShardRecord) -> bool:
+        """Whether a shard of that name and size is there, or the output has its name already."""
 
     def manifest(self) -> Manifest | None:
         """The manifest of what has the output's name now, if that has one."""
@@ -93,6 +97,7 @@ class LocalOutput:
         if read_owner(self._partial) == self._owner:
             return
         target_of(self.out, is_file=self._is_file, overwrite=self._overwrite).refuse_existing()
+        self.clean()
         with WorkFolder(self._partial, SCHEMA, self._owner) as work:
             if work.document is not None:
                 if not restart:
@@ -116,6 +121,16 @@ class LocalOutput:
             )
         if owner != self._owner:
             raise owner.claimed(self.shown)
+
+    def has(self, shard: ShardRecord) -> bool:
+        for folder in (OUTPUT, WHOLE):  # in the order in which another process gives them names meanwhile
+            try:
+                return LocalStore(self._partial / folder).identity(shard.name).nbytes == shard.nbytes
+            except (SourceMissing, CorruptInput):
+                continue
+        document = read_document(self._partial, SCHEMA) or {}
+        is_in_work = read_owner(self._partial) == self._owner and not is_published(self.out, document)
+        return not is_in_work and self.manifest() is not None
 
     def manifest(self) -> Manifest | None:
         try:
@@ -169,8 +184,10 @@ class LocalOutput:
         give_name(work, target, whole)
 
     def clean(self) -> None:
-        if read_owner(self._partial) == self._owner:
-            with WorkFolder(self._partial, SCHEMA, self._owner) as work:
+        if not self._partial.is_dir() or read_owner(self._partial) not in (None, self._owner):
+            return
+        with suppress(Locked, OutputExists), WorkFolder(self._partial, SCHEMA, self._owner) as work:
+            if is_published(self.out, work.document or {}) or is_left(self._partial):
                 remove_published(work)
 
     def abandon(self, files: Sequence[str]) -> None:

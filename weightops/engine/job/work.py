@@ -20,7 +20,7 @@ from weightops.engine.job.place import OpenJob
 from weightops.engine.proof import prove_files
 from weightops.engine.records import ShardRecord
 from weightops.engine.run import write_group
-from weightops.errors import CorruptInput, SourceMissing
+from weightops.errors import CorruptInput
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.plan import Plan, Shard
@@ -54,14 +54,7 @@ def work_on(job: OpenJob, number: int, control: Control, threads: int) -> bool:
 
 def stands(job: OpenJob, record: GroupRecord) -> bool:
     """Whether the shards of a record are there, by their sizes; what was published is."""
-    for output, shards in record.shards.items():
-        store = job.outputs[output].store
-        try:
-            if any(store.identity(shard.name).nbytes != shard.nbytes for shard in shards):
-                return False
-        except (SourceMissing, CorruptInput):
-            return job.outputs[output].manifest() is not None
-    return True
+    return all(job.outputs[output].has(shard) for output, shards in record.shards.items() for shard in shards)
 
 
 def _carry_out(job: OpenJob, group: Group, number: int, control: Control, threads: int) -> GroupRecord:

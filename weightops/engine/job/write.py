@@ -20,8 +20,10 @@ from weightops.engine.job.documents import (
     is_of_job,
     read_job,
 )
+from weightops.engine.job.finish import made_already
 from weightops.engine.job.place import OpenJob, absolute, open_store, refuse_places
 from weightops.engine.joint import group
+from weightops.engine.kinds import modules_of
 from weightops.engine.proof import to_be_proven, unproven
 from weightops.errors import OutputExists, PlanDiffers
 from weightops.io.escape import escape
@@ -48,6 +50,8 @@ class Wanted:
 def write_job(place: str, wanted: Sequence[Wanted], control: Control, *, restart: bool = False) -> OpenJob:
     """Write what workers need to make all that is wanted, and claim the outputs; what is there already is kept.
 
+    A job that has made an output does not make it again, whatever may be overwritten.
+
     Raises `PlanDiffers` for another job in that place, `OutputExists` for a folder with anything else in it, `Locked`
     and `OutputExists` for outputs that are not to be had, `UsageError` as `refuse_places` does.
     """
@@ -70,8 +74,10 @@ def write_job(place: str, wanted: Sequence[Wanted], control: Control, *, restart
     store = open_store(place, control.stores)
     _begin(store, document)
     job = OpenJob(place, control.stores, store)
-    for output in job.outputs:
-        output.claim(restart=restart)
+    made = made_already(job)
+    for number, output in enumerate(job.outputs):
+        if number not in made:
+            output.claim(restart=restart)
     there = set(store.listed(""))
     for number, members in enumerate(groups):
         control.check()
@@ -123,6 +129,7 @@ class _Members:
 def _described(job: str, members: _Members) -> Group:
     return Group(
         job=job,
+        modules=modules_of(part.op for tensor in members.tensors for part in tensor.walk()),
         parts={number: plan.to_json() for number, plan in members.parts.items()},
         watch=tuple(tensor.to_json() for tensor in members.watch),
         prove=tuple(members.prove),
