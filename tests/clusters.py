@@ -13,7 +13,7 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -357,13 +357,10 @@ class _Output:
         assert isinstance(store, LocalStore)
         return _Store(self._cluster, self._machine, store)
 
-    def ending(self, files: Sequence[str]) -> AbstractContextManager[WritableStore | None]:
-        @contextmanager
-        def lent() -> Iterator[WritableStore | None]:
-            with self._inner.ending(files) as store:
-                yield None if store is None else self._seen(store)
-
-        return lent()
+    @contextmanager
+    def ending(self, *arguments: Any) -> Iterator[WritableStore | None]:
+        with self._inner.ending(*arguments) as store:
+            yield None if store is None else self._seen(store)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
