@@ -23,7 +23,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
 
 help:
@@ -42,6 +42,7 @@ help:
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make bench-adapters  and the part about combining adapters"
 	@echo "make bench-deltas    compressed deltas: sizes, rates, and recovering from them"
+	@echo "make bench-scale     what jobs on 405B and 1T parameters take, by rates that are measured here"
 	@echo "make bench-merge     and the part about merge, every method beside mergekit (an hour)"
 	@echo "make mergekit        mergekit likewise, to which test-all holds merges, and which two benchmarks time"
 	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
@@ -197,6 +198,9 @@ bench-adapters: $(READY)
 
 bench-deltas: $(READY)
 	$(BIN)/python benchmarks/deltas.py
+
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py
 
 bench-merge: $(READY) mergekit
 	$(BIN)/python benchmarks/merge.py
