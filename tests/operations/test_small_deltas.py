@@ -227,13 +227,3 @@ def test_readers_say_what_it_is(models: Path, kind: str, part: bool, capsys: pyt
         assert (run(command), command) == (code, command)
         captured = capsys.readouterr()
         assert words in captured.out + captured.err
-
-
-def test_processes_that_share_a_job_make_the_same_files(family: Path, tmp_path: Path) -> None:
-    """How long a file will be nobody knows before; the job's end knows the least and the most."""
-    job = tmp_path / "job"
-    weightops.diff(family / "raw", family / "tuned", tmp_path / "small", compress=True, max_shard_size="3MB", job=job)
-    for number in range(len(list((job / "groups").iterdir()))):
-        weightops.work(job, number)
-    weightops.finish(job)
-    assert digests(tmp_path / "small") == digests(family / "small")

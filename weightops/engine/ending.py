@@ -15,10 +15,10 @@ from weightops.spec import DType, TensorSpec
 
 
 class ShardEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """A weight file as it has to be: its size, of a compressed one the most and the least, and its tensors' specs."""
+    """A weight file as it has to be: the least and the most bytes it has, and dtype and shape of its tensors."""
 
-    nbytes: int
     least_nbytes: int
+    nbytes: int
     tensors: dict[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -40,7 +40,6 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     origins: tuple[Origin, ...]
     remote: tuple[SourceFile, ...]
     expect: Expectation | None
-    is_file: bool
     file_names: tuple[str, ...]
     mark: str
     provenance: dict[str, str]
@@ -63,8 +62,8 @@ def ending_of(plan: Plan) -> Ending:
         recipe=dict(plan.recipe),
         shards={
             shard.name: ShardEnd(
-                nbytes=plan.shard_bounds[shard.name][1],
                 least_nbytes=plan.shard_bounds[shard.name][0],
+                nbytes=plan.shard_bounds[shard.name][1],
                 tensors={n: (t.spec.dtype, t.spec.shape) for n, t in shard.tensors.items()},
             )
             for shard in plan.shards
@@ -78,7 +77,6 @@ def ending_of(plan: Plan) -> Ending:
         origins=plan.origins,
         remote=remote_sources(plan),
         expect=plan.expect,
-        is_file=plan.is_file,
         file_names=tuple(sorted(plan.file_names)),
         mark=plan_mark(plan),
         provenance=dict(plan.provenance),

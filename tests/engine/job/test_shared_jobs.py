@@ -282,3 +282,16 @@ def test_paths_are_those_of_every_process(
         weightops.work(family / "job", number)
     weightops.finish(family / "job")
     assert outputs(family) == reference
+
+
+def test_what_has_fewer_bytes_than_could_be_known_is_made_by_a_job_too(family: Path) -> None:
+    """A compressed delta."""
+    options = {"compress": True, "max_shard_size": "9KB"}
+    weightops.diff(family / "raw", family / "tuned", family / "plain", **options)
+    made = weightops.diff(family / "raw", family / "tuned", family / "small", **options, job=family / "job")
+    assert made.groups is not None
+    assert made.groups > 1
+    for number in range(made.groups):
+        weightops.work(family / "job", number)
+    weightops.finish(family / "job")
+    assert digests(family / "small") == digests(family / "plain")

@@ -12,6 +12,7 @@ A task is two texts, the job's place and a group's number. A worker reads job.js
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import msgspec
@@ -122,6 +123,9 @@ def read_job(store: WritableStore) -> Job:
             f"{store.shown}: the job was written by weightops {escape(job.version)}, this is {__version__}",
             hint="use one version on all machines",
         )
+    for output in job.outputs:
+        if "\0" in output.out or not ("://" in output.out or os.path.isabs(output.out)):
+            raise CorruptInput(f"{store.shown}/{JOB}: {escape(output.out)!r} is no place of an output")
     return job
 
 

@@ -133,8 +133,7 @@ def _hold(job: OpenJob, work: _Work) -> None:
         raise CorruptInput(f"{escape(job.place)}: its records and its plan differ in {escape(odd)}")
     for name, record in work.records.items():
         shard = work.ending.shards[name]
-        is_sized = shard.least_nbytes <= record.nbytes <= shard.nbytes
-        if not is_sized or record.tensors.keys() != shard.tensors.keys():
+        if not shard.least_nbytes <= record.nbytes <= shard.nbytes or record.tensors.keys() != shard.tensors.keys():
             raise CorruptInput(f"{escape(job.place)}: the record of {escape(name)} is not of the file that was planned")
 
 

@@ -20,7 +20,7 @@ from weightops.engine.job.place import OpenJob
 from weightops.engine.proof import prove_files
 from weightops.engine.records import ShardRecord
 from weightops.engine.run import write_group
-from weightops.errors import CorruptInput
+from weightops.errors import CorruptInput, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.plan import Plan, Shard
@@ -60,7 +60,10 @@ def stands(job: OpenJob, record: GroupRecord) -> bool:
 def _carry_out(job: OpenJob, group: Group, number: int, control: Control, threads: int) -> GroupRecord:
     try:
         plans, watched = group.plans, group.watched
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        nbytes = sum(plan.total_nbytes for plan in plans.values())
+    except WeightopsError:
+        raise
+    except Exception as error:  # whatever an op raises for inputs that no plan gives it
         what = f"{type(error).__name__}: {error}"
         raise CorruptInput(f"{escape(job.place)}: group {number} is not well-formed ({escape(what)})") from None
     for output in plans:
@@ -70,7 +73,10 @@ def _carry_out(job: OpenJob, group: Group, number: int, control: Control, thread
     witnesses = watch("checking", watched, threads, control) if watched else {}
     if group.prove:
         prove_files(group.prove, control)
-    return GroupRecord(job=job.document.fingerprint, shards=_write(job, plans, control, threads), witnesses=witnesses)
+    control.progress.start("writing", nbytes)
+    shards = _write(job, plans, control, threads)
+    control.progress.stop()
+    return GroupRecord(job=job.document.fingerprint, shards=shards, witnesses=witnesses)
 
 
 def _write(job: OpenJob, plans: dict[int, Plan], control: Control, threads: int) -> dict[int, tuple[ShardRecord, ...]]:
@@ -80,7 +86,6 @@ def _write(job: OpenJob, plans: dict[int, Plan], control: Control, threads: int)
         check_relative(shard.name, escape(job.place))
     if not members:
         return {}
-    control.progress.start("writing", sum(plan.total_nbytes for plan in plans.values()))
     written = write_group([(plan, shard, job.outputs[o].store) for o, plan, shard in members], control, threads)
     records: dict[int, tuple[ShardRecord, ...]] = {}
     try:
@@ -94,5 +99,4 @@ def _write(job: OpenJob, plans: dict[int, Plan], control: Control, threads: int)
         for target, _ in written:
             target.abandon()
         raise
-    control.progress.stop()
     return records
