@@ -177,6 +177,17 @@ def test_several_outputs_of_one_recipe_are_made_from_one_read(family: Path, tmp_
     assert same_bits(weights(tmp_path / "c"), {n: t.float() for n, t in weights(family / "tuned").items()})
 
 
+def test_a_dry_run_says_that_its_sizes_are_the_most_there_can_be(
+    family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["diff", "--raw", str(family / "raw"), "--tuned", str(family / "tuned"), "--out", str(tmp_path / "x")]
+    said = []
+    for more in ((), ("--compress",)):
+        assert run([*command, "--dry-run", *more]) == 0
+        said += [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk")]
+    assert [line.startswith("disk     at most ") for line in said] == [False, True]
+
+
 def test_room_is_asked_for_no_more_than_is_known_to_be_needed(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
