@@ -12,6 +12,7 @@ AUTOGPTQ := .venv-autogptq
 LLAMACPP := .venv-llamacpp
 FORMATS := .venv-formats
 FORMATSOLD := .venv-formats-old
+BUCKETS := .venv-buckets
 DOCS := .venv-docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -23,7 +24,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo "make docs      the documentation as a site that needs no network, in build/site"
 	@echo "make mutants   what the tests notice of 200 small changes to the code (under two hours; continues when killed)"
 	@echo "make bench-download  the part of it that needs nginx, curl and aria2c"
+	@echo "make bench-buckets   and the part about buckets, beside boto3 and obstore"
 	@echo "make bench-convert   and the part about convert"
 	@echo "make bench-gguf      and the part about GGUF files in and out, and the memory of imatrix"
 	@echo "make bench-surgery   and the part about parts, experts, layers and vocabularies"
@@ -177,6 +179,14 @@ bench: $(READY)
 
 bench-download: $(READY)
 	$(BIN)/python benchmarks/download.py
+
+$(BUCKETS)/.ready:
+	$(call new,$(BUCKETS),seconds and 70 MB)
+	@$(BUCKETS)/bin/python -m pip install --quiet boto3==1.44.8 obstore==0.12.1
+	@touch $@
+
+bench-buckets: $(READY) $(BUCKETS)/.ready
+	$(BIN)/python benchmarks/buckets.py --others $(BUCKETS)/bin/python
 
 bench-convert: $(READY) reference
 	$(BIN)/python benchmarks/convert.py --sizes $(or $(SIZES),1b,3b)

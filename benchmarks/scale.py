@@ -1,37 +1,34 @@
 """What jobs on models of 405B and 1T parameters take, computed from what is measured here: `make bench-scale`.
 
 Measured: processor seconds per GB of commands whose files are in memory, and of reading from and writing to an object
-store on this machine; the time, memory and files that jobs on checkpoints of headers and holes take to be written.
-Computed: minutes by nodes and links. Figures go to docs/scale.md between the marking lines.
+store on this machine (by benchmarks/buckets.py); the time, memory and files that it takes to write jobs on checkpoints
+of headers and holes. Computed: minutes by nodes and links. Figures go to docs/scale.md between the marking lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import buckets
 import numpy as np
 from bench import SHARD, weightops, write_section
 from family import SHAPES, Shape, make
 from side import Side
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 DENSE = Shape(hidden=16384, layers=126, ffn=53248, heads=128, kv_heads=8, vocab=128256)
 CORES, LINKS_GBIT, NODES, USED = 16, (10, 25, 100), (1, 4, 16), 0.8
 """Cores of a node; its links; how many there are; the share of a link that is really used."""
 SHARD_NBYTES = 5_000_000_000
-PART_NBYTES, RANGE_NBYTES = 16 << 20, 8 << 20
 PLAN = f"""
 import sys
 import weightops
@@ -143,34 +140,22 @@ def command_costs(folder: Path, runs: int) -> dict[str, Cost]:
     return {name: Cost(each, "read" if name.startswith("cast") else "written") for name, each in costs.items()}
 
 
-def bucket_costs(nbytes: int, runs: int) -> dict[str, Cost]:
-    """Processor seconds of this process for writing to a server in another one, and for reading from it by ranges."""
-    buckets = importlib.import_module("buckets")  # of the tests
-    from weightops.stores.reader import FileReader
-    from weightops.stores.s3.store import S3Store
-    from weightops.stores.stores import BUCKETS, Stores
-
-    block = memoryview(bytearray(np.random.default_rng(0).bytes(RANGE_NBYTES)))
-    wrote, read = [], []
-    with buckets.ministack() as endpoint, buckets.connect(endpoint) as connection:
-        store = S3Store(buckets.new_bucket(connection), "", connection)
-        for run in range(runs):
-            start = time.process_time()
-            target = store.target(f"file-{run}", nbytes)
-            for position in range(0, nbytes, len(block)):
-                target.write(position, block, len(block))
-            target.close()
-            target.commit()
-            wrote.append((time.process_time() - start) / (nbytes / 1e9))
-            file = store.identity(f"file-{run}")
-            stores = Stores(connect={BUCKETS: lambda: buckets.connect(endpoint)})
-            start = time.process_time()
-            with stores.connected(), FileReader(stores) as files:
-                for position in range(0, nbytes, len(block)):
-                    files.read_into(file, position, block, nbytes - position - len(block))
-            read.append((time.process_time() - start) / (nbytes / 1e9))
-            store.remove(f"file-{run}")
-    return {"a bucket, read": Cost(tuple(read), "read"), "a bucket, write": Cost(tuple(wrote), "written")}
+def bucket_costs(folder: Path, nbytes: int, runs: int) -> dict[str, Cost]:
+    """Processor seconds of a process that reads an object by ranges, and of one that writes one."""
+    found: dict[bool, list[float]] = {False: [], True: []}
+    with buckets.server(folder) as endpoint:
+        with (folder / buckets.BUCKET / buckets.NAME).open("wb") as file:
+            file.write(os.urandom(nbytes))
+        for _ in range(runs):
+            for writes, costs in found.items():
+                words = [sys.executable, buckets.__file__, "--child", "**weightops**", "--endpoint", endpoint]
+                words += ["--nbytes", str(nbytes), *(["--writes"] if writes else [])]
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+                costs.append(json.loads(done.stdout)[2] / (nbytes / 1e9))
+    return {
+        "a bucket, read": Cost(tuple(found[False]), "read"),
+        "a bucket, write": Cost(tuple(found[True]), "written"),
+    }
 
 
 @dataclass(frozen=True)
@@ -214,7 +199,7 @@ def work_row(work: Work) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--nbytes", type=int, default=1 << 29, help="of a file in the object store")
+    parser.add_argument("--nbytes", type=int, default=1_000_000_000, help="of a file in the object store")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/weightops-scale"), help="on tmpfs, 9 GB")
     parser.add_argument("--report", type=Path, default=Path("docs/scale.md"))
     options = parser.parse_args()
@@ -228,7 +213,7 @@ def main() -> None:
             plan_row("1T, 384 experts a layer, FP8", mixture(), options.folder / "plan"),
         ]
         print(*(row for row, _ in plans), sep="\n", flush=True)
-        costs = bucket_costs(options.nbytes, options.runs)
+        costs = bucket_costs(options.folder / "bucket", options.nbytes, options.runs)
         costs = command_costs(options.folder, options.runs) | costs
     small = 0.34  # of a fine-tune in bfloat16, by benchmarks/deltas.py
     rates = [

@@ -12,27 +12,20 @@ import itertools
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-from unittest import mock
+from typing import ClassVar, TypeVar
 
 from weightops.engine.control import Control
-from weightops.engine.job import finish, place, work, write
-from weightops.engine.job.outputs import Output, open_output
 from weightops.engine.job.place import OpenJob
-from weightops.errors import NetworkFailed, OutputExists, WeightopsError
-from weightops.io.reflink import Extent
-from weightops.io.source_file import SourceFile
-from weightops.stores.local import LocalStore
-from weightops.stores.store import Target, WritableStore
+from weightops.engine.job.work import work
+from weightops.errors import NetworkFailed, WeightopsError
 
 T = TypeVar("T")
 _TRIES = 5
-_FROZEN_S, _TTL_S, _RESTART_S = 4000.0, 300.0, 30.0
+_LONGEST_S = 200_000.0
+_FROZEN_S, _TTL_S, _RESTART_S = 4000.0, 600.0, 30.0
 
 
 class Clock:
@@ -70,6 +63,7 @@ class Clock:
         """Until no process is left; raises what one of them raised."""
         while self._waiting:
             self.now, _, whose = heapq.heappop(self._waiting)
+            assert self.now < _LONGEST_S, "it does not end"
             whose.release()
             self._turn_ends.acquire()
             if self._failures:
@@ -143,6 +137,12 @@ class Cluster:
         finally:
             self._here.machine = before
 
+    @property
+    def here(self) -> Machine:
+        """The machine that this thread is."""
+        machine: Machine = self._here.machine
+        return machine
+
     def may_lose(self, machine: Machine, *, anyway: bool = False) -> bool:
         """Whether the script may take a machine away now: of what is done already each group is lost once at most."""
         if machine.group is None or not (machine.commits or anyway):
@@ -166,7 +166,7 @@ class Cluster:
                 machine = Machine(number)
                 holders[number] = machine, self.clock.now
                 try:
-                    self.as_machine(machine, partial(work.work, job.place, number, Control(), threads=1))
+                    self.as_machine(machine, partial(work, job.place, number, Control(), threads=1))
                     done.add(number)
                     continue
                 except WeightopsError:
@@ -182,6 +182,7 @@ class Cluster:
             self.clock.sleep(10)
             for number, (_, since) in list(holders.items()):
                 if number not in done and self.clock.now - since > _TTL_S:
+                    self.hit.add(number)
                     holders[number] = Machine(), self.clock.now
                     if number not in waiting:
                         waiting.append(number)
@@ -243,124 +244,3 @@ class Cluster:
     def _refuse_dead(self, machine: Machine) -> None:
         if machine.is_dead:
             raise Died
-
-    # --- in the place of the engine's own ----------------------------------------------------------------------------
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Have the engine's jobs see stores and time as they are here."""
-
-        def store(at: str, stores: Any) -> WritableStore:
-            return _Store(self, self._here.machine, LocalStore(Path(at)))
-
-        def output(*arguments: Any) -> Output:
-            return _Output(self, self._here.machine, open_output(*arguments))
-
-        with (
-            mock.patch.object(place, "open_store", store),
-            mock.patch.object(write, "open_store", store),
-            mock.patch.object(place, "open_output", output),
-            mock.patch.object(finish, "time", self.clock),
-            mock.patch("os.fsync"),  # nothing here loses its power
-        ):
-            yield
-
-
-class _Store(LocalStore):
-    """A folder as one machine sees it over the network: each call is a request."""
-
-    def __init__(self, cluster: Cluster, machine: Machine, inner: LocalStore) -> None:
-        super().__init__(inner.root, is_there=inner._is_there)
-        self._cluster, self._machine, self._inner = cluster, machine, inner
-
-    def _ask(self, do: Callable[[], T], again: Callable[[BaseException], T] | None = None) -> T:
-        return self._cluster.ask(self._machine, do, again=again)
-
-    def identity(self, name: str) -> SourceFile:
-        return self._ask(lambda: self._inner.identity(name))
-
-    def find(self, name: str) -> bytes | None:
-        return self._ask(lambda: self._inner.find(name))
-
-    def get(self, name: str) -> bytes:
-        return self._ask(lambda: self._inner.get(name))
-
-    def listed(self, folder: str) -> list[str]:
-        return self._ask(lambda: self._inner.listed(folder))
-
-    def put(self, name: str, data: bytes) -> None:
-        self._ask(lambda: self._inner.put(name, data))
-
-    def remove(self, name: str) -> None:
-        self._ask(lambda: self._inner.remove(name))
-
-    def create(self, name: str, data: bytes) -> None:
-        def again(error: BaseException) -> None:
-            if not isinstance(error, OutputExists) or self._inner.find(name) != data:
-                raise error
-
-        self._ask(lambda: self._inner.create(name, data), again)
-
-    @contextmanager
-    def putting(self, name: str) -> Iterator[Callable[[bytes], None]]:
-        parts: list[bytes] = []
-        yield parts.append
-        self.put(name, b"".join(parts))
-
-    def target(  # type: ignore[override]
-        self, name: str, nbytes: int, shared: Mapping[SourceFile, Sequence[Extent]] = {}, *, is_most: bool = False
-    ) -> Target:
-        inner = self._ask(lambda: self._inner.target(name, nbytes, is_most=is_most))
-        return _Target(self._cluster, self._machine, inner, name)
-
-
-class _Target:
-    """A file on its way: what `write` is given in another thread is paid for, and may fail, when it is closed."""
-
-    shared_nbytes = 0
-
-    def __init__(self, cluster: Cluster, machine: Machine, inner: Target, name: str) -> None:
-        self._cluster, self._machine, self._inner, self._name = cluster, machine, inner, name
-        self._nbytes = 0
-
-    def write(self, offset: int, block: memoryview, used: int) -> None:
-        self._inner.write(offset, block, used)
-        self._nbytes += used
-
-    def close(self, nbytes: int | None = None) -> None:
-        self._cluster.carry(self._machine, self._nbytes)
-        self._cluster.ask(self._machine, lambda: None)
-        self._inner.close(nbytes)
-
-    def commit(self) -> None:
-        def give_name() -> None:
-            self._inner.commit()
-            self._machine.commits += 1
-            self._cluster.commits[self._name] += 1
-
-        self._cluster.ask(self._machine, give_name, again=lambda error: None)
-
-    def abandon(self) -> None:
-        # A machine that has died leaves its file behind; this only lets go of it here.
-        if not self._machine.is_dead:
-            self._inner.abandon()
-
-
-class _Output:
-    """An output whose stores are reached over the network."""
-
-    def __init__(self, cluster: Cluster, machine: Machine, inner: Output) -> None:
-        self._cluster, self._machine, self._inner = cluster, machine, inner
-        self.store: WritableStore = self._seen(inner.store)
-
-    def _seen(self, store: WritableStore) -> WritableStore:
-        assert isinstance(store, LocalStore)
-        return _Store(self._cluster, self._machine, store)
-
-    @contextmanager
-    def ending(self, *arguments: Any) -> Iterator[WritableStore | None]:
-        with self._inner.ending(*arguments) as store:
-            yield None if store is None else self._seen(store)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster_stores import Objects, installed
 from clusters import Cluster, Died, Machine
 from support import digests, write_checkpoint
 from systems import needs_itself
@@ -20,6 +22,7 @@ from weightops.engine.job.drive import drive
 from weightops.engine.job.finish import finish
 from weightops.engine.job.write import Wanted, write_job
 from weightops.errors import WeightopsError
+from weightops.formats.proofs import manifest
 from weightops.plan import Plan
 
 SHARDS, TENSOR_NBYTES = 70, 2048
@@ -68,22 +71,62 @@ def write_holes(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
 
 
+class Place:
+    """A folder where the output goes, which may be there before; what is seen of it at every moment."""
+
+    def __init__(self, made: Made, folder: Path, *, is_replaced: bool) -> None:
+        self.out, self.job, self.is_replaced = str(folder / "out"), str(folder / "job"), is_replaced
+        self._path, self._whole = folder / "out", made.whole
+        if is_replaced:
+            shutil.copytree(made.old, self._path)
+        self._before = digests(self._path) if is_replaced else None
+
+    def is_whole(self) -> bool:
+        """Whether the new output is there: if not, the old one is, or none."""
+        if not self._path.exists():
+            assert self._before is None
+            return False
+        names = {path.name for path in self._path.iterdir()}
+        found = digests(self._path) if names != (self._before or {}).keys() else self._before
+        assert found in (self._whole, self._before)
+        return found == self._whole
+
+    def check_end(self) -> None:
+        assert not self._path.with_name("out.partial").exists()
+
+
+class BucketPlace:
+    """A folder in a bucket: an output as soon as it has a manifest, and all else is there then."""
+
+    out, job, is_replaced = "s3://bucket/out", "s3://bucket/job", False
+
+    def __init__(self, made: Made, everything: Objects) -> None:
+        self._objects, self._whole = everything.whole, made.whole
+
+    def is_whole(self) -> bool:
+        if f"out/{manifest.NAME}" not in self._objects:
+            return False
+        found = {k[4:]: hashlib.sha256(v).hexdigest() for k, v in self._objects.items() if k.startswith("out/")}
+        assert self._whole.items() <= found.items()
+        return True
+
+    def check_end(self) -> None:
+        assert {key[4:] for key in self._objects if key.startswith("out/")} == self._whole.keys()
+
+
 def simulate(made: Made, folder: Path, seed: int) -> None:
     """A history: a process writes the job, has 64 nodes do it and finishes it; two others try to finish it as well.
 
-    Each of them dies now and then, fails, and begins anew, and so do the nodes.
+    Each of them dies now and then, fails, and begins anew, and so do the nodes. By turns the output is new, replaces
+    another one, and goes to a bucket.
     """
-    cluster, job, out = Cluster(seed), str(folder / "job"), folder / "out"
-    is_replaced, is_whole = seed % 3 == 0, False
-    if is_replaced:
-        shutil.copytree(made.old, out)
-    old = sorted(path.name for path in made.old.iterdir())
+    cluster, everything = Cluster(seed), Objects()
+    place = BucketPlace(made, everything) if seed % 3 == 2 else Place(made, folder, is_replaced=seed % 3 == 1)
+    was_whole = False
 
     def look() -> None:
-        nonlocal is_whole
-        if not is_whole and not (is_replaced and sorted(path.name for path in out.iterdir()) == old):
-            is_whole = out.exists()
-            assert not is_whole or digests(out) == made.whole
+        nonlocal was_whole
+        was_whole = was_whole or place.is_whole()
 
     def until_done(task: Callable[[], object]) -> None:
         while True:
@@ -94,19 +137,19 @@ def simulate(made: Made, folder: Path, seed: int) -> None:
                 cluster.clock.sleep(20)
 
     def drive_it() -> None:
-        opened = write_job(job, [Wanted(str(out), made.plan, overwrite=is_replaced)], Control())
+        opened = write_job(place.job, [Wanted(place.out, made.plan, overwrite=place.is_replaced)], Control())
         drive(opened, cluster, Control())
-        finish(job, Control())
+        finish(place.job, Control())
 
     cluster.clock.watch = look
-    with cluster.installed():
+    with installed(cluster, everything):
         cluster.clock.spawn(lambda: until_done(drive_it))
         for _ in range(2):
-            cluster.clock.spawn(lambda: until_done(lambda: finish(job, Control())))
+            cluster.clock.spawn(lambda: until_done(lambda: finish(place.job, Control())))
         cluster.clock.run()
-    assert is_whole
-    assert digests(out) == made.whole
-    assert not (folder / "out.partial").exists()
+    assert was_whole
+    assert place.is_whole()
+    place.check_end()
     assert cluster.commits.keys() == {shard.name for shard in made.plan.shards}, "no work is lost"
     assert max(cluster.commits.values()) <= 2, "none is done three times"
     assert cluster.commits.total() - SHARDS <= len(cluster.hit), "nor twice without a reason"

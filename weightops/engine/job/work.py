@@ -20,7 +20,7 @@ from weightops.engine.job.place import OpenJob
 from weightops.engine.proof import prove_files
 from weightops.engine.records import ShardRecord
 from weightops.engine.run import write_group
-from weightops.errors import CorruptInput, WeightopsError
+from weightops.errors import CorruptInput, UploadGone, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.plan import Plan, Shard
@@ -47,7 +47,14 @@ def work_on(job: OpenJob, number: int, control: Control, threads: int) -> bool:
         _LOG.info("group %d of %s is done already", number, escape(job.place))
         return False
     group = read_group(job.store, job.document, number)
-    done = _carry_out(job, group, number, control, threads)
+    try:
+        done = _carry_out(job, group, number, control, threads)
+    except UploadGone:
+        # Whoever did the same meanwhile, and ended the job, has given up what came too late.
+        record = find_record(job.store, job.document, number)
+        if (record is None or not stands(job, record)) and not all(output.manifest() for output in job.outputs):
+            raise
+        return False
     job.store.put(record_name(number), msgspec.json.encode(done))
     return True
 
