@@ -15,7 +15,6 @@ from weightops.engine.targets import FileTarget
 from weightops.engine.work_folder import refuse_others
 from weightops.errors import OutputExists
 from weightops.io.source_file import SourceFile
-from weightops.quantization.work import SCHEMA, blocks_of
 from weightops.stores.places import Out, as_out
 from weightops.stores.s3.places import parse_place
 from weightops.stores.stores import Stores
@@ -39,6 +38,8 @@ class Worked:
 
     def refuse(self, sources: Iterable[SourceFile], stores: Stores, *, may_replace: bool) -> None:
         """Raise, before there is work, what would be raised after it for a place that cannot be written to."""
+        from weightops.quantization.work import SCHEMA, blocks_of  # imported here because it imports torch
+
         if isinstance(self.out, Path):
             refuse_among(self.out, sources)
             try:
