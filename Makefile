@@ -24,7 +24,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats slurm mutants gpu clean
 
 help:
@@ -43,6 +43,8 @@ help:
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make bench-adapters  and the part about combining adapters"
+	@echo "make bench-deltas    compressed deltas: sizes, rates, and recovering from them"
+	@echo "make bench-scale     what jobs on 405B and 1T parameters take, by rates that are measured here"
 	@echo "make bench-merge     and the part about merge, every method beside mergekit (an hour)"
 	@echo "make mergekit        mergekit likewise, to which test-all holds merges, and which two benchmarks time"
 	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
@@ -208,6 +210,12 @@ bench-compare: $(READY)
 
 bench-adapters: $(READY)
 	$(BIN)/python benchmarks/adapters.py
+
+bench-deltas: $(READY)
+	$(BIN)/python benchmarks/deltas.py
+
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py
 
 bench-merge: $(READY) mergekit
 	$(BIN)/python benchmarks/merge.py
