@@ -22,8 +22,8 @@ from weightops.cli.output import ErrorDocument
 from weightops.engine.ending import Ending
 from weightops.engine.job.documents import Finished, Group, GroupRecord, Job
 from weightops.engine.publishing import PartialRun
-from weightops.engine.work_folder import JobOwner
 from weightops.formats.delta import Delta
+from weightops.formats.job_owner import JobOwner
 from weightops.formats.proofs.manifest import Manifest
 from weightops.inference.batch import AnswerDocument, AnswersDocument, BatchDocument
 from weightops.inference.chat import ChatDocument

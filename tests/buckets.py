@@ -19,6 +19,7 @@ from botocore.credentials import Credentials
 
 from weightops.stores.s3.account import Account, Endpoint
 from weightops.stores.s3.connection import S3
+from weightops.stores.s3.refusals import parse_answer
 from weightops.stores.web.policy import Policy
 
 KEY, SECRET = "AKIATESTKEY", "secret-of-the-tests"
@@ -100,3 +101,9 @@ def environment(endpoint: str) -> dict[str, str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
+
+
+def uploads(connection: S3, bucket: str) -> list[str]:
+    """The keys of uploads that have not ended."""
+    root = parse_answer(connection.call("GET", f"s3://{bucket}/", {"uploads": ""}).data, bucket)
+    return [each.findtext("Key") or "" for each in root.iterfind("Upload")]

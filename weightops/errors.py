@@ -12,6 +12,7 @@
     ├── PlanDiffers          12    a partial output was made by another plan
     ├── CorruptInput         13    an input is malformed, truncated, changed under us or hostile
     ├── AuthenticationFailed 14    the server wants another token
+    ├── UploadGone            1    what was uploaded has been given up by another process
     ├── Unfinished            1    groups of a job are still to be done
     ├── Locked               15    another run holds the output
     │   └── Claimed          15    a job of many processes holds it
@@ -113,6 +114,10 @@ class Locked(WeightopsError):
 
 class Claimed(Locked):
     """This output belongs to a job of many processes."""
+
+
+class UploadGone(WeightopsError):
+    """The store does not know an upload: it was ended or aborted, which another process may have done."""
 
 
 class Unfinished(WeightopsError):

@@ -1,4 +1,4 @@
-"""Every command on models in a bucket gives what it gives on the same models on disk."""
+"""Every command on models in a bucket gives what it gives on the same models on disk, and writes the same to either."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from command_family import COMMANDS, TELLING, make_family
 
 from weightops.cli.main import run
 from weightops.stores.s3.store import S3Store
+from weightops.stores.stores import BUCKETS, Stores
 
+WRITING = [command for command in COMMANDS if command.split()[0] not in TELLING]
 SAID_OF_SOURCES = ("weightops-manifest.json", "README.md")
 
 
@@ -34,6 +36,8 @@ def family(tmp_path_factory: pytest.TempPathFactory, store_endpoint: str) -> Ite
         for name in ("recipe.yaml", "steps.yml"):
             text = re.sub(r"\./|(?<=source: )", f"{store.shown}/", (folder / name).read_text())
             (folder / f"there-{name}").write_text(text)
+        recipe = (folder / "recipe.yaml").read_text()
+        (folder / "to-recipe.yaml").write_text(re.sub(r"(?m)^  out:", f"  {store.shown}/to/run:", recipe))
         yield folder, store.shown
 
 
@@ -62,3 +66,25 @@ def test_a_command_on_a_bucket(family: tuple[Path, str], command: str, capsys: p
     found, said = contents(there)
     assert found == here
     assert said == expected
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_command_into_a_bucket(
+    family: tuple[Path, str], command: str, store_endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, bucket = family
+    words = command.split()
+    there = f"{bucket}/to/{WRITING.index(command)}" if words[0] != "run" else f"{bucket}/to/run"
+    if words[0] == "run":
+        given = [words, ["run", "to-recipe.yaml"]]
+    else:
+        given = [[*words, "--out", "out"], [*words, "--out", there]]
+    for each in given:
+        assert run([*each, "-q"]) == 0, capsys.readouterr().err
+    out = folder / "out"
+    expected = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out)
+    with Stores(connect={BUCKETS: lambda: buckets.connect(store_endpoint)}).connected() as stores:
+        store = stores.writable(there)
+        assert {name: store.get(name) for name in store.listed("")} == expected
+    assert run(["verify", there, "-q"]) == 0

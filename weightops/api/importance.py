@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from weightops.api.models import opened
-from weightops.api.outputs import local
+from weightops.api.worked import Worked
 from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, find_marked
-from weightops.engine.preflight import refuse_among
 from weightops.engine.proof import hold
-from weightops.engine.staging import Staging
-from weightops.engine.targets import FileTarget
-from weightops.engine.work_folder import refuse_others
-from weightops.errors import OutputExists, UsageError
-from weightops.formats.proofs import manifest
+from weightops.errors import UsageError
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.plan import sources_of
@@ -55,9 +50,10 @@ def imatrix(
     from weightops.quantization.calibration import begun, calibrate, read_documents
     from weightops.quantization.importance import collect, expected, find_layers, matrix_of, measured
     from weightops.quantization.run import compute_dtype, identity, marks, window_length
-    from weightops.quantization.work import SCHEMA, Work, blocks_of, check_room
+    from weightops.quantization.work import Work, check_room
 
-    out = local(out)
+    worked = Worked.at(out, is_file=True)
+    out = worked.here
     if out.suffix not in (".gguf", ".dat"):
         raise UsageError(
             f"{escape(str(out))}: an importance matrix is a file",
@@ -69,13 +65,7 @@ def imatrix(
     with control.stores.connected():
         checkpoint = opened(source, control)
         if not running.get("dry_run"):
-            refuse_among(out, sources_of(checkpoint.values()))
-            try:
-                FileTarget(out, overwrite=may or is_skipping).refuse_existing()
-            except OutputExists:
-                Staging.clean_up_after(out)
-                raise
-            refuse_others(blocks_of(out), SCHEMA)
+            worked.refuse(sources_of(checkpoint.values()), control.stores, may_replace=may or is_skipping)
         length, texts = window_length(checkpoint, seq_len, _CHUNK), [Path(text) for text in several(calibration)]
         tokenizer, where = load_tokenizer(checkpoint), pick_device(device)
         data = begun(calibrate(tokenizer, read_documents(texts), samples, length, seed), tokenizer)
@@ -94,11 +84,11 @@ def imatrix(
             # What was run is read once more, to know the source by its content, and to hold it against its manifest.
             made = replace(made, watch=tuple(checkpoint.values()), warnings=(*said, *made.warnings))
             wanted = Wanted(made, {}, recipe, {"source": checkpoint}, beside=beside, provenance=provenance)
-            return write_all({out: wanted}, cast("Running", running))[out]
+            return write_all({worked.out: wanted}, cast("Running", running))[worked.out]
 
         if is_skipping:
-            at = manifest.beside(out)
-            found = find_marked(out, at, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may)
+            there = worked.lying(control.stores)
+            found = find_marked(there, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may)
             if found is not None:
                 planned = write(expected(layers), {"dry_run": True, "control": control})
                 return replace(planned, manifest=found, skipped=True)

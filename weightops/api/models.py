@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
-from weightops.api.outputs import OutputHere, local, split_output
+from weightops.api.outputs import OutputHere, split_output
+from weightops.api.worked import Worked
 from weightops.checkpoint import Checkpoint, Copied
 from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, find_marked
-from weightops.engine.preflight import refuse_among
-from weightops.engine.staging import Staging, refuse_target
-from weightops.engine.work_folder import refuse_others
-from weightops.errors import OutputExists, UsageError
+from weightops.errors import UsageError
 from weightops.formats.folder import open_checkpoint
 from weightops.formats.places import is_remote
-from weightops.formats.proofs import manifest
 from weightops.formats.sidecars import Kind, kind_of
 from weightops.inference.asked import Asked, settings_of
 from weightops.io.atomic import check_target, write_whole
@@ -96,7 +93,7 @@ def quantize(
     tokens, or as many as the model has positions. `skip`: globs of layers that stay as they are. `device`: where to
     compute; `auto` is a GPU if there is one. Of `max_memory`, or half of what is free, what a block does not need saves
     time. `checkpoint_format` is what holds the integers. The same call continues at its block what an earlier one
-    began.
+    began; for an `out` in a bucket, what it needs for that lies in the current folder.
     """
     from weightops.inference.model import pick_device
     from weightops.inference.tokens import check_tokens, load_tokenizer
@@ -104,23 +101,17 @@ def quantize(
     from weightops.quantization.calibration import calibrate, read_documents
     from weightops.quantization.options import Options
     from weightops.quantization.run import prepare, quantized, sample_length, scale_dtype
-    from weightops.quantization.work import SCHEMA, blocks_of
 
     files, running = split_output(output, OutputHere)
-    out = local(out)
+    worked = Worked.at(out)
     control = running.get("control") or Control()
     running["control"] = control
     is_skipping = may_skip(running)
     with control.stores.connected():
         checkpoint = opened(source, control)
         if not running.get("dry_run"):
-            refuse_among(out, sources_of(checkpoint.values()))
-            try:
-                refuse_target(out, overwrite=running.get("overwrite", False) or is_skipping)
-            except OutputExists:
-                Staging.clean_up_after(out)
-                raise
-            refuse_others(blocks_of(out), SCHEMA)
+            may_replace = running.get("overwrite", False) or is_skipping
+            worked.refuse(sources_of(checkpoint.values()), control.stores, may_replace=may_replace)
         settings = Settings(
             bits=bits,
             group_size=group_size,
@@ -148,13 +139,15 @@ def quantize(
         estimate = run.estimate()
         provenance = run.marks({name: value for name, value in files.items() if name != "expect"})
         if is_skipping:
-            may = running.get("overwrite", False)
-            if find_marked(out, out / manifest.NAME, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may):
+            may, there = running.get("overwrite", False), worked.lying(control.stores)
+            if find_marked(there, provenance[PLAN], lambda: provenance[SOURCES], may_differ=may):
                 return Quantization(estimate, skipped=True)
         if running.get("dry_run"):
             return Quantization(estimate)
         max_nbytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-        with quantized(run, out, control, restart=running.get("restart", False), max_nbytes=max_nbytes) as found:
+        with quantized(
+            run, worked.here, control, restart=running.get("restart", False), max_nbytes=max_nbytes
+        ) as found:
             recipe = _quantize_recipe(options, texts, data, seed)
             # What was quantised is read once more, to know the source by its content, and to hold it against its
             # manifest.
@@ -163,7 +156,7 @@ def quantize(
             made = replace(found.checkpoint, watch=(*found.checkpoint.watch, *gone))
             sources, beside = {"source": checkpoint}, found.work_folder
             wanted = Wanted(made, files, recipe, sources, beside=beside, provenance=provenance)
-            result = write_all({out: wanted}, running)[out]
+            result = write_all({worked.out: wanted}, running)[worked.out]
     return Quantization(estimate, result, found.modules, found.bits_per_weight)
 
 

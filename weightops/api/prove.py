@@ -22,6 +22,7 @@ from weightops.io.digests import check_algorithm
 from weightops.io.escape import escape
 from weightops.recipes.planning import StrPath, several
 from weightops.stores.local import read_source
+from weightops.stores.places import as_out
 from weightops.stores.s3.places import is_bucket
 
 if TYPE_CHECKING:
@@ -55,12 +56,12 @@ def download(
     """Fetch a repository, URL, list of URLs or published name into a folder, and prove every file right.
 
     With `cache` in the place of `out`, a repository of a hub goes into that Hugging Face cache, in which transformers
-    and huggingface_hub find it; nothing there is replaced or removed.
+    and huggingface_hub find it; nothing there is replaced or removed. `out` may be a folder in a bucket.
     `sha256`, `md5` and `checksums` (a list at a path or URL) are for one URL. The same call continues what
     an earlier one began. Files that no download brought are kept if they are the ones wanted, and replaced only with
     `overwrite`. See `weightops.operations.download`; the control's `stores` know hub, token, proxies and limits.
     """
-    from weightops.operations.download import download_into, download_into_cache
+    from weightops.operations.download import download_into, download_into_bucket, download_into_cache
 
     control = control or Control()
     digests = {name: digest for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
@@ -74,9 +75,16 @@ def download(
         )
     if out is None:
         raise UsageError("there is no folder to write", hint="give out, or cache for a Hugging Face cache")
+    there = as_out(out)
+    if isinstance(there, str):
+        given = {"prune": prune, "overwrite": overwrite, "offline": offline}
+        for name in (name for name, value in given.items() if value):
+            raise UsageError(f"{name} has no use with a bucket, in which nothing is replaced", hint="leave it out")
+        chosen = several(include), several(exclude)
+        return download_into_bucket(source, there, revision, *chosen, digests, checksums, workers, dry_run, control)
     return download_into(
         source,
-        Path(out),
+        there,
         revision,
         several(include),
         several(exclude),

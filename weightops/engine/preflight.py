@@ -20,10 +20,13 @@ from weightops.io.platform.machine import available_memory
 from weightops.io.platform.names import place_of
 from weightops.io.source_file import SourceFile
 from weightops.plan import Plan
+from weightops.stores.places import Out
 
+_UPLOAD_NBYTES = 32 << 20
+"""Parts of an object in a bucket that are in memory while they are sent."""
 _SPARE_NBYTES = 16 << 20
 """Disk kept free beyond the output: file system metadata, index, manifest."""
-_WHOLE = (".gguf", ".dat")
+WHOLE = (".gguf", ".dat")
 """Ends of the names of files that are a whole model, or importance matrix, by themselves."""
 
 
@@ -36,11 +39,24 @@ def default_workers(plans: Sequence[Plan]) -> int:
     return 1 if any(plan.is_remote for plan in plans) else min(4, os.cpu_count() or 1)
 
 
-def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
+def preflight(plans: Mapping[Out, Plan], workers: int) -> None:
     """Refuse outputs that lie inside one another or among the inputs; too little disk; too little memory.
 
-    And, with `CorruptInput`, names that a system or file system cannot hold, or takes for one.
+    And, with `CorruptInput`, names that a system or file system cannot hold, or takes for one. Of an output in a bucket
+    it is the memory that counts here.
     """
+    here = {out: plan for out, plan in plans.items() if isinstance(out, Path)}
+    _check_places(here)
+    _check_disk(here)
+    uploads = _UPLOAD_NBYTES if len(here) < len(plans) else 0
+    memory, available = peak_memory(list(plans.values()), workers) + workers * uploads, available_memory()
+    if memory > available:
+        raise NoRoom(
+            f"{workers} workers need {memory} bytes of memory, {available} are available", hint="give fewer --workers"
+        )
+
+
+def _check_places(plans: Mapping[Path, Plan]) -> None:
     targets = {place_of(out): _real(out) for out in plans}
     for out, plan in plans.items():
         refuse_among(out, plan.sources)
@@ -48,12 +64,6 @@ def preflight(plans: Mapping[Path, Plan], workers: int) -> None:
         check_names(partial(out) / OUTPUT, plan.file_names, escape(str(out)))
     if len(targets) < len(plans):
         raise UsageError("two outputs are the same folder", hint="choose another --out")
-    _check_disk(plans)
-    memory, available = peak_memory(list(plans.values()), workers), available_memory()
-    if memory > available:
-        raise NoRoom(
-            f"{workers} workers need {memory} bytes of memory, {available} are available", hint="give fewer --workers"
-        )
 
 
 def _real(path: Path) -> Path:
@@ -67,7 +77,7 @@ def refuse_among(out: Path, sources: Iterable[SourceFile]) -> None:
     A file that needs none beside it may have an output there, which then must not be or hold the file itself.
     """
     paths = {_real(Path(f.path)) for f in sources if not f.is_remote}
-    _refuse_nested(out, {p if p.suffix.lower() in _WHOLE else p.parent for p in paths}, "the input")
+    _refuse_nested(out, {p if p.suffix.lower() in WHOLE else p.parent for p in paths}, "the input")
 
 
 def _refuse_nested(out: Path, others: Iterable[Path], what: str) -> None:

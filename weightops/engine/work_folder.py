@@ -20,39 +20,14 @@ from typing import Any
 import msgspec
 
 from weightops.engine.lock import Lock, is_lock
-from weightops.errors import Claimed, OutputExists
+from weightops.errors import OutputExists
+from weightops.formats.job_owner import JobOwner
 from weightops.io.atomic import final_of, write_whole
 from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.entries import is_link
 
 RUN, OWNER = "run.json", "weightops-job.json"
-
-
-class JobOwner(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="weightops-job-owner/1"):
-    """Whose a partial output is that many processes write: a job, by its place and the fingerprint of what it does."""
-
-    job: str
-    fingerprint: str
-
-    @classmethod
-    def parse(cls, data: bytes) -> JobOwner | None:
-        """What `encode` wrote, None for anything else."""
-        try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None
-
-    def encode(self) -> bytes:
-        return msgspec.json.encode(self)
-
-    def claimed(self, shown: str) -> Claimed:
-        """The error for another run that would write here."""
-        job = escape(self.job)
-        return Claimed(
-            f"{shown} is being written by the job {job}",
-            hint=f"`weightops finish {job}` ends it, `weightops finish {job} --abandon` gives it up",
-        )
 
 
 class WorkFolder:

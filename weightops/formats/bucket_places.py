@@ -7,6 +7,7 @@ from dataclasses import replace
 from weightops.errors import CorruptInput, SourceMissing
 from weightops.formats.choose import WEIGHT_SUFFIXES
 from weightops.formats.gguf.split import named_parts
+from weightops.formats.job_owner import WORK, JobOwner, owner_name
 from weightops.formats.proofs import manifest
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
@@ -15,12 +16,11 @@ from weightops.stores.s3.connection import S3
 from weightops.stores.s3.listing import list_objects
 from weightops.stores.s3.places import BucketPlace, address, parse_place
 from weightops.stores.s3.store import identity_of
+from weightops.stores.store import PROBES
 from weightops.stores.stores import Stores
 from weightops.stores.web.listing import Listing, RemoteFile
 from weightops.stores.web.small import read_whole
 
-_WORK = ".weightops/"
-"""Where a job keeps what it needs as long as its output is not whole."""
 _FILES = (*WEIGHT_SUFFIXES, ".json", ".imatrix", ".dat")
 
 
@@ -56,12 +56,23 @@ def list_bucket(place: BucketPlace, connection: S3) -> Listing:
     if not files:
         raise SourceMissing(f"{place}: no such object or folder")
     names = {file.name for file in files}
-    if manifest.NAME not in names and any(name.startswith(_WORK) for name in names):
-        raise CorruptInput(
-            f"{place}: is not whole yet: it holds the work of a job, and no {manifest.NAME}",
-            hint="run the command that writes it again: it continues",
-        )
-    return Listing(str(place), files)
+    if manifest.NAME not in names and any(n.startswith(f"{WORK}/") and not n.startswith(PROBES) for n in names):
+        _refuse_unfinished(place, address(place.bucket, inside + owner_name()), connection)
+    return Listing(str(place), tuple(file for file in files if not file.name.startswith(f"{WORK}/")))
+
+
+def _refuse_unfinished(place: BucketPlace, owner: str, connection: S3) -> None:
+    """Raise what it means to read a place that a job still writes."""
+    try:
+        found = JobOwner.parse(read_whole(owner, connection))
+    except SourceMissing:
+        found = None
+    if found is not None:
+        raise CorruptInput(f"{place}: is not finished, the job {escape(found.job)} is writing it", hint=found.hint)
+    raise CorruptInput(
+        f"{place}: is not finished, it holds {WORK}/ and no {manifest.NAME}",
+        hint="run the command that writes it again: it continues",
+    )
 
 
 def list_in_bucket(place: BucketPlace, connection: S3) -> Listing:
@@ -78,6 +89,9 @@ def list_in_bucket(place: BucketPlace, connection: S3) -> Listing:
 def _find_file(place: BucketPlace, stores: Stores) -> ListedStore | SourceFile:
     """The object of a key; all parts of a GGUF model, any of which stands for all."""
     found = identity_of(stores.s3, address(place.bucket, place.key))
+    beside = {each.key[len(place.key) :] for each in list_objects(stores.s3, place.bucket, f"{place.key}.")[0]}
+    if owner_name() in beside and f".{manifest.NAME}" not in beside:
+        _refuse_unfinished(place, address(place.bucket, place.key + owner_name()), stores.s3)
     above, _, name = place.key.rpartition("/")
     names = named_parts(name)
     if len(names) == 1:

@@ -215,7 +215,11 @@ def write_all(wanted: Mapping[Out, Wanted], running: Running) -> dict[Out, Resul
     control = running.get("control") or Control()
     place = place_of_job(running.get("job"), executor, missing)
     if place is not None:
-        return results | _as_job(place, missing, results, executor or _here(running), control, running)
+        results |= _as_job(place, missing, results, executor or _here(running), control, running)
+        for beside in (each.beside for out, each in wanted.items() if results[out].manifest is not None):
+            if beside is not None:
+                beside.remove()
+        return results
     with control.stores.connected():
         outcomes = run_all(
             {Path(out): plan for out, plan in missing.items()},
@@ -270,10 +274,13 @@ def _made(plans: Mapping[Out, Plan], running: Running) -> dict[Out, Manifest]:
     if not may_skip(running):
         return {}
     may_differ = running.get("overwrite", False)
-    found = {out: find_made(Path(out), plan, may_differ=may_differ) for out, plan in plans.items()}
+    control = running.get("control") or Control()
+    with control.stores.connected() as stores:
+        found = {out: find_made(out, plan, stores, may_differ=may_differ) for out, plan in plans.items()}
     made = {out: manifest for out, manifest in found.items() if manifest is not None}
     for out in made if not running.get("dry_run") else ():
-        Staging.clean_up_after(Path(out))
+        if isinstance(out, Path):
+            Staging.clean_up_after(out)
     return made
 
 

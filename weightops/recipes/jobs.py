@@ -13,6 +13,7 @@ from weightops.engine.job.finish import finish
 from weightops.engine.job.write import Wanted, write_job
 from weightops.engine.preflight import default_workers, preflight
 from weightops.errors import UsageError
+from weightops.formats.job_owner import own_job
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.escape import escape
 from weightops.plan import Plan
@@ -54,7 +55,7 @@ def place_of_job(
             "workers elsewhere find what to do in files", hint="give --job a folder or prefix that all of them see"
         )
     bucket = next((out for out in outs if is_url(out)), None)
-    return None if bucket is None else f"{str(bucket).rstrip('/')}/.weightops/job"
+    return None if bucket is None else own_job(os.fspath(bucket), is_file=outs[bucket].is_file)
 
 
 def write_as_job(
@@ -68,8 +69,7 @@ def write_as_job(
     restart: bool,
 ) -> Jobbed:
     """Write a job, and if there is somebody to do it, have it done and finished."""
-    here = {out: plan for out, plan in plans.items() if not isinstance(out, str)}
-    preflight(here, workers or default_workers(list(plans.values())))
+    preflight(plans, workers or default_workers(list(plans.values())))
     wanted = [Wanted(os.fspath(out), plan, overwrite) for out, plan in plans.items()]
     with control.stores.connected():
         job = write_job(place, wanted, control, restart=restart)

@@ -18,6 +18,10 @@ SKIPPED_NBYTES = 1 << 20
 """A gap in a file on a server that is read through on the way to a tensor: that is faster than a new request."""
 
 
+PROBES = ".weightops/probe-"
+"""What the names of files begin with by which it is tried what a store does; one may be left by who was killed."""
+
+
 class Store(Protocol):
     """Files by name, to be read: a folder on disk or on a server, a repository of a hub.
 
@@ -81,6 +85,9 @@ class Target(Protocol):
 
 class WritableStore(Store, Protocol):
     """A store that can be written to. Errors are `NoRoom` and `WeightopsError`, and leave nothing under the name."""
+
+    def probe(self) -> None:
+        """Raise `WeightopsError` if `create` would not keep its promise here."""
 
     def create(self, name: str, data: bytes) -> None:
         """A new file; raises `OutputExists` for a name that is taken, also by whoever takes it at this moment."""

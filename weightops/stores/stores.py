@@ -13,10 +13,12 @@ from weightops.errors import UsageError, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import LocalStore
+from weightops.stores.s3.places import BucketPlace, is_bucket, parse_place
 
 if TYPE_CHECKING:
     from weightops.stores.cache import HubCache
     from weightops.stores.s3.connection import S3
+    from weightops.stores.s3.store import S3Store
     from weightops.stores.store import Remote, WritableStore
     from weightops.stores.web.web import Web
 
@@ -99,17 +101,19 @@ class Stores:
     def writable(self, place: str | os.PathLike[str]) -> WritableStore:
         """The folder at a path or at `s3://bucket/prefix`, to be written to; raises `UsageError` for other places."""
         text = os.fspath(place)
-        if text.startswith("s3://"):
-            from weightops.stores.s3.places import parse_place
-            from weightops.stores.s3.store import S3Store
-
-            found = parse_place(text)
-            return S3Store(found.bucket, found.key, self.s3)
+        if is_bucket(text):
+            return self.bucket(parse_place(text))
         if "://" in text:
             raise UsageError(
                 f"{escape(text)}: is no place that can be written to", hint="a folder, or s3://bucket/name"
             )
         return LocalStore(Path(text))
+
+    def bucket(self, place: BucketPlace) -> S3Store:
+        """A folder in a bucket."""
+        from weightops.stores.s3.store import S3Store  # imported here because most commands need no bucket
+
+        return S3Store(place.bucket, place.key, self.s3)
 
     def _remote(self, kind: str) -> Remote:
         with self._lock:

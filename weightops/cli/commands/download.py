@@ -13,7 +13,7 @@ from weightops.cli.hub_cache import hub_cache, is_offline
 from weightops.cli.meter import duration, human
 from weightops.cli.options import refuse_unused, report_options
 from weightops.cli.output import print_json, running, table, warn
-from weightops.cli.params import FOLDER, GLOB, Command, NameOrFile, epilog, published
+from weightops.cli.params import GLOB, OUT, Command, NameOrFile, epilog, published
 from weightops.errors import UsageError
 from weightops.io.escape import escape
 
@@ -31,8 +31,8 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 @click.option(
     "-o",
     "--out",
-    type=FOLDER,
-    help="Folder to write. Files appear in it one by one, each when it is complete.",
+    type=OUT,
+    help="Folder to write, or s3://BUCKET/PREFIX. Files appear in it one by one, each when it is complete.",
 )
 @click.option("--cache", is_flag=True, help="Download into the Hugging Face cache, not into a folder.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a repository; org/name@NAME says the same.")
@@ -74,7 +74,7 @@ _OF_SERVERS = ("sha256", "md5", "checksums", "prune", "overwrite")
 @report_options
 def command(
     source: str,
-    out: Path | None,
+    out: Path | str | None,
     cache: bool,
     endpoint: str | None,
     limit_rate: str | None,
@@ -170,8 +170,9 @@ def _dry_run_text(found: Download, limit: int | None) -> str:
         "",
         f"source   {escape(found.listing.source)}{_version(found)}",
         f"fetch    {human(missing)} of {human(found.nbytes)}",
-        f"disk     {human(free_disk(found.out / STATE))} free",
     ]
+    if isinstance(found.out, Path):
+        lines.append(f"disk     {human(free_disk(found.out / STATE))} free")
     if limit is not None and missing:
-        lines.insert(-1, f"time     at least {duration(missing / limit)} at {human(limit)}/s (--limit-rate)")
+        lines.insert(5, f"time     at least {duration(missing / limit)} at {human(limit)}/s (--limit-rate)")
     return "\n".join([*lines, *(f"stale    {escape(name)}" for name in found.stale)])

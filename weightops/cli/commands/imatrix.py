@@ -9,7 +9,7 @@ import click
 
 import weightops
 from weightops.cli.options import run_options, write
-from weightops.cli.params import DEVICE, FILE, SEED, SOURCE, WRITE_CODES, Command, epilog, some
+from weightops.cli.params import DEVICE, OUT, SEED, SOURCE, WRITE_CODES, Command, epilog, some
 
 
 @click.command("imatrix", cls=Command, epilog=epilog(WRITE_CODES))
@@ -17,7 +17,7 @@ from weightops.cli.params import DEVICE, FILE, SEED, SOURCE, WRITE_CODES, Comman
 @click.option(
     "-o",
     "--out",
-    type=FILE,
+    type=OUT,
     required=True,
     help="File to write: NAME.gguf, or NAME.dat, which older programs read. It appears when it is complete.",
 )
@@ -53,7 +53,7 @@ from weightops.cli.params import DEVICE, FILE, SEED, SOURCE, WRITE_CODES, Comman
     help=DEVICE,
 )
 @run_options
-def command(source: Path | str, out: Path, **options: Any) -> None:
+def command(source: Path | str, out: Path | str, **options: Any) -> None:
     """Measure on a text which weights of a model matter most, for quantising to GGUF.
 
     The text runs through the model, and of what enters each linear layer the squares are summed up, column by column:

@@ -125,7 +125,7 @@ _OF_GPTQ = ("act_order", "static_groups", "calibration", "samples", "seq_len", "
 @click.option("--html", type=FILE, help="Write a page for a browser, with the error of every layer.")
 @write_here_options
 def command(
-    source: Path | str, out: Path, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any
+    source: Path | str, out: Path | str, bits: str, html: Path | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Quantise a model to 2, 3, 4 or 8 bits for each weight, with GPTQ.
 
@@ -175,7 +175,7 @@ def command(
         # Imported here because few want a page.
         from weightops.cli.pages.quantize import facts_of, page
 
-        click.get_current_context().exit(save_report(html, page(out.name, modules, facts_of(done))))
+        click.get_current_context().exit(save_report(html, page(Path(out).name, modules, facts_of(done))))
 
 
 def _estimate_text(done: Quantization) -> str:

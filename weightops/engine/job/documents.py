@@ -26,7 +26,7 @@ from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import Plan
-from weightops.stores.store import WritableStore
+from weightops.stores.store import PROBES, WritableStore
 from weightops.version import __version__
 
 JOB, FINISHED = "job.json", "finished.json"
@@ -109,7 +109,7 @@ def ending_name(output: int) -> str:
 def is_of_job(name: str) -> bool:
     """Whether a job makes a file of this name in its folder, for good or for a while."""
     name = final_of(name) or name
-    return name in (JOB, FINISHED) or (name.startswith(_FOLDERS) and name.endswith(".json"))
+    return name in (JOB, FINISHED) or name.startswith(PROBES) or (name.startswith(_FOLDERS) and name.endswith(".json"))
 
 
 def read_job(store: WritableStore) -> Job:

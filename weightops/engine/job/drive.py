@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 from weightops.engine.control import Control
 from weightops.engine.digest import in_threads
-from weightops.engine.job.documents import record_name
+from weightops.engine.job.documents import FINISHED, record_name
 from weightops.engine.job.place import OpenJob
 from weightops.engine.job.work import work_on
 
@@ -44,6 +44,8 @@ class Threads:
 
 def drive(job: OpenJob, executor: Executor, control: Control) -> None:
     """Have all groups done that are not."""
+    if job.store.find(FINISHED) is not None:
+        return
     there = set(job.store.listed("records"))
     missing = [number for number in range(job.document.groups) if record_name(number) not in there]
     if missing:

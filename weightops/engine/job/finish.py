@@ -29,7 +29,7 @@ from weightops.engine.job.place import OpenJob
 from weightops.engine.job.work import stands
 from weightops.engine.proof import fetch_sidecars
 from weightops.engine.records import ShardRecord
-from weightops.errors import Claimed, CorruptInput, Differs, Locked, Unfinished
+from weightops.errors import Claimed, CorruptInput, Differs, Locked, Unfinished, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.escape import escape
@@ -68,8 +68,9 @@ def finish(place: str, control: Control, *, roots: Iterable[str] = ()) -> list[P
         give_up = time.monotonic() + _PATIENCE_S
         while True:
             control.check()
-            if job.store.find(FINISHED) is not None:
-                return _published(job)
+            done = job.store.find(FINISHED)
+            if done is not None:
+                return _published(job, decode(job.store, FINISHED, done, Finished))
             try:
                 return _finish(job, control)
             except Claimed:
@@ -81,10 +82,17 @@ def finish(place: str, control: Control, *, roots: Iterable[str] = ()) -> list[P
 
 
 def _finish(job: OpenJob, control: Control) -> list[Published]:
-    works, witnesses = _collect(job)
+    try:
+        works, witnesses = _collect(job)
+    except WeightopsError:
+        there = [output.manifest() for output in job.outputs] if job.is_own else [None]
+        if None in there:
+            raise
+        # Another process has just finished it, and removes the job.
+        return [Published(each.out, m) for each, m in zip(job.document.outputs, there, strict=True) if m is not None]
     with ExitStack() as stack:
         for work in works:
-            work.store = stack.enter_context(work.output.ending(work.ending.file_names))
+            work.store = stack.enter_context(work.output.ending(work.ending.file_names, work.ending.shards))
         for work in works:
             witnesses |= seen(work.ending.origins, work.records.values())
         finished = [_complete(work, witnesses, control) for work in works]
@@ -92,11 +100,9 @@ def _finish(job: OpenJob, control: Control) -> list[Published]:
         for work, made in zip(works, finished, strict=True):
             if work.store is not None:
                 work.output.publish(made)
-    for work in works:
-        work.output.clean()
     done = Finished(job=job.document.fingerprint, content_ids=tuple(made.content_id for made in finished))
     job.store.put(FINISHED, msgspec.json.encode(done))
-    return [Published(each.out, made) for each, made in zip(job.document.outputs, finished, strict=True)]
+    return _published(job, done)
 
 
 def _collect(job: OpenJob) -> tuple[list[_Work], dict[str, str]]:
@@ -183,9 +189,8 @@ def _made(work: _Work) -> Manifest:
     return made
 
 
-def _published(job: OpenJob) -> list[Published]:
-    """The outputs of a job that was finished before; raises `Differs` if they have been changed since."""
-    done = decode(job.store, FINISHED, job.store.get(FINISHED), Finished)
+def _published(job: OpenJob, done: Finished) -> list[Published]:
+    """The outputs of a job that is finished, without its traces; raises `Differs` if they have been changed since."""
     found = []
     for output, each, content_id in zip(job.outputs, job.document.outputs, done.content_ids, strict=True):
         output.clean()
@@ -196,6 +201,8 @@ def _published(job: OpenJob) -> list[Published]:
                 hint="remove the job's folder, and write the job anew to make it again",
             )
         found.append(Published(each.out, made))
+    if job.is_own:
+        _remove(job)
     return found
 
 
@@ -207,10 +214,14 @@ def abandon(place: str, control: Control, *, roots: Iterable[str] = ()) -> None:
         for number, output in enumerate(job.outputs):
             is_written = job.store.find(ending_name(number)) is not None
             output.abandon(read_ending(job.store, job.document, number).file_names if is_written else ())
-        for name in job.store.listed(""):
-            if is_of_job(name) and name != JOB:
-                job.store.remove(name)
-        job.store.remove(JOB)  # last: without it the rest would be nobody's
+        _remove(job)
+
+
+def _remove(job: OpenJob) -> None:
+    """Remove the files of a job, what says what it is last: without it the rest would be nobody's."""
+    names = [name for name in job.store.listed("") if is_of_job(name) and name not in (FINISHED, JOB)]
+    for name in (*names, FINISHED, JOB):
+        job.store.remove(name)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from weightops.engine.job.bucket import BucketOutput
 from weightops.engine.job.documents import JobOutput
 from weightops.engine.publishing import (
     OUTPUT,
@@ -24,8 +25,9 @@ from weightops.engine.publishing import (
     target_of,
 )
 from weightops.engine.records import ShardRecord
-from weightops.engine.work_folder import OWNER, JobOwner, WorkFolder, is_left, read_document, read_owner
+from weightops.engine.work_folder import OWNER, WorkFolder, is_left, read_document, read_owner
 from weightops.errors import CorruptInput, Locked, OutputExists, PlanDiffers, SourceMissing, WeightopsError
+from weightops.formats.job_owner import JobOwner
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest
 from weightops.io.atomic import final_of, write_new
@@ -44,6 +46,9 @@ class Output(Protocol):
     store: WritableStore
     """Where its files go."""
 
+    def refuse_taken(self) -> None:
+        """Raise what `claim` would as far as that is known at once, where a job leaves traces as soon as it begins."""
+
     def claim(self, *, restart: bool) -> None:
         """Make it this job's, which it may be already.
 
@@ -60,8 +65,8 @@ class Output(Protocol):
     def manifest(self) -> Manifest | None:
         """The manifest of what has the output's name now, if that has one."""
 
-    def ending(self, files: Sequence[str]) -> AbstractContextManager[WritableStore | None]:
-        """Hold it, for its shards are there: lends the store that takes the rest of its `files`.
+    def ending(self, files: Sequence[str], shards: Collection[str]) -> AbstractContextManager[WritableStore | None]:
+        """Hold it, for its `shards` are there: lends the store that takes the rest of its `files`.
 
         None if it has its name already, or is this job's no more. Raises `Locked` while another process holds it.
         """
@@ -93,6 +98,9 @@ class LocalOutput:
         self.store: WritableStore = LocalStore(self._partial / OUTPUT, is_there=True)
         self._held: WorkFolder | None = None
 
+    def refuse_taken(self) -> None:
+        """Nothing: a job that lies elsewhere leaves no trace here before `claim`."""
+
     def claim(self, *, restart: bool) -> None:
         if read_owner(self._partial) == self._owner:
             return
@@ -115,10 +123,7 @@ class LocalOutput:
     def refuse_lost(self) -> None:
         owner = read_owner(self._partial)
         if owner is None or not (self._partial / OUTPUT).is_dir():
-            raise SourceMissing(
-                f"{self.shown}: nothing is being made here any more: its job has ended, or was given up",
-                hint=f"see what `weightops finish {escape(self._owner.job)}` says",
-            )
+            raise self._owner.lost(self.shown)
         if owner != self._owner:
             raise owner.claimed(self.shown)
 
@@ -139,7 +144,7 @@ class LocalOutput:
             return None
 
     @contextmanager
-    def ending(self, files: Sequence[str]) -> Iterator[WritableStore | None]:
+    def ending(self, files: Sequence[str], shards: Collection[str]) -> Iterator[WritableStore | None]:
         if read_owner(self._partial) != self._owner:
             yield None
             return
@@ -205,6 +210,7 @@ class LocalOutput:
 
 _KINDS: Mapping[str, Callable[[JobOutput, JobOwner, Stores], Output]] = {
     "": lambda output, owner, stores: LocalOutput(output, owner),
+    "s3": BucketOutput,
 }
 """Outputs by what their place begins with."""
 

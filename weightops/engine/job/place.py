@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from weightops.engine.job.documents import Job, JobOutput, read_job
 from weightops.engine.job.outputs import Output, open_output
-from weightops.engine.work_folder import JobOwner
+from weightops.engine.preflight import WHOLE
 from weightops.errors import UsageError
+from weightops.formats.job_owner import JobOwner, own_job
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
-from weightops.stores.local import LocalStore
 from weightops.stores.store import WritableStore
 from weightops.stores.stores import Stores
 
@@ -26,7 +26,7 @@ def absolute(place: str | os.PathLike[str]) -> str:
 
 def open_store(place: str, stores: Stores) -> WritableStore:
     """The files of a job."""
-    return LocalStore(Path(place))
+    return stores.writable(place)
 
 
 class OpenJob:
@@ -37,18 +37,33 @@ class OpenJob:
         self.place = absolute(place)
         self.store = store or open_store(self.place, stores)
         self.document: Job = read_job(self.store)
-        self.owner = JobOwner(job=self.place, fingerprint=self.document.fingerprint)
-        self.outputs: tuple[Output, ...] = tuple(open_output(o, self.owner, stores) for o in self.document.outputs)
+        self.outputs = open_outputs(self.place, self.document, stores)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it lies in an output of its own, and goes when that has its name."""
+        return any(is_own(self.place, output) for output in self.document.outputs)
 
     def refuse_elsewhere(self, roots: Iterable[str]) -> None:
         """Raise `UsageError` unless all outputs lie beside the job or below `roots`: others may have written it."""
         allowed = [_parent(self.place), *map(absolute, roots)]
         for output in self.document.outputs:
-            if not any(_is_below(output.out, root) for root in allowed):
+            if not is_own(self.place, output) and not any(_is_below(output.out, root) for root in allowed):
                 raise UsageError(
                     f"the job {escape(self.place)} writes to {escape(output.out)}, which does not lie beside it",
                     hint=f"if that is right, say so: --output-root {escape(_parent(output.out))}",
                 )
+
+
+def open_outputs(place: str, document: Job, stores: Stores) -> tuple[Output, ...]:
+    """The outputs of the job at a place."""
+    owner = JobOwner(job=place, fingerprint=document.fingerprint)
+    return tuple(open_output(output, owner, stores) for output in document.outputs)
+
+
+def is_own(place: str, output: JobOutput) -> bool:
+    """Whether this is the place of the job that nobody asked for, by which an output in a bucket is written."""
+    return place == own_job(output.out, is_file=output.is_file)
 
 
 def _parent(place: str) -> str:
@@ -61,10 +76,10 @@ def _is_below(place: str, root: str) -> bool:
     return Path(os.path.realpath(place)).is_relative_to(os.path.realpath(root))
 
 
-def refuse_places(place: str, outputs: Iterable[JobOutput], sources: Iterable[SourceFile]) -> None:
+def refuse_places(place: str, outputs: Sequence[JobOutput], sources: Iterable[SourceFile]) -> None:
     """Raise `UsageError` for a job in or around an output or a source, and for sources that carry secrets."""
     for output in outputs:
-        if _touch(place, output.out):
+        if _touch(place, output.out) and not is_own(place, output):
             raise UsageError(
                 f"the job {escape(place)} and the output {escape(output.out)} lie inside one another",
                 hint="give the job a folder of its own",
@@ -72,10 +87,22 @@ def refuse_places(place: str, outputs: Iterable[JobOutput], sources: Iterable[So
     for file in sources:
         if file.is_on_server:
             _refuse_secrets(file)
+            _refuse_around(outputs, file)
         elif _touch(place, _parent(str(file.local_path))):
             raise UsageError(
                 f"the job {escape(place)} and the input {file.shown} lie inside one another",
                 hint="give the job a folder of its own",
+            )
+
+
+def _refuse_around(outputs: Sequence[JobOutput], file: SourceFile) -> None:
+    """Raise `UsageError` for an output in the folder of a source, or around it, as `refuse_among` does on disks."""
+    place = file.path if file.path.endswith(WHOLE) else _parent(file.path)
+    for output in outputs:
+        if _touch(output.out, place) and not (output.is_file and output.out != file.path):
+            raise UsageError(
+                f"the output {escape(output.out)} and the input {file.shown} lie inside one another",
+                hint="choose an --out outside the inputs",
             )
 
 

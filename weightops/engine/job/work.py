@@ -15,12 +15,12 @@ import msgspec
 from weightops.engine.control import Control
 from weightops.engine.digest import watch
 from weightops.engine.finish import check_expected
-from weightops.engine.job.documents import Group, GroupRecord, find_record, read_group, record_name
+from weightops.engine.job.documents import JOB, Group, GroupRecord, find_record, read_group, record_name
 from weightops.engine.job.place import OpenJob
 from weightops.engine.proof import prove_files
 from weightops.engine.records import ShardRecord
 from weightops.engine.run import write_group
-from weightops.errors import CorruptInput, WeightopsError
+from weightops.errors import CorruptInput, UploadGone, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.plan import Plan, Shard
@@ -47,8 +47,17 @@ def work_on(job: OpenJob, number: int, control: Control, threads: int) -> bool:
         _LOG.info("group %d of %s is done already", number, escape(job.place))
         return False
     group = read_group(job.store, job.document, number)
-    done = _carry_out(job, group, number, control, threads)
+    try:
+        done = _carry_out(job, group, number, control, threads)
+    except UploadGone:
+        # Whoever did the same meanwhile, and ended the job, has given up what came too late.
+        record = find_record(job.store, job.document, number)
+        if (record is None or not stands(job, record)) and not all(output.manifest() for output in job.outputs):
+            raise
+        return False
     job.store.put(record_name(number), msgspec.json.encode(done))
+    if job.is_own and job.store.find(JOB) is None:
+        job.store.remove(record_name(number))  # too late: another process has ended the job, and removed it
     return True
 
 

@@ -20,18 +20,20 @@ from weightops.engine.job.documents import (
     is_of_job,
     read_job,
 )
-from weightops.engine.job.finish import made_already
-from weightops.engine.job.place import OpenJob, absolute, open_store, refuse_places
+from weightops.engine.job.finish import abandon, made_already
+from weightops.engine.job.place import OpenJob, absolute, is_own, open_outputs, open_store, refuse_places
 from weightops.engine.joint import group
 from weightops.engine.kinds import modules_of
 from weightops.engine.proof import to_be_proven, unproven
 from weightops.errors import OutputExists, PlanDiffers
+from weightops.formats.job_owner import JobOwner
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.ops.measures.witness import Witness
 from weightops.plan import Plan, Shard, digest_of
 from weightops.stores.store import WritableStore
+from weightops.stores.stores import Stores
 from weightops.version import __version__
 
 _CHECKED_NBYTES = 5_000_000_000
@@ -72,8 +74,10 @@ def write_job(place: str, wanted: Sequence[Wanted], control: Control, *, restart
     fingerprint = digest_of([[o.out, o.overwrite, o.fingerprint] for o in outputs])
     document = Job(fingerprint=fingerprint, version=__version__, outputs=outputs, groups=len(groups), warnings=warnings)
     store = open_store(place, control.stores)
-    _begin(store, document)
+    _begin(store, place, document, control.stores, restart=restart)
     job = OpenJob(place, control.stores, store)
+    if job.is_own and store.find(FINISHED) is not None:
+        return job  # an earlier call was stopped when all but its traces was done
     made = made_already(job)
     for number, output in enumerate(job.outputs):
         if number not in made:
@@ -89,9 +93,13 @@ def write_job(place: str, wanted: Sequence[Wanted], control: Control, *, restart
     return job
 
 
-def _begin(store: WritableStore, document: Job) -> None:
+def _begin(store: WritableStore, place: str, document: Job, stores: Stores, *, restart: bool) -> None:
     """Have the place for this job, which may be there from an earlier call."""
     found = store.find(JOB)
+    is_other = found is not None and read_job(store) != document
+    if is_other and restart and any(is_own(place, output) for output in document.outputs):
+        abandon(place, Control(stores=stores))
+        found, is_other = None, False
     if found is None:
         odd = next((name for name in store.listed("") if not is_of_job(name)), None)
         if odd is not None or store.find(FINISHED) is not None:
@@ -99,15 +107,26 @@ def _begin(store: WritableStore, document: Job) -> None:
                 f"{store.shown} holds {escape(odd or FINISHED)}, and a job needs a folder of its own",
                 hint="choose another --job",
             )
+        for output in open_outputs(place, document, stores):
+            output.refuse_taken()
+        store.probe()
         try:
             store.create(JOB, msgspec.json.encode(document))
         except OutputExists:  # somebody else writes one at this moment
-            found = store.find(JOB)
-    if found is not None and read_job(store) != document:
-        raise PlanDiffers(
-            f"{store.shown} holds another job",
-            hint="choose another --job, or give that one up with `weightops finish JOB --abandon`",
-        )
+            is_other = read_job(store) != document
+    if is_other:
+        _refuse_other(place, document, read_job(store))
+
+
+def _refuse_other(place: str, document: Job, found: Job) -> None:
+    """Raise what it means that another job lies in a place."""
+    mine = next((output.out for output in document.outputs if is_own(place, output)), None)
+    if mine is not None:
+        raise JobOwner(job=place, fingerprint=found.fingerprint).claimed(escape(mine))
+    raise PlanDiffers(
+        f"{escape(place)} holds another job",
+        hint="choose another --job, or give that one up with `weightops finish JOB --abandon`",
+    )
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,13 @@ from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.paths import check_names, check_relative
 from weightops.io.platform.entries import replace_file
-from weightops.operations.download.record import OPERATION, recorded
+from weightops.operations.download.record import manifest_of, recorded
+from weightops.stores.places import Out
 from weightops.stores.transfer.partial import STATE, Claims
 from weightops.stores.transfer.places import check_place, note_of, refuse_other, stamp_of
 from weightops.stores.transfer.transfer import Done, Transfer
 from weightops.stores.web.listing import Listing, RemoteFile
-from weightops.stores.web.small import read_whole
 from weightops.stores.web.web import Web
-from weightops.version import __version__
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_WORKERS = 4
@@ -50,7 +49,7 @@ _PREVIOUS = f"{STATE}/previous.json"
 _SPARE_NBYTES = 16 << 20
 _DROPPINGS = re.compile(rf"(?:.*/)?(?:\.cache/huggingface|{re.escape(STATE)})(?:/.*)?", re.DOTALL)
 """What clients keep for themselves in a folder, and people upload with it: no part of a model, wherever it lies."""
-_WEIGHTS = (".safetensors", ".wdelta", ".bin", ".pt", ".pth", ".gguf")
+WEIGHTS = (".safetensors", ".wdelta", ".bin", ".pt", ".pth", ".gguf")
 
 
 Files = tuple[RemoteFile, ...]
@@ -65,7 +64,7 @@ class Download:
     digest of, `ours` those that may be replaced.
     """
 
-    out: Path
+    out: Out
     listing: Listing
     files: tuple[RemoteFile, ...]
     have: Mapping[str, int]
@@ -211,7 +210,7 @@ def plan_download(
         check_folder(out)
     check_room(out, sum(file.nbytes or 0 for file in files if file.name not in have))
     unproven = tuple(file.name for file in files if not file.digests)
-    notes = (*warnings, *_name_unproven(unproven))
+    notes = (*warnings, *name_unproven(unproven))
     return Download(out, listing, files, have, None if stale else complete, stale, notes, unproven, ours)
 
 
@@ -254,10 +253,11 @@ def from_manifest(out: Path, found: Manifest) -> Download:
     stale = tuple(recipe.get("stale", ()))
     have = {name: entry.nbytes for name, entry in found.files.items()}
     unproven = tuple(recipe.get("unproven", ()))
-    return Download(out, listing, files, have, found, stale, (*_name_stale(stale), *_name_unproven(unproven)), unproven)
+    return Download(out, listing, files, have, found, stale, (*_name_stale(stale), *name_unproven(unproven)), unproven)
 
 
-def _name_unproven(names: Sequence[str]) -> list[str]:
+def name_unproven(names: Sequence[str]) -> list[str]:
+    """What there is to say of files that the source gives no digest of."""
     if not names:
         return []
     some = ", ".join(map(escape, names[:3])) + (", ..." if len(names) > 3 else "")
@@ -290,7 +290,7 @@ def fetch(
     planned: Download, request: Mapping[str, Any], web: Web, workers: int, prune: bool, control: Control
 ) -> Download:
     """Bring what is missing, then write the manifest; with `prune` remove the stale files."""
-    out = planned.out
+    out = Path(planned.out)
     previous = _previous(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -314,22 +314,7 @@ def fetch(
             (out / name).unlink(missing_ok=True)
         except OSError as error:
             raise write_failure(out / name, error) from None
-    described = _own_manifest(planned.listing, files, web)
-    made = Manifest(
-        schema=manifest.SCHEMA,
-        content_id=described.content_id if described else None,
-        tensors=described.tensors if described else {},
-        files=dict(sorted(files.items())),
-        recipe={
-            "operation": OPERATION,
-            **request,
-            "revision": planned.listing.revision,
-            "etags": dict(sorted(etags.items())),
-            "stale": list(stale),
-            **({"unproven": list(planned.unproven)} if planned.unproven else {}),
-        },
-        provenance={"weightops": __version__},
-    )
+    made = manifest_of(planned.listing, files, etags, request, web, stale, planned.unproven)
     stamps |= {name: file.stamp for name, file in done.items()}
     changed = next((name for name, stamp in stamps.items() if stamp_of(out / name) != stamp), None)
     if changed is not None:
@@ -339,26 +324,6 @@ def fetch(
         )
     transfer.seal(manifest.NAME, made.to_bytes(), control.check)
     return replace(planned, manifest=made, stale=stale, warnings=(*planned.warnings, *_name_stale(stale)))
-
-
-def _own_manifest(listing: Listing, files: Mapping[str, FileEntry], web: Web) -> Manifest | None:
-    """What the source's own manifest says of its tensors, if the files that hold them are those that arrived."""
-    own = next((file for file in listing.files if file.name == manifest.NAME), None)
-    if own is None:
-        return None
-    try:
-        found = manifest.parse_manifest(read_whole(own.url, web, own.digests), f"{listing.source}: {manifest.NAME}")
-    except CorruptInput:
-        return None  # it only adds to what is known; the files have been compared with the source's digests
-    holders = {entry.file for entry in found.tensors.values()}
-    there = holders <= files.keys() & found.files.keys()
-    return found if holders and there and all(_agree(files[name], found.files[name]) for name in holders) else None
-
-
-def _agree(ours: FileEntry, theirs: FileEntry) -> bool:
-    """Whether two descriptions are of one file, as far as they use the same algorithms."""
-    common = ours.digests.keys() & theirs.digests.keys()
-    return ours.nbytes == theirs.nbytes and bool(common) and all(ours.digests[n] == theirs.digests[n] for n in common)
 
 
 def _entry(done: Done) -> FileEntry:
@@ -388,7 +353,7 @@ class Reporter:
     def look(self, file: RemoteFile, head: bytes, content_type: str, *, doubtful: bool) -> None:
         if doubtful or not file.digests:
             check_answer(head, file.name, content_type)
-        elif file.name.endswith(_WEIGHTS):
+        elif file.name.endswith(WEIGHTS):
             check_head(head, escape(file.name))
 
     def tick(self) -> None:

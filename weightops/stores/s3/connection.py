@@ -81,7 +81,7 @@ class S3(Web):
         except (HTTPError, OSError, ValueError, AttributeError) as error:
             self.check()
             response.close()
-            raise Transient(f"{show(url)}: {in_words(error)}") from None
+            raise Transient(f"the answer broke off: {in_words(error)}") from None
         if len(data) == _MAX_ANSWER_NBYTES:
             response.close()
             raise CorruptInput(f"{show(url)}: the store's answer has more than {_MAX_ANSWER_NBYTES} bytes")

@@ -60,7 +60,7 @@ def list_objects(
 def _page(connection: S3, bucket: str, query: dict[str, str], shown: str) -> ET.Element:
     root = parse_answer(connection.call("GET", address(bucket, ""), query).data, shown)
     if root.tag != "ListBucketResult":
-        raise Transient(f"{shown}: an answer without sense")
+        raise Transient("an answer without sense")
     return root
 
 

@@ -16,9 +16,9 @@ from weightops.errors import (
     NoRoom,
     OutputExists,
     SourceMissing,
+    UploadGone,
     WeightopsError,
 )
-from weightops.io.escape import escape
 from weightops.stores.web.body import RETRIED
 from weightops.stores.web.policy import Transient
 
@@ -57,10 +57,6 @@ class Taken(OutputExists):
     """There is an object of that name, and the request was not to replace one."""
 
 
-class UploadGone(WeightopsError):
-    """The store does not know an upload: it was ended or aborted."""
-
-
 def parse_answer(data: bytes, shown: str) -> ET.Element:
     """An answer's XML, its names without namespaces; raises `CorruptInput` for what is none, or has entities."""
     if b"<!" in data:
@@ -85,7 +81,10 @@ def code_of(data: bytes) -> str:
 
 
 def refusal(shown: str, server: str, status: int, code: str, wait_s: float = 0.0) -> WeightopsError:
-    """The error for an answer: `shown` is what was asked for, of which `server`, `wait_s` its Retry-After."""
+    """The error for an answer: `shown` is what was asked for, of which `server`, `wait_s` its Retry-After.
+
+    `Transient` does not say what was asked for: who tries again does.
+    """
     code = code or _STATUSES.get(status, "")
     said = f"status {status}" + (f", {code}" if code else "")
     if code in _REFUSED:
@@ -102,7 +101,7 @@ def refusal(shown: str, server: str, status: int, code: str, wait_s: float = 0.0
     if status == 404:
         return SourceMissing(f"{shown}: no such object")
     if status in RETRIED or (status >= 500 and status != 501) or code in (*_TRANSIENT, *_CONFLICTS):
-        return Transient(f"{shown}: {said}", wait_s)
+        return Transient(f"{server} answers with {said}", wait_s)
     if status in (401, 403):
         return AuthenticationFailed(f"{shown}: {server} refuses access ({said})", hint=_KEYS)
-    return NetworkFailed(f"{shown}: {escape(server)} answers with {said}")
+    return NetworkFailed(f"{shown}: {server} answers with {said}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
-from weightops.errors import SourceMissing, WeightopsError
+from weightops.errors import AuthenticationFailed, NetworkFailed, SourceMissing, WeightopsError
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative
 from weightops.io.reflink import Extent
@@ -19,10 +20,11 @@ from weightops.stores.s3.places import BucketPlace, address, located
 from weightops.stores.s3.refusals import Taken
 from weightops.stores.s3.target import S3Target
 from weightops.stores.s3.uploads import abort_uploads
+from weightops.stores.store import PROBES
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import describe, read_whole
 
-_PROBES = ".weightops/probe-"
+_LOG = logging.getLogger(__name__)
 CREATE_ONLY = {"If-None-Match": "*"}
 
 
@@ -140,7 +142,7 @@ class S3Store:
 
         It is shown by doing so: a small object of a random name is created twice, and removed.
         """
-        name = f"{_PROBES}{secrets.token_hex(8)}"
+        name = f"{PROBES}{secrets.token_hex(8)}"
         self._connection.retried(self.shown, lambda: self._connection.call("PUT", self._address(name), body=b"1"))
         try:
             self.create(name, b"2")
@@ -157,9 +159,17 @@ class S3Store:
         )
 
     def abort_uploads(self, names: Collection[str]) -> None:
-        """Abort all uploads to these names that have not ended, whoever began them; to no others."""
+        """Abort all uploads to these names that have not ended, whoever began them; to no others.
+
+        Of a store that does not list them, or not to everybody, they are left: they are seen by nobody, and its own
+        rules end them.
+        """
         for name in names:
-            abort_uploads(self._connection, *located(self._address(name)))
+            try:
+                abort_uploads(self._connection, *located(self._address(name)))
+            except (AuthenticationFailed, NetworkFailed) as error:
+                _LOG.warning("uploads that have not ended are left: %s", error)
+                return
 
 
 def identity_of(connection: S3, url: str) -> SourceFile:

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import NamedTuple
 from xml.sax.saxutils import escape as xml_escape
 
-from weightops.errors import SourceMissing, WeightopsError
+from weightops.errors import NetworkFailed, SourceMissing, UploadGone, WeightopsError
 from weightops.io.source_file import SourceFile
 from weightops.stores.s3.connection import S3
-from weightops.stores.s3.refusals import Taken, UploadGone, code_of, parse_answer, refusal
+from weightops.stores.s3.refusals import Taken, code_of, parse_answer, refusal
 from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import describe
 from weightops.stores.web.urls import show
@@ -107,7 +107,7 @@ class S3Target:
         answer = self._connection.call("POST", self._url, {"uploads": ""})
         upload = parse_answer(answer.data, self._shown).findtext("UploadId")
         if not upload:
-            raise Transient(f"{self._shown}: an upload without a name")
+            raise Transient("an upload without a name")
         return upload
 
     def _send_part(self, number: int, data: memoryview) -> _Sent:
@@ -142,17 +142,14 @@ class S3Target:
             self._pool.shutdown(cancel_futures=True)
 
     def commit(self) -> None:
-        """Give it its name."""
+        """Give it its name. An attempt whose answer was lost on the way may have done so, as another process may."""
         try:
             self._connection.retried(self._shown, self._complete if self._upload else self._put)
-        except Taken:
+        except (Taken, UploadGone, NetworkFailed) as error:
             if not self._is_there():
                 raise
-            self.abandon()
-        except UploadGone:
-            # The answer to an attempt that had succeeded was lost on the way.
-            if not self._is_there():
-                raise
+            if isinstance(error, Taken):
+                self.abandon()
         self._upload = ""
 
     def _put(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 
-from weightops.errors import SourceMissing
+from weightops.errors import SourceMissing, UploadGone
 from weightops.stores.s3.connection import S3
 from weightops.stores.s3.places import address
-from weightops.stores.s3.refusals import UploadGone, parse_answer
+from weightops.stores.s3.refusals import parse_answer
 from weightops.stores.web.urls import show
 
 
