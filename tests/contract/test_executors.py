@@ -57,7 +57,7 @@ class Array:
 
 
 @contextmanager
-def two_processes() -> Iterator[str]:
+def two_processes(memory_limit: str | None = None) -> Iterator[str]:
     """The address of a Dask cluster."""
     distributed = pytest.importorskip("distributed", reason="distributed is not installed")
     with distributed.LocalCluster(
@@ -208,6 +208,31 @@ def test_a_worker_that_is_killed_costs_its_group_alone(made: Path, family: Path,
 def test_a_group_that_workers_die_of_is_named(made: Path, family: Path, mortal_cluster: str) -> None:
     with pytest.raises(NoRoom, match=r"the workers that had it died, whose memory limit is \d+ bytes"):
         weightops.run(family / "recipe.yaml", job=family / "job", executor=Dask(mortal_cluster, die_always))
+    weightops.run(family / "recipe.yaml", job=family / "job", executor="threads")
+    assert outputs(family) == outputs(made)
+
+
+def eat_in_the_first_group(place: str, number: int, roots: tuple[str, ...], progress: Silent) -> None:
+    """A group that needs more memory than a worker may have."""
+    from weightops.engine.job.work import work
+
+    eaten = []
+    while number == 0:
+        eaten.append(b"x" * (16 << 20))
+        time.sleep(0.02)
+    work(place, number, Control(progress), roots=roots)
+
+
+@needs_dask
+@needs_itself("fork")
+@pytest.mark.slow
+def test_a_group_that_needs_more_than_workers_may_have_is_named(made: Path, family: Path) -> None:
+    """Dask's nanny ends them at 95 % of their limit."""
+    with (
+        two_processes("600MiB") as address,
+        pytest.raises(NoRoom, match=r"group 0: the workers .* limit is 629145600 b"),
+    ):
+        weightops.run(family / "recipe.yaml", job=family / "job", executor=Dask(address, eat_in_the_first_group))
     weightops.run(family / "recipe.yaml", job=family / "job", executor="threads")
     assert outputs(family) == outputs(made)
 

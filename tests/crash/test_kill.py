@@ -153,6 +153,13 @@ def test_a_job_killed_anywhere_is_written_done_and_finished_by_the_same_commands
     kill_everywhere([family / name for name in ("one", "two")], step, words)
 
 
+@pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_driver_killed_anywhere_is_started_again_and_ends_with_the_same_bytes(family: Path, step: int) -> None:
+    (family / "recipe.yaml").write_text(RECIPE.replace("format: torch-1.12", "max_shard_size: 5KB"))
+    words = ["run", str(family / "recipe.yaml"), "--job", str(family / "one.job"), "--executor", "threads"]
+    kill_everywhere([family / name for name in ("one", "two")], step, words)
+
+
 def kill_everywhere(outs: list[Path], step: int, arguments: list[str]) -> None:
     """Kill a command at each of its changes to the disk in turn, or each `step`-th, and run it again."""
     killer = Path(__file__).with_name("killer.py")

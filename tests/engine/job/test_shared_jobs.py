@@ -22,6 +22,7 @@ from weightops.errors import (
     Differs,
     IncompatibleInputs,
     Interrupted,
+    Locked,
     OutputExists,
     SourceMissing,
     Unfinished,
@@ -70,6 +71,25 @@ def test_all_groups_by_three_workers_at_once_and_six_finishers(family: Path, ref
         found = list(pool.map(lambda _: [each.manifest for each in weightops.finish(place)], range(6)))
     assert outputs(family) == reference
     assert all(each == found[0] for each in found)
+
+
+def test_three_drivers_at_once(family: Path, reference: dict[str, str]) -> None:
+    """Each has written the job, or is told that another is at it."""
+
+    def attempt(_: int) -> bool:
+        try:
+            write(family)
+        except Locked:
+            return False
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        assert any(pool.map(attempt, range(3)))
+    place, count = write(family)
+    for number in range(count):
+        weightops.work(place, number)
+    weightops.finish(place)
+    assert outputs(family) == reference
 
 
 def test_threads_go_through_the_same_door(family: Path, reference: dict[str, str]) -> None:
