@@ -24,8 +24,8 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-merge bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-sign bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
+  mergekit gptqmodel autogptq llamacpp formats slurm mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -39,10 +39,13 @@ help:
 	@echo "make bench-gguf      and the part about GGUF files in and out, and the memory of imatrix"
 	@echo "make bench-surgery   and the part about parts, experts, layers and vocabularies"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
+	@echo "make bench-sign      and the part about signatures"
 	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
 	@echo "make bench-adapters  and the part about combining adapters"
+	@echo "make bench-deltas    compressed deltas: sizes, rates, and recovering from them"
+	@echo "make bench-scale     what jobs on 405B and 1T parameters take, by rates that are measured here"
 	@echo "make bench-merge     and the part about merge, every method beside mergekit (an hour)"
 	@echo "make mergekit        mergekit likewise, to which test-all holds merges, and which two benchmarks time"
 	@echo "make bench-quantize  quantize beside gptqmodel, packing beside auto-gptq"
@@ -52,6 +55,7 @@ help:
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make llamacpp        llama-cpp-python 0.3.36 and llama.cpp's converter likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
 	@echo "make formats         the libraries of number formats likewise, to whose weights test-all holds those of dequantize"
+	@echo "make slurm           jobs by Slurm itself, where it is installed"
 	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
@@ -104,6 +108,10 @@ $(REFERENCE)/.ready:
 	@touch $@
 
 reference: $(REFERENCE)/.ready
+
+slurm: $(READY)
+	@command -v slurmctld >/dev/null || { echo 'Slurm is not installed: apt-get install slurm-wlm munge' >&2; exit 1; }
+	$(BIN)/python -m pytest -m slow tests/oracles/test_slurm.py
 
 test-all: lint reference mergekit gptqmodel autogptq llamacpp formats
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -198,11 +206,20 @@ bench-surgery: $(READY)
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
 
+bench-sign: $(READY)
+	$(BIN)/python benchmarks/sign.py --size $(or $(SIZE),1b)
+
 bench-compare: $(READY)
 	$(BIN)/python benchmarks/compare.py --sizes $(or $(SIZES),1b,3b)
 
 bench-adapters: $(READY)
 	$(BIN)/python benchmarks/adapters.py
+
+bench-deltas: $(READY)
+	$(BIN)/python benchmarks/deltas.py
+
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py
 
 bench-merge: $(READY) mergekit
 	$(BIN)/python benchmarks/merge.py

@@ -30,6 +30,8 @@ edit:
 COMMANDS = [
     "recover --raw raw --diff delta",
     "diff --raw raw --tuned tuned",
+    "diff --raw raw --tuned tuned --compress",
+    "recover --raw raw --diff small",
     "convert meta --to hf --set context_length=8 --dtype float16",
     "merge-lora --base raw --adapter adapter",
     "merge tuned tuned-2 --base raw --method ties --weight 1 --density 0.5",
@@ -61,6 +63,7 @@ def make_family(folder: Path) -> None:
     write_checkpoint(folder / "tuned", {n: t + 0.5 for n, t in raw.items()}, shards=2)
     write_checkpoint(folder / "tuned-2", {n: t + torch.randn(40, 50).half() / 4 for n, t in raw.items()}, shards=2)
     weightops.diff(folder / "raw", folder / "tuned", folder / "delta")
+    weightops.diff(folder / "raw", folder / "tuned", folder / "small", compress=True)
     factors = {"lora_A": (2, 50), "lora_B": (40, 2)}
     adapter = {f"base_model.model.{m}.{f}.weight": torch.randn(size) for m in "ac" for f, size in factors.items()}
     (folder / "adapter").mkdir()

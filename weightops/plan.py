@@ -132,7 +132,12 @@ class Plan:
     @cached_property
     def shard_nbytes(self) -> dict[str, int]:
         """Bytes of the output's weight files by name: of compressed ones the most that they can have."""
-        return {shard.name: self.layout(shard).nbytes for shard in self.shards}
+        return {name: most for name, (_, most) in self.shard_bounds.items()}
+
+    @cached_property
+    def shard_bounds(self) -> dict[str, tuple[int, int]]:
+        """The least and the most bytes of the output's weight files by name: one number unless they are compressed."""
+        return {shard.name: ((made := self.layout(shard)).least_nbytes, made.nbytes) for shard in self.shards}
 
     @property
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
@@ -162,10 +167,10 @@ class Plan:
         """Bytes of the output's weight files: of compressed ones the most that they can have."""
         return sum(self.shard_nbytes.values())
 
-    @cached_property
+    @property
     def least_nbytes(self) -> int:
         """Bytes that the output's weight files have in any case."""
-        return sum(self.layout(shard).least_nbytes for shard in self.shards)
+        return sum(least for least, _ in self.shard_bounds.values())
 
     def index(self) -> bytes | None:
         """The index file, or None for a single shard."""

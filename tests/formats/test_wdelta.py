@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +14,18 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 from support import write_checkpoint
 
 import weightops
 from weightops.cli.main import run
-from weightops.errors import CorruptInput
-from weightops.formats.compressed import MAGIC, read_compressed
+from weightops.errors import CorruptInput, UsageError
+from weightops.formats.compressed import MAGIC, MAX_BLOCKS, compressed_layout, read_compressed
 from weightops.io.source_file import SourceFile
+from weightops.lazy import LazyTensor
+from weightops.ops.stored import Stored
+from weightops.spec import DType
 from weightops.stores.reader import FileReader
 
 MIB = 1 << 20
@@ -128,7 +136,7 @@ def test_a_file_of_the_first_version_is_read_for_ever(tmp_path: Path) -> None:
         (wdelta(HEADER, BLOCKS, [20, 8, 0]), "its blocks take 28 bytes, found 29"),
         (wdelta(HEADER, BLOCKS, [65, 9, 0]), "block 0 takes 65 bytes, and holds 64"),
         (wdelta(HEADER, BLOCKS, [20, 9, 4294967295]), "block 2 takes 4294967295 bytes, and holds 8"),
-        (wdelta({"a": entry("U8", [1 << 47], 0, 1 << 47)}, [b""] * 64), "too few for 134217728 blocks"),
+        (wdelta({"a": entry("U8", [1 << 47], 0, 1 << 47)}, [b""] * 64), "describes 134217728 blocks"),
         (wdelta({"a": entry("U8", [1 << 25], 0, 1 << 25)}, [b"x"] * 31), "takes [0-9]+ bytes, and holds 1048576"),
     ],
 )
@@ -137,6 +145,45 @@ def test_a_file_that_does_not_account_for_every_byte_is_refused(tmp_path: Path, 
     path.write_bytes(data)
     with FileReader() as files, pytest.raises(CorruptInput, match=words):
         read_compressed(SourceFile.at(path), files)
+
+
+def read_all(path: Path) -> dict[str, int]:
+    return {name: len(tensor.read()) for name, tensor in weightops.open_checkpoint(path).items()}
+
+
+def test_a_file_that_ends_early_is_refused_wherever_that_is(tmp_path: Path) -> None:
+    whole, path = wdelta(HEADER, BLOCKS), tmp_path / "delta.wdelta"
+    for nbytes in range(len(whole)):
+        path.write_bytes(whole[:nbytes])
+        with pytest.raises(CorruptInput, match=r"delta\.wdelta"):
+            read_all(path)
+
+
+@given(st.data())
+def test_damage_anywhere_is_refused_or_leaves_every_tensor_its_size(data: st.DataObject) -> None:
+    """Bytes changed, taken out and put in, at every place of a file: nothing but the one error comes of it."""
+    damaged = bytearray(wdelta(HEADER, BLOCKS))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "delta.wdelta"
+        path.write_bytes(damaged)
+        with contextlib.suppress(CorruptInput), FileReader() as files:
+            found = read_compressed(SourceFile.at(path), files).tensors
+            assert {len(tensor.read()) == tensor.nbytes for tensor in found.values()} <= {True}
+
+
+def test_more_blocks_than_are_read_are_not_written_either(tmp_path: Path) -> None:
+    nbytes = (MAX_BLOCKS + 1) << 20
+    path = tmp_path / "delta.wdelta"
+    path.write_bytes(wdelta({"a": entry("U8", [nbytes], 0, nbytes)}, []))
+    os.truncate(path, path.stat().st_size + 4 * (MAX_BLOCKS + 1))  # each takes nothing, so that it is a whole file
+    with pytest.raises(CorruptInput, match="describes 4194305 blocks, at most 4194304 are read"):
+        read_all(path)
+    huge = LazyTensor.make(Stored(SourceFile("x", nbytes, 0), 0, DType.U8, (nbytes,)))
+    with pytest.raises(UsageError, match="at most 4194304 blocks"):
+        compressed_layout("delta.wdelta", {"a": huge}, {})
 
 
 def test_a_compressed_delta_under_another_name_is_told_what_it_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import TORCH_DTYPES, digests, random_tensor, same_bits, write_checkpoint
+from tiny_models import save_tiny
 
 import weightops
 from weightops.cli.main import run
@@ -98,6 +99,17 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """raw, and deltas `plain` and `small`, of models that could be run."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "raw", "llama", 0)
+    save_tiny(folder / "tuned", "llama", 1)
+    for name in ("plain", "small"):
+        weightops.diff(folder / "raw", folder / "tuned", folder / name, compress=name == "small")
+    return folder
+
+
 def test_workers_and_threads_change_no_byte(family: Path, tmp_path: Path) -> None:
     for workers in (1, 4):
         made = tmp_path / f"small-{workers}"
@@ -165,6 +177,17 @@ def test_several_outputs_of_one_recipe_are_made_from_one_read(family: Path, tmp_
     assert same_bits(weights(tmp_path / "c"), {n: t.float() for n, t in weights(family / "tuned").items()})
 
 
+def test_a_dry_run_says_that_its_sizes_are_the_most_there_can_be(
+    family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["diff", "--raw", str(family / "raw"), "--tuned", str(family / "tuned"), "--out", str(tmp_path / "x")]
+    said = []
+    for more in ((), ("--compress",)):
+        assert run([*command, "--dry-run", *more]) == 0
+        said += [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk")]
+    assert [line.startswith("disk     at most ") for line in said] == [False, True]
+
+
 def test_room_is_asked_for_no_more_than_is_known_to_be_needed(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,14 +212,29 @@ def test_shard_makes_a_plain_delta_of_it(family: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "plain").glob("*.wdelta*"))
 
 
-def test_readers_say_what_it_is(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = str(family / "small")
-    for command, code, words in (
-        (["inspect", small], 0, ": exact delta, compressed"),
-        (["check", small], 0, "it is an exact delta, no model"),
-        (["verify", small], 0, "delta-00001-of-00004.wdelta: ok"),
-        (["cast", small, "--dtype", "float16", "--out", "x"], 1, "is a delta, not a model"),
-    ):
-        assert run(command) == code
+@pytest.mark.parametrize("part", [False, True], ids=["the folder", "one of its files"])
+@pytest.mark.parametrize("kind", ["plain", "small"])
+def test_readers_say_what_it_is(models: Path, kind: str, part: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a file that is named alone, without the document."""
+    folder = models / kind
+    name = "delta.wdelta" if kind == "small" else "delta.safetensors"
+    delta = str(folder / name if part else folder)
+    is_what = "is a delta, not a model"
+    commands = [
+        (["inspect", delta], 0, "exact delta" + (", compressed" if kind == "small" else "")),
+        (["check", delta], 0, "it is an exact delta, no model"),
+        (["verify", str(folder)], 0, f"{name}: ok"),
+        (["compare", delta, str(models / "raw")], 1, is_what),
+        (["cast", delta, "--dtype", "float16", "--out", "x"], 1, is_what),
+        (["convert", delta, "--to", "meta", "--out", "x"], 1, is_what),
+        (["recover", "--raw", delta, "--diff", delta, "--out", "x"], 1, is_what),
+        (["generate", delta, "--prompt", "hi"], 1, is_what),
+        (["quantize", delta, "--out", "x"], 1, is_what),
+    ]
+    if part:
+        recover = ["recover", "--raw", str(models / "raw"), "--diff", delta, "--out", "x"]
+        commands.append((recover, 13, "part of an exact delta, without weightops-delta.json"))
+    for command, code, words in commands:
+        assert (run(command), command) == (code, command)
         captured = capsys.readouterr()
         assert words in captured.out + captured.err

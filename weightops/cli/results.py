@@ -113,6 +113,7 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
     memory = peak_memory([plan], workers or default_workers([plan]))
     fetched = fetched_nbytes(plan)
     network = f", {human(fetched)} over the network" if fetched else ""
+    most = "at most " if plan.least_nbytes < plan.total_nbytes else ""
     return "\n".join(
         [
             table(rows, right=(1, 2)),
@@ -120,7 +121,7 @@ def _dry_run_text(result: Result, workers: int | None) -> str:
             f"reads    {human(sum(f.nbytes for f in plan.sources))} from {len(plan.sources)} files{network}",
             *_time(plan.sources),
             f"memory   at most {human(memory)}",
-            f"disk     {human(plan.total_nbytes)}{_free(result.out)}",
+            f"disk     {most}{human(plan.total_nbytes)}{_free(result.out)}",
             f"others   {', '.join(map(escape, sorted(plan.sidecars))) or 'none'}",
             *(f"{'does' if not i else '':<8} {sentence}" for i, sentence in enumerate(result.done)),
         ]

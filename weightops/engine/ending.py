@@ -62,8 +62,8 @@ def ending_of(plan: Plan) -> Ending:
         recipe=dict(plan.recipe),
         shards={
             shard.name: ShardEnd(
-                least_nbytes=plan.layout(shard).least_nbytes,
-                nbytes=plan.shard_nbytes[shard.name],
+                least_nbytes=plan.shard_bounds[shard.name][0],
+                nbytes=plan.shard_bounds[shard.name][1],
                 tensors={n: (t.spec.dtype, t.spec.shape) for n, t in shard.tensors.items()},
             )
             for shard in plan.shards

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from weightops.errors import CorruptInput
+from weightops.errors import CorruptInput, UsageError
 from weightops.formats.layout import Coded, Data, Layout, Lengths, Literal
 from weightops.formats.safetensors import SafetensorsFile, read_header, safetensors_layout
 from weightops.formats.sniff import explain
+from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.ops.byte_planes import BLOCK_NBYTES, count_blocks, encode, pack_lengths, unpack_lengths
@@ -27,13 +28,16 @@ from weightops.stores.reader import FileReader
 SUFFIX = ".wdelta"
 MAGIC = b"WDELTA\x00\x01"
 """The last byte is the version: another one is another format."""
-_MAX_BLOCKS = 1 << 24
-"""Per file: 17 TB of tensors, and 67 MB of lengths."""
+MAX_BLOCKS = 1 << 22
+"""Of a file: 4.4 TB of tensors, and 17 MB of lengths."""
 _DAMAGED = "the file is not whole, or was damaged after it was written: fetch it again"
 
 
 def compressed_layout(name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Layout:
-    """The file for these tensors; what its blocks take is known when they have been made."""
+    """The file for these tensors; what its blocks take is known when they have been made.
+
+    Raises `UsageError` for more of them than are read.
+    """
     header, *pieces = safetensors_layout([(key, tensor.spec) for key, tensor in tensors.items()], metadata).pieces
     assert isinstance(header, Literal)
     coded = []
@@ -42,6 +46,11 @@ def compressed_layout(name: str, tensors: Mapping[str, LazyTensor], metadata: Ma
         code = partial(encode, itemsize=tensors[piece.name].spec.dtype.itemsize)
         coded.append(Coded(piece.name, piece.nbytes, BLOCK_NBYTES, code))
     blocks = sum(count_blocks(piece.nbytes) for piece in coded)
+    if blocks > MAX_BLOCKS:
+        raise UsageError(
+            f"{escape(name)}: a compressed delta has at most {MAX_BLOCKS} blocks of 1 MiB in a file, here are {blocks}",
+            hint="give a smaller --max-shard-size",
+        )
     return Layout((Literal(MAGIC + header.data), *coded, Lengths(4 * blocks, pack_lengths)), {})
 
 
@@ -57,7 +66,9 @@ def read_compressed(file: SourceFile, files: FileReader) -> SafetensorsFile:
     start = len(MAGIC) + header.nbytes
     blocks = sum(count_blocks(spec.nbytes) for spec, _ in header.tensors.values())
     end = file.nbytes - 4 * blocks
-    if blocks > _MAX_BLOCKS or end < start:
+    if blocks > MAX_BLOCKS:
+        raise CorruptInput(f"{file.shown}: the header describes {blocks} blocks, at most {MAX_BLOCKS} are read")
+    if end < start:
         raise CorruptInput(f"{file.shown}: {file.nbytes} bytes are too few for {blocks} blocks", hint=_DAMAGED)
     lengths = unpack_lengths(files.read(file, end, 4 * blocks))
     tensors = {}

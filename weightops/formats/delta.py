@@ -16,6 +16,8 @@ from weightops.spec import DType, TensorSpec
 
 NAME = "weightops-delta.json"
 SCHEMA: Final = "weightops-delta/1"
+FORMAT = "weightops-delta"
+"""What the metadata of its files calls their format."""
 
 
 class DeltaTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,10 +100,20 @@ def label(side: str, name: str) -> str:
     return f"{side}:{name}"
 
 
+def is_delta(checkpoint: Checkpoint) -> bool:
+    """Whether it is an exact delta, or files of one, which say so where the document is not beside them."""
+    return NAME in checkpoint.sidecars or checkpoint.metadata.get("format") == FORMAT
+
+
 def find_delta(checkpoint: Checkpoint) -> Delta | None:
-    """The delta document of a folder, if it is an exact delta; raises `CorruptInput` if that is malformed."""
+    """The document of an exact delta, None for anything else; raises `CorruptInput` if it is missing or malformed."""
     data = checkpoint.sidecar(NAME)
     if data is None:
+        if is_delta(checkpoint):
+            raise CorruptInput(
+                f"{escape(checkpoint.name)}: is part of an exact delta, without {NAME}, which says what it belongs to",
+                hint="name the folder that the delta was published as, with all its files",
+            )
         return None
     where = f"{escape(checkpoint.name)}/{NAME}"
     try:
@@ -112,5 +124,5 @@ def find_delta(checkpoint: Checkpoint) -> Delta | None:
 
 def refuse_delta(checkpoint: Checkpoint, role: str) -> None:
     """A delta is not a model, whatever its files look like."""
-    if NAME in checkpoint.sidecars:
+    if is_delta(checkpoint):
         raise IncompatibleInputs(f"{role} {escape(checkpoint.name)} is a delta, not a model", hint="recover it first")

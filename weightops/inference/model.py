@@ -14,6 +14,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
 from weightops.inference.arguments import BlockArguments, beyond_hidden_states
 from weightops.inference.names import Part, match, split_experts
 from weightops.inference.packed import Engine, PackedWeight, find_packed
@@ -76,6 +77,7 @@ class BlockModel:
         checkpoint = plain
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         refuse_adapter(checkpoint, "the model")
+        refuse_delta(checkpoint, "the model")
         self.config: PretrainedConfig = read_config(checkpoint)
         self.module: PreTrainedModel = build(self.config, self.shown, dtype)
         self.checkpoint = checkpoint = split_experts(self.module, checkpoint)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from weightops.checkpoint import Checkpoint
 from weightops.errors import IncompatibleInputs, UsageError
-from weightops.formats.delta import DeltaDocument, label, refuse_delta
+from weightops.formats.delta import FORMAT, DeltaDocument, label, refuse_delta
 from weightops.io.escape import escape
 from weightops.io.names import listed
 from weightops.layouts.restored import ROTARY_SUFFIX, as_loaded
@@ -74,7 +74,7 @@ def _exact(raw: Checkpoint, tuned: Checkpoint) -> Checkpoint:
         tensors=tensors,
         watch=tuple(t for t in watched.values() if t not in used),
         documents=(document,),
-        metadata={"format": "weightops-delta"},
+        metadata={"format": FORMAT},
         prefix="delta",
     )
 

@@ -17,6 +17,7 @@ from weightops.io.memory import copy_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+    import zstandard
     from numpy.typing import NDArray
 
 _OWN = threading.local()
@@ -64,8 +65,8 @@ def decode(coded: memoryview, out: memoryview, itemsize: int) -> None:
         says = zstandard.get_frame_parameters(coded).content_size
         if says != len(out):
             raise ValueError(f"its zstd frame says that it holds {says} bytes, expected {len(out)}")
-        planes = memoryview(_memory())[: len(out)]
-        decompressor = zstandard.ZstdDecompressor(max_window_size=BLOCK_NBYTES)
+        decompressor, memory = _own()
+        planes = memory[: len(out)]
         with decompressor.stream_reader(coded, read_across_frames=True) as reader:
             found = reader.readinto(planes)
             if found < len(out):
@@ -77,12 +78,15 @@ def decode(coded: memoryview, out: memoryview, itemsize: int) -> None:
     _interleave(np.frombuffer(planes, np.uint8).reshape(itemsize, -1), values)
 
 
-def _memory() -> bytearray:
-    """Memory for the planes of a block, one piece a thread: the pages of a new one cost as much as what fills them."""
-    if not hasattr(_OWN, "planes"):
-        _OWN.planes = bytearray(BLOCK_NBYTES)
-    planes: bytearray = _OWN.planes
-    return planes
+def _own() -> tuple[zstandard.ZstdDecompressor, memoryview]:
+    """A decompressor and memory for planes, once a thread: the pages of new memory cost as much as what fills them."""
+    import zstandard
+
+    if not hasattr(_OWN, "both"):
+        decompressor = zstandard.ZstdDecompressor(max_window_size=BLOCK_NBYTES)
+        _OWN.both = decompressor, memoryview(bytearray(BLOCK_NBYTES))
+    both: tuple[zstandard.ZstdDecompressor, memoryview] = _OWN.both
+    return both
 
 
 def _interleave(planes: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
@@ -92,8 +96,7 @@ def _interleave(planes: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     itemsize = len(planes)
     if itemsize == 2:  # by words, in half the time
         words = out.view("<u2")
-        np.copyto(words, planes[1])
-        np.left_shift(words, 8, out=words)
+        np.left_shift(planes[1], 8, out=words, dtype=np.uint16)
         np.bitwise_or(words, planes[0], out=words)
         return
     elements = out.reshape(-1, itemsize)

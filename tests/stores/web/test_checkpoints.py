@@ -474,6 +474,17 @@ def test_a_folder_without_a_manifest_is_found_by_the_usual_names(
     assert len(unproven) == (0 if source == "torch" else len(list((family / source).glob("*.safetensors"))))
 
 
+@pytest.mark.parametrize("without", ["", "weightops-manifest.json"])
+def test_a_compressed_delta_in_a_folder_on_a_server_is_recovered_from(
+    hub: Hub, family: Path, tmp_path: Path, without: str
+) -> None:
+    url = serve(hub, family / "small", without)
+    made = weightops.recover(family / "raw", url, tmp_path / "out", control=control(hub))
+    assert made.manifest is not None
+    assert made.manifest.content_id == weightops.manifest(family / "tuned").content_id
+    assert sent(hub) < 1.05 * weights_nbytes(family / "small")
+
+
 def test_one_weight_file_by_its_url(hub: Hub, family: Path, tmp_path: Path) -> None:
     url = f"{serve(hub, family / 'one')}model.safetensors?Signature=1"
     result = shard(hub, url, tmp_path / "out")

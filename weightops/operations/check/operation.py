@@ -16,7 +16,7 @@ from weightops.engine.examine import TensorReport, examine, unread
 from weightops.engine.values import values as values_of
 from weightops.errors import CorruptInput, UsageError
 from weightops.formats.adapter.files import is_adapter
-from weightops.formats.delta import NAME as DELTA_NAME
+from weightops.formats.delta import is_delta
 from weightops.formats.quantized.table import Quantized
 from weightops.formats.quantized.weights import without_quantization
 from weightops.io.escape import escape
@@ -98,8 +98,8 @@ class _Subject:
             config = checkpoint.config()
         except CorruptInput as error:
             errors = (Finding("error", "config", "config.json", str(error), error.hint or ""),)
-        if DELTA_NAME in checkpoint.sidecars or is_adapter(checkpoint):
-            kind = "an exact delta" if DELTA_NAME in checkpoint.sidecars else "an adapter"
+        if is_delta(checkpoint) or is_adapter(checkpoint):
+            kind = "an exact delta" if is_delta(checkpoint) else "an adapter"
             return cls(
                 checkpoint,
                 config,
@@ -120,7 +120,7 @@ class _Subject:
 
     @property
     def is_model(self) -> bool:
-        return DELTA_NAME not in self.checkpoint.sidecars and not is_adapter(self.checkpoint)
+        return not is_delta(self.checkpoint) and not is_adapter(self.checkpoint)
 
 
 def _findings(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from weightops.checkpoint import Checkpoint, Sidecar, Written, written_json
 from weightops.errors import UsageError
 from weightops.formats.adapter.files import refuse_adapter
+from weightops.formats.delta import refuse_delta
 from weightops.formats.gguf.metadata import is_typed
 from weightops.formats.quantized.gguf import is_gguf
 from weightops.formats.quantized.table import find_weights
@@ -160,6 +161,7 @@ def convert_model(source: Source, to: str, target: Target, layout: str | None = 
     not converted, `CorruptInput` for files that do not fit.
     """
     refuse_adapter(source.checkpoint, "the source")
+    refuse_delta(source.checkpoint, "the source")
     layout = layout or find_layout(source.checkpoint)
     if layout is None and any(name.endswith(f".{EMBEDDING.name('hf', 0)}") for name in source.checkpoint):
         layout = "hf"  # a language model within another

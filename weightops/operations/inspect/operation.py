@@ -12,9 +12,9 @@ from weightops.engine.examine import examine, unread
 from weightops.engine.proof import unproven
 from weightops.engine.values import values
 from weightops.errors import CorruptInput, IncompatibleInputs, SourceMissing, UsageError
-from weightops.formats import delta
 from weightops.formats.adapter.files import is_gguf_adapter
 from weightops.formats.containers import find_aliases
+from weightops.formats.delta import is_delta
 from weightops.formats.gguf.metadata import ARCHITECTURE_KEY, kind_of, text
 from weightops.formats.proofs import manifest
 from weightops.formats.quantized.table import Quantized, find_weights
@@ -113,7 +113,7 @@ def _quantised(checkpoint: Checkpoint, control: Control) -> tuple[Quantized, tup
 
 def _kind(checkpoint: Checkpoint) -> str:
     """What a checkpoint is; GGUF files may be adapters, parts of models that see, or none at all."""
-    if delta.NAME in checkpoint.sidecars:
+    if is_delta(checkpoint):
         is_compressed = any(isinstance(tensor.op, Compressed) for tensor in checkpoint.values())
         return f"exact delta{', compressed' if is_compressed else ''}"
     kind = kind_of(checkpoint.metadata)
