@@ -306,7 +306,7 @@ def test_a_worker_that_comes_when_all_is_done_leaves_nothing(bucket: Bucket, mon
         commit(self)
 
     monkeypatch.setattr(target.S3Target, "commit", late)
-    with pytest.raises(WeightopsError, match="groups/00001.*is missing"):
+    with pytest.raises(WeightopsError, match=r"groups/00001.*is missing"):
         bucket.write(out)
     assert not [name for name in bucket.below("out") if name.startswith(".weightops/")]
 
