@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from weightops.checkpoint import Checkpoint
 from weightops.engine.control import Control
 from weightops.engine.finished import find_made
 from weightops.engine.job.drive import Executor, Threads
+from weightops.engine.preflight import default_workers
 from weightops.engine.run import run_all
 from weightops.engine.staging import Staging
 from weightops.engine.values import values
@@ -215,7 +216,7 @@ def write_all(wanted: Mapping[Out, Wanted], running: Running) -> dict[Out, Resul
     control = running.get("control") or Control()
     place = place_of_job(running.get("job"), executor, missing)
     if place is not None:
-        results |= _as_job(place, missing, results, executor or _here(running), control, running)
+        results |= _as_job(place, missing, results, executor or _here(running, missing.values()), control, running)
         for beside in (each.beside for out, each in wanted.items() if results[out].manifest is not None):
             if beside is not None:
                 beside.remove()
@@ -237,9 +238,11 @@ def write_all(wanted: Mapping[Out, Wanted], running: Running) -> dict[Out, Resul
     return results
 
 
-def _here(running: Running) -> Executor | None:
+def _here(running: Running, plans: Iterable[Plan]) -> Executor | None:
     """Who does a job that nobody asked for: this process. One that was asked for is for others."""
-    return Threads(running.get("workers")) if running.get("job") is None else None
+    if running.get("job") is not None:
+        return None
+    return Threads(running.get("workers") or default_workers(list(plans)))
 
 
 def _as_job(

@@ -75,7 +75,11 @@ def write_as_job(
         job = write_job(place, wanted, control, restart=restart)
         if executor is None:
             return Jobbed(job.place, job.document.groups, {}, job.document.warnings)
-        drive(job, executor, control)
+        try:
+            drive(job, executor, control)
+        finally:
+            for file in {file for plan in plans.values() for file in plan.sources}:
+                control.stores.forget(file)  # whoever reads it the next time proves it anew
         published = finish(job.place, control, roots=[each.out for each in job.document.outputs])
     manifests = {out: each.manifest for out, each in zip(plans, published, strict=True)}
     return Jobbed(job.place, job.document.groups, manifests, job.document.warnings)

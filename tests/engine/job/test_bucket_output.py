@@ -163,6 +163,20 @@ def test_outputs_in_a_bucket_and_here_are_made_from_one_read(bucket: Bucket) -> 
     assert sorted(path.name for path in bucket.folder.iterdir()) == ["expected", "out", "raw"]
 
 
+def test_a_source_is_read_once(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its digests follow as its bytes pass, through all shards that are made of it."""
+    source = f"{bucket.url}/source"
+    weightops.shard(bucket.folder / "raw", source, control=bucket.control())
+    received: list[int] = []
+    throttle = Http.throttle
+    with monkeypatch.context() as patch:
+        patch.setattr(Http, "throttle", lambda self, nbytes: (received.append(nbytes), throttle(self, nbytes)))
+        options = {"max_shard_size": "40KB", "dtype": "bfloat16", "control": bucket.control()}
+        weightops.cast(source, f"{bucket.url}/out", **options)  # type: ignore[arg-type]
+    weights = bucket.all.identity("source/model.safetensors").nbytes
+    assert weights <= sum(received) < 1.5 * weights
+
+
 def test_workers_make_of_a_bucket_in_a_bucket_what_threads_make(bucket: Bucket) -> None:
     right = expected(bucket)
     job = f"{bucket.url}/job"
@@ -292,7 +306,7 @@ def test_a_worker_that_comes_when_all_is_done_leaves_nothing(bucket: Bucket, mon
         commit(self)
 
     monkeypatch.setattr(target.S3Target, "commit", late)
-    with pytest.raises(SourceMissing, match="there is no job"):
+    with pytest.raises(WeightopsError, match=r"groups/00001.*is missing"):
         bucket.write(out)
     assert not [name for name in bucket.below("out") if name.startswith(".weightops/")]
 

@@ -99,6 +99,7 @@ class S3(Web):
     ) -> urllib3.BaseHTTPResponse:
         bucket, key = located(url)
         digest = sha256 or (hashlib.sha256(body).hexdigest() if body else _EMPTY)
+        has_moved = False
         while True:
             where, signed = self.account.signed(method, bucket, key, query, headers, digest)
             response = super().request(method, where, signed, body)
@@ -107,7 +108,9 @@ class S3(Web):
                     response.status = 206  # which rclone gives as 200
                 return response
             region = response.headers.get("x-amz-bucket-region", "")
-            if response.status in (301, 307, 400) and region and self.account.move(bucket, region):
+            is_elsewhere = response.status in (301, 307, 400) and region and not has_moved
+            if is_elsewhere and self.account.move(bucket, region):
+                has_moved = True  # once: servers that send each other what is asked of them would never end
                 finish(response)
                 continue
             self._refuse(show(url), where, response)
