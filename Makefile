@@ -25,7 +25,7 @@ define new
 endef
 
 .PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp formats mutants gpu clean
+  mergekit gptqmodel autogptq llamacpp formats slurm mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -54,6 +54,7 @@ help:
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make llamacpp        llama-cpp-python 0.3.36 and llama.cpp's converter likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
 	@echo "make formats         the libraries of number formats likewise, to whose weights test-all holds those of dequantize"
+	@echo "make slurm           jobs by Slurm itself, where it is installed"
 	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
@@ -106,6 +107,10 @@ $(REFERENCE)/.ready:
 	@touch $@
 
 reference: $(REFERENCE)/.ready
+
+slurm: $(READY)
+	@command -v slurmctld >/dev/null || { echo 'Slurm is not installed: apt-get install slurm-wlm munge' >&2; exit 1; }
+	$(BIN)/python -m pytest -m slow tests/oracles/test_slurm.py
 
 test-all: lint reference mergekit gptqmodel autogptq llamacpp formats
 	$(BIN)/python -m pytest -m "slow or not slow"

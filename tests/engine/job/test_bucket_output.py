@@ -117,24 +117,50 @@ def deaths(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[int], objec
             return
 
 
-@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_shared", [False, True])
 def test_a_run_that_died_at_any_request_is_finished_by_the_next(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, step: int
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, step: int, is_shared: bool
 ) -> None:
+    """By one command, or by one that writes a job, one for each group, and one that finishes it."""
     right = expected(bucket)
-    for number in deaths(monkeypatch, step, lambda number: bucket.write(f"{bucket.url}/out-{number}", workers=1)):
+
+    def run(number: int) -> None:
+        out, job = f"{bucket.url}/out-{number}", f"{bucket.url}/job-{number}"
+        if not is_shared:
+            bucket.write(out, workers=1)
+            return
+        for group in range(bucket.write(out, job=job).groups or 0):
+            bucket.work(job, group)
+        bucket.finish(job)
+
+    for number in deaths(monkeypatch, step, run):
         out = f"out-{number}"
         was_whole = bucket.manifest(out) is not None
         try:
-            bucket.write(f"{bucket.url}/{out}")
-        except OutputExists:
+            run(number)
+        except (OutputExists, SourceMissing):
             assert was_whole  # all was done but for the last trace of the job
         assert bucket.manifest(out) == right
-        assert [name for name in bucket.below(out) if name.startswith(".weightops/")] in (
-            [],
-            [".weightops/job/job.json"],
-        )
+        left = [name for name in bucket.below(out) if name.startswith(".weightops/")]
+        assert left in ([], [".weightops/job/job.json"])
         assert buckets.uploads(bucket.connection, bucket.name) == []
+
+
+def test_outputs_in_a_bucket_and_here_are_made_from_one_read(bucket: Bucket) -> None:
+    right = expected(bucket)
+    options = {"from": "cast", "max_shard_size": "40KB"}
+    recipe = {
+        "sources": {"source": bucket.raw},
+        "tensors": {"cast": {"cast": {"source": "source", "dtype": "bfloat16"}}},
+        "outputs": {f"{bucket.url}/out": options, str(bucket.folder / "out"): options, f"{bucket.url}/2": options},
+    }
+    weightops.run(recipe, control=bucket.control())
+    made = {bucket.manifest("out"), bucket.manifest("2"), (bucket.folder / "out" / manifest.NAME).read_bytes()}
+    assert len(made) == 1
+    assert manifest.parse_manifest(made.pop() or b"", "").content_id == manifest.parse_manifest(right, "").content_id
+    assert [name for name in bucket.all.listed("") if ".weightops/" in name] == []
+    assert sorted(path.name for path in bucket.folder.iterdir()) == ["expected", "out", "raw"]
 
 
 def test_workers_make_of_a_bucket_in_a_bucket_what_threads_make(bucket: Bucket) -> None:
@@ -254,6 +280,21 @@ def test_a_worker_whose_upload_is_gone_looks_for_the_record(bucket: Bucket, monk
 
     monkeypatch.setattr(target.S3Target, "close", late)
     assert not bucket.work(job, 0)
+
+
+def test_a_worker_that_comes_when_all_is_done_leaves_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{bucket.url}/out"
+    commit = target.S3Target.commit
+
+    def late(self: target.S3Target) -> None:
+        monkeypatch.setattr(target.S3Target, "commit", commit)
+        bucket.write(out)
+        commit(self)
+
+    monkeypatch.setattr(target.S3Target, "commit", late)
+    with pytest.raises(SourceMissing, match="there is no job"):
+        bucket.write(out)
+    assert not [name for name in bucket.below("out") if name.startswith(".weightops/")]
 
 
 def test_a_manifest_that_says_something_else_is_not_taken_for_ours(bucket: Bucket) -> None:

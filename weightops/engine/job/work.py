@@ -15,7 +15,7 @@ import msgspec
 from weightops.engine.control import Control
 from weightops.engine.digest import watch
 from weightops.engine.finish import check_expected
-from weightops.engine.job.documents import Group, GroupRecord, find_record, read_group, record_name
+from weightops.engine.job.documents import JOB, Group, GroupRecord, find_record, read_group, record_name
 from weightops.engine.job.place import OpenJob
 from weightops.engine.proof import prove_files
 from weightops.engine.records import ShardRecord
@@ -56,6 +56,8 @@ def work_on(job: OpenJob, number: int, control: Control, threads: int) -> bool:
             raise
         return False
     job.store.put(record_name(number), msgspec.json.encode(done))
+    if job.is_own and job.store.find(JOB) is None:
+        job.store.remove(record_name(number))  # too late: another process has ended the job, and removed it
     return True
 
 
