@@ -170,7 +170,7 @@ class Cluster:
                     done.add(number)
                     continue
                 except WeightopsError:
-                    self.clock.sleep(1)
+                    pass
                 except Died:
                     self.clock.sleep(_RESTART_S)
                 if holders[number][0] is machine and number not in done:
