@@ -24,7 +24,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-sign bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats slurm mutants gpu clean
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make bench-gguf      and the part about GGUF files in and out, and the memory of imatrix"
 	@echo "make bench-surgery   and the part about parts, experts, layers and vocabularies"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
+	@echo "make bench-sign      and the part about signatures"
 	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
@@ -204,6 +205,9 @@ bench-surgery: $(READY)
 
 bench-release: $(READY) mergekit
 	$(BIN)/python benchmarks/release.py --sizes $(or $(SIZES),1b,3b)
+
+bench-sign: $(READY)
+	$(BIN)/python benchmarks/sign.py --size $(or $(SIZE),1b)
 
 bench-compare: $(READY)
 	$(BIN)/python benchmarks/compare.py --sizes $(or $(SIZES),1b,3b)

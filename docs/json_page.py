@@ -67,6 +67,7 @@ PRINTED = {
     "weightops-download/1": ("`download`", "weightops download org/name --out ./name --json"),
     "weightops-check/1": ("`check`", "weightops check ./model --no-architecture --json"),
     "weightops-verify/1": ("`verify`", "weightops verify ./model-bf16 --json"),
+    "weightops-publish/1": ("`publish`", "weightops publish ./model-bf16 hf://org/model-bf16 --create --json"),
     "weightops-sign/1": ("`sign`", "weightops sign ./model-bf16 --key ./signer.key --json"),
     "weightops-inspect/2": ("`inspect`", "weightops inspect ./model --stats --tree --json"),
     "weightops-compare/1": ("`compare`", "weightops compare ./model ./model-bf16 --tolerance 0.01 --json"),
@@ -165,11 +166,11 @@ WRITTEN = {
 def prepared() -> Iterator[Path]:
     """A folder with small models, and a hub with one of them, as the working directory."""
     sys.path[:0] = [str(TINY.parent.parent)]
-    from hub import Hub
     from signing_keys import save_key
+    from writable_hub import WritableHub
 
     before = Path.cwd()
-    with tempfile.TemporaryDirectory() as name, Hub() as hub:
+    with tempfile.TemporaryDirectory() as name, WritableHub(token="hf_abc") as hub:
         folder = Path(name)
         os.chdir(folder)
         try:
@@ -194,7 +195,7 @@ def prepared() -> Iterator[Path]:
             weightops.shard("model", "cut", job="job")
             save_key(folder, "signer")
             hub.add("org/name", {path.name: path.read_bytes() for path in Path("model").iterdir()})
-            os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+            os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_abc"}
             yield folder
         finally:
             os.chdir(before)

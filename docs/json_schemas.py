@@ -35,6 +35,7 @@ from weightops.operations.download import DownloadDocument
 from weightops.operations.experts import ExpertUse
 from weightops.operations.inspect import InspectDocument
 from weightops.operations.merge import MergePlan, MergeProof
+from weightops.operations.publish import PublishDocument
 from weightops.operations.sign import SignDocument
 from weightops.operations.verify import VerifyDocument
 from weightops.quantization.report import QuantizeReport
@@ -51,6 +52,7 @@ DOCUMENTS: tuple[Any, ...] = (
     DownloadDocument,
     CheckDocument,
     VerifyDocument,
+    PublishDocument,
     SignDocument,
     InspectDocument,
     CompareDocument,

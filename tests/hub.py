@@ -111,6 +111,7 @@ class Hub:
     faults: dict[str, list[Faults]] = field(default_factory=dict)
     always: dict[str, Faults] = field(default_factory=dict)
     repos: dict[str, dict[str, tuple[str, dict[str, Blob]]]] = field(default_factory=dict)  # by name and revision
+    private: dict[str, bool] = field(default_factory=dict)  # whether a repository says so; default: if there is a token
     gated: set[str] = field(default_factory=set)  # repositories whose files are refused; the API tells everything
     links: dict[str, tuple[str, Blob]] = field(default_factory=dict)  # to the CDN, by signature; clear: all expired
     log: list[Request] = field(default_factory=list)
@@ -118,13 +119,17 @@ class Hub:
 
     def __enter__(self) -> Self:
         self.lock, self.stopping, self.connections = threading.Lock(), threading.Event(), set[socket.socket]()
-        handlers = (type(role, (Handler,), {"hub": self}) for role in ("hub", "cdn"))
+        handlers = (type(role, (self.kind,), {"hub": self}) for role in ("hub", "cdn"))
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in handlers]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         for server in self.servers:
             server.socket.listen(128)
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
         return self
+
+    @property
+    def kind(self) -> type[Handler]:
+        return Handler
 
     def __repr__(self) -> str:
         return f"Hub of {len(self.repos)} repositories"  # not their contents, for what fails is printed
@@ -275,7 +280,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def revision(self, repo: str, rev: str) -> Answer:
         commit, files = self.commit(repo, rev)
-        about = {"private": self.hub.token is not None, "gated": repo in self.hub.gated and "manual"}
+        about = {
+            "private": self.hub.private.get(repo, self.hub.token is not None),
+            "gated": repo in self.hub.gated and "manual",
+        }
         return self.json({"id": repo, "sha": commit, **about, "siblings": [{"rfilename": n} for n in files]}, "api")
 
     def tree(self, repo: str, rev: str) -> Answer:
@@ -342,7 +350,7 @@ class Handler(BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(name, str(value).encode().decode("latin-1"))
         self.end_headers()
-        data, sent, began = memoryview(answer.data if self.command == "GET" else b""), 0, time.monotonic()
+        data, sent, began = memoryview(answer.data if self.command != "HEAD" else b""), 0, time.monotonic()
         flipped = answer.met.get("flip", Fault("", NEVER)).at - answer.offset
         rate, chunk = self.hub.rate or NEVER, b"%x\r\n%b\r\n" if "chunked" in answer.met else b""
         while sent < len(data):

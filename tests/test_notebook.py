@@ -16,7 +16,14 @@ from support import write_checkpoint
 from tiny_models import save_tiny, text
 
 import weightops
+from weightops.operations.publish import Publication, PublishedFile
 from weightops.recipes.recipe import read_recipe
+
+
+def publication(source: Path) -> Publication:
+    files = tuple(PublishedFile(f"{'x' * 90}-{i}", 1, "sent", "proven") for i in range(20))
+    return Publication("model", "hf://org/model", "me", "private", "0" * 40, False, files, (), (), (), 20)
+
 
 RESULTS: dict[str, Callable[[Path], Any]] = {
     "Result": lambda source: weightops.shard(source, source.with_name("shard"), dry_run=True),
@@ -30,6 +37,7 @@ RESULTS: dict[str, Callable[[Path], Any]] = {
     "Manifest": weightops.manifest,
     "VerifyReport": lambda source: weightops.verify(source, source.with_name("SHA256SUMS")),
     "Signed": lambda source: weightops.sign(source, key=source.with_name("signer.key"), dry_run=True),
+    "Publication": publication,
     "Evaluation": lambda source: weightops.evaluate(source, source.with_name("text.txt"), reference=source),
     "Score": lambda source: weightops.evaluate(source, source.with_name("text.txt")).scores[0],
     "Generation": lambda source: weightops.generate(source, "x" * 40),

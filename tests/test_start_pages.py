@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import save_adapter
-from hub import Hub
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, save_tokenizer, text
+from writable_hub import WritableHub
 
 import weightops
 from weightops.cli.main import run
@@ -47,13 +47,15 @@ def test_a_release_is_made_and_proven(here: Path, monkeypatch: pytest.MonkeyPatc
     save_adapter(here / "lora", here / "base")
     shutil.move(here / "base", here / "published")
     found = commands("release-engineer.md")
-    verbs = ("download", "merge-lora", "check", "verify", "merge-lora", "verify", "verify")
+    verbs = ("download", "merge-lora", "check", "verify", "merge-lora", "publish", "publish", "verify", "verify")
     assert [arguments[0] for arguments in found] == [*verbs]
-    with Hub() as hub:
+    with WritableHub(token="hf_abc") as hub:
         hub.add("org/base-model", {path.name: path.read_bytes() for path in (here / "published").iterdir()})
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_abc")
         for arguments in found:
             assert run(arguments) == 0, arguments
+        assert hub.files("org/release")["README.md"] == (here / "release/README.md").read_bytes()
     assert (here / "report.xml").exists()
     assert "base_model" in (here / "release/README.md").read_text()
     assert b'"sha256"' in (here / "release/weightops-manifest.json").read_bytes()

@@ -24,7 +24,6 @@ from adapters import llama, save_adapter, save_model
 from command_lines import command_of
 from gguf_adapters import save_lora
 from gguf_models import save_family
-from hub import Hub
 from meta_model import meta_download
 from mtp_models import save_with_mtp
 from safetensors.torch import load_file
@@ -33,6 +32,7 @@ from support import digests, write_checkpoint
 from systems import needs_itself
 from tiny_models import quantize_tiny, save_tiny, save_tokenizer, text
 from vision_models import save_whole
+from writable_hub import WritableHub
 
 from weightops import cli as package
 from weightops import errors
@@ -55,11 +55,12 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write_checkpoint(tmp_path / "zhixi", state(1))
     write_checkpoint(tmp_path / "zhixi-diff", state(2))
     write_checkpoint(tmp_path / "model", state(3), shards=2)
-    with Hub() as hub:
+    with WritableHub(token="hf_abc", organizations=("zjunlp",)) as hub:
         for repository in ("zjunlp/knowlm-13b-diff", "org/name"):
             hub.add(repository, {p.name: p.read_bytes() for p in (tmp_path / "zhixi-diff").iterdir()})
         hub.static["model.safetensors"] = (tmp_path / "zhixi-diff" / "model.safetensors").read_bytes()
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_abc")
         yield tmp_path
 
 
@@ -81,6 +82,8 @@ def prepare_examples(command: str, family: Path, found: list[str]) -> None:
         assert run(["download", "--cache", "org/name", "-q"]) == 0
     if command in ("verify", "sign"):
         save_key(family, "signer")
+    if command == "publish":
+        assert run(["manifest", "./zhixi"]) == 0
     if command == "convert":
         meta_download(family / "llama-2-7b")
         assert run([*shlex.split(found[0])[1:-1], str(family / "llama-2-7b-hf")]) == 0

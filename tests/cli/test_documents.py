@@ -20,10 +20,10 @@ import jsonschema
 import msgspec
 import pytest
 import torch
-from hub import Hub
 from signing_keys import save_key
 from support import write_checkpoint
 from tiny_models import quantize_tiny, save_tiny, text
+from writable_hub import WritableHub
 
 import weightops
 from weightops.cli.main import run
@@ -92,10 +92,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "MD5SUMS").write_text(f"{'0' * 32}  model.safetensors\n")
     recipe = {"sources": {"raw": "./raw"}, "outputs": {"./run-1": {"from": "raw"}, "./run-2": {"from": "raw"}}}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    with Hub() as hub, pytest.MonkeyPatch.context() as patch:
+    with WritableHub(token="hf_abc") as hub, pytest.MonkeyPatch.context() as patch:
         hub.add("org/name", {path.name: path.read_bytes() for path in (folder / "raw").iterdir()})
         patch.setenv("HF_ENDPOINT", hub.endpoint)
-        patch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+        patch.setenv("HF_TOKEN", "hf_abc")
         yield folder
 
 
@@ -115,6 +115,8 @@ RUNS = [
     ("finish job --abandon", "finish/1", 0),
     ("quantize tiny --method rtn --group-size 32 --out q --dry-run", "quantize/1", 0),
     ("quantize tiny --group-size 32 --calibration text.txt --samples 2 --seq-len 32 --out q", "quantize/1", 0),
+    ("publish delta hf://org/delta --create --dry-run", "publish/1", 0),
+    ("publish delta hf://org/delta --create", "publish/1", 0),
     ("download org/name --out name --dry-run", "download/1", 0),
     ("download org/name --out name", "download/1", 0),
     ("download org/name --out name --offline", "download/1", 0),

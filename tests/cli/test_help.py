@@ -21,7 +21,7 @@ OWN_WORDS = {
     "--certificate": {"sign"},
     "--workers": {"download"},
     "--overwrite": {"download"},
-    "--dry-run": {"download", "serve"},
+    "--dry-run": {"download", "serve", "publish"},
     "--manifest": set(),
     "--dtype": {"recover", "convert", "diff", "extract-lora", "cast", "dequantize", "merge", *ADAPTERS},
     "--rank": {"extract-lora", *ADAPTERS},
@@ -101,7 +101,7 @@ def test_options_of_one_name_are_described_in_the_same_words() -> None:
 @pytest.mark.parametrize("name", LINES)
 def test_what_writes_can_be_tried_and_says_where(name: str) -> None:
     flags = {flag for option in options_of(name) for flag in option.opts}
-    assert ({"-n", "--dry-run"} <= flags) == (name in WRITERS or name in ("run", "serve"))
+    assert ({"-n", "--dry-run"} <= flags) == (name in {*WRITERS, "run", "serve", "publish"})
     assert ({"-o", "--out"} <= flags) == (name in {*WRITERS, "generate"})
     assert ("--json" in flags) == (name not in ("completion", "browse", "chat", "serve"))
 

@@ -45,6 +45,7 @@ OF_THE_COMMAND = {
     "compare": {"html"},
     "merge": {"html", "explain", "verify"},
     "work": {"time_limit"},
+    "publish": {"endpoint"},
     "download": {"endpoint", "limit_rate", "timeout", "deadline", "cache"},
 }
 """What only the command line has: reports in files, exit codes, what Python gives to a `Web`, and what other functions

@@ -237,6 +237,15 @@ ROWS: dict[str, list[Row]] = {
     ],
     "browse": [],
     "serve": [],
+    "publish": [
+        row("--create", {"create": True}, create=True, public=False),
+        row("--create --public", {"create": True, "public": True}, create=True, public=True),
+        row("--delete", {"delete": True}, delete=True),
+        row("--message one", {"message": "one"}, message="one"),
+        row("--endpoint http://127.0.0.1:1", None, place="hf://org/model"),
+        row("--dry-run", {"dry_run": True}, dry_run=True),
+        row("--workers 3", {"workers": 3}, workers=3),
+    ],
     "download": [
         same("--revision v2", revision="v2"),
         row("--include a* --include b", {"include": ("a*", "b")}),
@@ -298,6 +307,7 @@ GIVEN = {
     "work": ("source --group 2", ("source", 2)),
     "finish": ("source", ("source",)),
     "sign": ("source", ("source",)),
+    "publish": ("source hf://org/model", ("source", "hf://org/model")),
     "download": ("org/model --out out", ("org/model", "out")),
 }
 REQUIRED = {"imatrix": "--calibration a", "eval": "--text text.txt", "generate": "--prompt one"}
@@ -348,6 +358,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "verify.verify",
         "verify.verify_signature",
         "sign.sign",
+        "publish.publish",
         "manifest.make_manifest",
         "inspect.inspect",
         "download.download_into",

@@ -30,6 +30,7 @@ from weightops.api.merging import compare_merge, explain_merge, merge, verify_me
 from weightops.api.models import ComputeDType, Quantization, evaluate, generate, quantize
 from weightops.api.outputs import Output, run, save, save_all
 from weightops.api.prove import check, download, inspect, manifest, sign, verify
+from weightops.api.publishing import publish
 from weightops.api.surgery import edit, experts, part
 from weightops.api.talk import chat, generate_all, open_pool
 from weightops.api.vocabulary import vocab
@@ -68,6 +69,7 @@ __all__ = [
     "open_pool",
     "pack",
     "part",
+    "publish",
     "quantize",
     "quantize_blocks",
     "recover",

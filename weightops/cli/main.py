@@ -28,6 +28,9 @@ GROUPS = {
     "Get a model": {
         "download": "Download a model, and check every file against its digest.",
     },
+    "Give it to others": {
+        "publish": "Publish a verified model on a hub or in a bucket.",
+    },
     "Make a model of others": {
         "recover": "Recover a tuned model from the original and a difference.",
         "convert": "Convert between transformers, Meta, TencentPretrain and GGUF.",

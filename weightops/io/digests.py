@@ -9,7 +9,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
@@ -43,6 +43,8 @@ HEX_DIGITS |= {f"blake2b-{bits}": bits // 4 for bits in range(8, 512, 8)}
 GIT_SHA1 = "git_sha1"
 """SHA-1 of a git blob, which is `blob NBYTES NUL` and the content: what hubs know small files by."""
 
+_QUICK = ("xxh3_128", "xxh3_64", "xxh64", "b3")
+"""What costs next to nothing beside another digest, in the order in which they are preferred."""
 _XXHASH: dict[str, Callable[[], Hasher]] = {
     "xxh64": xxhash.xxh64,
     "xxh3_64": xxhash.xxh3_64,
@@ -84,6 +86,12 @@ def check_algorithm(name: str) -> None:
     """Raise `UsageError` unless there is such an algorithm."""
     if name not in HEX_DIGITS:
         raise UsageError(f"unknown digest algorithm {escape(name)!r}, expected one of {', '.join(NAMED)}")
+
+
+def cheapest(digests: Mapping[str, str], computed: Collection[str]) -> dict[str, str]:
+    """Of the digests of one file the one that costs least, where some are computed anyway; none if none is known."""
+    known = [name for name in (*computed, *_QUICK, *digests) if name in digests and name in HEX_DIGITS]
+    return {known[0]: digests[known[0]]} if known else {}
 
 
 def new_hasher(algorithm: str, nbytes: int | None = None) -> Hasher:
@@ -131,8 +139,11 @@ def hash_file(
     *,
     start: int = 0,
     stop: int | None = None,
+    is_alone: bool = True,
 ) -> FileDigests:
     """Read a regular file once, or its bytes from `start` to before `stop`, and digest it by every algorithm.
+
+    If it `is_alone`, other cores are idle: then it is read in one thread and digested in others.
 
     Between blocks of at most 4 MiB, `on_bytes` is told how many bytes were read, and `cancelled` raises in order
     to stop.
@@ -151,8 +162,9 @@ def hash_file(
         expected = (before.st_size if stop is None else stop) - start
         hashers = {name: new_hasher(name, expected) for name in algorithms}
         advise_in_order(file.fileno())
-        # The xxHash family outruns the disk and the page cache: handing its blocks to a thread would cost more.
-        threaded = expected > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
+        # A block that changes cores leaves the caches, which costs a fifth. And the xxHash family outruns the disk and
+        # the page cache: handing its blocks to a thread would cost more.
+        threaded = is_alone and expected > _THREAD_BLOCK_NBYTES and not hashers.keys() <= _XXHASH.keys()
         block_nbytes = _THREAD_BLOCK_NBYTES if threaded else _BLOCK_NBYTES
         update = _update_threaded if threaded else _update
         if start:
@@ -243,6 +255,8 @@ def hash_files(
         raise UsageError(f"cannot hash with {workers} workers, expected at least 1")
     stop = threading.Event()
     lock = threading.Lock()
+    workers = workers or cores()
+    is_alone = len(wanted) < workers
 
     def advance(nbytes: int) -> None:
         with lock:
@@ -258,13 +272,15 @@ def hash_files(
 
     def work(each: ToHash) -> FileDigests | WeightopsError:
         try:
-            return hash_file(each.path, each.algorithms, advance, check, start=each.start, stop=each.stop)
+            return hash_file(
+                each.path, each.algorithms, advance, check, start=each.start, stop=each.stop, is_alone=is_alone
+            )
         except Interrupted:
             raise
         except WeightopsError as error:
             return error
 
-    pool = ThreadPoolExecutor(workers or cores(), "hash-file")
+    pool = ThreadPoolExecutor(workers, "hash-file")
     try:
         futures = {i: pool.submit(work, wanted[i]) for i in _largest_first(wanted)}
         pending = set(futures.values())

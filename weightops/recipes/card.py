@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from weightops.checkpoint import Digests, Document
-from weightops.formats.proofs.manifest import content_id
+from weightops.formats.proofs.manifest import Manifest, content_id
 from weightops.io.escape import escape
 from weightops.spec import TensorSpec
 
@@ -43,6 +43,7 @@ class ModelCard(Document, frozen=True):
     warnings: tuple[str, ...] = ()
     quantization: str = ""
     configurations: tuple[str, ...] = ()
+    recovers_from: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,6 +59,10 @@ class ModelCard(Document, frozen=True):
         witnesses: Digests,
         files: Mapping[str, Mapping[str, str]],
     ) -> bytes:
+        return self.render_for("", tensors)
+
+    def render_for(self, place: str, tensors: Mapping[str, tuple[TensorSpec, str]]) -> bytes:
+        """The card of a model at a place, as in hf://org/name; see `render_card`."""
         return render_card(
             self.title,
             self.base_models,
@@ -70,7 +75,21 @@ class ModelCard(Document, frozen=True):
             dtypes=_parameters(spec for spec, _ in tensors.values()),
             quantization=self.quantization,
             configurations=self.configurations,
+            recovers_from=self.recovers_from,
+            place=place,
         )
+
+
+def card_of(manifest: Manifest, title: str, place: str) -> bytes:
+    """The card of a folder by its manifest alone, to be published at a place, as in hf://org/name."""
+    weights = {tensor.file for tensor in manifest.tensors.values()}
+    made = card(
+        title,
+        manifest.recipe,
+        {role: source.name for role, source in manifest.sources.items()},
+        files={name: entry.nbytes for name, entry in manifest.files.items() if name in weights},
+    )
+    return made.render_for(place, {name: (tensor.spec, tensor.xxh3_128) for name, tensor in manifest.tensors.items()})
 
 
 def card(
@@ -115,6 +134,7 @@ def card(
         tuple(warnings),
         quantization,
         tuple(_configuration(arguments) for _, operation, arguments in _operations(everything) if operation == "merge"),
+        sources.get(base, "ORIGINAL") if is_delta else None,
     )
 
 
@@ -203,14 +223,16 @@ def render_card(
     dtypes: Mapping[str, int] | None = None,
     quantization: str = "",
     configurations: Sequence[str] = (),
+    recovers_from: str | None = None,
+    place: str = "",
 ) -> bytes:
     """README.md: front matter for the hub, and what there is to know of how the folder was made.
 
     `base_models` are hub ids, also as `hf://org/name@revision`; what can be none is left out of the front matter, and
     named in a comment there. `relation` is one of `RELATIONS`, `library` transformers, peft or None. `files` gives
     bytes by name, `dtypes` elements by type, `quantization` is what `quantization_of` says, `configurations` are
-    merge files. Names from files can say
-    nothing in Markdown, HTML or YAML but themselves.
+    merge files. `recovers_from` is the original of what is a difference, `place` where it is published, as in
+    hf://org/name. Names from files can say nothing in Markdown, HTML or YAML but themselves.
     """
     ids = {name: hub_id(name) for name in base_models}
     metadata = _front_matter([found for found in ids.values() if found], relation, library)
@@ -230,7 +252,15 @@ def render_card(
         parts += [_block(text, "yaml") for text in configurations]
     parts.append("## What it holds")
     parts.append("\n".join(_holdings(files, dtypes or {}, content_id)))
-    parts.append("`weightops verify .` holds the folder against its `weightops-manifest.json`.")
+    here = "./" + place.rstrip("/").rpartition("/")[2].partition("@")[0] if place else "."
+    parts.append(f"{_code(f'weightops verify {here}')} holds the folder against its `weightops-manifest.json`.")
+    if place:
+        parts.append("To get it, every file held against its digest:")
+        parts.append(_block(f"weightops download {place} --out {here}", ""))
+    if recovers_from is not None:
+        parts.append("## How to recover the model")
+        parts.append("This is the difference from an original, and no model by itself. With the original beside it:")
+        parts.append(_block(f"weightops recover --raw {recovers_from} --diff {here} --out ./recovered", ""))
     if warnings:
         parts.append("## Warnings")
         parts.append("\n".join(f"- {_plain(warning)}" for warning in warnings))

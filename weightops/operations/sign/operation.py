@@ -14,15 +14,13 @@ from weightops.formats.proofs import manifest as own
 from weightops.formats.proofs.bundle import GIT, NAME, SINGLE
 from weightops.formats.proofs.signers import Credentials, Signer
 from weightops.io.atomic import check_target, write_whole
-from weightops.io.digests import HEX_DIGITS, hash_files
+from weightops.io.digests import cheapest, hash_files
 from weightops.io.escape import escape
 from weightops.io.paths import check_relative, entries_below, inside
 from weightops.operations.sign.report import Signed
 
 _DIGEST = "sha256"
 """The one that model-signing's command line verifies."""
-_FAST = ("xxh3_128", "xxh3_64", "xxh64", "b3")
-"""Digests that cost next to nothing beside it, in the order in which they are preferred."""
 
 
 def sign(
@@ -140,10 +138,4 @@ def _listed(
     missing = next((name for name in found.files if name not in names), None)
     if missing is not None:
         raise Differs(f"{shown} lists {escape(missing)}, which is not there", hint="weightops verify")
-    return {name: _one_of(entry.digests) for name, entry in found.files.items()}
-
-
-def _one_of(digests: Mapping[str, str]) -> dict[str, str]:
-    """Of several digests the one that costs least to have."""
-    known = [name for name in (_DIGEST, *_FAST, *digests) if name in digests and name in HEX_DIGITS]
-    return {known[0]: digests[known[0]]} if known else {}
+    return {name: cheapest(entry.digests, (_DIGEST,)) for name, entry in found.files.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -16,7 +16,7 @@ from weightops.stores.s3.account import Account, open_account
 from weightops.stores.s3.places import located
 from weightops.stores.s3.refusals import code_of, parse_answer, refusal
 from weightops.stores.web.body import RangeRefused, in_words
-from weightops.stores.web.http import finish
+from weightops.stores.web.http import Buffer, finish
 from weightops.stores.web.policy import Policy, Transient, wished_wait_s
 from weightops.stores.web.urls import show
 from weightops.stores.web.web import Web
@@ -25,7 +25,6 @@ from weightops.version import __version__
 _EMPTY = hashlib.sha256().hexdigest()
 _MAX_ANSWER_NBYTES = 16 << 20
 _MAX_REFUSAL_NBYTES = 64 << 10
-Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,13 @@ class S3(Web):
         super().__init__(policy, proxy_for=proxy_for, ahead=self.account.ranges)
 
     def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: Buffer | None = None
+        self, method: str, url: str, headers: Mapping[str, str], body: Buffer | Iterator[Buffer] | None = None
     ) -> urllib3.BaseHTTPResponse:
-        """As `Http.request`, signed; what the store refuses raises what that means, also a redirect."""
+        """As `Http.request`, signed; what the store refuses raises what that means, also a redirect.
+
+        A body has to be there whole, because the signature is one of its digest.
+        """
+        assert body is None or isinstance(body, bytes | memoryview)
         return self._send(method, url, {}, headers, body, None)
 
     def call(

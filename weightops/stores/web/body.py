@@ -7,17 +7,19 @@ import re
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 import urllib3
 from urllib3.exceptions import DecodeError, HTTPError
 from urllib3.response import HTTPResponse
 
-from weightops.errors import AuthenticationFailed, NetworkFailed, SourceMissing, WeightopsError
+from weightops.errors import AuthenticationFailed, NetworkFailed, NoRoom, SourceMissing, WeightopsError
 from weightops.io.escape import escape
 from weightops.stores.web.policy import Policy, Transient, wished_wait_s
 from weightops.stores.web.urls import show
 
+_FULL = (402, 413, 507)
+"""What servers say that take no more, or no more without money."""
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 _READ_NBYTES = 256 << 10
@@ -95,9 +97,8 @@ class Body:
         """Hold status and headers against what was asked for, and learn where the bytes belong."""
         headers, status = self._response.headers, self._response.status
         if status not in (200, 206):
-            self._refuse(status)
-        self._expected = None if self.is_decoded else self.sent_nbytes
-        self._framed = self._expected is not None and "Transfer-Encoding" not in headers
+            self.refuse()
+        self.expect()
         if status == 200:
             self.total = self._expected
             return
@@ -112,8 +113,14 @@ class Body:
             raise Transient(f"{self.shown}: asked for bytes {start} to {end - 1}, was offered {escape(match[0])}")
         self._expected = end - start
 
-    def _refuse(self, status: int) -> None:
-        headers = self._response.headers
+    def expect(self) -> None:
+        """Learn from the headers how many bytes are to come."""
+        self._expected = None if self.is_decoded else self.sent_nbytes
+        self._framed = self._expected is not None and "Transfer-Encoding" not in self.headers
+
+    def refuse(self) -> NoReturn:
+        """Raise what the status of an answer means that is none."""
+        headers, status = self._response.headers, self.status
         code = headers.get("X-Error-Code", "")
         words = [_CODES.get(code, ""), headers.get("X-Error-Message", "") or self._explanation()]
         said = "; ".join(escape(part) for part in words if part) or escape(self._response.reason or "")
@@ -126,6 +133,8 @@ class Body:
             raise RangeRefused(message, _number(headers.get("Content-Range", "").rpartition("/")[2]))
         if status in (404, 410):
             raise SourceMissing(message)
+        if status in _FULL:
+            raise NoRoom(message)
         raise NetworkFailed(message)
 
     def _explanation(self) -> str:

@@ -39,6 +39,7 @@ _TOLD_WAIT_S = 5.0
 _MAX_DRAINED_NBYTES = 64 << 10
 _PIECE_NBYTES = 256 << 10
 
+Buffer = bytes | memoryview
 Result = TypeVar("Result")
 
 
@@ -124,10 +125,11 @@ class Http:
         raise CorruptInput(f"{show(url)}: more than {_MAX_REDIRECTS} redirects")
 
     def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | memoryview | None = None
+        self, method: str, url: str, headers: Mapping[str, str], body: Buffer | Iterator[Buffer] | None = None
     ) -> urllib3.BaseHTTPResponse:
         """One request, by the proxy that is for it and with the token if that is for it; the answer as it comes.
 
+        Of a body that comes piece by piece the headers have to say the length.
         Raises `Transient`, `NetworkFailed`, `AuthenticationFailed`, and what `interrupt` was given.
         """
         self.check()
@@ -163,12 +165,13 @@ class Http:
             raise refused(proxy or host_of(url), 407, response.reason or "")
         return response
 
-    def _pieces(self, body: bytes | memoryview) -> Iterator[memoryview]:
+    def _pieces(self, body: Buffer | Iterator[Buffer]) -> Iterator[memoryview]:
         """A body in pieces: each has the time-out to itself, and between them all can stop."""
-        view = memoryview(body)
-        for start in range(0, len(view), _PIECE_NBYTES):
-            self.check()
-            yield view[start : start + _PIECE_NBYTES]
+        for block in iter([body]) if isinstance(body, bytes | memoryview) else body:
+            view = memoryview(block)
+            for start in range(0, len(view), _PIECE_NBYTES):
+                self.check()
+                yield view[start : start + _PIECE_NBYTES]
 
     def _pool(self, proxy: str | None) -> urllib3.PoolManager:
         with self._lock:

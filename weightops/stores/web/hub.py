@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -17,9 +17,9 @@ import msgspec
 
 from weightops.errors import CorruptInput, NetworkFailed, SourceMissing, UsageError
 from weightops.io.escape import escape
+from weightops.stores.web.calls import decode
 from weightops.stores.web.http import Http
 from weightops.stores.web.listing import HubFile, HubRepository, Listing, RemoteFile, is_commit
-from weightops.stores.web.policy import Transient
 from weightops.stores.web.small import ask
 from weightops.stores.web.urls import origin, show
 
@@ -45,6 +45,24 @@ class _Entry(msgspec.Struct):
 
 class _Revision(msgspec.Struct):
     sha: str
+    id: str = ""
+    private: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """What a hub says of a repository: its present name, whether it is `private`, and the commit of a revision."""
+
+    name: str
+    private: bool
+    commit: str
+
+
+def find_repository(repository: HubRepository, web: Http) -> Repository:
+    """What the hub says of a repository as a whole, and the commit of its main branch; raises as `find_commit` does."""
+    endpoint = repository.endpoint or web.endpoint
+    found = _ask(repository, f"{endpoint}{_MODELS}{repository.name}", web, _Revision)[0]
+    return Repository(found.id or repository.name, found.private, found.sha)
 
 
 def find_commit(repository: HubRepository, web: Http) -> str:
@@ -132,14 +150,6 @@ def _ask(repository: HubRepository, url: str, web: Http, kind: type[Answer]) -> 
 
     def call() -> tuple[Answer, Mapping[str, str]]:
         data, headers = ask(url, web)
-        try:
-            return msgspec.json.decode(data, type=kind), headers
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            if data.lstrip().startswith(b"<"):
-                raise NetworkFailed(
-                    f"{show(url)}: the answer is a page for people, not a hub's",
-                    hint="is HF_ENDPOINT a hub? a proxy's or network's login page may stand in between",
-                ) from None
-            raise Transient(f"{show(url)}: an answer without sense") from None
+        return decode(data, url, kind), headers
 
     return web.retried(str(repository), call)
