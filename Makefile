@@ -24,7 +24,7 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-sign bench-compare bench-adapters bench-deltas bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
+.PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-sign bench-compare bench-adapters bench-deltas bench-jobs bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
   mergekit gptqmodel autogptq llamacpp formats slurm mutants gpu clean
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make bench-surgery   and the part about parts, experts, layers and vocabularies"
 	@echo "make bench-release   and the part about merge-lora, cast, shard, check and recipes"
 	@echo "make bench-sign      and the part about signatures"
+	@echo "make bench-jobs      and the part about jobs, by threads and by Dask"
 	@echo "make bench-compare   and the part about compare"
 	@echo "make bench-processor  seconds of wall and processor on a file system in memory"
 	@echo "make reference       transformers 4.47.1 in an environment of its own, which test-all and bench-convert use"
@@ -217,6 +218,9 @@ bench-adapters: $(READY)
 
 bench-deltas: $(READY)
 	$(BIN)/python benchmarks/deltas.py
+
+bench-jobs: $(READY)
+	$(BIN)/python benchmarks/jobs.py
 
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/scale.py

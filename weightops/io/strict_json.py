@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from weightops.io.escape import escape
 
 MAX_BYTES = 100_000_000
 """The safetensors format's own limit on a header, and ample for any index or config."""
+_WORDS = 4096
 
 
 def loads(data: bytes, what: str, *, constants: bool = False) -> Any:
@@ -70,7 +73,12 @@ def _reject_surrogates(value: object, what: str) -> None:
 
 def dumps(value: object, *, ascii_only: bool = False) -> bytes:
     """Readable canonical JSON: sorted keys, two spaces, LF at the end; the same bytes on every run."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=ascii_only) + "\n").encode("utf-8")
+    words = json.JSONEncoder(indent=2, sort_keys=True, ensure_ascii=ascii_only).iterencode(value)
+    out = io.BytesIO()
+    while part := "".join(islice(words, _WORDS)):  # a manifest of a mixture has millions of words
+        out.write(part.encode("utf-8"))
+    out.write(b"\n")
+    return out.getvalue()
 
 
 def as_json(document: msgspec.Struct) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def render_card(
     metadata = _front_matter([found for found in ids.values() if found], relation, library)
     comments = [f"# base_model: {escape(name)} is no repository on the hub" for name, found in ids.items() if not found]
     parts = ["\n".join(["---", metadata.rstrip("\n"), *comments, "---"]), f"# {_plain(title)}"]
-    kind = "An adapter" if library == "peft" else "A model"
+    kind = "An adapter" if library == "peft" else "A model" if recovers_from is None else "A difference"
     of = " and ".join(map(_code, base_models))
     parts.append(f"{kind} made {f'from {of} ' if of else ''}with weightops.")
     if quantization:
@@ -253,10 +253,11 @@ def render_card(
     parts.append("## What it holds")
     parts.append("\n".join(_holdings(files, dtypes or {}, content_id)))
     here = "./" + place.rstrip("/").rpartition("/")[2].partition("@")[0] if place else "."
-    parts.append(f"{_code(f'weightops verify {here}')} holds the folder against its `weightops-manifest.json`.")
     if place:
-        parts.append("To get it, every file held against its digest:")
-        parts.append(_block(f"weightops download {place} --out {here}", ""))
+        parts.append("To get it, every file held against its digest, and to verify it at any time:")
+        parts.append(_block(f"weightops download {place} --out {here}\nweightops verify {here}", ""))
+    else:
+        parts.append("`weightops verify .` holds the folder against its `weightops-manifest.json`.")
     if recovers_from is not None:
         parts.append("## How to recover the model")
         parts.append("This is the difference from an original, and no model by itself. With the original beside it:")

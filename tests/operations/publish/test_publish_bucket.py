@@ -188,3 +188,15 @@ def test_a_store_that_only_pretends_conditions_is_refused(model: Path, tmp_path:
     with buckets.rclone(tmp_path / "data") as endpoint, pytest.raises(WeightopsError, match="only pretends"):
         weightops.publish(model, "s3://held/mine", control=control_of(endpoint))
     assert not (tmp_path / "data/held/mine/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 9, 10, 11, 20, 21])
+def test_an_etag_is_that_of_the_parts(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "part_nbytes", lambda nbytes: 10)
+    data = bytes(range(nbytes))
+    digests = [hashlib.md5(data[i : i + 10]).digest() for i in range(0, nbytes, 10)]
+    whole = f"{hashlib.md5(b''.join(digests)).hexdigest()}-{len(digests)}"
+    etag = bucket._ETag(nbytes)
+    for start in range(0, nbytes, 7):
+        etag.update(memoryview(data[start : start + 7]))
+    assert etag.text() == (whole if nbytes > 10 else hashlib.md5(data).hexdigest())

@@ -292,7 +292,7 @@ def test_a_folder_without_a_card_is_given_one(hub: WritableHub, tmp_path: Path) 
     assert made.warnings == ("the folder has no README.md: one is published that is made from its manifest",)
     card = there(hub)["README.md"].decode()
     assert "weightops download hf://org/model --out ./model" in card
-    assert "`weightops verify ./model`" in card
+    assert "\nweightops verify ./model\n" in card
     assert "weightops recover --raw raw --diff ./model --out ./recovered" in card
     again = publish(hub, tmp_path / "delta", delete=True)
     assert (again.sent_nbytes, again.kept, again.deleted) == (0, ("README.md",), ())

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @click.command("publish", cls=Command, epilog=epilog((0, 1, 2, 3, 10, 11, 13, 14, 16, 130)))
 @click.argument("folder", type=FOLDER)
 @click.argument("place", metavar="PLACE")
-@click.option("--create", is_flag=True, help="Make the repository if there is none, for you alone to see.")
+@click.option(
+    "--create", is_flag=True, help="Make the repository if there is none; private, unless --public is given too."
+)
 @click.option("--public", is_flag=True, help="With --create: make it for everybody to see.")
 @click.option("--delete", is_flag=True, help="Delete files at PLACE that the folder does not have, in the same commit.")
 @click.option("--message", metavar="TEXT", help="What the commit is called; default: Publish org/name with weightops.")

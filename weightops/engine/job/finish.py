@@ -72,7 +72,9 @@ def finish(place: str, control: Control, *, roots: Iterable[str] = ()) -> list[P
             if done is not None:
                 return _published(job, decode(job.store, FINISHED, done, Finished))
             try:
-                return _finish(job, control)
+                finished = _finish(job, control)
+                if finished is not None:
+                    return finished
             except Claimed:
                 raise
             except Locked:
@@ -81,14 +83,14 @@ def finish(place: str, control: Control, *, roots: Iterable[str] = ()) -> list[P
                 time.sleep(_WAIT_S)  # another process finishes it
 
 
-def _finish(job: OpenJob, control: Control) -> list[Published]:
+def _finish(job: OpenJob, control: Control) -> list[Published] | None:
+    """Finish the job, and note that; what is published if another process has, and has removed the job since."""
     try:
         works, witnesses = _collect(job)
     except WeightopsError:
         there = [output.manifest() for output in job.outputs] if job.is_own else [None]
         if None in there:
             raise
-        # Another process has just finished it, and removes the job.
         return [Published(each.out, m) for each, m in zip(job.document.outputs, there, strict=True) if m is not None]
     with ExitStack() as stack:
         for work in works:
@@ -102,7 +104,7 @@ def _finish(job: OpenJob, control: Control) -> list[Published]:
                 work.output.publish(made)
     done = Finished(job=job.document.fingerprint, content_ids=tuple(made.content_id for made in finished))
     job.store.put(FINISHED, msgspec.json.encode(done))
-    return _published(job, done)
+    return None
 
 
 def _collect(job: OpenJob) -> tuple[list[_Work], dict[str, str]]:

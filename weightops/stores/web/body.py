@@ -18,7 +18,7 @@ from weightops.io.escape import escape
 from weightops.stores.web.policy import Policy, Transient, wished_wait_s
 from weightops.stores.web.urls import show
 
-_FULL = (402, 413, 507)
+FULL = (402, 413, 507)
 """What servers say that take no more, or no more without money."""
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
@@ -133,7 +133,7 @@ class Body:
             raise RangeRefused(message, _number(headers.get("Content-Range", "").rpartition("/")[2]))
         if status in (404, 410):
             raise SourceMissing(message)
-        if status in _FULL:
+        if status in FULL:
             raise NoRoom(message)
         raise NetworkFailed(message)
 

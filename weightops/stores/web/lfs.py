@@ -6,7 +6,7 @@ Sources: https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md, and `lf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -14,13 +14,13 @@ import msgspec
 from weightops.errors import CorruptInput, NetworkFailed, NoRoom
 from weightops.io.escape import escape
 from weightops.stores.outgoing import Outgoing
+from weightops.stores.web.body import FULL
 from weightops.stores.web.calls import Answer, call, decode, post
 from weightops.stores.web.http import Http
 from weightops.stores.web.listing import HubRepository
 from weightops.stores.web.urls import DEFAULT_ENDPOINT, check_redirect
 
 _CONTENT_TYPE = "application/vnd.git-lfs+json"
-_FULL = (402, 413, 507)
 _MAX_PARTS = 100_000
 
 
@@ -99,7 +99,7 @@ def _ask(file: Outgoing, repository: HubRepository, web: Http, shown: str) -> _A
     if found is None:
         raise CorruptInput(f"{shown}: the hub answers for another content")
     if found.error is not None:
-        refused = NoRoom if found.error.code in _FULL else NetworkFailed
+        refused = NoRoom if found.error.code in FULL else NetworkFailed
         raise refused(f"{shown}: the hub does not take it (status {found.error.code}, {escape(found.error.message)})")
     return found.actions
 
@@ -144,7 +144,7 @@ def _send(
     def attempt() -> Answer:
         sent = 0
 
-        def pieces() -> Any:
+        def pieces() -> Iterator[memoryview]:
             nonlocal sent
             for block in file.blocks(start, stop):
                 yield block
