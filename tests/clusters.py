@@ -170,7 +170,7 @@ class Cluster:
                     done.add(number)
                     continue
                 except WeightopsError:
-                    self.faults["failed attempts"] += 1
+                    pass
                 except Died:
                     self.clock.sleep(_RESTART_S)
                 if holders[number][0] is machine and number not in done:
@@ -207,6 +207,7 @@ class Cluster:
                     return result
                 is_lost = True
             if (is_end or attempt >= _TRIES) and self.may_lose(machine):
+                self.faults["deaths" if kind == "deadly" else "given up"] += 1
                 if kind == "deadly":
                     machine.is_dead = True
                     raise Died
@@ -227,7 +228,7 @@ class Cluster:
             kind = "throttled"
         if kind == "freezing" and not self.may_lose(machine, anyway=True):
             kind = ""
-        if kind:
+        if kind not in ("", "fatal", "deadly"):
             self.faults[kind] += 1
         takes_s = {"slow": 30.0, "freezing": _FROZEN_S}.get(kind, 0.02)
         self.clock.sleep(takes_s * self.random.uniform(0.5, 1.5))
