@@ -66,6 +66,7 @@ def two_processes(memory_limit: str | None = None) -> Iterator[str]:
         processes=True,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
+        memory_limit=memory_limit or "auto",
         silence_logs=50,
     ) as made:
         yield made.scheduler_address
