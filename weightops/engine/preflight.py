@@ -11,7 +11,8 @@ from pathlib import Path
 
 from weightops.checkpoint import Copied
 from weightops.engine.limits import peak_memory
-from weightops.engine.publishing import OUTPUT, partial
+from weightops.engine.publishing import partial
+from weightops.engine.work_folder import OUTPUT
 from weightops.errors import NoRoom, UsageError
 from weightops.io.escape import escape
 from weightops.io.paths import check_names

@@ -16,15 +16,15 @@ from typing import Any
 import msgspec
 
 from weightops.engine.targets import FileTarget, FolderTarget, Place
-from weightops.engine.work_folder import WorkFolder, read_document
+from weightops.engine.work_folder import OUTPUT, WorkFolder, read_document
 from weightops.errors import Locked, OutputExists, UsageError
 from weightops.io.atomic import fsync_folder
 from weightops.io.direct import write_failure
 from weightops.io.platform.entries import rename
 
 SCHEMA = "weightops-partial/1"
-OUTPUT, WHOLE, REPLACED = "output", "whole", "replaced"
-"""What becomes the output, what a job calls that when all shards are in it, and what the output takes the place of."""
+WHOLE, REPLACED = "whole", "replaced"
+"""What a job calls `OUTPUT` when all shards are in it, and what the output takes the place of."""
 
 
 class Beside(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,6 @@ import msgspec
 
 from weightops.engine.lock import is_lock
 from weightops.engine.publishing import (
-    OUTPUT,
     SCHEMA,
     Beside,
     PartialRun,
@@ -39,7 +38,7 @@ from weightops.engine.publishing import (
 from weightops.engine.records import Record, ShardRecord, WatchRecord
 from weightops.engine.sample import sample
 from weightops.engine.targets import FolderTarget
-from weightops.engine.work_folder import WorkFolder, read_document, refuse_others
+from weightops.engine.work_folder import OUTPUT, WorkFolder, read_document, refuse_others
 from weightops.errors import Locked, OutputExists, PlanDiffers, WeightopsError
 from weightops.formats.proofs import manifest
 from weightops.formats.proofs.manifest import Manifest

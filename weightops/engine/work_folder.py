@@ -3,7 +3,8 @@
     FOLDER/weightops.lock    held by the run that works here; says who that is
     FOLDER/weightops-job.json  if it belongs to a job of many processes, which one; no other run works here then
     FOLDER/run.json          what the run is, and the files that it makes; written before anything else
-    FOLDER/...               what the run makes, under names that can be told from run.json
+    FOLDER/output/           what becomes the output
+    FOLDER/...               what else the run makes, under names that can be told from run.json
 
 Whose a folder is is shown before anything in it is touched: it holds a run.json of this kind and nothing that such a
 run does not make. Any other is somebody else's, whatever it is called, and refused. Links are never followed.
@@ -27,7 +28,7 @@ from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.entries import is_link
 
-RUN, OWNER = "run.json", "weightops-job.json"
+RUN, OWNER, OUTPUT = "run.json", "weightops-job.json", "output"
 
 
 class WorkFolder:
@@ -153,7 +154,7 @@ def _is_more(entry: Path) -> bool:
     """Whether it is more than what is left of a run, or a job, that was killed right away."""
     if is_lock(entry.name) or final_of(entry.name) in (RUN, OWNER):
         return False
-    return is_link(entry) or not entry.is_dir() or any(entry.iterdir())
+    return entry.name != OUTPUT or is_link(entry) or not entry.is_dir() or any(entry.iterdir())
 
 
 def read_document(path: Path, schema: str) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from weightops.engine.job.bucket import BucketOutput
 from weightops.engine.job.documents import JobOutput
 from weightops.engine.publishing import (
-    OUTPUT,
     SCHEMA,
     WHOLE,
     PartialRun,
@@ -25,7 +24,7 @@ from weightops.engine.publishing import (
     target_of,
 )
 from weightops.engine.records import ShardRecord
-from weightops.engine.work_folder import OWNER, WorkFolder, is_left, read_document, read_owner
+from weightops.engine.work_folder import OUTPUT, OWNER, WorkFolder, is_left, read_document, read_owner
 from weightops.errors import CorruptInput, Locked, OutputExists, PlanDiffers, SourceMissing, WeightopsError
 from weightops.formats.job_owner import JobOwner
 from weightops.formats.proofs import manifest
