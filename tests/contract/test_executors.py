@@ -23,6 +23,7 @@ from systems import needs_itself
 import weightops
 from weightops.cli.main import run
 from weightops.engine.control import Control, Silent
+from weightops.engine.job import dask
 from weightops.engine.job.dask import Dask
 from weightops.engine.job.drive import Executor, Threads
 from weightops.engine.job.place import OpenJob
@@ -177,6 +178,18 @@ def test_a_cluster_that_is_not_there(family: Path, capsys: pytest.CaptureFixture
         weightops.run(family / "recipe.yaml", job=family / "job", executor="dask:nowhere")
     assert run(["run", str(family / "recipe.yaml"), "--executor", "ray"]) == 2
     assert "there are threads and dask:ADDRESS" in capsys.readouterr().err
+
+
+@needs_dask
+def test_a_cluster_without_workers_is_not_waited_for(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    monkeypatch.setattr(dask, "_WORKERS_S", 0.2)
+    with (
+        distributed.LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as empty,
+        pytest.raises(NetworkFailed, match=r"has had no worker for 0\.2 s"),
+    ):
+        weightops.run(family / "recipe.yaml", job=family / "job", executor=f"dask:{empty.scheduler_address}")
 
 
 def die_in_the_first_group(place: str, number: int, roots: tuple[str, ...], progress: Silent) -> None:

@@ -21,7 +21,7 @@ from weightops.io.escape import escape
 
 _RETRIES = 2
 _EVENT_S = 1.0
-_POLL_S, _CONNECT_S = 0.05, 30
+_POLL_S, _CONNECT_S, _WORKERS_S = 0.05, 30, 120
 Task = Callable[[str, int, tuple[str, ...], Progress], None]
 """Does a group of the job at a place, by its number; says where else outputs may lie, and who is told of progress."""
 
@@ -72,9 +72,17 @@ def _run(client: Any, task: Task, job: OpenJob, groups: Sequence[int], control: 
     pending = {
         client.submit(_on_worker, task, job.place, n, roots, topic, pure=False, retries=_RETRIES): n for n in groups
     }
+    seen_s = time.monotonic()
     try:
         while pending:
             control.check()
+            if _has_workers(client):
+                seen_s = time.monotonic()
+            elif time.monotonic() - seen_s > _WORKERS_S:
+                raise NetworkFailed(
+                    f"the Dask cluster at {escape(client.scheduler.address)} has had no worker for {_WORKERS_S} s",
+                    hint="look at the workers' logs; the same command goes on once there are some",
+                )
             done = [future for future in pending if future.done()]
             for future in done:
                 _raise_failure(future, pending.pop(future), client)
@@ -85,6 +93,16 @@ def _run(client: Any, task: Task, job: OpenJob, groups: Sequence[int], control: 
         client.cancel(list(pending))
         client.unsubscribe_topic(topic)
     control.progress.stop()
+
+
+def _has_workers(client: Any) -> bool:
+    try:
+        return bool(client.scheduler_info(n_workers=1)["workers"])
+    except OSError as error:
+        raise NetworkFailed(
+            f"the Dask cluster does not answer any more ({escape(str(error))})",
+            hint="the same command goes on once there is one",
+        ) from None
 
 
 def _raise_failure(future: Any, number: int, client: Any) -> None:
