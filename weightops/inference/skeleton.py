@@ -10,7 +10,7 @@ from torch import nn
 from weightops.errors import UsageError
 from weightops.inference.linears import make_linears
 from weightops.io.escape import escape
-from weightops.layouts.skeleton import META, EmptyOnMeta, is_persistent, place
+from weightops.layouts.skeleton import META, ONE_AT_A_TIME, EmptyOnMeta, is_persistent, place
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,7 +26,7 @@ def build(config: PretrainedConfig, shown: str, dtype: torch.dtype) -> PreTraine
     if config.is_encoder_decoder:
         raise UsageError(f"{shown}: {escape(config.model_type)} has an encoder; only models of one decoder are run")
     try:
-        with EmptyOnMeta(), torch.no_grad():
+        with ONE_AT_A_TIME, EmptyOnMeta(), torch.no_grad():
             module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise UsageError(

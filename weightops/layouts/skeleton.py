@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 META = torch.device("meta")
+ONE_AT_A_TIME = threading.Lock()
+"""Held where a model is made: what transformers changes for that time (the default dtype, how tensors are created and
+initialised) belongs to the process, and two threads would put back what is not theirs."""
 _PER_TENSOR, _AT_LEAST = 4, 1000
 """How many parameters a model may have for each tensor of its files (a fused one is several), and how many at least."""
 
@@ -123,7 +127,14 @@ def build_for_names(config: PretrainedConfig, architectures: object, n_tensors: 
 
     kind = _class_of(config, architectures)
     most = _PER_TENSOR * n_tensors + _AT_LEAST
-    with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), no_tie_weights(), torch.no_grad():
+    with (
+        ONE_AT_A_TIME,
+        torch.device("meta"),
+        meta_device_safe_creation_ops(),
+        no_init_weights(),
+        no_tie_weights(),
+        torch.no_grad(),
+    ):
         with EmptyOnMeta(most):
             return kind._from_config(config, dtype=torch.bfloat16)  # type: ignore[no-any-return]
 
