@@ -254,12 +254,13 @@ def written(path: str) -> str:
     """What is in a file, or in a line of it."""
     name, _, number = path.partition(":")
     text = Path(name).read_text(encoding="utf-8")
-    return json.dumps(json.loads(text.splitlines()[int(number) - 1]), indent=2) if number else text
+    lines = text.splitlines()
+    return json.dumps(json.loads(lines[int(number or 1) - 1]), indent=2) if number or len(lines) == 1 else text
 
 
 def example(text: str) -> str:
-    """A document as it is shown."""
-    return f"```json\n{text.strip()}\n```"
+    """A document as it is shown: of folders of this machine, as if they lay in `/models`."""
+    return f"```json\n{text.strip().replace(str(Path.cwd()), '/models')}\n```"
 
 
 def render() -> str:
