@@ -158,6 +158,8 @@ def open_regular(path: Path) -> int:
         fd = open_to_read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceMissing(f"{shown}: no such file") from None
+    except ValueError:  # a NUL in it
+        raise CorruptInput(f"{shown}: not the path of a file") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO) or os.path.isdir(path):
             raise CorruptInput(f"{shown}: not a regular file") from None

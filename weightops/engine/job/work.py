@@ -70,6 +70,8 @@ def _carry_out(job: OpenJob, group: Group, number: int, control: Control, thread
     try:
         plans, watched = group.plans, group.watched
         nbytes = sum(plan.total_nbytes for plan in plans.values())
+        for shard in (shard for plan in plans.values() for shard in plan.shards):
+            check_relative(shard.name, escape(job.place))
     except WeightopsError:
         raise
     except Exception as error:  # whatever an op raises for inputs that no plan gives it
@@ -83,7 +85,13 @@ def _carry_out(job: OpenJob, group: Group, number: int, control: Control, thread
     if group.prove:
         prove_files(group.prove, control)
     control.progress.start("writing", nbytes)
-    shards = _write(job, plans, control, threads)
+    try:
+        shards = _write(job, plans, control, threads)
+    except (WeightopsError, MemoryError):
+        raise
+    except Exception as error:  # an op that nobody has planned like that
+        what = f"{type(error).__name__}: {error}"
+        raise WeightopsError(f"{escape(job.place)}: group {number} cannot be computed ({escape(what)})") from error
     control.progress.stop()
     return GroupRecord(job=job.document.fingerprint, shards=shards, witnesses=witnesses)
 
@@ -91,8 +99,6 @@ def _carry_out(job: OpenJob, group: Group, number: int, control: Control, thread
 def _write(job: OpenJob, plans: dict[int, Plan], control: Control, threads: int) -> dict[int, tuple[ShardRecord, ...]]:
     """Write the shards of a group, and give them their names when all are right."""
     members: list[tuple[int, Plan, Shard]] = [(o, plan, shard) for o, plan in plans.items() for shard in plan.shards]
-    for _, _, shard in members:
-        check_relative(shard.name, escape(job.place))
     if not members:
         return {}
     written = write_group([(plan, shard, job.outputs[o].store) for o, plan, shard in members], control, threads)

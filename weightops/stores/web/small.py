@@ -62,6 +62,10 @@ def describe(
         except RangeRefused as error:
             if error.total == 0:
                 return RemoteFile(name, url, 0, dict(digests or {}))
-            raise
+            if error.total is not None:
+                raise
+        # It has no first byte, and the server does not say that it has none, as Ceph does not.
+        with web.get(url) as body:
+            return RemoteFile(name, url, body.total, dict(digests or {}), body.etag)
 
     return web.retried(f"{show(url)} ({escape(name)})", ask)
