@@ -142,6 +142,15 @@ def test_a_job_of_another_version_is_refused(family: Path) -> None:
             attempt()
 
 
+@pytest.mark.parametrize("groups", [-1, 10**9, 10**30])
+def test_a_job_of_impossibly_many_groups_is_refused(family: Path, groups: int) -> None:
+    place, _ = write(family)
+    document = json.loads((place / "job.json").read_bytes())
+    (place / "job.json").write_text(json.dumps({**document, "groups": groups}))
+    with pytest.raises(CorruptInput, match=r"job\.json"):
+        weightops.finish(place)
+
+
 def test_there_is_no_job(tmp_path: Path) -> None:
     for attempt in (lambda: weightops.work(tmp_path, 0), lambda: weightops.finish(tmp_path)):
         with pytest.raises(errors.SourceMissing, match="there is no job"):

@@ -30,6 +30,8 @@ from weightops.stores.store import PROBES, WritableStore
 from weightops.version import __version__
 
 JOB, FINISHED = "job.json", "finished.json"
+_MAX_GROUPS = 1_000_000
+"""More than any model has files."""
 _FOLDERS = ("groups/", "outputs/", "records/")
 _Document = TypeVar("_Document", bound=msgspec.Struct)
 
@@ -123,6 +125,8 @@ def read_job(store: WritableStore) -> Job:
             f"{store.shown}: the job was written by weightops {escape(job.version)}, this is {__version__}",
             hint="use one version on all machines",
         )
+    if not 0 <= job.groups <= _MAX_GROUPS:
+        raise CorruptInput(f"{store.shown}/{JOB}: {job.groups} groups, at most {_MAX_GROUPS} are read")
     for output in job.outputs:
         if "\0" in output.out or not ("://" in output.out or os.path.isabs(output.out)):
             raise CorruptInput(f"{store.shown}/{JOB}: {escape(output.out)!r} is no place of an output")
