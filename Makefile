@@ -24,8 +24,13 @@ define new
 @$(PYTHON) -m venv $(1)
 endef
 
+# Debian's packages, installed if a program of theirs is missing and we may.
+define debian
+command -v $(1) > /dev/null || apt-get install --yes --quiet --no-install-recommends $(2)
+endef
+
 .PHONY: help setup demo docs test test-all lint format bench bench-processor bench-download bench-buckets bench-convert bench-gguf bench-surgery bench-release bench-sign bench-compare bench-adapters bench-deltas bench-jobs bench-scale bench-merge bench-quality bench-quantize bench-inference reference \
-  mergekit gptqmodel autogptq llamacpp formats slurm mutants gpu clean
+  mergekit gptqmodel autogptq llamacpp formats slurm ceph mutants gpu clean
 
 help:
 	@echo "make demo      recover a small model from a delta, quantise another, start to verified result"
@@ -56,7 +61,8 @@ help:
 	@echo "make autogptq        auto-gptq 0.7.1 likewise"
 	@echo "make llamacpp        llama-cpp-python 0.3.36 and llama.cpp's converter likewise, to which test-all holds GGUF files, blocks and mixes (a C++ compiler)"
 	@echo "make formats         the libraries of number formats likewise, to whose weights test-all holds those of dequantize"
-	@echo "make slurm           jobs by Slurm itself, where it is installed"
+	@echo "make slurm           jobs by Slurm itself, and"
+	@echo "make ceph            buckets on Ceph's gateway: both install Debian's packages if they are missing"
 	@echo "make gpu PYTHON=...  what only a GPU can tell, in eight minutes; installs nothing, uses the torch of that Python"
 	@echo "make bench     speed and memory against cp; SIZES=1b,3b"
 
@@ -111,8 +117,12 @@ $(REFERENCE)/.ready:
 reference: $(REFERENCE)/.ready
 
 slurm: $(READY)
-	@command -v slurmctld >/dev/null || { echo 'Slurm is not installed: apt-get install slurm-wlm munge' >&2; exit 1; }
+	@$(call debian,slurmctld,slurm-wlm munge)
 	$(BIN)/python -m pytest -m slow tests/oracles/test_slurm.py
+
+ceph: $(READY)
+	@$(call debian,radosgw,ceph-mon ceph-osd radosgw ceph-common)
+	tests/oracles/ceph.sh $(BIN)/python -m pytest -n0 tests/contract/test_stores.py tests/contract/test_commands_on_buckets.py tests/engine/job/test_bucket_output.py
 
 test-all: lint reference mergekit gptqmodel autogptq llamacpp formats
 	$(BIN)/python -m pytest -m "slow or not slow"
