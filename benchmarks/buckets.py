@@ -19,6 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightops.stores.s3.connection import S3
 
 BEGIN, END = "<!-- buckets: begin -->", "<!-- buckets: end -->"
 KEY, SECRET, BUCKET, NAME = "key", "secret", "bench", "file"
@@ -42,12 +46,9 @@ def ours_read(endpoint: str, nbytes: int, took: Took) -> Callable[[], None]:
     from weightops.stores.stores import BUCKETS, Stores
 
     def run() -> None:
-        block = memoryview(bytearray(BLOCK))
         with (stores := Stores(connect={BUCKETS: lambda: _connect(endpoint)})).connected(), FileReader(stores) as files:
             file = S3Store(BUCKET, "", stores.s3).identity(NAME)
-            for start in range(0, nbytes, BLOCK):
-                part = block[: nbytes - start]
-                files.read_into(file, start, part, nbytes - start - len(part))
+            for part in files.blocks(file, BLOCK):
                 took(part)
 
     return run
@@ -67,7 +68,7 @@ def ours_write(endpoint: str, nbytes: int, took: Took) -> Callable[[], None]:
     return run
 
 
-def _connect(endpoint: str) -> "S3":  # type: ignore[name-defined]  # noqa: F821, UP037  # others run without ours
+def _connect(endpoint: str) -> S3:
     from botocore.credentials import Credentials
 
     from weightops.stores.s3.account import Account, Endpoint
@@ -82,7 +83,7 @@ def _blocks(nbytes: int) -> Iterator[tuple[int, memoryview]]:
         yield start, block[: nbytes - start]
 
 
-def _boto3(endpoint: str) -> object:
+def _boto3(endpoint: str) -> Any:
     import boto3
 
     return boto3.client(
@@ -96,7 +97,7 @@ def boto3_read(endpoint: str, nbytes: int, took: Took) -> Callable[[], None]:
     def run() -> None:
         for start in range(0, nbytes, RANGE):
             wanted = f"bytes={start}-{min(nbytes, start + RANGE) - 1}"
-            answer = client.get_object(Bucket=BUCKET, Key=NAME, Range=wanted)  # type: ignore[attr-defined]
+            answer = client.get_object(Bucket=BUCKET, Key=NAME, Range=wanted)
             took(memoryview(answer["Body"].read()))
 
     return run
@@ -106,23 +107,23 @@ def boto3_write(endpoint: str, nbytes: int, took: Took) -> Callable[[], None]:
     client = _boto3(endpoint)
 
     def run() -> None:
-        upload = client.create_multipart_upload(Bucket=BUCKET, Key="written")["UploadId"]  # type: ignore[attr-defined]
+        upload = client.create_multipart_upload(Bucket=BUCKET, Key="written")["UploadId"]
         parts, buffer = [], bytearray()
         at = {"Bucket": BUCKET, "Key": "written", "UploadId": upload}
         for start, block in _blocks(nbytes):
             buffer += block
             if len(buffer) >= PART or start + len(block) == nbytes:
                 number = len(parts) + 1
-                answer = client.upload_part(**at, PartNumber=number, Body=bytes(buffer))  # type: ignore[attr-defined]
+                answer = client.upload_part(**at, PartNumber=number, Body=bytes(buffer))
                 parts.append({"PartNumber": number, "ETag": answer["ETag"]})
                 buffer.clear()
-        client.complete_multipart_upload(**at, MultipartUpload={"Parts": parts})  # type: ignore[attr-defined]
+        client.complete_multipart_upload(**at, MultipartUpload={"Parts": parts})
 
     return run
 
 
 def _obstore(endpoint: str) -> object:
-    from obstore.store import S3Store  # type: ignore[import-not-found]
+    from obstore.store import S3Store
 
     return S3Store(
         BUCKET,
@@ -136,7 +137,7 @@ def _obstore(endpoint: str) -> object:
 
 
 def obstore_read(endpoint: str, nbytes: int, took: Took) -> Callable[[], None]:
-    import obstore  # type: ignore[import-not-found]
+    import obstore
 
     store = _obstore(endpoint)
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import buckets
 import numpy as np
@@ -56,7 +57,7 @@ class Cost:
 def sparse(folder: Path, tensors: Sequence[Tensor]) -> int:
     """A checkpoint of headers and holes, in files of at most 5 GB; bytes of its tensors."""
     sizes = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
-    shards: list[dict[str, dict[str, object]]] = [{}]
+    shards: list[dict[str, dict[str, Any]]] = [{}]
     position, total = 0, 0
     weight_map: dict[str, int] = {}
     for name, dtype, shape in tensors:
@@ -73,7 +74,7 @@ def sparse(folder: Path, tensors: Sequence[Tensor]) -> int:
         text = json.dumps(shard, separators=(",", ":")).encode()
         with (folder / file_name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(file.tell() + max(entry["data_offsets"][1] for entry in shard.values()))  # type: ignore[index]
+            file.truncate(file.tell() + max(entry["data_offsets"][1] for entry in shard.values()))
     index = {"metadata": {"total_size": total}, "weight_map": {n: names[i - 1] for n, i in weight_map.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total

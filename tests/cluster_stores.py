@@ -11,12 +11,13 @@ from unittest import mock
 
 from clusters import Cluster, Machine
 
-from weightops.engine.job import finish, place, write
+from weightops.engine.job import finish, place
 from weightops.engine.job.outputs import LocalOutput, Output, open_output
 from weightops.errors import OutputExists, SourceMissing, UploadGone
 from weightops.io.reflink import Extent
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import LocalStore
+from weightops.stores.places import is_url
 from weightops.stores.store import Target, WritableStore
 from weightops.stores.stores import Stores
 
@@ -30,16 +31,17 @@ def installed(cluster: Cluster, everything: Objects) -> Iterator[None]:
     def seen(store: LocalStore | Bucket) -> Seen:
         return Seen(cluster, cluster.here, store)
 
-    def store(at: str, stores: Stores) -> WritableStore:
-        return stores.writable(at) if "://" in at else seen(LocalStore(Path(at)))
+    writable = Stores.writable
+
+    def store(stores: Stores, at: str) -> WritableStore:
+        return writable(stores, at) if is_url(at) else seen(LocalStore(Path(at)))
 
     def output(*arguments: Any) -> Output:
         opened = open_output(*arguments)
         return cast(Output, _Output(seen, opened)) if isinstance(opened, LocalOutput) else opened
 
     with (
-        mock.patch.object(place, "open_store", store),
-        mock.patch.object(write, "open_store", store),
+        mock.patch.object(Stores, "writable", store),
         mock.patch.object(place, "open_output", output),
         mock.patch.object(Stores, "bucket", lambda stores, at: seen(Bucket(everything, at.key))),
         mock.patch.object(finish, "time", cluster.clock),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -39,6 +40,19 @@ def make_family(folder: Path) -> Path:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a", "c"]}
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
     (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def copy_inputs(made: Path, folder: Path) -> Path:
+    """`folder` with what the recipe needs, without outputs that were made beside it."""
+    shutil.copytree(made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NAMES))
+    return folder
+
+
+def make_with_outputs(folder: Path) -> Path:
+    """As `make_family`, and what one run of the recipe makes."""
+    make_family(folder)
+    weightops.run(folder / "recipe.yaml")
     return folder
 
 

@@ -89,7 +89,7 @@ def test_the_lines_for_ray(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return types.SimpleNamespace(remote=lambda *words: lambda: function(*words))
 
     ray = types.SimpleNamespace(remote=remote, get=lambda tasks: [task() for task in tasks])
-    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", ray)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(code, {})
     assert digests(folder / "tuned") == digests(folder / "whole")

@@ -42,7 +42,7 @@ class WritableHub(Hub):
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What a revision holds."""
-        return {name: bytes(blob.source) for name, blob in self.repos[repo][revision][1].items()}  # type: ignore[arg-type]
+        return {name: bytes(blob.source) for name, blob in self.repos[repo][revision][1].items()}
 
     def commit(self, repo: str, revision: str, files: dict[str, Blob], message: str, names: list[str]) -> str:
         """Another commit on a branch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from jobs import make_family, outputs, write
+from jobs import copy_inputs, make_with_outputs, outputs, write
 from systems import needs_itself
 
 import weightops
@@ -99,16 +98,13 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_family(tmp_path_factory.mktemp("made"))
-    weightops.run(folder / "recipe.yaml")
-    return folder
+    return make_with_outputs(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
 def family(made: Path, tmp_path: Path) -> Path:
     """The inputs alone."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("one", "two"))
-    return tmp_path
+    return copy_inputs(made, tmp_path)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS, indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,9 +206,9 @@ def test_what_can_be_known_is_refused_before_the_work(model: Path, tmp_path: Pat
         ({"key": "x", "certificate": "x", "password_file": __file__}, "takes no password where there is a certificate"),
     ],
 )
-def test_what_makes_no_sense_is_a_usage_error(model: Path, options: dict[str, object], message: str) -> None:
+def test_what_makes_no_sense_is_a_usage_error(model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        weightops.sign(model, **options)  # type: ignore[arg-type]
+        weightops.sign(model, **options)
 
 
 def test_sigstore_is_asked_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import make_family, outputs, write
+from jobs import copy_inputs, make_with_outputs, outputs, write
 
 import weightops
 from weightops.errors import Unfinished
@@ -114,15 +114,12 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_family(tmp_path_factory.mktemp("made"))
-    weightops.run(folder / "recipe.yaml")
-    return folder
+    return make_with_outputs(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
 def family(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("one", "two"))
-    return tmp_path
+    return copy_inputs(made, tmp_path)
 
 
 def submit(environment: dict[str, str], place: Path, array: str, script: Path = SCRIPT) -> str:

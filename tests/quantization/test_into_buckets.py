@@ -36,10 +36,10 @@ def test_a_quantised_model_and_an_importance_matrix_in_a_bucket(
 
         def quantize(out: str) -> None:
             options = {"calibration": text, "group_size": 32, **SMALL, "control": control()}
-            weightops.quantize(model("llama"), out, **options)  # type: ignore[arg-type]
+            weightops.quantize(model("llama"), out, **options)
 
         def imatrix(out: str) -> None:
-            weightops.imatrix(model("llama"), out, calibration=text, **SMALL, control=control())  # type: ignore[arg-type]
+            weightops.imatrix(model("llama"), out, calibration=text, **SMALL, control=control())
 
         quantize("here")
         with monkeypatch.context() as patch:

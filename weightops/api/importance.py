@@ -13,6 +13,7 @@ from weightops.engine.control import Control
 from weightops.engine.finished import PLAN, SOURCES, find_marked
 from weightops.engine.proof import hold
 from weightops.errors import UsageError
+from weightops.formats.choose import SINGLE_SUFFIXES
 from weightops.io.digests import hash_file
 from weightops.io.escape import escape
 from weightops.plan import sources_of
@@ -54,7 +55,7 @@ def imatrix(
 
     worked = Worked.at(out, is_file=True)
     out = worked.here
-    if out.suffix not in (".gguf", ".dat"):
+    if out.suffix not in SINGLE_SUFFIXES:
         raise UsageError(
             f"{escape(str(out))}: an importance matrix is a file",
             hint="name it NAME.gguf, or NAME.dat for older programs",

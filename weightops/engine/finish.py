@@ -135,10 +135,9 @@ def _write_sidecar(sidecar: Sidecar, store: WritableStore, name: str, algorithms
         return write_small(store, name, sidecar.data, algorithms)
     file, hashers = sidecar.file, {algorithm: new_hasher(algorithm) for algorithm in algorithms}
     with FileReader() as reader, store.putting(name) as write:
-        for start in range(0, file.nbytes, _PIECE_NBYTES):
-            piece = reader.read(file, start, min(_PIECE_NBYTES, file.nbytes - start))
+        for piece in reader.blocks(file, _PIECE_NBYTES):
             for hasher in hashers.values():
-                hasher.update(memoryview(piece))
-            write(piece)
+                hasher.update(piece)
+            write(bytes(piece))
         reader.check_unchanged()
     return FileDigests(file.nbytes, {algorithm: hasher.hexdigest() for algorithm, hasher in hashers.items()})

@@ -14,6 +14,7 @@ from weightops.engine.limits import peak_memory
 from weightops.engine.publishing import partial
 from weightops.engine.work_folder import OUTPUT
 from weightops.errors import NoRoom, UsageError
+from weightops.formats.choose import SINGLE_SUFFIXES
 from weightops.io.escape import escape
 from weightops.io.paths import check_names
 from weightops.io.platform.files import taken_nbytes
@@ -27,8 +28,6 @@ _UPLOAD_NBYTES = 32 << 20
 """Parts of an object in a bucket that are in memory while they are sent."""
 _SPARE_NBYTES = 16 << 20
 """Disk kept free beyond the output: file system metadata, index, manifest."""
-WHOLE = (".gguf", ".dat")
-"""Ends of the names of files that are a whole model, or importance matrix, by themselves."""
 
 
 def default_workers(plans: Sequence[Plan]) -> int:
@@ -78,7 +77,7 @@ def refuse_among(out: Path, sources: Iterable[SourceFile]) -> None:
     A file that needs none beside it may have an output there, which then must not be or hold the file itself.
     """
     paths = {_real(Path(f.path)) for f in sources if not f.is_remote}
-    _refuse_nested(out, {p if p.suffix.lower() in WHOLE else p.parent for p in paths}, "the input")
+    _refuse_nested(out, {p if p.suffix.lower() in SINGLE_SUFFIXES else p.parent for p in paths}, "the input")
 
 
 def _refuse_nested(out: Path, others: Iterable[Path], what: str) -> None:

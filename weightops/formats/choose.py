@@ -12,6 +12,8 @@ from weightops.formats.adapter.files import model_files
 from weightops.io.escape import escape
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.lora")
+SINGLE_SUFFIXES = (".gguf", ".dat")
+"""Ends of the names of files that are a whole model, or importance matrix, by themselves."""
 WEIGHT_SUFFIXES = (".safetensors", ".wdelta", *_TORCH_SUFFIXES, ".gguf")
 _NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|sampler|trainer_state)(_\d+)?|rng_state.*|random_states.*"

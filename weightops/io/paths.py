@@ -92,23 +92,12 @@ def files_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> Ite
     Hidden files and folders, and folders of partial outputs, are passed over. `unreadable` is told of subfolders that
     cannot be searched.
     """
-    pending = [""]
-    while pending:
-        prefix = pending.pop()
-        try:
-            with os.scandir(folder / prefix) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            unreadable(prefix, error)
-            continue
-        for entry in entries:
-            is_folder = entry.is_dir(follow_symlinks=False)
-            if entry.name.startswith(".") or (is_folder and entry.name.endswith(_TEMPORARY)):
-                continue
-            if is_folder:
-                pending.append(f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name
+
+    def is_passed(prefix: str, entry: os.DirEntry[str]) -> bool:
+        is_partial = entry.name.endswith(_TEMPORARY) and entry.is_dir(follow_symlinks=False)
+        return entry.name.startswith(".") or is_partial
+
+    return (name for name, _ in _walk(folder, is_passed, unreadable))
 
 
 EntryKind = Literal["file", "link", "linked folder", "other"]
@@ -121,6 +110,17 @@ def entries_below(
 
     A link is one to a file, or to a folder, which is not searched; what is neither file nor folder is something else.
     """
+
+    def is_passed(prefix: str, entry: os.DirEntry[str]) -> bool:
+        return not prefix and entry.name in skipped
+
+    return ((name, _kind(entry)) for name, entry in _walk(folder, is_passed, unreadable))
+
+
+def _walk(
+    folder: Path, is_passed: Callable[[str, os.DirEntry[str]], bool], unreadable: Callable[[str, OSError], None]
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Whatever is in a folder and its subfolders but folders, by its name from there."""
     pending = [""]
     while pending:
         prefix = pending.pop()
@@ -131,12 +131,12 @@ def entries_below(
             unreadable(prefix, error)
             continue
         for entry in entries:
-            if not prefix and entry.name in skipped:
+            if is_passed(prefix, entry):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append(f"{prefix}{entry.name}/")
             else:
-                yield prefix + entry.name, _kind(entry)
+                yield prefix + entry.name, entry
 
 
 def _kind(entry: os.DirEntry[str]) -> EntryKind:

@@ -11,6 +11,7 @@ from typing import Any, TypedDict, TypeVar
 from weightops.checkpoint import Checkpoint
 from weightops.engine.work_folder import WorkFolder
 from weightops.errors import UsageError
+from weightops.formats.choose import SINGLE_SUFFIXES
 from weightops.formats.choose import WEIGHT_SUFFIXES as _FILES
 from weightops.formats.containers import CONTAINERS
 from weightops.formats.proofs import checksums
@@ -22,8 +23,6 @@ from weightops.recipes.observe import observe
 from weightops.stores.places import Out
 
 CARD = "README.md"
-_SINGLE = (".gguf", ".dat")
-"""What of containers may be an output by itself."""
 StrPath = str | os.PathLike[str]
 
 
@@ -85,7 +84,7 @@ def as_file(wanted: Wanted, place: Out) -> Wanted:
     """The same, to be written as the single file `out`; raises `UsageError` for what needs a folder."""
     checkpoint, out = wanted.checkpoint, Path(place)
     made = CONTAINERS[_container(checkpoint.container, wanted.files.get("format"))].suffix
-    if out.suffix != made or made not in _SINGLE:
+    if out.suffix != made or made not in SINGLE_SUFFIXES:
         raise UsageError(
             f"{escape(str(out))} is the name of a file, and this writes a folder of {made} files with what goes along",
             hint=f"name a folder: --out {escape(str(out.with_suffix('')))}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,14 @@ class FileReader:
         buffer = bytearray(nbytes)
         self.read_into(file, offset, memoryview(buffer))
         return bytes(buffer)
+
+    def blocks(self, file: SourceFile, block_nbytes: int) -> Iterator[memoryview]:
+        """All of a file, in order; each block is valid until the next. Raises as `read_into`."""
+        block = memoryview(bytearray(min(block_nbytes, file.nbytes)))
+        for start in range(0, file.nbytes, block_nbytes):
+            part = block[: file.nbytes - start]
+            self.read_into(file, start, part, file.nbytes - start - len(part))
+            yield part
 
     def check_unchanged(self) -> None:
         """Raise `CorruptInput` if a file that was read has changed since its header was."""

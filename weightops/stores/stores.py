@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from weightops.errors import UsageError, WeightopsError
-from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.stores.local import LocalStore
-from weightops.stores.s3.places import BucketPlace, is_bucket, parse_place
+from weightops.stores.places import as_out
+from weightops.stores.s3.places import BucketPlace, parse_place
 
 if TYPE_CHECKING:
     from weightops.stores.cache import HubCache
@@ -100,14 +100,8 @@ class Stores:
 
     def writable(self, place: str | os.PathLike[str]) -> WritableStore:
         """The folder at a path or at `s3://bucket/prefix`, to be written to; raises `UsageError` for other places."""
-        text = os.fspath(place)
-        if is_bucket(text):
-            return self.bucket(parse_place(text))
-        if "://" in text:
-            raise UsageError(
-                f"{escape(text)}: is no place that can be written to", hint="a folder, or s3://bucket/name"
-            )
-        return LocalStore(Path(text))
+        out = as_out(place)
+        return LocalStore(out) if isinstance(out, Path) else self.bucket(parse_place(out))
 
     def bucket(self, place: BucketPlace) -> S3Store:
         """A folder in a bucket."""

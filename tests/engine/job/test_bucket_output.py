@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import buckets
 import pytest
@@ -48,9 +49,9 @@ class Bucket:
     def control(self) -> Control:
         return Control(stores=Stores(connect={BUCKETS: lambda: buckets.connect(self.endpoint)}))
 
-    def write(self, out: str | Path, dtype: str = "bfloat16", **options: object) -> weightops.Result:
+    def write(self, out: str | Path, dtype: str = "bfloat16", **options: Any) -> weightops.Result:
         found = {"max_shard_size": "40KB", "control": self.control(), **options}
-        return weightops.cast(self.raw, out, dtype=dtype, **found)  # type: ignore[arg-type]
+        return weightops.cast(self.raw, out, dtype=dtype, **found)
 
     def finish(self, job: str, *, abandon: bool = False) -> list[object]:
         return list(weightops.finish(job, abandon=abandon, control=self.control()))
@@ -92,15 +93,15 @@ class Dying:
         self._request = Http.request
         self._lock = threading.Lock()
 
-    def __call__(self, *args: object, **options: object) -> object:
+    def __call__(self, *args: Any, **options: Any) -> object:
         with self._lock:
             self.count += 1
             number = self.count
         if number >= self._fatal:
             if number == self._fatal and self._is_made:
-                self._request(*args, **options).close()  # type: ignore[arg-type]
+                self._request(*args, **options).close()
             raise NoRoom("dead")
-        return self._request(*args, **options)  # type: ignore[arg-type]
+        return self._request(*args, **options)
 
 
 def deaths(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[int], object]) -> Iterator[int]:
@@ -172,7 +173,7 @@ def test_a_source_is_read_once(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         patch.setattr(Http, "throttle", lambda self, nbytes: (received.append(nbytes), throttle(self, nbytes)))
         options = {"max_shard_size": "40KB", "dtype": "bfloat16", "control": bucket.control()}
-        weightops.cast(source, f"{bucket.url}/out", **options)  # type: ignore[arg-type]
+        weightops.cast(source, f"{bucket.url}/out", **options)
     weights = bucket.all.identity("source/model.safetensors").nbytes
     assert weights <= sum(received) < 1.5 * weights
 
@@ -349,10 +350,10 @@ def test_a_file_in_a_bucket_has_its_manifest_beside_it(bucket: Bucket) -> None:
     result = None
     for out in (here, there):
         options = {"to": "gguf", "base": bucket.folder / "llama", "control": bucket.control()}
-        weightops.convert(bucket.folder / "lora", out, **options)  # type: ignore[arg-type]
+        weightops.convert(bucket.folder / "lora", out, **options)
         with pytest.raises(OutputExists, match=r"m\.gguf exists"):
-            weightops.convert(bucket.folder / "lora", out, **options)  # type: ignore[arg-type]
-        result = weightops.convert(bucket.folder / "lora", out, if_exists="skip", **options)  # type: ignore[arg-type]
+            weightops.convert(bucket.folder / "lora", out, **options)
+        result = weightops.convert(bucket.folder / "lora", out, if_exists="skip", **options)
         assert result.skipped
     names = ["m.gguf", f"m.gguf.{manifest.NAME}"]
     assert bucket.below("sub") == names

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import NAMES, make_family, outputs, write
+from jobs import NAMES, copy_inputs, make_family, outputs, write
 from support import digests
 
 import weightops
@@ -29,9 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family(made: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "family"
-    shutil.copytree(made, folder)
-    return folder
+    return copy_inputs(made, tmp_path / "family")
 
 
 @pytest.mark.parametrize("options", ["", "--restart", "--overwrite", "--if-exists skip", "--job other"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from jobs import NAMES, make_family, outputs, write
+from jobs import NAMES, copy_inputs, make_with_outputs, outputs, write
 from support import digests
 
 import weightops
@@ -32,22 +32,18 @@ from weightops.errors import (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_family(tmp_path_factory.mktemp("made"))
+    return make_with_outputs(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
-def reference(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def reference(made: Path) -> dict[str, str]:
     """What one run of the recipe writes."""
-    folder = tmp_path_factory.mktemp("reference")
-    shutil.copytree(made, folder, dirs_exist_ok=True)
-    weightops.run(folder / "recipe.yaml")
-    return outputs(folder)
+    return outputs(made)
 
 
 @pytest.fixture
 def family(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+    return copy_inputs(made, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -387,9 +387,7 @@ def test_an_answer_about_another_content_is_refused(hub: WritableHub, model: Pat
 def test_a_hub_that_lists_something_else_afterwards_is_not_believed(hub: WritableHub, model: Path) -> None:
     publish(hub, model, create=True)
     commit = hub.commit
-    hub.commit = lambda repo, rev, files, *rest: commit(  # type: ignore[method-assign]
-        repo, rev, {**files, "README.md": files[GIT]}, *rest
-    )
+    hub.commit = lambda repo, rev, files, *rest: commit(repo, rev, {**files, "README.md": files[GIT]}, *rest)
     (model / "README.md").write_text("# new\n")
     save_manifest(model)
     with pytest.raises(Differs, match=r"README.md is not as it was sent"):

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from signing_keys import model_signing, save_certificate, save_key
@@ -34,7 +35,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def verify(model: Path, **options: object) -> weightops.api.prove.VerifyReport:
+def verify(model: Path, **options: Any) -> weightops.api.prove.VerifyReport:
     given = {"signature": model / "model.sig", "key": model.parent / "signer.pub", **options}
     return weightops.verify(model, **given)
 
@@ -55,9 +56,9 @@ def test_every_list_that_model_signing_writes_is_verified(model: Path, algorithm
 
     how = hashing.Config().set_ignored_paths(paths=["model.sig"])
     if method == "files":
-        how.use_file_serialization(hashing_algorithm=algorithm)  # type: ignore[arg-type]
+        how.use_file_serialization(hashing_algorithm=algorithm)
     else:
-        how.use_shard_serialization(hashing_algorithm=algorithm, shard_size=10)  # type: ignore[arg-type]
+        how.use_shard_serialization(hashing_algorithm=algorithm, shard_size=10)
     signer = signing.Config().use_elliptic_key_signer(private_key=model.parent / "signer.key")
     signer.set_hashing_config(how).sign(model, model / "model.sig")
     assert verify(model).verdict
@@ -259,7 +260,7 @@ def test_a_list_that_was_changed_after_signing_is_refused(model: Path, tmp_path:
         ({"extra": "perhaps"}, "unknown policy 'perhaps'"),
     ],
 )
-def test_what_says_too_little_or_too_much_is_no_verdict(model: Path, options: dict[str, object], message: str) -> None:
+def test_what_says_too_little_or_too_much_is_no_verdict(model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         verify(model, **options)
 

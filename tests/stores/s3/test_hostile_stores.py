@@ -42,7 +42,7 @@ class Place:
     def write(self, source: Path | str | None = None, out: str = "out") -> weightops.Result:
         place = f"s3://{self.bucket}/{out}"
         options = {"max_shard_size": "40KB", "workers": 1, "control": self.control()}
-        return weightops.cast(source or self.folder / "raw", place, dtype="bfloat16", **options)  # type: ignore[arg-type]
+        return weightops.cast(source or self.folder / "raw", place, dtype="bfloat16", **options)
 
     def manifest(self) -> bytes | None:
         return self.really.find(f"out/{manifest.NAME}")
@@ -227,7 +227,7 @@ def test_no_secret_is_written_or_said(place: Place, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.DEBUG):
         place.write()
         options = {"dtype": "float16", "control": place.control(), "job": f"s3://{place.bucket}/job"}
-        weightops.cast(f"s3://{place.bucket}/out", f"s3://{place.bucket}/more", **options)  # type: ignore[arg-type]
+        weightops.cast(f"s3://{place.bucket}/out", f"s3://{place.bucket}/more", **options)
     signatures = [each.rpartition("Signature=")[2] for each in seen if "Signature=" in each]
     assert len(signatures) > 20
     told = caplog.text.encode() + b"".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import buckets
 import pytest
@@ -31,13 +32,13 @@ class Place:
         self.bucket = buckets.new_bucket(connection)
         self.store = S3Store(self.bucket, "out", connection)
 
-    def download(self, source: str = REPO, **options: object) -> Download:
+    def download(self, source: str = REPO, **options: Any) -> Download:
         connect = {
             WEB: lambda: Web(QUICK, endpoint=self.hub.endpoint),
             BUCKETS: lambda: buckets.connect(self._endpoint),
         }
-        control = Control(stores=Stores(connect=connect))  # type: ignore[arg-type]
-        return api.download(source, self.store.shown, control=control, **options)  # type: ignore[arg-type]
+        control = Control(stores=Stores(connect=connect))
+        return api.download(source, self.store.shown, control=control, **options)
 
 
 @pytest.fixture
@@ -87,16 +88,16 @@ def test_a_run_that_died_at_any_request_is_finished(
     place.hub.add(REPO, small := {**MODEL, WEIGHTS: content(1000)})
     fatal, count = 0, 0
 
-    def dying(self: Http, method: str, url: str, *rest: object, **options: object) -> object:
+    def dying(self: Http, method: str, url: str, *rest: Any, **options: Any) -> object:
         nonlocal count
         if url.startswith(place.hub.endpoint):
-            return request(self, method, url, *rest, **options)  # type: ignore[arg-type]
+            return request(self, method, url, *rest, **options)
         count += 1
         if count == fatal and is_made:
-            request(self, method, url, *rest, **options).close()  # type: ignore[arg-type]
+            request(self, method, url, *rest, **options).close()
         if count >= fatal:
             raise NoRoom("dead")
-        return request(self, method, url, *rest, **options)  # type: ignore[arg-type]
+        return request(self, method, url, *rest, **options)
 
     made = set()
     for fatal in range(1, 200, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,13 +90,13 @@ def test_files_that_are_read_by_turns_share_what_may_be_on_its_way(hub: Hub, web
     hub.static |= {f"{i}": DATA for i in range(count)}
     order, most = web.ranges._ahead.order, 0
 
-    def counted(*args: object) -> object:
+    def counted(*args: Any) -> object:
         nonlocal most
-        ordered = order(*args)  # type: ignore[arg-type]
+        ordered = order(*args)
         most = max(most, COUNT - web.ranges._ahead._left)
         return ordered
 
-    web.ranges._ahead.order = counted  # type: ignore[method-assign,assignment]
+    web.ranges._ahead.order = counted
     assert read(web, *(source(hub, f"{i}") for i in range(count))) == [DATA] * count
     assert most == COUNT
     assert web.ranges._ahead._left == COUNT

@@ -26,6 +26,7 @@ from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
 from weightops.lazy import LazyTensor
 from weightops.plan import Plan
+from weightops.stores.places import is_url
 from weightops.stores.store import PROBES, WritableStore
 from weightops.version import __version__
 
@@ -128,7 +129,7 @@ def read_job(store: WritableStore) -> Job:
     if not 0 <= job.groups <= _MAX_GROUPS:
         raise CorruptInput(f"{store.shown}/{JOB}: {job.groups} groups, at most {_MAX_GROUPS} are read")
     for output in job.outputs:
-        if "\0" in output.out or not ("://" in output.out or os.path.isabs(output.out)):
+        if "\0" in output.out or not (is_url(output.out) or os.path.isabs(output.out)):
             raise CorruptInput(f"{store.shown}/{JOB}: {escape(output.out)!r} is no place of an output")
     return job
 

@@ -34,6 +34,7 @@ from weightops.io.direct import write_failure
 from weightops.io.escape import escape
 from weightops.io.platform.entries import rename
 from weightops.stores.local import LocalStore
+from weightops.stores.places import is_url
 from weightops.stores.store import WritableStore
 from weightops.stores.stores import Stores
 
@@ -216,7 +217,7 @@ _KINDS: Mapping[str, Callable[[JobOutput, JobOwner, Stores], Output]] = {
 
 def open_output(output: JobOutput, owner: JobOwner, stores: Stores) -> Output:
     """The place of an output; raises `OutputExists` for one that nothing can be written to."""
-    scheme = output.out.partition("://")[0] if "://" in output.out else ""
+    scheme = output.out.partition("://")[0] if is_url(output.out) else ""
     if scheme not in _KINDS:
         raise OutputExists(f"{escape(output.out)} is no place that weightops writes to")
     return _KINDS[scheme](output, owner, stores)

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 
 from weightops.engine.job.documents import Job, JobOutput, read_job
 from weightops.engine.job.outputs import Output, open_output
-from weightops.engine.preflight import WHOLE
 from weightops.errors import UsageError
+from weightops.formats.choose import SINGLE_SUFFIXES
 from weightops.formats.job_owner import JobOwner, own_job
 from weightops.io.escape import escape
 from weightops.io.source_file import SourceFile
+from weightops.stores.places import is_url
 from weightops.stores.store import WritableStore
 from weightops.stores.stores import Stores
 
@@ -21,12 +22,7 @@ from weightops.stores.stores import Stores
 def absolute(place: str | os.PathLike[str]) -> str:
     """A place as every process knows it, whatever folder it is in."""
     text = os.fspath(place)
-    return text.rstrip("/") if "://" in text else os.path.abspath(text)
-
-
-def open_store(place: str, stores: Stores) -> WritableStore:
-    """The files of a job."""
-    return stores.writable(place)
+    return text.rstrip("/") if is_url(text) else os.path.abspath(text)
 
 
 class OpenJob:
@@ -35,7 +31,7 @@ class OpenJob:
     def __init__(self, place: str, stores: Stores, store: WritableStore | None = None) -> None:
         """Raises as `read_job` does."""
         self.place = absolute(place)
-        self.store = store or open_store(self.place, stores)
+        self.store = store or stores.writable(self.place)
         self.document: Job = read_job(self.store)
         self.outputs = open_outputs(self.place, self.document, stores)
 
@@ -67,11 +63,11 @@ def is_own(place: str, output: JobOutput) -> bool:
 
 
 def _parent(place: str) -> str:
-    return place.rpartition("/")[0] if "://" in place else str(Path(place).parent)
+    return place.rpartition("/")[0] if is_url(place) else str(Path(place).parent)
 
 
 def _is_below(place: str, root: str) -> bool:
-    if "://" in place or "://" in root:
+    if is_url(place) or is_url(root):
         return f"{place}/".startswith(f"{root.rstrip('/')}/")
     return Path(os.path.realpath(place)).is_relative_to(os.path.realpath(root))
 
@@ -97,7 +93,7 @@ def refuse_places(place: str, outputs: Sequence[JobOutput], sources: Iterable[So
 
 def _refuse_around(outputs: Sequence[JobOutput], file: SourceFile) -> None:
     """Raise `UsageError` for an output in the folder of a source, or around it, as `refuse_among` does on disks."""
-    place = file.path if file.path.endswith(WHOLE) else _parent(file.path)
+    place = file.path if file.path.endswith(SINGLE_SUFFIXES) else _parent(file.path)
     for output in outputs:
         if _touch(output.out, place) and not (output.is_file and output.out != file.path):
             raise UsageError(

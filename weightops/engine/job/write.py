@@ -21,7 +21,7 @@ from weightops.engine.job.documents import (
     read_job,
 )
 from weightops.engine.job.finish import abandon, made_already
-from weightops.engine.job.place import OpenJob, absolute, is_own, open_outputs, open_store, refuse_places
+from weightops.engine.job.place import OpenJob, absolute, is_own, open_outputs, refuse_places
 from weightops.engine.joint import group
 from weightops.engine.kinds import modules_of
 from weightops.engine.proof import to_be_proven, unproven
@@ -73,7 +73,7 @@ def write_job(place: str, wanted: Sequence[Wanted], control: Control, *, restart
     warnings = unproven(tensor for members in groups for tensor in members.tensors)
     fingerprint = digest_of([[o.out, o.overwrite, o.fingerprint] for o in outputs])
     document = Job(fingerprint=fingerprint, version=__version__, outputs=outputs, groups=len(groups), warnings=warnings)
-    store = open_store(place, control.stores)
+    store = control.stores.writable(place)
     _begin(store, place, document, control.stores, restart=restart)
     job = OpenJob(place, control.stores, store)
     if job.is_own and store.find(FINISHED) is not None:

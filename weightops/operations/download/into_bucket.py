@@ -191,18 +191,17 @@ class _Filling:
         _LOG.info("fetching %s: %s bytes", escape(file.name), f"{source.nbytes:,}")
         hasher = FileHasher(dict.fromkeys(("xxh3_128", *file.digests)), source.nbytes)
         target = self.store.target(file.name, source.nbytes)
-        block = memoryview(bytearray(min(_BLOCK_NBYTES, source.nbytes)))
+        position = 0
         control.progress.start_file(file.name, source.nbytes, 0)
         try:
             with FileReader(self.stores) as reader:
-                for start in range(0, source.nbytes, _BLOCK_NBYTES):
+                for part in reader.blocks(source, _BLOCK_NBYTES):
                     control.check()
-                    part = block[: source.nbytes - start]
-                    reader.read_into(source, start, part, source.nbytes - start - len(part))
-                    if start == 0:
+                    if position == 0:
                         _look(file, bytes(part[:_HEAD_NBYTES]))
                     hasher.update(part)
-                    target.write(start, part, len(part))
+                    target.write(position, part, len(part))
+                    position += len(part)
                     control.progress.advance(len(part), file.name)
             found = hasher.digests()
             for algorithm, expected in file.digests.items():

@@ -100,12 +100,9 @@ class Bucket:
 
     def _read_again(self, found: RemoteFile, control: Control) -> str:
         source, state = on_server(found), hashlib.sha256()
-        block = memoryview(bytearray(_BLOCK_NBYTES))
         with FileReader(self._stores) as reader:
-            for start in range(0, source.nbytes, _BLOCK_NBYTES):
+            for part in reader.blocks(source, _BLOCK_NBYTES):
                 control.check()
-                part = block[: source.nbytes - start]
-                reader.read_into(source, start, part, source.nbytes - start - len(part))
                 state.update(part)
         return state.hexdigest()
 

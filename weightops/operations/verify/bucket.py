@@ -166,13 +166,11 @@ def _with_files(
 def _digests(file: RemoteFile, expected: Expected, stores: Stores, control: Control) -> FileDigests | WeightopsError:
     """The digests of an object; as a value what is wrong with it, while what is wrong with the store is raised."""
     source = on_server(file)
-    hasher, block = FileHasher(expected.digests, source.nbytes), memoryview(bytearray(_BLOCK_NBYTES))
+    hasher = FileHasher(expected.digests, source.nbytes)
     try:
         with FileReader(stores) as reader:
-            for start in range(0, source.nbytes, _BLOCK_NBYTES):
+            for part in reader.blocks(source, _BLOCK_NBYTES):
                 control.check()
-                part = block[: source.nbytes - start]
-                reader.read_into(source, start, part, source.nbytes - start - len(part))
                 hasher.update(part)
                 control.progress.advance(len(part))
     except (CorruptInput, SourceMissing) as error:
