@@ -85,7 +85,7 @@ class FileReader:
 
     def blocks(self, file: SourceFile, block_nbytes: int) -> Iterator[memoryview]:
         """All of a file, in order; each block is valid until the next. Raises as `read_into`."""
-        block = memoryview(bytearray(min(block_nbytes, file.nbytes)))
+        block = memoryview(bytearray(max(0, min(block_nbytes, file.nbytes))))  # a document may say anything
         for start in range(0, file.nbytes, block_nbytes):
             part = block[: file.nbytes - start]
             self.read_into(file, start, part, file.nbytes - start - len(part))
